@@ -1,0 +1,24 @@
+"""torchdrop: dropout for PyTorch, exact, replayable and fast."""
+
+from . import functional
+from .kernels import available_backends, use_backend
+from .layers.alpha import AlphaDropout, FeatureAlphaDropout
+from .layers.bernoulli import Dropout, Dropout1d, Dropout2d, Dropout3d
+from .layers.gaussian import GaussianDropout
+from .random import frozen_masks
+
+from ._version import __version__
+
+__all__ = [
+    "AlphaDropout",
+    "Dropout",
+    "Dropout1d",
+    "Dropout2d",
+    "Dropout3d",
+    "FeatureAlphaDropout",
+    "GaussianDropout",
+    "available_backends",
+    "frozen_masks",
+    "functional",
+    "use_backend",
+]

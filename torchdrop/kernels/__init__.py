@@ -1,0 +1,148 @@
+"""One primitive, several backends.
+
+A backend is a module with five functions: ``unsupported_reasons(device, dtype)``, ``draws(shape, key, start)``,
+``standard_normal(shape, key, start)``, ``keep_mask(shape, key, law, start)`` and
+``masked(x, key, law, shape, start, out)``. The first one with no reasons against a tensor serves it.
+
+`key` is an int64 tensor with (seed, stream) in its last dimension; its other dimensions are a batch of keys, which
+comes before the mask's own `shape`. `start` is the index of the mask's first element, for one who holds only a
+part of it. `law` is a `Law`, or a float64 tensor that holds (threshold, scale, shift, fill) in its last dimension and
+whose other dimensions broadcast against the mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import aten, native, reference
+from .law import Law
+from .masking import COMPUTE_DTYPE, apply_normal
+
+BACKENDS: tuple[ModuleType, ...] = (native, aten, reference)
+"""In the order in which they are tried."""
+
+_forced: ModuleType | None = None
+
+
+def _named(name: str) -> ModuleType:
+    for backend in BACKENDS:
+        if name == backend.NAME:
+            return backend
+    raise ValueError(f"backend must be one of {', '.join(repr(b.NAME) for b in BACKENDS)}, got {name!r}")
+
+
+def available_backends(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, list[str]]:
+    """For each backend, in the order in which they are tried, why it cannot serve such tensors: [] where it can.
+
+    >>> available_backends()["reference"]
+    []
+    """
+    device = torch.device(device)
+    return {backend.NAME: backend.unsupported_reasons(device, dtype) for backend in BACKENDS}
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the context, for all threads, this backend serves every mask or raises with its reasons.
+
+    Args:
+        name: "native", "aten" or "reference". See `available_backends`.
+
+    Raises:
+        ValueError: no backend has this name.
+        RuntimeError: the backend cannot work in this installation; or, from a layer inside the context, it cannot
+            serve that layer's input.
+
+    >>> x, key = torch.ones(4), torch.tensor([1, 2])
+    >>> law = Law(2**31, 2.0)
+    >>> with use_backend("reference"):
+    ...     y = masked(x, key, law, x.shape)
+    >>> torch.equal(y, masked(x, key, law, x.shape))
+    True
+    """
+    global _forced
+    backend = _named(name)
+    if backend is native and native.library is None:
+        _refuse(backend, torch.device("cpu"), torch.float32)
+    before, _forced = _forced, backend
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def _refuse(backend: ModuleType, device: torch.device, dtype: torch.dtype) -> None:
+    reasons = backend.unsupported_reasons(device, dtype)
+    if reasons:
+        raise RuntimeError(f"the {backend.NAME} backend cannot serve this: {'; '.join(reasons)}")
+
+
+def backend_for(device: torch.device, dtype: torch.dtype = torch.float32) -> ModuleType:
+    """The backend that serves such tensors.
+
+    Raises:
+        RuntimeError: the forced backend cannot serve them, or none can; with the reasons.
+    """
+    if _forced is not None:
+        _refuse(_forced, device, dtype)
+        return _forced
+    if device.type == "cpu" and dtype in native.KINDS and native.library is not None:
+        return native
+    for backend in BACKENDS:
+        if not backend.unsupported_reasons(device, dtype):
+            return backend
+    why = "; ".join(f"{b.NAME}: {', '.join(b.unsupported_reasons(device, dtype))}" for b in BACKENDS)
+    raise RuntimeError(f"no backend serves {dtype} on {device}: {why}")
+
+
+def masked(
+    x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int], start: int = 0, out: Tensor | None = None
+) -> Tensor:
+    """``x * scale + shift`` where an element's draw is below the law's threshold, ``fill`` elsewhere.
+
+    `shape` is the mask's, without the keys' dimensions; it equals x's or has ones where the mask is shared.
+    """
+    return backend_for(x.device, x.dtype).masked(x, key, law, shape, start, out)
+
+
+def gaussian(
+    x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int], start: int = 0, out: Tensor | None = None
+) -> Tensor:
+    """``x * (1 + scale * z)`` with standard normal z of this shape, broadcast where it has ones."""
+    z = backend_for(x.device, x.dtype).standard_normal(shape, key, start)
+    return apply_normal(x, z, law, out)
+
+
+def keep_mask(shape: Sequence[int], key: Tensor, law: Law | Tensor, start: int = 0) -> Tensor:
+    """The mask itself, as bools of shape ``key.shape[:-1] + shape``."""
+    return backend_for(key.device).keep_mask(shape, key, law, start)
+
+
+def draws(shape: Sequence[int], key: Tensor, start: int = 0) -> Tensor:
+    """The 32-bit draws that masks are decided by, as int64 of shape ``key.shape[:-1] + shape``."""
+    return backend_for(key.device).draws(shape, key, start)
+
+
+def standard_normal(shape: Sequence[int], key: Tensor, start: int = 0) -> Tensor:
+    """Standard normal variates, as float64 of shape ``key.shape[:-1] + shape``."""
+    return backend_for(key.device).standard_normal(shape, key, start)
+
+
+__all__ = [
+    "BACKENDS",
+    "COMPUTE_DTYPE",
+    "Law",
+    "available_backends",
+    "backend_for",
+    "draws",
+    "gaussian",
+    "keep_mask",
+    "masked",
+    "standard_normal",
+    "use_backend",
+]

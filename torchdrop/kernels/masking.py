@@ -1,0 +1,46 @@
+"""Applying masks and noise with PyTorch's own operations, where a backend has no kernel for the case at hand."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .law import Law
+
+COMPUTE_DTYPE = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+}
+"""The element types that are served, and the one each is computed in: half types are rounded once, at the end."""
+
+
+def trailing(law: Law | Tensor, device: torch.device) -> tuple[float | Tensor, ...]:
+    """Threshold, scale, shift and fill of a law, on `device` where they are tensors."""
+    if isinstance(law, Law):
+        return law.threshold, law.scale, law.shift, law.fill
+    return law.to(device).unbind(-1)
+
+
+def apply_mask(x: Tensor, kept: Tensor, law: Law | Tensor, out: Tensor | None = None) -> Tensor:
+    """``x * scale + shift`` where `kept`, `fill` elsewhere: a select, so a dropped infinity or NaN is `fill`."""
+    dtype = COMPUTE_DTYPE[x.dtype]
+    _, scale, shift, fill = (v.to(dtype) if isinstance(v, Tensor) else v for v in trailing(law, x.device))
+    value = x.to(dtype) * scale
+    if not isinstance(law, Law) or law.shift or law.fill:
+        value = torch.where(kept, value + shift, torch.as_tensor(fill, dtype=dtype, device=x.device))
+    else:
+        value = torch.where(kept, value, torch.zeros((), dtype=dtype, device=x.device))
+    if out is None:
+        out = torch.empty_like(x)
+    return out.copy_(value)
+
+
+def apply_normal(x: Tensor, z: Tensor, law: Law | Tensor, out: Tensor | None = None) -> Tensor:
+    """``x * (1 + scale * z)``, the factor computed in double precision."""
+    dtype = COMPUTE_DTYPE[x.dtype]
+    factor = 1.0 + trailing(law, x.device)[1] * z
+    if out is None:
+        out = torch.empty_like(x)
+    return out.copy_(x.to(dtype) * factor.to(dtype))

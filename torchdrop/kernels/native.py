@@ -1,0 +1,196 @@
+"""Binding of the C kernels: a small shared library that knows neither Python nor libtorch, called through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from ctypes import c_char_p, c_int, c_int64, c_uint64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .law import Law
+from .masking import apply_mask, trailing
+
+NAME = "native"
+
+KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_KEEP, _DRAWS, _NORMAL = 4, 5, 6
+
+SERIAL = 2 * 16384
+"""Below this many elements one thread does the work."""
+
+_SHORTEST_ROW = 64
+"""A row of its own costs a chunk of draws; where a law changes more often than this, drawing first is cheaper."""
+
+_ANY_WIDTH = -1
+
+_LIBRARY = Path(__file__).with_name("_native.dll" if sys.platform == "win32" else "_native.so")
+
+
+class _Library:
+    """The functions of one compiled library, with their argument types."""
+
+    def __init__(self, path: Path) -> None:
+        lib = ctypes.CDLL(str(path))
+        self.masked = lib.td_masked
+        self.masked.argtypes = [c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_uint64] + [c_void_p] * 2
+        self.masked.argtypes += [c_int64, c_int, c_int]
+        self.masked.restype = None
+        self.spread = lib.td_spread
+        self.spread.argtypes = [c_int, c_void_p, c_void_p, c_void_p, c_int] + [c_void_p] * 5 + [c_int, c_int]
+        self.spread.restype = c_int
+        self.philox_block = lib.td_philox_block
+        self.philox_block.argtypes = [c_uint64, c_void_p, c_void_p]
+        self.philox_block.restype = None
+        self.width, self.openmp = lib.td_width, lib.td_openmp
+        self.width.argtypes = self.openmp.argtypes = []
+        self.masked_row = _row_function(path)
+
+
+def _row_function(path: Path) -> Callable[[int, int, int, int, bytes, int], None]:
+    """The door for small tensors: kind, out, in, length, 16 bytes of key, law. It keeps the GIL, which costs less."""
+    try:
+        from . import _native  # type: ignore[attr-defined]
+
+        return _native.masked_row
+    except ImportError:  # compiled without Python's headers
+        function = ctypes.PyDLL(str(path)).td_masked_row
+        function.argtypes = [c_int, c_void_p, c_void_p, c_int64, c_char_p, c_void_p]
+        function.restype = None
+        return function
+
+
+def _load() -> tuple[_Library | None, str]:
+    if not _LIBRARY.exists():
+        return None, "its C kernels were not built: install a C compiler (gcc or clang), then reinstall torchdrop"
+    try:
+        return _Library(_LIBRARY), ""
+    except (OSError, AttributeError) as error:
+        return None, f"{_LIBRARY.name} could not be loaded ({error}): reinstall torchdrop"
+
+
+library, _why_not = _load()
+
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    # GNU OpenMP's threads do not survive a fork, and a parallel region in the child would wait for them for ever.
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def threads() -> int:
+    """As many threads as PyTorch uses; one in a forked child. The mask does not depend on it."""
+    return 1 if _forked else torch.get_num_threads()
+
+
+def unsupported_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
+    reasons = [_why_not] if library is None else []
+    if device.type != "cpu":
+        reasons.append(f"it works on CPU tensors, not on {device.type}")
+    if dtype not in KINDS:
+        reasons.append(f"it takes {', '.join(map(str, KINDS))}, not {dtype}")
+    return reasons
+
+
+def _rows(
+    kind: int, out: Tensor, x: Tensor | None, key: Tensor, law: Law | Tensor, shape: Sequence[int], start: int
+) -> None:
+    """Contiguous elements of a mask of shape ``key.shape[:-1] + shape``, in rows that share a key and a law."""
+    keys, full = len(key.shape) - 1, (*key.shape[:-1], *shape)
+    split = max(keys, _law_dims(law))
+    rows, length = math.prod(full[:split]), math.prod(full[split:])
+    key = key.contiguous()
+    if isinstance(law, Law):
+        address, step = law.address, 0
+    elif split == keys and _law_dims(law) == 0:
+        law = law.cpu().contiguous()
+        address, step = law.data_ptr(), 0
+    else:
+        law = law.cpu()[(slice(None),) * split + (0,) * (len(full) - split)].expand(*full[:split], 4).contiguous()
+        address, step = law.data_ptr(), 4
+    rows_per_key = max(math.prod(full[keys:split]), 1)
+    library.masked(  # type: ignore[union-attr]
+        kind, out.data_ptr(), None if x is None else x.data_ptr(), rows, length, rows_per_key, start,
+        key.data_ptr(), address, step, threads(), _ANY_WIDTH,
+    )  # fmt: skip
+
+
+def _law_dims(law: Law | Tensor) -> int:
+    """How many leading dimensions a law varies over."""
+    if isinstance(law, Law):
+        return 0
+    return max((d + 1 for d, size in enumerate(law.shape[:-1]) if size > 1), default=0)
+
+
+def _in_rows(law: Law | Tensor, key: Tensor, shape: Sequence[int]) -> bool:
+    keys, dims = len(key.shape) - 1, _law_dims(law)
+    return dims <= keys or math.prod(shape[dims - keys :]) >= _SHORTEST_ROW
+
+
+def draws(shape: Sequence[int], key: Tensor, start: int = 0) -> Tensor:
+    out = torch.empty((*key.shape[:-1], *shape), dtype=torch.int64)
+    _rows(_DRAWS, out, None, key, _NO_LAW, shape, start)
+    return out
+
+
+def standard_normal(shape: Sequence[int], key: Tensor, start: int = 0) -> Tensor:
+    out = torch.empty((*key.shape[:-1], *shape), dtype=torch.float64)
+    _rows(_NORMAL, out, None, key, _NO_LAW, shape, start)
+    return out
+
+
+_NO_LAW = Law(0, 0.0)
+
+
+def keep_mask(shape: Sequence[int], key: Tensor, law: Law | Tensor, start: int = 0) -> Tensor:
+    if not _in_rows(law, key, shape):
+        return draws(shape, key, start) < trailing(law, key.device)[0]
+    out = torch.empty((*key.shape[:-1], *shape), dtype=torch.bool)
+    _rows(_KEEP, out, None, key, law, shape, start)
+    return out
+
+
+def masked(
+    x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int], start: int = 0, out: Tensor | None = None
+) -> Tensor:
+    if out is None:
+        out = torch.empty_like(x)
+    if (*key.shape[:-1], *shape) == x.shape and x.is_contiguous() and out.is_contiguous() and _in_rows(law, key, shape):
+        _rows(KINDS[x.dtype], out, x, key, law, shape, start)
+        return out
+    kept = keep_mask(shape, key, law, start)
+    if _law_dims(law):
+        return apply_mask(x, kept, law, out)
+    _spread(x, kept.expand(x.shape), law, out)
+    return out
+
+
+def _spread(x: Tensor, kept: Tensor, law: Law | Tensor, out: Tensor) -> None:
+    """A mask of x's shape, any strides: dimensions in the order of the output's memory, merged where all agree."""
+    strides = zip(x.shape, out.stride(), x.stride(), kept.stride(), strict=True)
+    dims: list[list[int]] = []
+    for size, *steps in sorted((d for d in strides if d[0] != 1), key=lambda d: -d[1]):
+        if dims and all(outer == inner * size for outer, inner in zip(dims[-1][1:], steps, strict=True)):
+            dims[-1] = [dims[-1][0] * size, *steps]
+        else:
+            dims.append([size, *steps])
+    columns = [(c_int64 * len(dims))(*column) for column in zip(*dims, strict=True)] if dims else [(c_int64 * 1)(1)] * 4
+    if not isinstance(law, Law):
+        law = law.cpu().reshape(4).contiguous()
+    failed = library.spread(  # type: ignore[union-attr]
+        KINDS[x.dtype], out.data_ptr(), x.data_ptr(), kept.data_ptr(), max(len(dims), 1), *columns,
+        law.address if isinstance(law, Law) else law.data_ptr(), threads(), _ANY_WIDTH,
+    )  # fmt: skip
+    if failed:
+        raise RuntimeError(f"torchdrop's native kernels take at most 64 dimensions, got {x.dim()}")

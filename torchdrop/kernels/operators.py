@@ -1,0 +1,178 @@
+"""The registered operators, and the roads to them.
+
+``torchdrop::masked`` and ``torchdrop::gaussian`` are linear in x up to a constant, and their derivative is the same map
+under the law's linear part. Backward, double backward, forward mode and vmap all follow from that one fact, so both
+operators come out of `_define`.
+
+Three roads lead to a kernel, and all give the same result:
+
+- plain: ordinary tensors in eager mode. Straight to the backend, under a lean autograd.Function if a gradient is wanted.
+- transformed: torch.func transforms and forward-mode AD, through an autograd.Function with all the rules.
+- operator: torch.compile, torch.export, fake tensors, subclasses and dispatch or function modes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
+from torch.nn import Parameter
+
+from .. import kernels
+from .law import Law, linear
+
+Runner = Callable[..., Tensor]
+Operator = Callable[..., Tensor]
+
+_is_compiling = torch.compiler.is_compiling
+_transformed = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_tracing = torch._C._get_tracing_state
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether nothing watches: no transform, mode, trace or subclass that would have to see what is done to x."""
+    kind = type(x)
+    return (
+        (kind is Tensor or kind is Parameter)
+        and not _transformed()
+        and not _dispatch_modes()
+        and not _function_modes()
+        and forward_ad._current_level < 0
+        and _tracing() is None
+        and not x.is_meta
+    )
+
+
+def _batch(
+    batch_size: int, in_dims: Sequence[int | None], x: Tensor, key: Tensor, law: Tensor, shape: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """The arguments of one call that does what `batch_size` calls would, with the new dimension first.
+
+    A batched key gives every call its own mask; an unbatched one is shared, so the mask has a one there.
+    """
+    x_dim, key_dim, law_dim = in_dims[:3]
+    shape = list(shape)
+    x = x.expand(batch_size, *x.shape) if x_dim is None else x.movedim(x_dim, 0)
+    if key_dim is not None:
+        key = key.movedim(key_dim, 0)
+    elif key.dim() > 1:
+        key = key.unsqueeze(0)
+    else:
+        shape = [1, *shape]
+    if law_dim is not None:
+        law = law.movedim(law_dim, 0)
+        if law.dim() == 2:
+            law = law.reshape(batch_size, *[1] * (x.dim() - 1), law.shape[-1])
+    elif law.dim() > 1:
+        law = law.unsqueeze(0)
+    return x, key, law, shape
+
+
+def _define(name: str, run: Runner) -> Operator:
+    qualified = f"torchdrop::{name}"
+    torch.library.define(qualified, "(Tensor x, Tensor key, Tensor law, SymInt[] shape) -> Tensor")
+    registered = getattr(torch.ops.torchdrop, name).default
+
+    @torch.library.impl(qualified, "default")
+    def implementation(x: Tensor, key: Tensor, law: Tensor, shape: Sequence[int]) -> Tensor:
+        return run(x, key, law, tuple(shape))
+
+    @torch.library.register_fake(qualified)
+    def fake(x: Tensor, key: Tensor, law: Tensor, shape: Sequence[int]) -> Tensor:
+        return torch.empty_like(x)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, key, law, ctx.shape = inputs
+        ctx.save_for_backward(key, law)
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        key, law = ctx.saved_tensors
+        return registered(grad, key, linear(law), ctx.shape), None, None, None
+
+    def batched(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Tensor, int]:
+        return registered(*_batch(info.batch_size, in_dims, *args)), 0
+
+    torch.library.register_autograd(qualified, backward, setup_context=setup_context)
+    torch.library.register_vmap(qualified, batched)
+
+    class Transformed(torch.autograd.Function):
+        @staticmethod
+        def forward(x: Tensor, key: Tensor, law: Tensor, shape: Sequence[int]) -> Tensor:
+            return registered(x, key, law, shape)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+            setup_context(ctx, inputs, output)
+            ctx.save_for_forward(inputs[1], inputs[2])
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+            key, law = ctx.saved_tensors
+            return transformed(grad, key, cast(Tensor, linear(law)), ctx.shape), None, None, None
+
+        @staticmethod
+        def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:  # type: ignore[override]
+            key, law = ctx.saved_tensors
+            return transformed(tangent, key, cast(Tensor, linear(law)), ctx.shape)
+
+        @staticmethod
+        def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Tensor, int]:
+            return transformed(*_batch(info.batch_size, in_dims, *args)), 0
+
+    def transformed(x: Tensor, key: Tensor, law: Tensor, shape: Sequence[int]) -> Tensor:
+        return Transformed.apply(x, key, law, shape)
+
+    def written(x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int]) -> Tensor:
+        run(x, key, law, shape, 0, x)
+        if not x.is_inference():
+            increment_version(x)  # a kernel writes through an address, unseen by autograd
+        return x
+
+    class Recorded(torch.autograd.Function):
+        """The lean one: 16 bytes of key and a law stay for backward, as plain attributes."""
+
+        @staticmethod
+        def forward(
+            ctx: Any, x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int], inplace: bool
+        ) -> Tensor:
+            ctx.key, ctx.law, ctx.shape = key, law, shape
+            if inplace:
+                ctx.mark_dirty(x)
+                return written(x, key, law, shape)
+            return run(x, key, law, shape)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+            return call(grad, ctx.key, linear(ctx.law), ctx.shape), None, None, None, None
+
+    # Function.apply looks for transforms first; `is_plain` has seen that there are none.
+    record = super(torch.autograd.Function, Recorded).apply  # type: ignore[misc]
+
+    def call(x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int], inplace: bool = False) -> Tensor:
+        if not _is_compiling() and is_plain(x):
+            if x.requires_grad and torch.is_grad_enabled():
+                return record(x, key, law, shape, inplace)
+            return written(x, key, law, shape) if inplace else run(x, key, law, shape)
+        if isinstance(law, Law):
+            law = law.tensor()
+        road = registered if _is_compiling() or not (_transformed() or forward_ad._current_level >= 0) else transformed
+        out = road(x, key, law, shape)
+        return x.copy_(out) if inplace else out
+
+    return call
+
+
+masked = _define("masked", kernels.masked)
+"""``masked(x, key, law, shape, inplace=False)``: ``x * scale + shift`` where kept, `fill` elsewhere, differentiable in x.
+
+A law given as a tensor gets no gradient.
+"""
+
+gaussian = _define("gaussian", kernels.gaussian)
+"""``gaussian(x, key, law, shape, inplace=False)``: ``x * (1 + scale * z)`` with z standard normal, differentiable in x."""

@@ -1,0 +1,214 @@
+"""The keep probability of a layer: how it is given, checked, held and turned into a law."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from .. import kernels
+from ..kernels.law import ONE, Formula, Law, inverted, law, law_tensor
+from ..kernels.masking import COMPUTE_DTYPE
+from ..random import check_generator
+
+_is_compiling = torch.compiler.is_compiling
+_transformed = torch._C._are_functorch_transforms_active
+
+Rate = float | Tensor
+
+
+class _Default(float):
+    """torch.nn's default rate, told apart from a 0.5 that the caller wrote."""
+
+
+DEFAULT_P = _Default(0.5)
+
+
+def read_rate(p: Any, keep_prob: Any) -> tuple[Rate, Rate]:
+    """The two views of one rate, (keep_prob, p), from whichever of them was given.
+
+    Raises:
+        TypeError: both are given, or neither, or one that is neither a number nor a tensor.
+        ValueError: the rate is outside [0, 1] or NaN, or a tensor that is not floating point or wants a gradient.
+    """
+    if keep_prob is None:
+        if p is None:
+            raise TypeError("give the rate as p or as keep_prob, got None for both")
+        p = _checked("p", p)
+        return 1.0 - p, p
+    if p is not DEFAULT_P and p is not None:
+        raise TypeError(f"give the rate as p or as keep_prob, not both: got p={p} and keep_prob={keep_prob}")
+    keep_prob = _checked("keep_prob", keep_prob)
+    if isinstance(keep_prob, Tensor):
+        return keep_prob, 1.0 - keep_prob
+    return keep_prob, round(1.0 - keep_prob, 15)
+
+
+def _checked(name: str, value: Any) -> Rate:
+    if isinstance(value, Tensor):
+        return _checked_tensor(name, value)
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
+    value = float(value)
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(_outside(name, value))
+    return value
+
+
+def _outside(name: str, value: Any) -> str:
+    if name == "p":
+        return f"dropout probability has to be between 0 and 1, but got {value}"
+    return f"{name} must be in [0, 1], got {value}"
+
+
+def _checked_tensor(name: str, value: Tensor) -> Tensor:
+    if not value.is_floating_point():
+        raise ValueError(f"{name} must be a floating-point tensor, got {value.dtype}")
+    if value.requires_grad:
+        raise ValueError(f"{name} gets no gradient through a mask: pass {name}.detach()")
+    if value.is_cpu and not (_is_compiling() or _transformed()):
+        wrong = value[~((value >= 0) & (value <= 1))]
+        if wrong.numel():
+            raise ValueError(_outside(name, wrong[0].item()))
+    return value
+
+
+def check_input(input: Any, name: str) -> None:
+    """Refuses, before anything is drawn, what no kernel takes, or what the forced backend does not.
+
+    Raises:
+        TypeError: `input` is no tensor or has another layout than strided.
+        RuntimeError: an integer tensor; torch.nn's class and leading text. Or the forced backend cannot serve it.
+        NotImplementedError: a complex tensor, or another element type that is not served.
+    """
+    if not isinstance(input, Tensor):
+        raise TypeError(f"{name}(): argument 'input' (position 1) must be Tensor, not {type(input).__name__}")
+    dtype = input.dtype
+    if dtype not in COMPUTE_DTYPE:
+        served = ", ".join(str(d).removeprefix("torch.") for d in COMPUTE_DTYPE)
+        if not (dtype.is_floating_point or dtype.is_complex):
+            kind = "Bool" if dtype is torch.bool else "Long" if dtype is torch.int64 else str(dtype).removeprefix("torch.")
+            raise RuntimeError(
+                f"result type Float can't be cast to the desired output type {kind}: {name} takes {served} tensors; "
+                "convert the input with .float() first"
+            )
+        raise NotImplementedError(f"{name} is not implemented for {dtype}: it takes {served} tensors")
+    if input.layout is not torch.strided:
+        raise TypeError(f"{name} takes strided tensors, got the layout {input.layout}: apply it to the tensor of values")
+    if kernels._forced is not None:
+        kernels.backend_for(input.device, dtype)
+
+
+def check_inplace(input: Tensor) -> None:
+    """Refuses what must not be written to, with PyTorch's words, before it is.
+
+    Raises:
+        RuntimeError: a leaf that wants a gradient, a view of one, or a tensor whose elements share memory.
+    """
+    if torch.is_grad_enabled() and input.requires_grad:
+        if input.is_leaf:
+            raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
+        if input._is_view() and input._base is not None and input._base.is_leaf and input._base.requires_grad:
+            raise RuntimeError("a view of a leaf Variable that requires grad is being used in an in-place operation.")
+    if any(stride == 0 and size > 1 for size, stride in zip(input.shape, input.stride(), strict=True)):
+        raise RuntimeError(
+            "unsupported operation: more than one element of the written-to tensor refers to a single memory location. "
+            "Please clone() the tensor before performing the operation."
+        )
+
+
+def law_for(keep_prob: Rate, formula: Formula, shape: Sequence[int]) -> Law | Tensor:
+    """The law of a rate that is a number, or a tensor that broadcasts against a mask of this shape.
+
+    Raises:
+        ValueError: it does not broadcast, or would make the mask larger.
+    """
+    if not isinstance(keep_prob, Tensor):
+        if _is_compiling():
+            return law_tensor(torch.full((), keep_prob, dtype=torch.float64), formula)
+        return law(keep_prob, formula)
+    if keep_prob.dim() == 0:
+        if keep_prob.is_cpu and not (_is_compiling() or _transformed()) and type(keep_prob) is Tensor:
+            return law(keep_prob.item(), formula)
+        return law_tensor(keep_prob, formula)
+    missing = len(shape) - keep_prob.dim()
+    sizes = (1,) * missing + tuple(keep_prob.shape)
+    if missing < 0 or any(size not in (1, full) for size, full in zip(sizes, shape, strict=True)):
+        raise ValueError(
+            f"keep_prob of shape {tuple(keep_prob.shape)} does not broadcast against the mask's shape {tuple(shape)}"
+        )
+    return law_tensor(keep_prob.reshape(sizes), formula)
+
+
+def realised(keep_prob: Rate) -> Rate:
+    """The keep probability that the threshold really has: within 2**-32 of the nominal one."""
+    if isinstance(keep_prob, Tensor) or _is_compiling():
+        return law_tensor(torch.as_tensor(keep_prob, dtype=torch.float64))[..., 0] / ONE
+    return law(keep_prob).threshold / ONE
+
+
+class Rated(_DropoutNd):
+    """A layer with a rate, in two views: `keep_prob`, the probability of keeping, and torch.nn's `p`.
+
+    Either can be read and set. A number set here reaches a compiled model as the value of a tensor, so it does not
+    recompile.
+    """
+
+    _formula: Formula = staticmethod(inverted)
+
+    def __init__(
+        self, p: Any, inplace: bool, keep_prob: Any, generator: torch.Generator | None
+    ) -> None:
+        nn.Module.__init__(self)
+        check_generator(generator)
+        self.inplace = inplace
+        self.generator = generator
+        self._hold(*read_rate(p, keep_prob))
+
+    def _hold(self, keep_prob: Rate, p: Rate) -> None:
+        self._check_rate(keep_prob)
+        number = None if isinstance(keep_prob, Tensor) else law(keep_prob, self._formula)
+        self._keep_prob, self._p, self._law = keep_prob, p, number
+        self._law_tensor = None if number is None else number.tensor()
+
+    def _check_rate(self, keep_prob: Rate) -> None:
+        """What a layer demands of its rate beyond [0, 1]."""
+
+    @property
+    def keep_prob(self) -> Rate:
+        """The probability that an element is kept."""
+        return self._keep_prob
+
+    @keep_prob.setter
+    def keep_prob(self, value: Any) -> None:
+        if value is None:
+            raise TypeError("keep_prob must be a number or a tensor, got NoneType")
+        self._hold(*read_rate(None, value))
+
+    @property
+    def p(self) -> Rate:  # type: ignore[override]
+        """The probability that an element is dropped: 1 - keep_prob."""
+        return self._p
+
+    @p.setter
+    def p(self, value: Any) -> None:
+        self._hold(*read_rate(value, None))
+
+    def _law_for(self, shape: Sequence[int]) -> Law | Tensor:
+        if self._law_tensor is None:
+            return law_for(self._keep_prob, self._formula, shape)
+        return self._law_tensor if _is_compiling() else self._law  # type: ignore[return-value]
+
+    def extra_repr(self) -> str:
+        p = f"<tensor of shape {tuple(self._p.shape)}>" if isinstance(self._p, Tensor) else self._p
+        return f"p={p}, inplace={self.inplace}"
+
+
+def keeps_all(law: Law | Tensor) -> bool:
+    """Whether it is known, without looking into a tensor, that nothing is dropped."""
+    return isinstance(law, Law) and law.threshold == ONE
+

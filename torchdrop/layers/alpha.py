@@ -1,0 +1,152 @@
+"""Alpha dropout, for networks of SELUs: `alpha_dropout`, `feature_alpha_dropout` and their modules.
+
+With k the keep probability, m ~ Bernoulli(k) and A = 1.7580993408473766, minus SELU's value at minus infinity,
+
+    y = a (x m - A (1 - m)) + b,   a = ((A^2 (1 - k) + 1) k)^(-1/2),   b = a A (1 - k)
+
+which keeps mean 0 and variance 1 (Klambauer et al., NeurIPS 2017, section 3).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.law import alpha
+from ._rate import DEFAULT_P, Rated, check_input, law_for, read_rate
+from .bernoulli import check_channels, drop
+
+
+def alpha_dropout(
+    input: Tensor,
+    p: Any = DEFAULT_P,
+    training: bool = False,
+    inplace: bool = False,
+    *,
+    keep_prob: Any = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Sets dropped elements to SELU's saturation value, then scales and shifts so that mean 0 and variance 1 stay.
+
+    ``y = a (x m - A (1 - m)) + b`` with the constants of this module. With keep_prob 1 and in eval mode (the default here,
+    as in torch.nn.functional) the input itself is returned; with keep_prob 0 the output is 0, as in torch.nn.functional.
+
+    Args:
+        input: float16, bfloat16, float32 or float64, of any shape, strides and memory format.
+        p: probability of dropping, in [0, 1]. Default: 0.5.
+        training: whether dropout is applied.
+        inplace: whether the result is written into `input`.
+        keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against the input.
+        generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
+
+    Returns:
+        A tensor of the input's shape, dtype and memory format; the input itself in eval mode, with k = 1 and in place.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `dropout`.
+
+    References:
+        Klambauer et al., Self-normalizing neural networks, NeurIPS 2017.
+
+    Example:
+        >>> import torch, torchdrop
+        >>> _ = torch.manual_seed(0)
+        >>> y = torchdrop.functional.alpha_dropout(torch.randn(100_000), 0.2, training=True)
+        >>> abs(y.mean()) < 0.02, abs(y.std() - 1) < 0.02
+        (tensor(True), tensor(True))
+    """
+    k, _ = read_rate(p, keep_prob)
+    if not training:
+        return input
+    check_input(input, "alpha_dropout")
+    return drop(input, law_for(k, alpha, input.shape), input.shape, inplace, generator)
+
+
+def _feature_shape(input: Tensor) -> tuple[int, ...]:
+    check_input(input, "feature_alpha_dropout")
+    check_channels(input)
+    return (*input.shape[:2], *[1] * (input.dim() - 2))
+
+
+def feature_alpha_dropout(
+    input: Tensor,
+    p: Any = DEFAULT_P,
+    training: bool = False,
+    inplace: bool = False,
+    *,
+    keep_prob: Any = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """`alpha_dropout` of whole channels of (N, C, ...): one draw for each channel of each sample.
+
+    The definition, what it preserves and the arguments are those of `alpha_dropout`.
+
+    Raises:
+        RuntimeError: the input has fewer than 2 dimensions.
+
+    Example:
+        >>> import torch, torchdrop
+        >>> x = torch.zeros(4, 8, 5)
+        >>> y = torchdrop.functional.feature_alpha_dropout(x, 0.25, training=True)
+        >>> torch.equal(y, y[:, :, :1].expand_as(y))
+        True
+    """
+    k, _ = read_rate(p, keep_prob)
+    if not training:
+        return input
+    shape = _feature_shape(input)
+    return drop(input, law_for(k, alpha, shape), shape, inplace, generator)
+
+
+class _Alpha(Rated):
+    _formula = staticmethod(alpha)
+
+    def __init__(
+        self,
+        p: Any = DEFAULT_P,
+        inplace: bool = False,
+        *,
+        keep_prob: Any = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(p, inplace, keep_prob=keep_prob, generator=generator)
+
+
+class AlphaDropout(_Alpha, nn.AlphaDropout):
+    """Module of `alpha_dropout`. A drop-in for torch.nn.AlphaDropout, whose `inplace` is stored and ignored; here it works.
+
+    See `Dropout` for the arguments and `alpha_dropout` for the definition.
+
+    Example:
+        >>> import torch, torchdrop
+        >>> x = torch.randn(1000)
+        >>> layer = torchdrop.AlphaDropout(0.1)
+        >>> layer(x).shape, layer.eval()(x) is x
+        (torch.Size([1000]), True)
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return input
+        check_input(input, "alpha_dropout")
+        return drop(input, self._law_for(input.shape), input.shape, self.inplace, self.generator)
+
+
+class FeatureAlphaDropout(_Alpha, nn.FeatureAlphaDropout):
+    """Module of `feature_alpha_dropout`: whole channels of (N, C, ...). A drop-in for torch.nn.FeatureAlphaDropout.
+
+    See `Dropout` for the arguments and `feature_alpha_dropout` for the definition.
+
+    Example:
+        >>> import torch, torchdrop
+        >>> torchdrop.FeatureAlphaDropout(0.1)(torch.randn(4, 8, 5, 5)).shape
+        torch.Size([4, 8, 5, 5])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return input
+        shape = _feature_shape(input)
+        return drop(input, self._law_for(shape), shape, self.inplace, self.generator)

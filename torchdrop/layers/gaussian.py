@@ -1,0 +1,121 @@
+"""Gaussian dropout: `gaussian_dropout` and `GaussianDropout`.
+
+    y = x (1 + sqrt((1 - k) / k) z),   z ~ N(0, 1)
+
+has the mean and the variance of inverted dropout with keep probability k (Srivastava et al., JMLR 2014, section 10).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import operators
+from ..kernels.law import gaussian
+from ..random import draw_key
+from ._rate import DEFAULT_P, Rate, Rated, check_input, check_inplace, keeps_all, law_for, read_rate
+
+
+def _check_positive(keep_prob: Rate) -> None:
+    if not isinstance(keep_prob, Tensor) and keep_prob <= 0.0:
+        raise ValueError(f"keep_prob must be in (0, 1] for Gaussian dropout, got {keep_prob}: its noise would be infinite")
+
+
+def _multiply(input: Tensor, law: Any, inplace: bool, generator: torch.Generator | None) -> Tensor:
+    if keeps_all(law):
+        return input
+    if inplace:
+        check_inplace(input)
+    return operators.gaussian(input, draw_key(input.device, generator), law, input.shape, inplace)
+
+
+def gaussian_dropout(
+    input: Tensor,
+    p: Any = DEFAULT_P,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    keep_prob: Any = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Multiplies by noise of mean 1 and variance (1 - k) / k, the first two moments of inverted dropout.
+
+    ``y = x (1 + sqrt((1 - k) / k) z)`` with z ~ N(0, 1): E[y] = x, Var[y] = x**2 (1 - k) / k. With k = 1 and in eval mode
+    the input itself is returned; k = 0 is refused. The noise comes from the same counter-based generator as the masks,
+    by Box and Muller's method on a symmetric grid, and is made again in backward.
+
+    Args:
+        input: float16, bfloat16, float32 or float64, of any shape, strides and memory format.
+        p: rate in [0, 1), with k = 1 - p. Default: 0.5.
+        training: whether noise is applied.
+        inplace: whether the result is written into `input`.
+        keep_prob: k, in place of `p`: a number, or a tensor that broadcasts against the input.
+        generator: where the noise's key is drawn from; PyTorch's default generator of the device if None.
+
+    Returns:
+        A tensor of the input's shape, dtype and memory format; the input itself in eval mode, with k = 1 and in place.
+
+    Raises:
+        ValueError: a rate outside [0, 1], or k = 0.
+        TypeError, RuntimeError: as `dropout`.
+
+    References:
+        Srivastava et al., JMLR 15, 2014, section 10; Wang and Manning, ICML 2013.
+
+    Example:
+        >>> import torch, torchdrop
+        >>> _ = torch.manual_seed(0)
+        >>> y = torchdrop.functional.gaussian_dropout(torch.ones(100_000), 0.2)
+        >>> abs(y.mean() - 1) < 0.01, abs(y.var() - 0.25) < 0.01
+        (tensor(True), tensor(True))
+    """
+    k, _ = read_rate(p, keep_prob)
+    _check_positive(k)
+    if not training:
+        return input
+    check_input(input, "gaussian_dropout")
+    return _multiply(input, law_for(k, gaussian, input.shape), inplace, generator)
+
+
+class GaussianDropout(Rated):
+    """Module of `gaussian_dropout`: y = x (1 + sqrt((1 - k) / k) z) in training, the input itself in eval mode.
+
+    Args:
+        p: rate in [0, 1), with k = 1 - p. Default: 0.5.
+        inplace: whether the result is written into the input.
+        keep_prob: k, in place of `p`: a number, or a tensor that broadcasts against the input.
+        generator: where the noise's keys are drawn from; PyTorch's default generator of the device if None.
+
+    Raises:
+        ValueError: a rate outside [0, 1], or k = 0.
+
+    Example:
+        >>> import torch, torchdrop
+        >>> x = torch.randn(1000)
+        >>> layer = torchdrop.GaussianDropout(keep_prob=0.9)
+        >>> layer(x).shape, layer.eval()(x) is x
+        (torch.Size([1000]), True)
+    """
+
+    _formula = staticmethod(gaussian)
+
+    def __init__(
+        self,
+        p: Any = DEFAULT_P,
+        inplace: bool = False,
+        *,
+        keep_prob: Any = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(p, inplace, keep_prob=keep_prob, generator=generator)
+
+    def _check_rate(self, keep_prob: Rate) -> None:
+        _check_positive(keep_prob)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return input
+        check_input(input, "gaussian_dropout")
+        return _multiply(input, self._law_for(input.shape), self.inplace, self.generator)
