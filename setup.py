@@ -15,7 +15,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("torchdrop/kernels/csrc")
-FLAGS = ["-O3", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"]
+FLAGS = ["-O3", "-g0", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"]
 
 
 def attempts(windows):
@@ -61,13 +61,6 @@ class BuildKernels(build_ext):
 
     def _undefined(self):
         return ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-
-    def copy_extensions_to_source(self):
-        if Path(self.get_ext_fullpath(self.extensions[0].name)).exists() or not self.inplace:
-            super().copy_extensions_to_source()
-
-    def get_outputs(self):
-        return [path for path in super().get_outputs() if Path(path).exists()]
 
 
 class AnyPython(bdist_wheel):

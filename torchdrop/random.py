@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import itertools
 import threading
 import warnings
 from collections.abc import Iterator
@@ -38,7 +39,9 @@ def draw_key(device: torch.device, generator: torch.Generator | None = None) -> 
     if generator is not None:
         return _from_generator(device, generator)
     if _is_compiling():
-        return torch.ops.torchdrop.draw_key(device=device)
+        if _transformed():  # the form for which vmap has its randomness modes
+            return torch.randint(2**63 - 1, (2,), device=device)
+        return torch.ops.torchdrop.draw_key(_call_number(), device=device)
     return _from_default(device)
 
 
@@ -92,20 +95,28 @@ def check_generator(generator: Any) -> None:
         raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
 
 
-# Under torch.compile, Inductor would put its own random numbers in place of torch.randint. An operator it does not know
-# stays; the tag and the argument named `device` are what activation checkpointing looks for.
+# Under torch.compile, Inductor would put its own random numbers in place of torch's. An operator it does not know stays;
+# the tag and the argument named `device` are what activation checkpointing looks for. `call` is another number for
+# every call in a graph: the partitioner merges equal calls, random or not, and two layers would share their masks.
 torch.library.define(
-    "torchdrop::draw_key", "(*, Device device) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,)
+    "torchdrop::draw_key", "(int call, *, Device device) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,)
 )
+
+_numbers = itertools.count()
+
+
+@torch.compiler.assume_constant_result
+def _call_number() -> int:
+    return next(_numbers)
 
 
 @torch.library.impl("torchdrop::draw_key", "default")
-def _draw_key(*, device: torch.device) -> Tensor:
+def _draw_key(call: int, *, device: torch.device) -> Tensor:
     return _from_default(device)
 
 
 @torch.library.register_fake("torchdrop::draw_key")
-def _fake_key(*, device: torch.device) -> Tensor:
+def _fake_key(call: int, *, device: torch.device) -> Tensor:
     return torch.empty((2,), dtype=torch.int64, device=device)
 
 

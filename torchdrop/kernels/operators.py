@@ -33,6 +33,7 @@ _transformed = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _tracing = torch._C._get_tracing_state
+_has_storage = torch._C._has_storage
 
 
 def is_plain(x: Tensor) -> bool:
@@ -45,6 +46,7 @@ def is_plain(x: Tensor) -> bool:
         and not _function_modes()
         and forward_ad._current_level < 0
         and _tracing() is None
+        and _has_storage(x)  # not so for the batched gradients of autograd.grad
         and not x.is_meta
     )
 

@@ -13,7 +13,8 @@ from torch.nn.modules.dropout import _DropoutNd
 from .. import kernels
 from ..kernels.law import ONE, Formula, Law, inverted, law, law_tensor
 from ..kernels.masking import COMPUTE_DTYPE
-from ..random import check_generator
+from ..kernels.operators import Operator
+from ..random import check_generator, draw_key
 
 _is_compiling = torch.compiler.is_compiling
 _transformed = torch._C._are_functorch_transforms_active
@@ -208,7 +209,23 @@ class Rated(_DropoutNd):
         return f"p={p}, inplace={self.inplace}"
 
 
-def keeps_all(law: Law | Tensor) -> bool:
-    """Whether it is known, without looking into a tensor, that nothing is dropped."""
-    return isinstance(law, Law) and law.threshold == ONE
+def apply(
+    operator: Operator,
+    input: Tensor,
+    law: Law | Tensor,
+    shape: Sequence[int],
+    inplace: bool,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """A checked `input` under an operator and a law, with a new key. The input itself where nothing is dropped.
 
+    A key is drawn then, too: what the layers after this one draw must not depend on its rate. Compiled code, which cannot
+    see the rate, does the same. Only vmap, where drawing may be forbidden, is spared it.
+    """
+    if inplace:
+        check_inplace(input)
+    keeps_all = isinstance(law, Law) and law.threshold == ONE
+    if keeps_all and _transformed():
+        return input
+    key = draw_key(input.device, generator)
+    return input if keeps_all else operator(input, key, law, shape, inplace)

@@ -23,6 +23,7 @@ _transformed = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _tracing = torch._C._get_tracing_state
+_has_storage = torch._C._has_storage
 _key = random.key_bytes
 _kind_of = native.KINDS.get
 _row: Any = native.library.masked_row if native.library is not None else None
@@ -35,6 +36,7 @@ def short(x: Tensor, law: Law) -> Tensor | None:
     kind = type(x)
     if (
         (kind is not Tensor and kind is not Parameter)
+        or not _has_storage(x)
         or not x.is_cpu
         or not x.is_contiguous()
         or _row is None
@@ -50,9 +52,9 @@ def short(x: Tensor, law: Law) -> Tensor | None:
     code, n = _kind_of(x.dtype), x.numel()
     if code is None or n >= native.SERIAL:
         return None
+    _key.draw()
     if law.threshold == ONE:
         return x
-    _key.draw()
     key = _key.memory.raw
     if x.requires_grad and _is_grad_enabled():
         return _record(x, (code, n, key, law.address, law))
@@ -75,6 +77,7 @@ class _Short(torch.autograd.Function):
         code, n, key, address, law = ctx.state
         if (
             type(grad) is Tensor
+            and _has_storage(grad)
             and grad.is_contiguous()
             and not _is_grad_enabled()
             and not _transformed()

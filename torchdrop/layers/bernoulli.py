@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from ..kernels import operators
 from ..kernels.law import Formula, Law, original
 from ..kernels.law import inverted as inverted_formula
-from ..random import draw_key
-from ._rate import DEFAULT_P, Rate, Rated, check_input, check_inplace, keeps_all, law_for, read_rate, realised
+from ._rate import DEFAULT_P, Rate, Rated, apply, check_input, law_for, read_rate, realised
 from ._short import short
 
 _is_compiling = torch.compiler.is_compiling
@@ -39,11 +38,7 @@ def drop(
     generator: torch.Generator | None,
 ) -> Tensor:
     """A checked `input` under the law and a new mask of this shape. The input itself where nothing is dropped."""
-    if keeps_all(law):
-        return input
-    if inplace:
-        check_inplace(input)
-    return operators.masked(input, draw_key(input.device, generator), law, shape, inplace)
+    return apply(operators.masked, input, law, shape, inplace, generator)
 
 
 def mask_shape(input: Tensor, shared_axes: Axes, noise_shape: NoiseShape) -> Sequence[int]:

@@ -14,21 +14,12 @@ from torch import Tensor
 
 from ..kernels import operators
 from ..kernels.law import gaussian
-from ..random import draw_key
-from ._rate import DEFAULT_P, Rate, Rated, check_input, check_inplace, keeps_all, law_for, read_rate
+from ._rate import DEFAULT_P, Rate, Rated, apply, check_input, law_for, read_rate
 
 
 def _check_positive(keep_prob: Rate) -> None:
     if not isinstance(keep_prob, Tensor) and keep_prob <= 0.0:
         raise ValueError(f"keep_prob must be in (0, 1] for Gaussian dropout, got {keep_prob}: its noise would be infinite")
-
-
-def _multiply(input: Tensor, law: Any, inplace: bool, generator: torch.Generator | None) -> Tensor:
-    if keeps_all(law):
-        return input
-    if inplace:
-        check_inplace(input)
-    return operators.gaussian(input, draw_key(input.device, generator), law, input.shape, inplace)
 
 
 def gaussian_dropout(
@@ -76,7 +67,7 @@ def gaussian_dropout(
     if not training:
         return input
     check_input(input, "gaussian_dropout")
-    return _multiply(input, law_for(k, gaussian, input.shape), inplace, generator)
+    return apply(operators.gaussian, input, law_for(k, gaussian, input.shape), input.shape, inplace, generator)
 
 
 class GaussianDropout(Rated):
@@ -118,4 +109,6 @@ class GaussianDropout(Rated):
         if not self.training:
             return input
         check_input(input, "gaussian_dropout")
-        return _multiply(input, self._law_for(input.shape), self.inplace, self.generator)
+        return apply(
+            operators.gaussian, input, self._law_for(input.shape), input.shape, self.inplace, self.generator
+        )
