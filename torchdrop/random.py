@@ -226,7 +226,11 @@ def frozen_masks(model: nn.Module, seed: int = 0) -> Iterator[None]:
         raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
     if not _LOW <= seed <= 2 * _HIGH + 1:
         raise ValueError(f"seed must fit in 64 bits, got {seed}")
-    stock = [name for name, m in model.named_modules() if isinstance(m, _DropoutNd) and type(m).__module__.startswith("torch.")]
+    stock = [
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, _DropoutNd) and type(m).__module__.startswith("torch.")
+    ]
     if stock:
         raise ValueError(
             f"the model has dropout modules of torch.nn, whose masks cannot be frozen: {', '.join(stock)}. "

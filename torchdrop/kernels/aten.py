@@ -50,9 +50,7 @@ def draws(shape: Sequence[int], key: Tensor, start: int = 0) -> Tensor:
 
 def standard_normal(shape: Sequence[int], key: Tensor, start: int = 0) -> Tensor:
     _no_start(start)
-    return _for_each_key(
-        key, lambda g: torch.randn(tuple(shape), generator=g, dtype=torch.float64, device=key.device)
-    )
+    return _for_each_key(key, lambda g: torch.randn(tuple(shape), generator=g, dtype=torch.float64, device=key.device))
 
 
 def keep_mask(shape: Sequence[int], key: Tensor, law: Law | Tensor, start: int = 0) -> Tensor:

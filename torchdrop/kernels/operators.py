@@ -140,9 +140,7 @@ def _define(name: str, run: Runner) -> Operator:
         """The lean one: 16 bytes of key and a law stay for backward, as plain attributes."""
 
         @staticmethod
-        def forward(
-            ctx: Any, x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int], inplace: bool
-        ) -> Tensor:
+        def forward(ctx: Any, x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int], inplace: bool) -> Tensor:
             ctx.key, ctx.law, ctx.shape = key, law, shape
             if inplace:
                 ctx.mark_dirty(x)

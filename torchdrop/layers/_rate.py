@@ -92,14 +92,18 @@ def check_input(input: Any, name: str) -> None:
     if dtype not in COMPUTE_DTYPE:
         served = ", ".join(str(d).removeprefix("torch.") for d in COMPUTE_DTYPE)
         if not (dtype.is_floating_point or dtype.is_complex):
-            kind = "Bool" if dtype is torch.bool else "Long" if dtype is torch.int64 else str(dtype).removeprefix("torch.")
+            kind = (
+                "Bool" if dtype is torch.bool else "Long" if dtype is torch.int64 else str(dtype).removeprefix("torch.")
+            )
             raise RuntimeError(
                 f"result type Float can't be cast to the desired output type {kind}: {name} takes {served} tensors; "
                 "convert the input with .float() first"
             )
         raise NotImplementedError(f"{name} is not implemented for {dtype}: it takes {served} tensors")
     if input.layout is not torch.strided:
-        raise TypeError(f"{name} takes strided tensors, got the layout {input.layout}: apply it to the tensor of values")
+        raise TypeError(
+            f"{name} takes strided tensors, got the layout {input.layout}: apply it to the tensor of values"
+        )
     if kernels._forced is not None:
         kernels.backend_for(input.device, dtype)
 
@@ -161,9 +165,7 @@ class Rated(_DropoutNd):
 
     _formula: Formula = staticmethod(inverted)
 
-    def __init__(
-        self, p: Any, inplace: bool, keep_prob: Any, generator: torch.Generator | None
-    ) -> None:
+    def __init__(self, p: Any, inplace: bool, keep_prob: Any, generator: torch.Generator | None) -> None:
         nn.Module.__init__(self)
         check_generator(generator)
         self.inplace = inplace

@@ -19,7 +19,9 @@ from ._rate import DEFAULT_P, Rate, Rated, apply, check_input, law_for, read_rat
 
 def _check_positive(keep_prob: Rate) -> None:
     if not isinstance(keep_prob, Tensor) and keep_prob <= 0.0:
-        raise ValueError(f"keep_prob must be in (0, 1] for Gaussian dropout, got {keep_prob}: its noise would be infinite")
+        raise ValueError(
+            f"keep_prob must be in (0, 1] for Gaussian dropout, got {keep_prob}: its noise would be infinite"
+        )
 
 
 def gaussian_dropout(
@@ -109,6 +111,4 @@ class GaussianDropout(Rated):
         if not self.training:
             return input
         check_input(input, "gaussian_dropout")
-        return apply(
-            operators.gaussian, input, self._law_for(input.shape), input.shape, self.inplace, self.generator
-        )
+        return apply(operators.gaussian, input, self._law_for(input.shape), input.shape, self.inplace, self.generator)

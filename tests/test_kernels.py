@@ -1,0 +1,336 @@
+"""The bit stream and the kernels: known answers, an independent Philox, and every backend against the reference."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import torchdrop
+from torchdrop import kernels
+from torchdrop.kernels import native, reference
+from torchdrop.kernels.law import ONE, Law, alpha, inverted, law, law_tensor, original
+
+from .statistical import check_rate, draws_for
+from .strategies import DTYPES, keep_probs, keys, shared, tensors
+
+needs_native = pytest.mark.skipif(native.library is None, reason="the C kernels are not built")
+
+KEY = torch.tensor([0x0123456789ABCDEF, -0x0FEDCBA987654321])
+
+
+def block_of(number: int, key: list[int]) -> list[int]:
+    """Four words of the native library's plain Philox."""
+    words = (ctypes.c_uint32 * 4)()
+    held = torch.tensor(key)
+    assert native.library is not None
+    native.library.philox_block(number % 2**64, held.data_ptr(), ctypes.addressof(words))
+    return list(words)
+
+
+def signed(word: int) -> int:
+    return word - 2**64 if word >= 2**63 else word
+
+
+# Random123's kat_vectors, philox4x32 with 10 rounds: counter, key, answer.
+KNOWN_ANSWERS = [
+    ([0, 0, 0, 0], [0, 0], [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+    ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+    (
+        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+        [0xA4093822, 0x299F31D0],
+        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "answer"), KNOWN_ANSWERS)
+def test_philox_gives_the_published_answers(counter: list[int], key: list[int], answer: list[int]) -> None:
+    block = signed(counter[0] | counter[1] << 32)
+    pair = [signed(key[0] | key[1] << 32), signed(counter[2] | counter[3] << 32)]
+    got = [int(w) for w in reference.philox(torch.tensor(block), torch.tensor(pair))]
+    assert got == answer
+    if native.library is not None:
+        assert block_of(block, pair) == answer
+
+
+@given(st.integers(0, 2**61 - 1), st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1))
+def test_draws_are_those_of_an_independent_philox(block: int, seed: int, stream: int) -> None:
+    def independent(number: int) -> list[int]:
+        from randomgen import Philox
+
+        generator = Philox(counter=0, key=seed, number=4, width=32)
+        # randomgen steps the counter before it draws.
+        counter = (number | stream << 64) - 1
+        state = generator.state
+        state["state"]["counter"] = np.array([counter >> 32 * j & 0xFFFFFFFF for j in range(4)], dtype=np.uint32)
+        state["buffer_pos"] = 4
+        generator.state = state
+        return [int(w) for w in generator.random_raw(4)]
+
+    upper, lower = independent(block), independent(block + 2**61)
+    halves = [[w >> 16 * half & 0xFFFF for w in plane for half in (0, 1)] for plane in (upper, lower)]
+    expected = [high << 16 | low for high, low in zip(*halves, strict=True)]
+    key = torch.tensor([signed(seed), signed(stream)])
+    assert reference.draws((8,), key, 8 * block).tolist() == expected
+    if native.library is not None:
+        assert native.draws((8,), key, 8 * block).tolist() == expected
+
+
+@needs_native
+@given(st.data(), tensors(), keep_probs, st.sampled_from([inverted, original, alpha]), st.booleans())
+def test_native_equals_reference_bit_for_bit(
+    data: st.DataObject, x: Tensor, k: float, formula: object, as_tensor: bool
+) -> None:
+    key = data.draw(keys())
+    shape = data.draw(shared(tuple(x.shape)))
+    drawn = law(k, formula)  # type: ignore[arg-type]
+    given_law = drawn.tensor() if as_tensor else drawn
+    expected = reference.masked(x, key, given_law, shape)
+    got = native.masked(x, key, given_law, shape)
+    assert torch.equal(got, expected)
+    assert got.dtype == x.dtype
+    assert got.stride() == torch.empty_like(x).stride()
+    again = native.masked(x, key, given_law, shape, 0, x.clone(memory_format=torch.preserve_format))
+    assert torch.equal(again, expected)
+    assert torch.equal(native.keep_mask(shape, key, given_law), reference.keep_mask(shape, key, given_law))
+
+
+@needs_native
+@given(st.data(), st.sampled_from([(3,), (2, 3), (1, 3)]), st.sampled_from([(5, 130), (4, 3), (200,), ()]))
+def test_batches_of_keys_and_laws_equal_the_reference(
+    data: st.DataObject, batch: tuple[int, ...], rest: tuple[int, ...]
+) -> None:
+    key = data.draw(keys(batch))
+    shape = data.draw(shared(rest))
+    full = (*batch, *rest)
+    rates = data.draw(shared((*batch, *shape)))
+    laws = law_tensor(torch.rand(rates, dtype=torch.float64, generator=torch.Generator().manual_seed(3)), alpha)
+    x = torch.randn((2, *full[1:]) if full[0] == 1 else full)
+    for given_law in (laws, law(0.7)):
+        expected = reference.masked(x, key, given_law, shape)
+        assert torch.equal(native.masked(x, key, given_law, shape), expected)
+    for index in np.ndindex(*batch):
+        alone = reference.masked(x[index], key[index], law(0.7), shape)
+        assert torch.equal(native.masked(x, key, law(0.7), shape)[index], alone)
+
+
+@needs_native
+@given(st.data(), st.integers(0, 2**62), st.integers(0, 700), keep_probs)
+@example(data=None, start=2**32 - 3, n=300, k=0.3)
+@example(data=None, start=2**40 - 1, n=17, k=0.9)
+@example(data=None, start=2**62, n=300, k=0.3)
+def test_any_part_of_the_index_space_can_be_drawn(data: st.DataObject | None, start: int, n: int, k: float) -> None:
+    key = KEY if data is None else data.draw(keys())
+    assert torch.equal(native.draws((n,), key, start), reference.draws((n,), key, start))
+    assert torch.equal(native.standard_normal((n,), key, start), reference.standard_normal((n,), key, start))
+    assert torch.equal(native.keep_mask((n,), key, law(k), start), reference.keep_mask((n,), key, law(k), start))
+
+
+@pytest.mark.parametrize("start", [0, 1, 7, 8, 2**32 - 5, 2**35 + 3])
+def test_a_part_is_the_part_of_the_whole(start: int) -> None:
+    whole = kernels.draws((1000,), KEY, start)
+    for offset in (0, 1, 8, 255, 256, 999):
+        assert torch.equal(kernels.draws((1000 - offset,), KEY, start + offset), whole[offset:])
+
+
+def test_indices_beyond_2_to_the_32_do_not_repeat() -> None:
+    here = kernels.draws((4096,), KEY, 0)
+    for start in (2**31, 2**32, 2**35, 2**48, 2**60):
+        assert not torch.equal(kernels.draws((4096,), KEY, start), here)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [0.5, 0.9, 1 / 3])
+def test_threads_and_vector_width_do_not_change_a_bit(dtype: torch.dtype, k: float) -> None:
+    assert native.library is not None
+    x = torch.randn(200_003).to(dtype)
+    drawn = law(k, alpha if k == 0.9 else inverted)
+    expected = reference.masked(x, KEY, drawn, x.shape)
+    for width in (0, 2, 512):
+        for threads in (1, 2, 3, 7):
+            out = torch.empty_like(x)
+            native.library.masked(
+                native.KINDS[dtype], out.data_ptr(), x.data_ptr(), 1, x.numel(), 1, 0, KEY.data_ptr(), drawn.address, 0,
+                threads, width,
+            )  # fmt: skip
+            assert torch.equal(out, expected), (width, threads)
+
+
+@needs_native
+def test_this_build_has_threads_and_says_its_width() -> None:
+    assert native.library is not None
+    assert native.library.openmp() == 1
+    assert native.library.width() in (0, 2, 512)
+
+
+@needs_native
+@pytest.mark.parametrize("width", [0, 2, 512])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_half_value_is_scaled_and_rounded_as_pytorch_does(dtype: torch.dtype, width: int) -> None:
+    assert native.library is not None
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    for scale in (1.0, 4 / 3, 2.0**16, 0.3, 2.0**-9):
+        out, drawn = torch.empty_like(x), Law(ONE, scale)
+        native.library.masked(
+            native.KINDS[dtype], out.data_ptr(), x.data_ptr(), 1, x.numel(), 1, 0, KEY.data_ptr(), drawn.address, 0, 1,
+            width,
+        )  # fmt: skip
+        expected = (x.float() * scale).to(dtype)
+        assert torch.equal(out.isnan(), expected.isnan())
+        same = (out.view(torch.int16) == expected.view(torch.int16)) | expected.isnan()
+        assert bool(same.all())
+
+
+def test_a_dropped_element_is_positive_zero_whatever_it_was(backend: str) -> None:
+    x = torch.tensor([math.inf, -math.inf, math.nan, -1.0, -0.0] * 200)
+    y = kernels.masked(x, KEY, law(0.5), x.shape)
+    kept = kernels.keep_mask(x.shape, KEY, law(0.5))
+    dropped = y[~kept]
+    assert torch.equal(dropped, torch.zeros_like(dropped))
+    assert not dropped.signbit().any()
+    assert torch.equal(y[kept].nan_to_num(7.0), (x * 2)[kept].nan_to_num(7.0))
+    assert y[kept & (x == 0)].signbit().all()
+
+
+def test_rates_zero_and_one_are_exact(backend: str) -> None:
+    x = torch.randn(5000)
+    assert torch.equal(kernels.masked(x, KEY, law(1.0), x.shape), x)
+    assert torch.equal(kernels.masked(x, KEY, law(0.0), x.shape), torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_backend_gives_zero_or_the_scaled_input(backend: str, dtype: torch.dtype) -> None:
+    x = torch.randn(64, 100, dtype=torch.float64).to(dtype)
+    y = kernels.masked(x, KEY, law(0.8), x.shape)
+    kept = kernels.keep_mask(x.shape, KEY, law(0.8))
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    assert torch.equal(y, torch.where(kept, (x.to(wide) * law(0.8).scale).to(dtype), 0))
+    assert torch.equal(y, kernels.masked(x, KEY, law(0.8), x.shape))
+    assert 0.7 < kept.float().mean() < 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("k", [0.5, 0.8, 0.99])
+def test_masks_have_their_rate_along_elements_streams_and_seeds(backend: str, k: float) -> None:
+    error = 0.05 * min(k, 1 - k)
+    n = draws_for(k, error)
+    check_rate(int(kernels.keep_mask((n,), KEY, law(k)).sum()), n, k, error)
+    if backend == "aten":
+        return
+    many = torch.stack([torch.arange(n // 8 + 1), torch.full((n // 8 + 1,), 5)], -1)
+    for key in (many, many.flip(-1)):
+        kept = kernels.keep_mask((8,), key, law(k))
+        check_rate(int(kept.sum()), kept.numel(), k, error)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("k", [0.5, 0.8])
+def test_masks_are_independent_along_elements_streams_and_seeds(k: float) -> None:
+    error = 0.02 * k * (1 - k)
+    n = draws_for(k * k, error)
+    one = kernels.keep_mask((n + 1024,), KEY, law(k))
+    for lag in (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024):
+        check_rate(int((one[:n] & one[lag : n + lag]).sum()), n, k * k, error)
+    for step in ([1, 0], [0, 1], [1, 1], [2**32, 0], [0, 2**32]):
+        other = kernels.keep_mask((n,), KEY + torch.tensor(step), law(k))
+        check_rate(int((one[:n] & other).sum()), n, k * k, error)
+    streams = torch.stack([torch.full((n // 8 + 2,), 3), torch.arange(n // 8 + 2)], -1)
+    for key in (streams, streams.flip(-1)):
+        rows = kernels.keep_mask((8,), key, law(k))
+        both = (rows[:-1] & rows[1:]).flatten()
+        check_rate(int(both.sum()), both.numel(), k * k, error)
+
+
+@pytest.mark.slow
+def test_every_bit_of_the_draws_is_fair() -> None:
+    n = draws_for(0.5, 0.005)
+    drawn = kernels.draws((n,), KEY)
+    for bit in range(32):
+        check_rate(int((drawn >> bit & 1).sum()), n, 0.5, 0.005)
+
+
+@pytest.mark.slow
+def test_normals_have_the_normal_distribution() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    n = 2**20
+    z = kernels.standard_normal((n,), KEY).numpy()
+    # The Kolmogorov-Smirnov distance exceeds t with probability 2 exp(-2 n t^2) at most (Massart).
+    limit = math.sqrt(math.log(2 / 1e-9) / (2 * n))
+    assert stats.kstest(z, "norm").statistic < limit
+    assert stats.kstest(z[0::2] * z[1::2] / np.hypot(z[0::2], z[1::2]) * 2, "norm").statistic < limit * math.sqrt(2)
+
+
+def test_the_grid_of_normals_has_mean_zero_and_variance_one() -> None:
+    """Moments by enumeration: opposite angles cancel, perpendicular ones share their squares, and -2 ln u has mean 2."""
+    words_ = torch.arange(0, 2**30, 2**14 + 1)
+    cosine, sine = reference._circle(words_)
+    for turn, (x, y) in enumerate([(cosine, sine), (-sine, cosine), (-cosine, -sine), (sine, -cosine)]):
+        turned = reference._circle(words_ + turn * 2**30)
+        assert torch.equal(turned[0], x)
+        assert torch.equal(turned[1], y)
+    # Stirling: sum of ln((w + 1/2) / 2^b) over the 2^b words w is -2^b + (ln 2)/2 + o(1).
+    u = (torch.arange(2**20, dtype=torch.float64) + 0.5) / 2**20
+    assert (-2 * reference._log(u)).mean().item() == pytest.approx(2 - math.log(2) / 2**20, rel=1e-12)
+    assert torch.allclose(reference._log(u), u.log(), rtol=1e-15, atol=1e-15)
+    angle = ((words_ & 0x3FFFFFFF).double() - 536870911.5) / 2**30 * math.pi / 2 + (words_ >> 30) * math.pi / 2
+    assert torch.allclose(cosine, angle.cos(), atol=1e-15)
+    assert torch.allclose(sine, angle.sin(), atol=1e-15)
+
+
+def test_backends_are_listed_with_their_reasons() -> None:
+    listed = torchdrop.available_backends()
+    assert list(listed) == ["native", "aten", "reference"]
+    assert listed["reference"] == []
+    assert torchdrop.available_backends("cuda")["native"][-1] == "it works on CPU tensors, not on cuda"
+    assert torchdrop.available_backends(dtype=torch.int32)["aten"][0].startswith("it takes torch.float16")
+
+
+def test_a_backend_is_forced_and_let_go() -> None:
+    x = torch.randn(100)
+    torch.manual_seed(3)
+    expected = torchdrop.functional.dropout(x)
+    with torchdrop.use_backend("reference"):
+        torch.manual_seed(3)
+        assert torch.equal(torchdrop.functional.dropout(x), expected)
+        with torchdrop.use_backend("aten"):
+            torch.manual_seed(3)
+            assert not torch.equal(torchdrop.functional.dropout(x), expected)
+        assert kernels.backend_for(x.device) is reference
+    assert kernels._forced is None
+
+
+def test_a_forced_backend_that_cannot_serve_says_why_and_changes_nothing() -> None:
+    x = torch.randn(4, device="meta")
+    state = torch.get_rng_state()
+    with torchdrop.use_backend("native"), pytest.raises(RuntimeError) as error:
+        torchdrop.functional.dropout(x)
+    assert str(error.value) == "the native backend cannot serve this: it works on CPU tensors, not on meta"
+    assert torch.equal(torch.get_rng_state(), state)
+    with (
+        pytest.raises(ValueError, match="backend must be one of 'native', 'aten', 'reference', got 'cuda'"),
+        torchdrop.use_backend("cuda"),
+    ):
+        pass
+
+
+def test_aten_draws_whole_masks_only() -> None:
+    with (
+        pytest.raises(
+            ValueError, match="the aten backend draws whole masks: start must be 0, got 8; use another backend"
+        ),
+        torchdrop.use_backend("aten"),
+    ):
+        kernels.draws((8,), KEY, 8)
+
+
+def test_more_dimensions_than_the_kernels_take() -> None:
+    x = torch.zeros([1] * 63 + [2])
+    assert torch.equal(kernels.masked(x, KEY, law(0.5), x.shape), x)
