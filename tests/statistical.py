@@ -1,8 +1,8 @@
 """Tests of random numbers with both errors bounded.
 
-A check of a rate p against n draws accepts an observed count within a band around n p. Bernstein's inequality bounds the
-probability that a correct sampler leaves the band (`FALSE_ALARM`) and that a sampler whose rate is off by `error` stays in
-it (`MISS`); `draws_for` gives an n that suffices for both.
+A check of a rate p against n draws accepts an observed count within a band around n p. Bernstein's inequality bounds
+the probability that a correct sampler leaves the band (`FALSE_ALARM`) and that a sampler whose rate is off by `error`
+stays in it (`MISS`); `draws_for` gives an n that suffices for both.
 """
 
 from __future__ import annotations

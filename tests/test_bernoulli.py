@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import warnings
 from typing import Any
 
@@ -62,8 +63,8 @@ def test_with_the_stock_layers_mask_output_and_gradient_are_the_stock_layers(x: 
     mask = theirs != 0
 
     drawn = law(1 - p)
-    # torch.nn rounds 1 / (1 - p) to the element type first; we multiply in float32 and round once. The threshold is within
-    # 2**-33 of the nominal keep probability.
+    # torch.nn rounds 1 / (1 - p) to the element type first; we multiply in float32 and round once. The threshold is
+    # within 2**-33 of the nominal keep probability.
     rounding = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 5e-7, torch.float64: 1e-15}[x.dtype]
     for apply in (apply_mask, native_apply) if native.library is not None else (apply_mask,):
         for mine, stock in ((apply(x, mask, drawn), theirs), (apply(g, mask, drawn), their_grad)):
@@ -297,7 +298,11 @@ RATES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"keep_prob": 1.5}, ValueError, "keep_prob must be in [0, 1], got 1.5"),
     ({"keep_prob": math.nan}, ValueError, "keep_prob must be in [0, 1], got nan"),
     ({"keep_prob": "0.5"}, TypeError, "keep_prob must be a number or a tensor, got str"),
-    ({"p": 0.5, "keep_prob": 0.5}, TypeError, "give the rate as p or as keep_prob, not both: got p=0.5 and keep_prob=0.5"),
+    (
+        {"p": 0.5, "keep_prob": 0.5},
+        TypeError,
+        "give the rate as p or as keep_prob, not both: got p=0.5 and keep_prob=0.5",
+    ),
     ({"keep_prob": torch.tensor([0.5, 2.0])}, ValueError, "keep_prob must be in [0, 1], got 2.0"),
     ({"p": torch.tensor([-1.0])}, ValueError, "dropout probability has to be between 0 and 1, but got -1.0"),
     ({"keep_prob": torch.tensor([math.nan])}, ValueError, "keep_prob must be in [0, 1], got nan"),
@@ -383,7 +388,7 @@ def test_bad_inputs(layer: nn.Module, name: str, x: Any, error: type[Exception],
         assert str(raised.value) == message.format(name)
     assert torch.equal(torch.get_rng_state(), state)
     if error is RuntimeError:
-        with pytest.raises(RuntimeError, match=r"result type Float can't be cast to the desired output type"):
+        with pytest.raises(RuntimeError, match=r"result type Float can't be cast"):
             nn.Dropout()(x)
 
 
@@ -446,7 +451,7 @@ def test_what_must_not_be_written_to_is_left_alone(layer: nn.Module, n: int) -> 
         assert str(raised.value).startswith(message)
         assert x.eq(1).all()
         assert torch.equal(torch.get_rng_state(), state)
-        with torch.random.fork_rng(devices=[]), pytest.raises(RuntimeError, match=message[:40]):
+        with torch.random.fork_rng(devices=[]), pytest.raises(RuntimeError, match=re.escape(message[:40])):
             nn.Dropout(0.5, True)(x)
 
 

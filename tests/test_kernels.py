@@ -269,7 +269,8 @@ def test_normals_have_the_normal_distribution() -> None:
 
 
 def test_the_grid_of_normals_has_mean_zero_and_variance_one() -> None:
-    """Moments by enumeration: opposite angles cancel, perpendicular ones share their squares, and -2 ln u has mean 2."""
+    """Moments by enumeration: opposite angles cancel, perpendicular ones share their squares, and -2 ln u has mean
+    2."""
     words_ = torch.arange(0, 2**30, 2**14 + 1)
     cosine, sine = reference._circle(words_)
     for turn, (x, y) in enumerate([(cosine, sine), (-sine, cosine), (-cosine, -sine), (sine, -cosine)]):

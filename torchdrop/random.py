@@ -61,8 +61,8 @@ def _vmapped() -> bool:
 
 
 class _KeyBytes(threading.local):
-    """Sixteen bytes and a tensor over them: after ``draw()``, ``memory.raw`` is the CPU key that `draw_key` would have drawn
-    in eager mode outside `frozen_masks`, without a tensor of its own. One for each thread."""
+    """Sixteen bytes and a tensor over them: after ``draw()``, ``memory.raw`` is the CPU key that `draw_key` would have
+    drawn in eager mode outside `frozen_masks`, without a tensor of its own. One for each thread."""
 
     def __init__(self) -> None:
         self.memory = (ctypes.c_char * 16)()
@@ -95,9 +95,9 @@ def check_generator(generator: Any) -> None:
         raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
 
 
-# Under torch.compile, Inductor would put its own random numbers in place of torch's. An operator it does not know stays;
-# the tag and the argument named `device` are what activation checkpointing looks for. `call` is another number for
-# every call in a graph: the partitioner merges equal calls, random or not, and two layers would share their masks.
+# Under torch.compile, Inductor would put its own random numbers in place of torch's. An operator it does not know
+# stays; the tag and the argument named `device` are what activation checkpointing looks for. `call` is another number
+# for every call in a graph: the partitioner merges equal calls, random or not, and two layers would share their masks.
 torch.library.define(
     "torchdrop::draw_key", "(int call, *, Device device) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,)
 )
@@ -196,8 +196,8 @@ def frozen_masks(model: nn.Module, seed: int = 0) -> Iterator[None]:
     has a mask for each call. Element i of a layer's input always meets the same draw: with the batch in the first
     dimension, a sample keeps its mask in whatever batch it comes at that place. The cost with dropout on is then a
     deterministic function of the parameters, to be plotted, searched along a line or checked by finite differences.
-    Whether dropout is on is still the business of ``model.train()``. A forward is a call of the model or of any module in
-    it. Layers with a `generator` of their own follow that, and a model compiled as a whole counts as one module.
+    Whether dropout is on is still the business of ``model.train()``. A forward is a call of the model or of any module
+    in it. Layers with a `generator` of their own follow that, and a model compiled as a whole counts as one module.
 
     Args:
         model: the model, or any part of it, with torchdrop's layers or functions inside.
@@ -258,8 +258,8 @@ def frozen_masks(model: nn.Module, seed: int = 0) -> Iterator[None]:
             handle.remove()
     if not frozen.served:
         warnings.warn(
-            "frozen_masks: no mask was drawn in this context. Is the model in train mode, does it use torchdrop's layers, "
-            "and was it called as the module that was given (a model compiled before must be given as compiled)?",
+            "frozen_masks: no mask was drawn in this context. Is the model in train mode, does it use torchdrop's "
+            "layers, and was it called as the module that was given (a compiled model must be given as compiled)?",
             UserWarning,
             stacklevel=3,
         )

@@ -96,7 +96,7 @@ def alpha(k: Any) -> tuple[Any, Any, Any]:
 
 
 def gaussian(k: Any) -> tuple[Any, Any, Any]:
-    """The scale is the standard deviation of multiplicative noise with the moments of inverted dropout: sqrt((1-k)/k)."""
+    """The scale is a standard deviation: multiplicative noise with the moments of inverted dropout."""
     return ((1.0 - k) / k) ** 0.5, 0.0 * k, 0.0 * k
 
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from ctypes import c_char_p, c_int, c_int64, c_uint64, c_void_p
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,23 +33,23 @@ _ANY_WIDTH = -1
 _LIBRARY = Path(__file__).with_name("_native.dll" if sys.platform == "win32" else "_native.so")
 
 
+def _typed(function: Any, result: Any, *arguments: Any) -> Any:
+    function.restype, function.argtypes = result, arguments
+    return function
+
+
 class _Library:
     """The functions of one compiled library, with their argument types."""
 
     def __init__(self, path: Path) -> None:
         lib = ctypes.CDLL(str(path))
-        self.masked = lib.td_masked
-        self.masked.argtypes = [c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_uint64] + [c_void_p] * 2
-        self.masked.argtypes += [c_int64, c_int, c_int]
-        self.masked.restype = None
-        self.spread = lib.td_spread
-        self.spread.argtypes = [c_int, c_void_p, c_void_p, c_void_p, c_int] + [c_void_p] * 5 + [c_int, c_int]
-        self.spread.restype = c_int
-        self.philox_block = lib.td_philox_block
-        self.philox_block.argtypes = [c_uint64, c_void_p, c_void_p]
-        self.philox_block.restype = None
-        self.width, self.openmp = lib.td_width, lib.td_openmp
-        self.width.argtypes = self.openmp.argtypes = []
+        self.masked = _typed(
+            lib.td_masked, None, c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_uint64, c_void_p, c_void_p,
+            c_int64, c_int, c_int,
+        )  # fmt: skip
+        self.spread = _typed(lib.td_spread, c_int, c_int, *[c_void_p] * 3, c_int, *[c_void_p] * 5, c_int, c_int)
+        self.philox_block = _typed(lib.td_philox_block, None, c_uint64, c_void_p, c_void_p)
+        self.width, self.openmp = _typed(lib.td_width, c_int), _typed(lib.td_openmp, c_int)
         self.masked_row = _row_function(path)
 
 
@@ -59,10 +60,8 @@ def _row_function(path: Path) -> Callable[[int, int, int, int, bytes, int], None
 
         return _native.masked_row
     except ImportError:  # compiled without Python's headers
-        function = ctypes.PyDLL(str(path)).td_masked_row
-        function.argtypes = [c_int, c_void_p, c_void_p, c_int64, c_char_p, c_void_p]
-        function.restype = None
-        return function
+        door = ctypes.PyDLL(str(path)).td_masked_row
+        return _typed(door, None, c_int, c_void_p, c_void_p, c_int64, c_char_p, c_void_p)
 
 
 def _load() -> tuple[_Library | None, str]:

@@ -6,7 +6,7 @@ operators come out of `_define`.
 
 Three roads lead to a kernel, and all give the same result:
 
-- plain: ordinary tensors in eager mode. Straight to the backend, under a lean autograd.Function if a gradient is wanted.
+- plain: ordinary tensors in eager mode. Straight to the backend, under a lean autograd.Function for a gradient.
 - transformed: torch.func transforms and forward-mode AD, through an autograd.Function with all the rules.
 - operator: torch.compile, torch.export, fake tensors, subclasses and dispatch or function modes.
 """
@@ -114,12 +114,12 @@ def _define(name: str, run: Runner) -> Operator:
             ctx.save_for_forward(inputs[1], inputs[2])
 
         @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
             key, law = ctx.saved_tensors
             return transformed(grad, key, cast(Tensor, linear(law)), ctx.shape), None, None, None
 
         @staticmethod
-        def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:  # type: ignore[override]
+        def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
             key, law = ctx.saved_tensors
             return transformed(tangent, key, cast(Tensor, linear(law)), ctx.shape)
 
@@ -148,11 +148,11 @@ def _define(name: str, run: Runner) -> Operator:
             return run(x, key, law, shape)
 
         @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
             return call(grad, ctx.key, linear(ctx.law), ctx.shape), None, None, None, None
 
     # Function.apply looks for transforms first; `is_plain` has seen that there are none.
-    record = super(torch.autograd.Function, Recorded).apply  # type: ignore[misc]
+    record = super(torch.autograd.Function, Recorded).apply
 
     def call(x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int], inplace: bool = False) -> Tensor:
         if not _is_compiling() and is_plain(x):
@@ -169,10 +169,12 @@ def _define(name: str, run: Runner) -> Operator:
 
 
 masked = _define("masked", kernels.masked)
-"""``masked(x, key, law, shape, inplace=False)``: ``x * scale + shift`` where kept, `fill` elsewhere, differentiable in x.
+"""``masked(x, key, law, shape, inplace=False)``: ``x * scale + shift`` where kept, `fill` elsewhere.
 
-A law given as a tensor gets no gradient.
+Differentiable in x. A law given as a tensor gets no gradient.
 """
 
 gaussian = _define("gaussian", kernels.gaussian)
-"""``gaussian(x, key, law, shape, inplace=False)``: ``x * (1 + scale * z)`` with z standard normal, differentiable in x."""
+"""``gaussian(x, key, law, shape, inplace=False)``: ``x * (1 + scale * z)`` with z standard normal.
+
+Differentiable in x."""

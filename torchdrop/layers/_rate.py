@@ -192,8 +192,8 @@ class Rated(_DropoutNd):
             raise TypeError("keep_prob must be a number or a tensor, got NoneType")
         self._hold(*read_rate(None, value))
 
-    @property
-    def p(self) -> Rate:  # type: ignore[override]
+    @property  # type: ignore[override]
+    def p(self) -> Rate:
         """The probability that an element is dropped: 1 - keep_prob."""
         return self._p
 
@@ -221,8 +221,8 @@ def apply(
 ) -> Tensor:
     """A checked `input` under an operator and a law, with a new key. The input itself where nothing is dropped.
 
-    A key is drawn then, too: what the layers after this one draw must not depend on its rate. Compiled code, which cannot
-    see the rate, does the same. Only vmap, where drawing may be forbidden, is spared it.
+    A key is drawn then, too: what the layers after this one draw must not depend on its rate. Compiled code, which
+    cannot see the rate, does the same. Only vmap, where drawing may be forbidden, is spared it.
     """
     if inplace:
         check_inplace(input)

@@ -73,7 +73,7 @@ class _Short(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         code, n, key, address, law = ctx.state
         if (
             type(grad) is Tensor
@@ -92,5 +92,5 @@ class _Short(torch.autograd.Function):
 
 # Two detours left out: Function.apply looks for transforms, and `short` has seen that there are none; the node's apply
 # looks up which of backward and vjp is defined.
-_record = super(torch.autograd.Function, _Short).apply  # type: ignore[misc]
+_record = super(torch.autograd.Function, _Short).apply
 _Short._backward_cls.apply = _Short.backward  # type: ignore[attr-defined]

@@ -30,8 +30,9 @@ def alpha_dropout(
 ) -> Tensor:
     """Sets dropped elements to SELU's saturation value, then scales and shifts so that mean 0 and variance 1 stay.
 
-    ``y = a (x m - A (1 - m)) + b`` with the constants of this module. With keep_prob 1 and in eval mode (the default here,
-    as in torch.nn.functional) the input itself is returned; with keep_prob 0 the output is 0, as in torch.nn.functional.
+    ``y = a (x m - A (1 - m)) + b`` with the constants of this module. With keep_prob 1 and in eval mode (the default
+    here, as in torch.nn.functional) the input itself is returned; with keep_prob 0 the output is 0, as in
+    torch.nn.functional.
 
     Args:
         input: float16, bfloat16, float32 or float64, of any shape, strides and memory format.
@@ -115,7 +116,7 @@ class _Alpha(Rated):
 
 
 class AlphaDropout(_Alpha, nn.AlphaDropout):
-    """Module of `alpha_dropout`. A drop-in for torch.nn.AlphaDropout, whose `inplace` is stored and ignored; here it works.
+    """Module of `alpha_dropout`. A drop-in for torch.nn.AlphaDropout, and `inplace`, which that ignores, works.
 
     See `Dropout` for the arguments and `alpha_dropout` for the definition.
 

@@ -74,7 +74,8 @@ def mask_shape(input: Tensor, shared_axes: Axes, noise_shape: NoiseShape) -> Seq
     for noise, size in zip(noise_shape, sizes, strict=True):
         if noise not in (None, 1, size):
             raise ValueError(
-                f"noise_shape must hold 1, None or the input's size: {tuple(noise_shape)} for an input of {tuple(sizes)}"
+                "noise_shape must hold 1, None or the input's size: "
+                f"{tuple(noise_shape)} for an input of {tuple(sizes)}"
             )
     return tuple(size if noise is None else noise for noise, size in zip(noise_shape, sizes, strict=True))
 
@@ -108,10 +109,11 @@ def dropout(
 ) -> Tensor:
     """Keeps each element with probability k and divides it by k, so that the expectation of the output is the input.
 
-    ``y = x m / k`` with m ~ Bernoulli(k), k = keep_prob = 1 - p. E[y] = x exactly, because the scale is the reciprocal of
-    the probability that the mask really has (within 2**-32 of the nominal one); Var[y] = x**2 (1 - k) / k. With k = 1 and
-    in eval mode the input itself is returned; with k = 0 the output is 0. A dropped element is exactly 0, also where the
-    input is infinite or NaN. The gradient is that of a multiplication by m / k with the same mask; the mask is not stored.
+    ``y = x m / k`` with m ~ Bernoulli(k), k = keep_prob = 1 - p. E[y] = x exactly, because the scale is the reciprocal
+    of the probability that the mask really has (within 2**-32 of the nominal one); Var[y] = x**2 (1 - k) / k.
+    With k = 1 and in eval mode the input itself is returned; with k = 0 the output is 0. A dropped element is exactly
+    0, also where the input is infinite or NaN. The gradient is that of a multiplication by m / k with the same mask;
+    the mask is not stored.
 
     Args:
         input: float16, bfloat16, float32 or float64, of any shape, strides and memory format.
@@ -154,7 +156,7 @@ def _shape1d(input: Tensor) -> tuple[int, ...]:
     if input.dim() not in (2, 3):
         raise RuntimeError(
             f"dropout1d: Expected 2D or 3D input, but received a {input.dim()}D input. Note that dropout1d drops whole "
-            "channels of inputs with one spatial dimension, (C, L) or (N, C, L): use dropout with shared_axes for others"
+            "channels of inputs with one spatial dimension, (C, L) or (N, C, L): use dropout with shared_axes else"
         )
     return (*input.shape[:-1], 1)
 
@@ -165,9 +167,9 @@ def _shape2d(input: Tensor) -> tuple[int, ...]:
         _warn_dimensions("dropout2d", dims, "(N, C, H, W)")
     if dims == 3:
         warnings.warn(
-            "dropout2d: Received a 3D input to dropout2d and assuming that channel-wise 1D dropout behavior is desired - "
-            "input is interpreted as shape (N, C, L). torch.nn announces that this will become (C, H, W): use dropout1d to "
-            "keep the present meaning, or dropout with shared_axes to be explicit",
+            "dropout2d: Received a 3D input to dropout2d and assuming that channel-wise 1D dropout behavior is "
+            "desired - input is interpreted as shape (N, C, L). torch.nn announces that this will become (C, H, W): "
+            "use dropout1d to keep the present meaning, or dropout with shared_axes to be explicit",
             stacklevel=4,
         )
     return (*input.shape[:2], *[1] * (dims - 2))
@@ -183,8 +185,8 @@ def _shape3d(input: Tensor) -> tuple[int, ...]:
 
 def _warn_dimensions(name: str, dims: int, usual: str) -> None:
     warnings.warn(
-        f"{name}: Received a {dims}-D input to {name}, which is deprecated and will result in an error in a future release "
-        f"of torch.nn. {name} drops whole channels of {usual}: use dropout with shared_axes for other shapes",
+        f"{name}: Received a {dims}-D input to {name}, which is deprecated and will result in an error in a future "
+        f"release of torch.nn. {name} drops whole channels of {usual}: use dropout with shared_axes for other shapes",
         stacklevel=5,
     )
 

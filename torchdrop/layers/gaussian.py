@@ -35,9 +35,9 @@ def gaussian_dropout(
 ) -> Tensor:
     """Multiplies by noise of mean 1 and variance (1 - k) / k, the first two moments of inverted dropout.
 
-    ``y = x (1 + sqrt((1 - k) / k) z)`` with z ~ N(0, 1): E[y] = x, Var[y] = x**2 (1 - k) / k. With k = 1 and in eval mode
-    the input itself is returned; k = 0 is refused. The noise comes from the same counter-based generator as the masks,
-    by Box and Muller's method on a symmetric grid, and is made again in backward.
+    ``y = x (1 + sqrt((1 - k) / k) z)`` with z ~ N(0, 1): E[y] = x, Var[y] = x**2 (1 - k) / k. With k = 1 and in eval
+    mode the input itself is returned; k = 0 is refused. The noise comes from the same counter-based generator as the
+    masks, by Box and Muller's method on a symmetric grid, and is made again in backward.
 
     Args:
         input: float16, bfloat16, float32 or float64, of any shape, strides and memory format.
