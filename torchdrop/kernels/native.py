@@ -53,15 +53,15 @@ class _Library:
         self.masked_row = _row_function(path)
 
 
-def _row_function(path: Path) -> Callable[[int, int, int, int, bytes, int], None]:
-    """The door for small tensors: kind, out, in, length, 16 bytes of key, law. It keeps the GIL, which costs less."""
+def _row_function(path: Path) -> Callable[[int, int, int, int, bytes, int, int], None]:
+    """The door for one contiguous row: kind, out, in, length, 16 bytes of key, law, threads."""
     try:
         from . import _native  # type: ignore[attr-defined]
 
         return _native.masked_row
     except ImportError:  # compiled without Python's headers
-        door = ctypes.PyDLL(str(path)).td_masked_row
-        return _typed(door, None, c_int, c_void_p, c_void_p, c_int64, c_char_p, c_void_p)
+        door = ctypes.CDLL(str(path)).td_masked_row
+        return _typed(door, None, c_int, c_void_p, c_void_p, c_int64, c_char_p, c_void_p, c_int)
 
 
 def _load() -> tuple[_Library | None, str]:

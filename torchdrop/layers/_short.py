@@ -1,4 +1,4 @@
-"""The short road: inverted dropout of a small contiguous CPU tensor in eager mode, where Python's overhead is the cost.
+"""The short road: inverted dropout of a contiguous CPU tensor in eager mode. Python's overhead is what small ones cost.
 
 It gives what the general road gives (a test compares them) with fewer calls: the key is drawn as 16 bytes instead of a
 tensor, and the kernel is called with addresses. All that stays for backward is those bytes and the law.
@@ -25,6 +25,8 @@ _function_modes = torch._C._len_torch_function_stack
 _tracing = torch._C._get_tracing_state
 _has_storage = torch._C._has_storage
 _key = random.key_bytes
+_threads = native.threads
+_SERIAL = native.SERIAL
 _kind_of = native.KINDS.get
 _row: Any = native.library.masked_row if native.library is not None else None
 
@@ -50,7 +52,7 @@ def short(x: Tensor, law: Law) -> Tensor | None:
     ):
         return None
     code, n = _kind_of(x.dtype), x.numel()
-    if code is None or n >= native.SERIAL:
+    if code is None:
         return None
     _key.draw()
     if law.threshold == ONE:
@@ -59,7 +61,7 @@ def short(x: Tensor, law: Law) -> Tensor | None:
     if x.requires_grad and _is_grad_enabled():
         return _record(x, (code, n, key, law.address, law))
     out = _empty_like(x)
-    _row(code, out.data_ptr(), x.data_ptr(), n, key, law.address)
+    _row(code, out.data_ptr(), x.data_ptr(), n, key, law.address, 1 if n < _SERIAL else _threads())
     return out
 
 
@@ -69,7 +71,7 @@ class _Short(torch.autograd.Function):
         ctx.state = state
         code, n, key, address, _ = state
         out = _empty_like(x)
-        _row(code, out.data_ptr(), x.data_ptr(), n, key, address)
+        _row(code, out.data_ptr(), x.data_ptr(), n, key, address, 1 if n < _SERIAL else _threads())
         return out
 
     @staticmethod
@@ -85,7 +87,7 @@ class _Short(torch.autograd.Function):
             and forward_ad._current_level < 0
         ):
             out = _empty_like(grad)
-            _row(code, out.data_ptr(), grad.data_ptr(), n, key, address)
+            _row(code, out.data_ptr(), grad.data_ptr(), n, key, address, 1 if n < _SERIAL else _threads())
             return out, None
         return operators.masked(grad, random.key_tensor(key), law, grad.shape), None
 

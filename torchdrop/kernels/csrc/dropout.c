@@ -199,11 +199,18 @@ TD_EXPORT void td_masked(int kind, void *out, const void *in, int64_t rows, int6
     td_span(kernels, kind, out, in, 0, total, length, rows_per_key, start, keys, laws, law_step);
 }
 
-/* One row, one key, one thread, from index 0, with fewer arguments: small tensors feel each of them. A short burst of
- * 512-bit instructions costs more than it saves. The key need not be aligned. */
-TD_EXPORT void td_masked_row(int kind, void *out, const void *in, int64_t length, const void *key, const double *law) {
-    const td_law read = td_read_law(law);
-    if (length > 0) td_table(length <= TD_BRIEF ? 2 : -1)->masked[kind](out, in, 0, length, td_read_key(key), &read);
+/* One row, one key, from index 0, with fewer arguments: small tensors feel each of them. A short burst of 512-bit
+ * instructions costs more than it saves. The key need not be aligned. */
+TD_EXPORT void td_masked_row(int kind, void *out, const void *in, int64_t length, const void *key, const double *law,
+                             int threads) {
+    if (threads > 1 && length >= 2 * TD_GRAIN) {
+        int64_t words[2];
+        memcpy(words, key, sizeof words);
+        td_masked(kind, out, in, 1, length, 1, 0, words, law, 0, threads, -1);
+    } else if (length > 0) {
+        const td_law read = td_read_law(law);
+        td_table(length <= TD_BRIEF ? 2 : -1)->masked[kind](out, in, 0, length, td_read_key(key), &read);
+    }
 }
 
 #define TD_MAX_DIMS 64
