@@ -16,6 +16,7 @@ import torchdrop
 from torchdrop import kernels
 from torchdrop.kernels import native, reference
 from torchdrop.kernels.law import ONE, Law, alpha, inverted, law, law_tensor, original
+from torchdrop.kernels.masking import apply_mask
 
 from .statistical import check_rate, draws_for
 from .strategies import DTYPES, keep_probs, keys, shared, tensors
@@ -162,6 +163,18 @@ def test_threads_and_vector_width_do_not_change_a_bit(dtype: torch.dtype, k: flo
                 threads, width,
             )  # fmt: skip
             assert torch.equal(out, expected), (width, threads)
+
+
+@needs_native
+@pytest.mark.parametrize("offset", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_outputs_that_go_past_the_cache_are_the_same(dtype: torch.dtype, offset: int) -> None:
+    """From 4 MiB on, where the output is aligned, stores bypass the cache."""
+    x = torch.randn(2**21 + 2**20 + 77).to(dtype)[offset:]
+    out = torch.empty_like(x)
+    expected = apply_mask(x, native.keep_mask(x.shape, KEY, law(0.9)), law(0.9))
+    assert torch.equal(native.masked(x, KEY, law(0.9), x.shape, 0, out), expected)
+    assert torch.equal(native.masked(x, KEY, law(0.9), x.shape, 0, x), expected)
 
 
 @needs_native

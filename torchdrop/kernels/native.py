@@ -48,6 +48,9 @@ class _Library:
             c_int64, c_int, c_int,
         )  # fmt: skip
         self.spread = _typed(lib.td_spread, c_int, c_int, *[c_void_p] * 3, c_int, *[c_void_p] * 5, c_int, c_int)
+        self.grouped = _typed(
+            lib.td_grouped, None, c_int, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int
+        )
         self.philox_block = _typed(lib.td_philox_block, None, c_uint64, c_void_p, c_void_p)
         self.width, self.openmp = _typed(lib.td_width, c_int), _typed(lib.td_openmp, c_int)
         self.masked_row = _row_function(path)
@@ -168,11 +171,32 @@ def masked(
     if (*key.shape[:-1], *shape) == x.shape and x.is_contiguous() and out.is_contiguous() and _in_rows(law, key, shape):
         _rows(KINDS[x.dtype], out, x, key, law, shape, start)
         return out
+    group = _group(x, key, law, shape) if start == 0 and out.is_contiguous() else 0
+    if group:
+        if not isinstance(law, Law):
+            law = law.cpu().contiguous()
+        library.grouped(  # type: ignore[union-attr]
+            KINDS[x.dtype], out.data_ptr(), x.data_ptr(), x.numel() // group, group, key.data_ptr(),
+            law.address if isinstance(law, Law) else law.data_ptr(), threads(),
+        )  # fmt: skip
+        return out
     kept = keep_mask(shape, key, law, start)
     if _law_dims(law):
         return apply_mask(x, kept, law, out)
     _spread(x, kept.expand(x.shape), law, out)
     return out
+
+
+def _group(x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int]) -> int:
+    """How many neighbours of a contiguous x share a draw under one key and law; 0 where the mask has another form."""
+    if key.dim() != 1 or not key.is_contiguous() or not x.is_contiguous() or x.numel() == 0:
+        return 0
+    if not isinstance(law, Law) and law.dim() != 1:
+        return 0
+    split = len(shape)
+    while split and shape[split - 1] == 1:
+        split -= 1
+    return math.prod(x.shape[split:]) if tuple(shape[:split]) == x.shape[:split] else 0
 
 
 def _spread(x: Tensor, kept: Tensor, law: Law | Tensor, out: Tensor) -> None:

@@ -51,6 +51,7 @@
 #define TD_CHUNK 256                    /* elements decided at a time */
 #define TD_GRAIN 16384                  /* elements that are worth a thread */
 #define TD_BRIEF 2048                   /* elements up to which 256-bit vectors are the faster ones */
+#define TD_LARGE (INT64_C(4) << 20)     /* bytes of output from which on it goes past the cache */
 #define TD_ONE (UINT64_C(1) << 32)      /* the threshold of keep_prob 1 */
 #define TD_PLANE (UINT64_C(1) << 61)
 
@@ -61,6 +62,7 @@ typedef struct {
 typedef struct {
     uint64_t threshold;
     double scale, shift, fill;
+    int stream; /* whether the output goes past the cache */
 } td_law;
 
 typedef void (*td_masked_fn)(char *out, const char *in, uint64_t index, int64_t n, td_key key, const td_law *law);
@@ -88,6 +90,12 @@ static inline TD_INLINE uint64_t td_double_bits(double value) {
     uint64_t bits;
     memcpy(&bits, &value, sizeof bits);
     return bits;
+}
+
+static inline void td_fence(void) {
+#ifdef TD_X86
+    _mm_sfence();
+#endif
 }
 
 /* Words as pairs of 16-bit draws, the lower half first. */
@@ -149,6 +157,7 @@ static td_law td_read_law(const double *p) {
     law.scale = scale;
     memcpy(&law.shift, p + 2, sizeof law.shift);
     memcpy(&law.fill, p + 3, sizeof law.fill);
+    law.stream = 0;
     return law;
 }
 
@@ -162,16 +171,19 @@ static td_key td_read_key(const void *p) {
 /* Elements [from, to) of `rows` rows laid end to end. Row r belongs to key r / rows_per_key and starts at index
  * start + (r % rows_per_key) * length of that key's mask. */
 static void td_span(const td_kernels *kernels, int kind, char *out, const char *in, int64_t from, int64_t to, int64_t length,
-                    int64_t rows_per_key, uint64_t start, const int64_t *keys, const double *laws, int64_t law_step) {
+                    int64_t rows_per_key, uint64_t start, const int64_t *keys, const double *laws, int64_t law_step,
+                    int stream) {
     const int64_t size = td_item_size[kind];
     while (from < to) {
         const int64_t row = from / length, column = from % length, take = td_min(length - column, to - from);
-        const td_law law = td_read_law(laws + row * law_step);
+        td_law law = td_read_law(laws + row * law_step);
+        law.stream = stream;
         const uint64_t index = start + (uint64_t)(row % rows_per_key) * (uint64_t)length + (uint64_t)column;
         kernels->masked[kind](out + from * size, in ? in + from * size : NULL, index, take,
                               td_read_key(keys + 2 * (row / rows_per_key)), &law);
         from += take;
     }
+    if (stream) td_fence();
 }
 
 /* out[i] = kept(i) ? in[i] * scale + shift : fill for contiguous `out` and `in`, or what the kind makes of the draws.
@@ -184,6 +196,7 @@ TD_EXPORT void td_masked(int kind, void *out, const void *in, int64_t rows, int6
     const td_kernels *kernels = td_table(width);
     const int64_t total = rows * length;
     if (total <= 0) return;
+    const int stream = in != NULL && in != out && total >= TD_LARGE / td_item_size[kind];
 #ifdef _OPENMP
     if (threads > 1 && total >= 2 * TD_GRAIN) {
         const int64_t grains = (total + TD_GRAIN - 1) / TD_GRAIN;
@@ -191,12 +204,12 @@ TD_EXPORT void td_masked(int kind, void *out, const void *in, int64_t rows, int6
 #pragma omp parallel for num_threads(team) schedule(static)
         for (int64_t g = 0; g < grains; g++)
             td_span(kernels, kind, out, in, g * TD_GRAIN, td_min((g + 1) * TD_GRAIN, total), length, rows_per_key, start,
-                    keys, laws, law_step);
+                    keys, laws, law_step, stream);
         return;
     }
 #endif
     (void)threads;
-    td_span(kernels, kind, out, in, 0, total, length, rows_per_key, start, keys, laws, law_step);
+    td_span(kernels, kind, out, in, 0, total, length, rows_per_key, start, keys, laws, law_step, stream);
 }
 
 /* One row, one key, from index 0, with fewer arguments: small tensors feel each of them. A short burst of 512-bit
@@ -211,6 +224,41 @@ TD_EXPORT void td_masked_row(int kind, void *out, const void *in, int64_t length
         const td_law read = td_read_law(law);
         td_table(length <= TD_BRIEF ? 2 : -1)->masked[kind](out, in, 0, length, td_read_key(key), &read);
     }
+}
+
+/* Groups [from, to) of `size` neighbours that share a draw. */
+static void td_groups(const td_kernels *kernels, int kind, char *out, const char *in, int64_t from, int64_t to, int64_t size,
+                      td_key key, const td_law *law) {
+    const int64_t step = size * td_item_size[kind];
+    char kept[TD_CHUNK];
+    while (from < to) {
+        const int64_t take = td_min(TD_CHUNK, to - from);
+        kernels->masked[TD_KEEP](kept, NULL, (uint64_t)from, take, key, law);
+        for (int64_t g = 0; g < take; g++)
+            kernels->spread[kind](out + (from + g) * step, in + (from + g) * step, (const uint8_t *)kept + g, size, 1, 1, 0,
+                                  law);
+        from += take;
+    }
+}
+
+/* out = kept ? in * scale + shift : fill for contiguous tensors in which every `size` neighbours share a draw. */
+TD_EXPORT void td_grouped(int kind, void *out, const void *in, int64_t groups, int64_t size, const void *key,
+                          const double *laws, int threads) {
+    const td_kernels *kernels = td_best();
+    const td_law law = td_read_law(laws);
+    const td_key read = td_read_key(key);
+    if (groups <= 0 || size <= 0) return;
+#ifdef _OPENMP
+    if (threads > 1 && groups > 1 && groups * size >= 2 * TD_GRAIN) {
+        const int64_t pieces = td_min(groups, threads);
+#pragma omp parallel for num_threads((int)pieces) schedule(static)
+        for (int64_t p = 0; p < pieces; p++)
+            td_groups(kernels, kind, out, in, groups * p / pieces, groups * (p + 1) / pieces, size, read, &law);
+        return;
+    }
+#endif
+    (void)threads;
+    td_groups(kernels, kind, out, in, 0, groups, size, read, &law);
 }
 
 #define TD_MAX_DIMS 64
