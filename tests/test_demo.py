@@ -1,0 +1,366 @@
+"""The main job: what it computes, what it prints and draws, and how it refuses."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from torchdrop.__main__ import main
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+from torchdrop.demo.data import TRAIN_SIZE, load
+from torchdrop.demo.evaluation import (
+    entropy,
+    expected_calibration_error,
+    monte_carlo,
+    probabilities,
+    reliability,
+    score,
+)
+from torchdrop.demo.network import SIZES, build, keep_probs
+from torchdrop.demo.report import catch_up, catch_up_sentence, difference_sentence, mean_and_error
+from torchdrop.demo.training import train
+
+SMALL = ["demo", "--seeds", "2", "--epochs", "3", "--samples", "12"]
+FIGURES = {"error_against_k.png", "reliability.png", "most_uncertain.png"}
+ROWS = ["no dropout", "dropout, deterministic pass"] + [f"dropout, Monte Carlo, k = {k}" for k in (1, 10, 12)]
+
+Printed = Callable[..., str]
+
+
+@pytest.fixture
+def printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Printed:
+    """What a small run prints, without the time it took."""
+
+    def run(*more: str) -> str:
+        assert main([*SMALL, "--output", str(tmp_path / "figures"), *more]) == 0
+        out, err = capsys.readouterr()
+        assert err == ""
+        return out[: out.index("Took")]
+
+    return run
+
+
+def test_command_writes_figures_and_prints_the_table(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "torchdrop", *SMALL, "--output", "made/here"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    for row in ROWS:
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith(row + " ")]
+        assert line.count(" ± ") == 3
+    written = {path.name: path.read_bytes() for path in (tmp_path / "made/here").iterdir()}
+    assert set(written) == FIGURES
+    for name, content in written.items():
+        assert content.startswith(b"\x89PNG\r\n\x1a\n")
+        assert len(content) > 20_000
+        assert f"{Path('made/here') / name}\n" in done.stdout
+    assert "native kernels are" in done.stdout
+
+
+def test_same_options_same_table_and_nothing_else_disturbed(printed: Printed) -> None:
+    torch.manual_seed(1)
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    first = printed("--seed", "3")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.get_num_threads() == threads
+    torch.manual_seed(2)
+    assert printed("--seed", "3") == first
+    assert printed("--seed", "4").replace("Seeds 4 to 5", "Seeds 3 to 4") != first
+
+
+@pytest.mark.parametrize(("seeds", "samples"), [(1, 3), (2, 1)])
+def test_smallest_numbers(printed: Printed, seeds: int, samples: int) -> None:
+    out = printed("--seeds", str(seeds), "--samples", str(samples), "--epochs", "1")
+    assert f"k = {samples} " in out
+    assert (" ± " in out) == (seeds > 1)
+    assert "nan" not in out
+
+
+def test_progress_bar_on_a_terminal(printed: Printed, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    printed()
+    shown = terminal.getvalue()
+    for text in ("seed 1 of 2, without dropout", "seed 2 of 2, with dropout", "seed 2 of 2, Monte Carlo"):
+        assert text in shown
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "rule"),
+    [
+        ("--samples", "0", "must be a whole number of at least 1, got '0'"),
+        ("--samples", "-1", "must be a whole number of at least 1, got '-1'"),
+        ("--samples", "ten", "must be a whole number of at least 1, got 'ten'"),
+        ("--epochs", "1.5", "must be a whole number of at least 1, got '1.5'"),
+        ("--epochs", "nan", "must be a whole number of at least 1, got 'nan'"),
+        ("--seeds", "0", "must be a whole number of at least 1, got '0'"),
+        ("--seed", "-1", f"must be a whole number from 0 to {2**63 - 1}, got '-1'"),
+        ("--seed", str(2**63), f"must be a whole number from 0 to {2**63 - 1}, got '{2**63}'"),
+        ("--seed", "", f"must be a whole number from 0 to {2**63 - 1}, got ''"),
+        ("--device", "nonsense", "must be a device that PyTorch can use here, got 'nonsense': "),
+        ("--device", "meta", "must be a device that PyTorch can use here, got 'meta': "),
+        ("--device", "cuda:9999", "must be a device that PyTorch can use here, got 'cuda:9999': "),
+        ("--output", "", "must be the name of a folder, got ''"),
+        ("--output", "file", "must be a folder that can be written to, got 'file': "),
+        ("--output", "file/below", "must be a folder that can be written to, got 'file/below': "),
+    ],
+)
+def test_bad_value_is_one_line_and_status_2(
+    option: str,
+    value: str,
+    rule: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    with pytest.raises(SystemExit) as stopped:
+        main(["demo", option, value])
+    out, err = capsys.readouterr()
+    assert (stopped.value.code, out) == (2, "")
+    assert err.startswith(f"python -m torchdrop demo: error: argument {option}: {rule}")
+    assert err.endswith("\n")
+    assert err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["other"], ["demo", "--sample", "3"], ["demo", "--samples"], ["demo", "extra\nline"]]
+)
+def test_bad_usage_is_one_line_and_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    out, err = capsys.readouterr()
+    assert (stopped.value.code, out, err.count("\n")) == (2, "", 1)
+    assert "error: " in err
+
+
+def test_no_command_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "usage: python -m torchdrop" in err
+    assert "demo" in err
+
+
+def test_optional_packages(tmp_path: Path) -> None:
+    """They are not imported with torchdrop, and the demo says so where one is missing."""
+    script = """
+import sys, torchdrop
+assert not {"sklearn", "matplotlib", "torchdrop.demo"} & set(sys.modules)
+from torchdrop.__main__ import main
+for package in "tqdm", "sklearn", "matplotlib":
+    before = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == package}
+    sys.modules.update(dict.fromkeys([*before, package]))
+    try:
+        main(["demo"])
+    except SystemExit as stopped:
+        print(stopped.code)
+    del sys.modules[package]
+    sys.modules.update(before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, ["2", "2", "2"]), done.stderr
+    assert done.stderr.splitlines() == [
+        f"python -m torchdrop demo: error: the demo needs {name}, which is not installed: pip install 'torchdrop[demo]'"
+        for name in ("tqdm", "scikit-learn", "matplotlib")
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupt_ends_with_status_130(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("torchdrop.demo.run.run", interrupted)
+    assert main(["demo", "--output", str(tmp_path)]) == 130
+
+
+def test_split_is_fixed_stratified_and_centred() -> None:
+    digits, again = load(torch.device("cpu")), load(torch.device("cpu"))
+    assert torch.equal(digits.train_images, again.train_images)
+    assert digits.train_images.shape == (TRAIN_SIZE, 64)
+    assert digits.test_images.shape == (1797 - TRAIN_SIZE, 64)
+    assert all(abs(n - TRAIN_SIZE / 10) <= 2 for n in torch.bincount(digits.train_labels).tolist())
+    assert digits.train_images.mean(0).abs().max() < 1e-6
+    ranges = digits.test_images.amax(0) - digits.test_images.amin(0)
+    assert ranges.max() == pytest.approx(1)
+    assert digits.test_pictures.shape == (1797 - TRAIN_SIZE, 8, 8)
+
+
+def test_rule_for_keep_probs() -> None:
+    sizes = [64, 128, 512, 256, 10]
+    keep = keep_probs(sizes)
+    assert len(keep) == len(sizes)
+    assert keep[0] == 0.9
+    assert keep[-1] == 1
+    weights = [sizes[i] * sizes[i + 1] for i in range(3)]
+    hidden = keep[1:-1]
+    assert min(hidden) == hidden[weights.index(max(weights))] == 0.5
+    assert [k for _, k in sorted(zip(weights, hidden, strict=True))] == sorted(hidden, reverse=True)
+    assert all(0.5 <= k < 0.8 < keep[0] for k in hidden)
+    assert hidden[0] == pytest.approx(0.8 - 0.3 * (64 * 128) / (512 * 256))
+    assert keep_probs([4, 3]) == [0.9, 1.0]
+
+
+def test_networks_differ_in_dropout_only() -> None:
+    networks = []
+    for keep in ([1.0] * len(SIZES), keep_probs(SIZES)):
+        torch.manual_seed(0)
+        networks.append(build(SIZES, keep))
+    plain, dropped = (network.state_dict() for network in networks)
+    assert all(torch.equal(plain[name], dropped[name]) for name in plain | dropped)
+    x = torch.randn(4, SIZES[0])
+    assert torch.equal(networks[0].train()(x), networks[0].eval()(x))
+    assert not torch.equal(networks[1].train()(x), networks[1].eval()(x))
+    assert torch.equal(networks[1].eval()(x), networks[0].eval()(x))
+
+
+def test_order_of_the_data_is_the_seed_alone() -> None:
+    """With nothing dropped, training twice gives the same weights whatever the default generator holds."""
+    x, y = torch.randn(50, 6), torch.randint(3, (50,))
+    results = []
+    for seed, noise in ((0, 0), (0, 1), (1, 0)):
+        torch.manual_seed(0)
+        network = build([6, 8, 3], [1.0] * 3)
+        torch.manual_seed(noise)
+        train(network, x, y, epochs=2, seed=seed, after_epoch=lambda: None)
+        results.append(network(x))
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_monte_carlo_is_the_running_mean(mode: bool) -> None:
+    network = build([5, 16, 3], [0.9, 0.5, 1.0]).train(mode)
+    x = torch.randn(7, 5)
+    torch.manual_seed(0)
+    passes = [probabilities(network, x, dropout=True) for _ in range(4)]
+    torch.manual_seed(0)
+    means = list(monte_carlo(network, x, 4))
+    assert len(means) == 4
+    for k, mean in enumerate(means, start=1):
+        np.testing.assert_allclose(mean, np.mean(passes[:k], axis=0), rtol=1e-12)
+    assert not np.array_equal(passes[0], passes[1])
+    once = probabilities(network, x, dropout=False)
+    assert np.array_equal(once, probabilities(network, x, dropout=False))
+    assert all(module.training == mode for module in network.modules())
+
+
+def test_calibration_by_hand() -> None:
+    predicted = np.array([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.4, 0.6], [0.5, 0.5]])
+    labels = np.array([0, 1, 1, 1, 0])
+    # Bins (0.25, 0.5]: right 1 of 1 at 0.5. (0.5, 0.75]: right 2 of 2 at 0.65. (0.75, 1]: right 1 of 2 at 0.85.
+    size, confidence, accuracy = reliability(predicted, labels, bins=4)
+    np.testing.assert_array_equal(size, [0, 1, 2, 2])
+    np.testing.assert_allclose(confidence, [np.nan, 0.5, 0.65, 0.85])
+    np.testing.assert_allclose(accuracy, [np.nan, 1, 1, 0.5])
+    expected = (1 * 0.5 + 2 * 0.35 + 2 * 0.35) / 5
+    assert expected_calibration_error(predicted, labels, bins=4) == pytest.approx(expected)
+
+
+def test_calibration_at_its_bounds() -> None:
+    certain = np.eye(10)
+    assert expected_calibration_error(certain, np.arange(10)) == 0
+    assert expected_calibration_error(certain, np.roll(np.arange(10), 1)) == 1
+    assert reliability(certain, np.arange(10)).size.tolist() == [0] * 14 + [10]
+
+
+def test_scores_by_hand() -> None:
+    predicted = np.array([[0.7, 0.2, 0.1], [0.3, 0.3, 0.4]])
+    accuracy, nll, ece = score(predicted, np.array([0, 1]))
+    assert accuracy == 0.5
+    assert nll == pytest.approx(-(np.log(0.7) + np.log(0.3)) / 2)
+    assert ece == pytest.approx((0.3 + 0.4) / 2)
+    np.testing.assert_allclose(entropy(np.array([[0.5, 0.5], [1.0, 0.0]])), [np.log(2), 0])
+
+
+def test_mean_and_standard_error() -> None:
+    mean, spread = mean_and_error([[1.0, 5.0], [3.0, 5.0]])
+    np.testing.assert_allclose(mean, [2, 5])
+    np.testing.assert_allclose(spread, [1, 0])
+    assert [float(x) for x in mean_and_error([4.0])] == [4, 0]
+
+
+def curve(*errors: float) -> list[list[float]]:
+    """Two seeds around these means, the deterministic pass's being 1: each difference has a standard error of 0.1."""
+    return [[e - 0.1 for e in errors], [e + 0.1 for e in errors]]
+
+
+@pytest.mark.parametrize(
+    ("errors", "expected"),
+    [
+        ((3, 2, 1.05, 1), (3, 3)),
+        ((3, 1.05, 2, 1.05), (2, 4)),
+        ((3, 1.05, 1, 2), (2, None)),
+        ((3, 2, 2, 1.2), (None, None)),
+        ((0.5, 0.5, 0.5, 0.5), (1, 1)),
+    ],
+)
+def test_catch_up(errors: tuple[float, ...], expected: tuple[int | None, int | None]) -> None:
+    assert catch_up(curve(*errors), [1, 1]) == expected
+
+
+def test_catch_up_takes_differences_seed_by_seed() -> None:
+    """Seeds far apart would hide a gap that every one of them shows."""
+    assert catch_up([[1.2, 1.0], [9.2, 9.0]], [1, 9]) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("length", "at", "verdict"),
+    [
+        (100, 3, "k = 3 and stays there: earlier than the published k near 50"),
+        (100, 25, "k = 25 and stays there: near the published k = 50"),
+        (100, 50, "k = 50 and stays there: near the published k = 50"),
+        (200, 101, "k = 101 and stays there: later than the published k near 50"),
+        (
+            100,
+            101,
+            "does not come within one standard error of the deterministic pass's error in 100 passes: later than",
+        ),
+        (
+            20,
+            21,
+            "does not come within one standard error of the deterministic pass's error in 20 passes: too few passes",
+        ),
+    ],
+)
+def test_catch_up_sentence(length: int, at: int, verdict: str) -> None:
+    errors = [2.0 if k < at else 1.0 for k in range(1, length + 1)]
+    assert verdict in catch_up_sentence(curve(*errors), [1, 1])
+
+
+def test_catch_up_sentence_when_it_does_not_last() -> None:
+    sentence = catch_up_sentence(curve(3, 1, 2), [1, 1])
+    assert "at k = 2 but does not stay there up to k = 3" in sentence
+    assert "at k = 2 and stays there from k = 4 on" in catch_up_sentence(curve(3, 1, 2, 1), [1, 1])
+    assert "first comes down to the deterministic pass's error at k = 2" in catch_up_sentence([[2.0, 1.0]], [1.0])
+
+
+def test_difference_sentence_goes_both_ways() -> None:
+    assert difference_sentence("A", [0.01, 0.02], "B", [0.03, 0.04]).startswith("A has a test error 2.00 ± 0.00 ")
+    assert "below B" in difference_sentence("A", [0.01, 0.02], "B", [0.03, 0.04])
+    assert "above B" in difference_sentence("A", [0.03, 0.04], "B", [0.01, 0.02])
+    assert "the same test error as B" in difference_sentence("A", [0.03], "B", [0.03])
