@@ -54,7 +54,14 @@ def run_tests(library: Path) -> int:
 
     built = native._Library(library)
     row = ctypes.PyDLL(str(library)).td_masked_row
-    row.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, ctypes.c_int64, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int]
+    row.argtypes = [
+        ctypes.c_int,
+        *[ctypes.c_void_p] * 2,
+        ctypes.c_int64,
+        ctypes.c_char_p,
+        ctypes.c_void_p,
+        ctypes.c_int,
+    ]
     row.restype = None
     built.masked_row = row
     native.library, _short._row = built, row

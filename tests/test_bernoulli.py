@@ -336,7 +336,7 @@ def test_bad_rates(name: str, arguments: dict[str, Any], error: type[Exception],
 
 def test_no_keep_prob_cannot_be_set() -> None:
     layer = torchdrop.Dropout(0.25)
-    with pytest.raises(TypeError, match="^keep_prob must be a number or a tensor, got NoneType$"):
+    with pytest.raises(TypeError, match=r"^keep_prob must be a number or a tensor, got NoneType$"):
         layer.keep_prob = None
     assert layer.p == 0.25
 

@@ -1,13 +1,13 @@
 """torchdrop: dropout for PyTorch, exact, replayable and fast."""
 
 from . import functional
+from ._version import __version__ as __version__
 from .kernels import available_backends, use_backend
 from .layers.alpha import AlphaDropout, FeatureAlphaDropout
-from .layers.bernoulli import Dropout, Dropout1d, Dropout2d, Dropout3d
+from .layers.bernoulli import Dropout
+from .layers.channel import Dropout1d, Dropout2d, Dropout3d
 from .layers.gaussian import GaussianDropout
 from .random import frozen_masks
-
-from ._version import __version__
 
 __all__ = [
     "AlphaDropout",

@@ -165,7 +165,14 @@ class Rated(_DropoutNd):
 
     _formula: Formula = staticmethod(inverted)
 
-    def __init__(self, p: Any, inplace: bool, keep_prob: Any, generator: torch.Generator | None) -> None:
+    def __init__(
+        self,
+        p: Any = DEFAULT_P,
+        inplace: bool = False,
+        *,
+        keep_prob: Any = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
         nn.Module.__init__(self)
         check_generator(generator)
         self.inplace = inplace

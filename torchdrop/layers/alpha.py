@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels import operators
 from ..kernels.law import alpha
-from ._rate import DEFAULT_P, Rated, check_input, law_for, read_rate
-from .bernoulli import check_channels, drop
+from ._rate import DEFAULT_P, Rated, apply, check_input, law_for, read_rate
+from .channel import check_channels
 
 
 def alpha_dropout(
@@ -62,7 +63,7 @@ def alpha_dropout(
     if not training:
         return input
     check_input(input, "alpha_dropout")
-    return drop(input, law_for(k, alpha, input.shape), input.shape, inplace, generator)
+    return apply(operators.masked, input, law_for(k, alpha, input.shape), input.shape, inplace, generator)
 
 
 def _feature_shape(input: Tensor) -> tuple[int, ...]:
@@ -98,21 +99,11 @@ def feature_alpha_dropout(
     if not training:
         return input
     shape = _feature_shape(input)
-    return drop(input, law_for(k, alpha, shape), shape, inplace, generator)
+    return apply(operators.masked, input, law_for(k, alpha, shape), shape, inplace, generator)
 
 
 class _Alpha(Rated):
     _formula = staticmethod(alpha)
-
-    def __init__(
-        self,
-        p: Any = DEFAULT_P,
-        inplace: bool = False,
-        *,
-        keep_prob: Any = None,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        super().__init__(p, inplace, keep_prob=keep_prob, generator=generator)
 
 
 class AlphaDropout(_Alpha, nn.AlphaDropout):
@@ -132,7 +123,7 @@ class AlphaDropout(_Alpha, nn.AlphaDropout):
         if not self.training:
             return input
         check_input(input, "alpha_dropout")
-        return drop(input, self._law_for(input.shape), input.shape, self.inplace, self.generator)
+        return apply(operators.masked, input, self._law_for(input.shape), input.shape, self.inplace, self.generator)
 
 
 class FeatureAlphaDropout(_Alpha, nn.FeatureAlphaDropout):
@@ -150,4 +141,4 @@ class FeatureAlphaDropout(_Alpha, nn.FeatureAlphaDropout):
         if not self.training:
             return input
         shape = _feature_shape(input)
-        return drop(input, self._law_for(shape), shape, self.inplace, self.generator)
+        return apply(operators.masked, input, self._law_for(shape), shape, self.inplace, self.generator)

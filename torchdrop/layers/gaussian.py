@@ -94,16 +94,6 @@ class GaussianDropout(Rated):
 
     _formula = staticmethod(gaussian)
 
-    def __init__(
-        self,
-        p: Any = DEFAULT_P,
-        inplace: bool = False,
-        *,
-        keep_prob: Any = None,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        super().__init__(p, inplace, keep_prob=keep_prob, generator=generator)
-
     def _check_rate(self, keep_prob: Rate) -> None:
         _check_positive(keep_prob)
 

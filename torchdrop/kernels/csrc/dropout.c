@@ -51,7 +51,6 @@
 #define TD_CHUNK 256                    /* elements decided at a time */
 #define TD_GRAIN 16384                  /* elements that are worth a thread */
 #define TD_BRIEF 2048                   /* elements up to which 256-bit vectors are the faster ones */
-#define TD_LARGE (INT64_C(4) << 20)     /* bytes of output from which on it goes past the cache */
 #define TD_ONE (UINT64_C(1) << 32)      /* the threshold of keep_prob 1 */
 #define TD_PLANE (UINT64_C(1) << 61)
 
@@ -62,7 +61,6 @@ typedef struct {
 typedef struct {
     uint64_t threshold;
     double scale, shift, fill;
-    int stream; /* whether the output goes past the cache */
 } td_law;
 
 typedef void (*td_masked_fn)(char *out, const char *in, uint64_t index, int64_t n, td_key key, const td_law *law);
@@ -80,24 +78,6 @@ typedef struct {
 
 static inline int64_t td_min(int64_t a, int64_t b) { return a < b ? a : b; }
 
-static inline TD_INLINE double td_double(uint64_t bits) {
-    double value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-static inline TD_INLINE uint64_t td_double_bits(double value) {
-    uint64_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-static inline void td_fence(void) {
-#ifdef TD_X86
-    _mm_sfence();
-#endif
-}
-
 /* Words as pairs of 16-bit draws, the lower half first. */
 static inline TD_INLINE void td_store_halves(uint16_t *draws, const uint32_t *words, int n) {
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
@@ -110,7 +90,7 @@ static inline TD_INLINE void td_store_halves(uint16_t *draws, const uint32_t *wo
 #endif
 }
 
-#include "half.h"
+#include "numbers.h"
 #include "normal.h"
 
 #define TD_ISA 0
@@ -157,7 +137,6 @@ static td_law td_read_law(const double *p) {
     law.scale = scale;
     memcpy(&law.shift, p + 2, sizeof law.shift);
     memcpy(&law.fill, p + 3, sizeof law.fill);
-    law.stream = 0;
     return law;
 }
 
@@ -171,19 +150,16 @@ static td_key td_read_key(const void *p) {
 /* Elements [from, to) of `rows` rows laid end to end. Row r belongs to key r / rows_per_key and starts at index
  * start + (r % rows_per_key) * length of that key's mask. */
 static void td_span(const td_kernels *kernels, int kind, char *out, const char *in, int64_t from, int64_t to, int64_t length,
-                    int64_t rows_per_key, uint64_t start, const int64_t *keys, const double *laws, int64_t law_step,
-                    int stream) {
+                    int64_t rows_per_key, uint64_t start, const int64_t *keys, const double *laws, int64_t law_step) {
     const int64_t size = td_item_size[kind];
     while (from < to) {
         const int64_t row = from / length, column = from % length, take = td_min(length - column, to - from);
-        td_law law = td_read_law(laws + row * law_step);
-        law.stream = stream;
+        const td_law law = td_read_law(laws + row * law_step);
         const uint64_t index = start + (uint64_t)(row % rows_per_key) * (uint64_t)length + (uint64_t)column;
         kernels->masked[kind](out + from * size, in ? in + from * size : NULL, index, take,
                               td_read_key(keys + 2 * (row / rows_per_key)), &law);
         from += take;
     }
-    if (stream) td_fence();
 }
 
 /* out[i] = kept(i) ? in[i] * scale + shift : fill for contiguous `out` and `in`, or what the kind makes of the draws.
@@ -196,7 +172,6 @@ TD_EXPORT void td_masked(int kind, void *out, const void *in, int64_t rows, int6
     const td_kernels *kernels = td_table(width);
     const int64_t total = rows * length;
     if (total <= 0) return;
-    const int stream = in != NULL && in != out && total >= TD_LARGE / td_item_size[kind];
 #ifdef _OPENMP
     if (threads > 1 && total >= 2 * TD_GRAIN) {
         const int64_t grains = (total + TD_GRAIN - 1) / TD_GRAIN;
@@ -204,12 +179,12 @@ TD_EXPORT void td_masked(int kind, void *out, const void *in, int64_t rows, int6
 #pragma omp parallel for num_threads(team) schedule(static)
         for (int64_t g = 0; g < grains; g++)
             td_span(kernels, kind, out, in, g * TD_GRAIN, td_min((g + 1) * TD_GRAIN, total), length, rows_per_key, start,
-                    keys, laws, law_step, stream);
+                    keys, laws, law_step);
         return;
     }
 #endif
     (void)threads;
-    td_span(kernels, kind, out, in, 0, total, length, rows_per_key, start, keys, laws, law_step, stream);
+    td_span(kernels, kind, out, in, 0, total, length, rows_per_key, start, keys, laws, law_step);
 }
 
 /* One row, one key, from index 0, with fewer arguments: small tensors feel each of them. A short burst of 512-bit

@@ -27,8 +27,6 @@
 #define TD_STORE(to, a, b)                                                                                           \
     _mm512_storeu_si512(to, _mm512_permutex2var_epi64(a, _mm512_set_epi64(11, 3, 10, 2, 9, 1, 8, 0), b));           \
     _mm512_storeu_si512((to) + 16, _mm512_permutex2var_epi64(a, _mm512_set_epi64(15, 7, 14, 6, 13, 5, 12, 4), b))
-#define TD_LINE 64
-#define TD_STREAM(to, from) _mm512_stream_si512((void *)(to), _mm512_loadu_si512(from))
 #define TD_HALVES_AT_ONCE 16
 #define TD_SCALE_HALVES(to, from, scale)                                                                             \
     _mm256_storeu_si256((__m256i *)(to),                                                                             \
@@ -53,8 +51,6 @@
 #define TD_STORE(to, a, b)                                                                                           \
     _mm256_storeu_si256((__m256i *)(to), TD_WEAVE(a, b, 0x20));                                                     \
     _mm256_storeu_si256((__m256i *)((to) + 8), TD_WEAVE(a, b, 0x31))
-#define TD_LINE 32
-#define TD_STREAM(to, from) _mm256_stream_si256((__m256i *)(to), _mm256_loadu_si256((const __m256i *)(from)))
 #define TD_HALVES_AT_ONCE 8
 #define TD_SCALE_HALVES(to, from, scale)                                                                             \
     _mm_storeu_si128((__m128i *)(to),                                                                                \

@@ -34,17 +34,6 @@ TD_TARGET static inline TD_INLINE uint16_t TD_NAME(decide)(uint64_t block, td_ke
     return 1;
 }
 
-/* Copies whole chunks past the cache, where the processor can and `out` is aligned for it. */
-TD_TARGET static inline TD_INLINE void TD_NAME(put)(char *out, const char *from, int64_t bytes) {
-#ifdef TD_STREAM
-    if ((uintptr_t)out % TD_LINE == 0) {
-        for (int64_t b = 0; b < bytes; b += TD_LINE) TD_STREAM(out + b, from + b);
-        return;
-    }
-#endif
-    memcpy(out, from, (size_t)bytes);
-}
-
 /* out = kept ? in * scale : 0, for one chunk or a part of one. */
 #define TD_DEFINE_APPLY(dtype, store_t, real_t, LOAD, STORE)                                                         \
     TD_TARGET static inline TD_INLINE void TD_NAME(apply_##dtype)(char *out, const char *in, const uint16_t *draws, \
@@ -82,13 +71,7 @@ TD_TARGET static inline TD_INLINE void TD_NAME(put)(char *out, const char *from,
             const int64_t skip = (int64_t)(index % 8), take = td_min(TD_CHUNK - skip, n);                            \
             if (take == TD_CHUNK && !shifted) {                                                                      \
                 const uint16_t cut = TD_NAME(decide)(index / 8, key, law, draws, TD_CHUNK);                          \
-                if (law->stream) {                                                                                   \
-                    char made[TD_CHUNK * sizeof(store_t)];                                                           \
-                    TD_NAME(apply_##dtype)(made, in, draws, cut, law, TD_CHUNK);                                     \
-                    TD_NAME(put)(out, made, (int64_t)sizeof made);                                                   \
-                } else {                                                                                             \
-                    TD_NAME(apply_##dtype)(out, in, draws, cut, law, TD_CHUNK);                                      \
-                }                                                                                                    \
+                TD_NAME(apply_##dtype)(out, in, draws, cut, law, TD_CHUNK);                                          \
             } else {                                                                                                 \
                 const uint16_t cut = TD_NAME(decide)(index / 8, key, law, draws, skip + take);                       \
                 if (shifted)                                                                                         \
@@ -243,6 +226,4 @@ static const td_kernels TD_NAME(kernels) = {
 #undef TD_WEAVE
 #undef TD_STORE
 #undef TD_SCALE_HALVES
-#undef TD_STREAM
-#undef TD_LINE
 #undef TD_HALVES_AT_ONCE

@@ -1,5 +1,17 @@
-/* float16 and bfloat16 to and from float32, rounding to nearest even, without branches so that loops over them
- * vectorise. What becomes of a NaN is what the processors' own conversions and PyTorch's make of it. */
+/* Numbers as bits and back. float16 and bfloat16 to and from float32 round to nearest even, without branches so that
+ * loops over them vectorise. What becomes of a NaN is what the processors' own conversions and PyTorch's make of it. */
+
+static inline TD_INLINE double td_double(uint64_t bits) {
+    double value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static inline TD_INLINE uint64_t td_double_bits(double value) {
+    uint64_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
 
 static inline TD_INLINE float td_float(uint32_t bits) {
     float value;
