@@ -1,0 +1,47 @@
+"""The README's examples run as they stand, one after the other, and its figures come from the committed run."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_examples_run() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) >= 5
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", "import numpy\n" + "\n".join(blocks)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Dropout(p=0.1, inplace=False)" in done.stdout
+
+
+def test_the_speed_table_is_the_committed_runs() -> None:
+    results = ROOT / "benchmarks" / "results" / "dropout-cpu.json"
+    rendered = subprocess.run(
+        [sys.executable, "benchmarks/bench_dropout.py", "--render", str(results)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    assert rendered in README
+    assert json.loads(results.read_text(encoding="utf-8"))["machine"]["commit"]
+
+
+def test_the_test_command_is_what_ci_runs() -> None:
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "<!-- tests -->" in script
+    (command,) = re.findall(r"<!-- tests -->\n```bash\n(.*)\n```", README)
+    for part in ("torch==2.13.0", "-e '.[test]'", "ruff check", "mypy", "pytest"):
+        assert part in command
