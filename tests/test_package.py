@@ -1,0 +1,316 @@
+"""The package as a whole: which part knows which, what it promises to export, and how it is built."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import inspect
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import torchdrop
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "torchdrop"
+
+RANKS = {
+    "_version": 0,
+    "kernels": 0,
+    "schedules": 0,
+    "random": 1,
+    "layers": 2,
+    "functional": 3,
+    "configure": 3,
+    "scheduler": 3,
+    "monte_carlo": 3,
+    "": 4,
+    "demo": 5,
+    "__main__": 5,
+}
+"""A part imports parts of its own rank or lower. The empty name is ``import torchdrop`` itself."""
+
+TWINS = ["dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"]
+CLASS_TWINS = ["Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout"]
+
+needs_tree = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="the tests lie outside a source tree")
+
+
+def sources() -> list[Path]:
+    found = sorted(PACKAGE.rglob("*.py"))
+    assert PACKAGE / "__init__.py" in found
+    return found
+
+
+def part_of(module: str) -> str | None:
+    """The part of torchdrop that a dotted name lies in, or None where it is another package."""
+    names = module.split(".")
+    if names[0] != "torchdrop":
+        return None
+    here = PACKAGE / names[1] if len(names) > 1 else PACKAGE
+    return names[1] if len(names) > 1 and (here.is_dir() or here.with_suffix(".py").exists()) else ""
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Dotted names of all that a file imports, anywhere in it, relative ones resolved."""
+    package = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def python(*args: str, cwd: Path, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs this Python there. Its package comes from `cwd` only if PYTHONPATH says so."""
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(
+        [sys.executable, *args], cwd=cwd, env=clean | environment, timeout=timeout, capture_output=True, text=True
+    )
+
+
+class TestImports:
+    def test_resolution(self, tmp_path: Path) -> None:
+        """The check itself: every form of import is seen."""
+        assert part_of("torchdrop.kernels.law.Law") == "kernels"
+        assert part_of("torchdrop.random.draw_key") == "random"
+        assert part_of("torchdrop.Dropout") == part_of("torchdrop") == ""
+        assert part_of("torch.nn") is None
+        found = set(imports(PACKAGE / "layers" / "_short.py"))
+        assert {"torchdrop.kernels", "torchdrop.random", "torchdrop.kernels.law.Law", "torch"} <= found
+
+    @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
+    def test_point_one_way(self, path: Path) -> None:
+        own = part_of(".".join(path.relative_to(ROOT).with_suffix("").parts)) if path.parent != PACKAGE else path.stem
+        own = "" if own == "__init__" else own
+        assert own in RANKS, f"{own} is new: give it a rank here"
+        for name in imports(path):
+            part = part_of(name)
+            assert part is None or RANKS[part] <= RANKS[own], f"{path.relative_to(ROOT)} imports {name}"
+            assert own != "schedules" or name.split(".")[0] not in ("torch", "torchdrop"), f"schedules imports {name}"
+
+    @pytest.mark.slow
+    def test_importing_the_package_loads_nothing_for_demonstrations(self, tmp_path: Path) -> None:
+        script = (
+            "import sys, json, torch; before = set(sys.modules); import torchdrop;"
+            "print(json.dumps(sorted(set(sys.modules) - before)))"
+        )
+        run = python("-c", script, cwd=tmp_path)
+        assert run.returncode == 0, run.stderr
+        loaded = set(json.loads(run.stdout))
+        assert {"torchdrop.layers.bernoulli", "torchdrop.kernels.native"} <= loaded
+        assert not loaded & {"sklearn", "matplotlib", "scipy", "tqdm", "torchdrop.demo", "torch._inductor.compile_fx"}
+        assert run.stderr == ""
+
+
+def public() -> dict[str, Any]:
+    names = {f"torchdrop.{name}": getattr(torchdrop, name) for name in torchdrop.__all__}
+    names |= {f"torchdrop.functional.{n}": getattr(torchdrop.functional, n) for n in torchdrop.functional.__all__}
+    return names
+
+
+class TestPublicNames:
+    @pytest.mark.parametrize("module", [torchdrop, torchdrop.functional], ids=lambda module: module.__name__)
+    def test_contents_are_complete_and_sorted(self, module: ModuleType) -> None:
+        found = {
+            name for name, value in vars(module).items()
+            if not name.startswith("_") and (inspect.isclass(value) or inspect.isfunction(value))
+        }  # fmt: skip
+        assert found <= set(module.__all__)
+        assert list(module.__all__) == sorted(set(module.__all__))
+
+    @pytest.mark.parametrize("name", public())
+    def test_have_a_docstring_with_an_example(self, name: str) -> None:
+        value = public()[name]
+        doc = value.__doc__ if not inspect.isclass(value) else vars(value).get("__doc__")
+        assert doc
+        if not inspect.ismodule(value):
+            assert ">>> " in doc
+
+    @pytest.mark.parametrize("name", TWINS)
+    def test_functions_take_their_twins_arguments(self, name: str) -> None:
+        ours = list(inspect.signature(getattr(torchdrop.functional, name)).parameters.values())
+        stock = list(inspect.signature(getattr(nn.functional, name)).parameters.values())
+        assert len(stock) == 4
+        for mine, theirs in zip(ours, stock, strict=False):
+            assert (mine.name, mine.kind, mine.default) == (theirs.name, theirs.kind, theirs.default)
+        assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in ours[4:])
+
+    @pytest.mark.parametrize("name", CLASS_TWINS)
+    def test_classes_take_their_twins_arguments(self, name: str) -> None:
+        ours = list(inspect.signature(getattr(torchdrop, name)).parameters.values())
+        stock = list(inspect.signature(getattr(nn, name)).parameters.values())
+        assert [parameter.name for parameter in stock] == ["p", "inplace"]
+        for mine, theirs in zip(ours, stock, strict=False):
+            assert (mine.name, mine.kind, mine.default) == (theirs.name, theirs.kind, theirs.default)
+        assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in ours[2:])
+
+    def test_function_and_class_share_their_keywords(self) -> None:
+        for name in torchdrop.functional.__all__:
+            stem = "".join(part.capitalize() for part in name.split("_"))
+            function = inspect.signature(getattr(torchdrop.functional, name)).parameters
+            module = inspect.signature(getattr(torchdrop, stem)).parameters
+            assert set(function) - {"input", "training"} == set(module), name
+
+    def test_version_is_the_installed_one(self) -> None:
+        assert torchdrop.__version__ == importlib.metadata.version("torchdrop")
+
+    def test_is_typed(self) -> None:
+        assert Path(torchdrop.__file__).with_name("py.typed").is_file()
+
+
+class TestSources:
+    @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
+    def test_files_hold_one_idea(self, path: Path) -> None:
+        lines = len(path.read_text().splitlines())
+        assert lines <= 400, f"{path.name} has {lines} lines: split it by idea"
+
+    def test_name_no_place_on_a_machine(self) -> None:
+        files = [p for p in PACKAGE.rglob("*") if p.suffix in (".py", ".c", ".h", ".toml", ".md")]
+        files += [p for p in (ROOT / "pyproject.toml", ROOT / "setup.py", ROOT / "README.md") if p.exists()]
+        assert any(p.suffix == ".c" for p in files)
+        place = re.compile(r"(?<![\w.])/(?:home|root|Users|work|workspace|tmp)\b")
+        assert place.search("see /home/someone and /work/shop") is not None
+        found = [f"{p.name}: {line}" for p in files for line in p.read_text().splitlines() if place.search(line)]
+        assert found == []
+
+    @needs_tree
+    def test_every_package_is_listed_for_the_build(self) -> None:
+        tomllib = pytest.importorskip("tomllib")
+        listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+        there = {".".join(p.parent.relative_to(ROOT).parts) for p in PACKAGE.rglob("__init__.py")}
+        assert set(listed) == there
+
+
+def copy_of_package(to: Path) -> Path:
+    """The package's Python files alone, without the compiled library."""
+    unwanted = shutil.ignore_patterns("_native.*", "__pycache__", "csrc", "build")
+    shutil.copytree(PACKAGE, to / "torchdrop", ignore=unwanted)
+    return to / "torchdrop"
+
+
+WITHOUT_NATIVE = """
+import json, torch, torchdrop
+from torchdrop import kernels
+x = torch.ones(50_000, requires_grad=True)
+served = kernels.backend_for(x.device, x.dtype).NAME
+layers = [torchdrop.Dropout(), torchdrop.AlphaDropout(), torchdrop.GaussianDropout()]
+equal = []
+for layer in layers:
+    for size in (64, 50_000):
+        torch.manual_seed(1)
+        y = layer(x[:size])
+        torch.manual_seed(1)
+        equal.append(torch.equal(layer(x[:size]), y) and not torch.equal(y, x[:size]))
+y = torchdrop.Dropout()(x)
+(slope,) = torch.autograd.grad(y.sum(), x)
+try:
+    with torchdrop.use_backend("native"):
+        refused = ""
+except RuntimeError as error:
+    refused = str(error)
+with torchdrop.use_backend("reference"):
+    reference = torchdrop.Dropout()(x).unique().tolist()
+print(json.dumps([
+    torchdrop.__file__, torchdrop.available_backends(), served, all(equal), y.unique().tolist(), torch.equal(y, slope),
+    y.mean().item(), refused, reference,
+]))
+"""
+
+
+class TestWithoutNativeKernels:
+    @pytest.mark.slow
+    @pytest.mark.parametrize("broken", [False, True], ids=["missing", "broken"])
+    def test_works_and_says_why(self, tmp_path: Path, broken: bool) -> None:
+        package = copy_of_package(tmp_path)
+        if broken:
+            name = "_native.dll" if sys.platform == "win32" else "_native.so"
+            (package / "kernels" / name).write_bytes(b"no library")
+        run = python("-W", "error", "-c", WITHOUT_NATIVE, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+        assert run.returncode == 0, run.stderr
+        file, reasons, served, replays, values, linear, mean, refused, reference = json.loads(run.stdout)
+        assert Path(file).resolve() == (package / "__init__.py").resolve()
+        (why,) = reasons["native"]
+        assert ("could not be loaded" if broken else "its C kernels were not built") in why
+        assert "reinstall torchdrop" in why
+        assert reasons["aten"] == reasons["reference"] == []
+        assert served == "aten"
+        assert replays
+        assert linear
+        assert values == reference == [0.0, 2.0]
+        assert abs(mean - 1.0) < 0.05
+        assert refused == f"the native backend cannot serve this: {why}"
+
+
+def build(tree: Path, *command: str, **environment: str) -> Path:
+    """Runs a build of a copy of the source tree; the one file that it makes."""
+    pytest.importorskip("setuptools", "77", reason="building needs setuptools")
+    tree.mkdir()
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, tree)
+    unwanted = shutil.ignore_patterns("_native.*", "__pycache__")
+    shutil.copytree(PACKAGE, tree / "torchdrop", ignore=unwanted)
+    run = python(*command, cwd=tree, **environment)
+    assert run.returncode == 0, run.stdout + run.stderr
+    (made,) = (tree / "out").iterdir()
+    return made
+
+
+WHEEL = ("-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--no-index", "-w", "out")
+SDIST = ("-c", "import os; os.mkdir('out'); from setuptools import build_meta; build_meta.build_sdist('out')")
+
+
+@needs_tree
+@pytest.mark.slow
+class TestBuild:
+    def test_without_a_compiler(self, tmp_path: Path) -> None:
+        wheel = build(tmp_path / "tree", *WHEEL, CC="/nonexistent")
+        names = zipfile.ZipFile(wheel).namelist()
+        assert "torchdrop/py.typed" in names
+        assert "torchdrop/kernels/native.py" in names
+        assert not [name for name in names if "_native" in name]
+
+    @pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="no C compiler")
+    def test_with_a_compiler(self, tmp_path: Path) -> None:
+        """The wheel holds all of the package and the library, and works where it is unpacked."""
+        wheel = build(tmp_path / "tree", *WHEEL)
+        assert re.fullmatch(r"torchdrop-.+-py3-none-(?!any).+\.whl", wheel.name)
+        names = set(zipfile.ZipFile(wheel).namelist())
+        assert names >= {str(path.relative_to(ROOT)) for path in sources()}
+        assert "torchdrop/py.typed" in names
+        assert [name for name in names if "_native" in name] == ["torchdrop/kernels/_native.so"]
+        assert not [name for name in names if name.startswith(("tests", "benchmarks"))]
+        zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+        script = (
+            "import torchdrop, torch; torch.manual_seed(1); y = torchdrop.Dropout()(torch.ones(100_000));"
+            "print(torchdrop.__file__, torchdrop.available_backends()['native'], y.sum().item())"
+        )
+        run = python("-c", script, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
+        torch.manual_seed(1)
+        expected = torchdrop.Dropout()(torch.ones(100_000)).sum().item()
+        assert run.stdout.split() == [str(tmp_path / "site" / "torchdrop" / "__init__.py"), "[]", str(expected)], (
+            run.stderr
+        )
+
+    def test_source_distribution_has_what_the_build_needs(self, tmp_path: Path) -> None:
+        made = build(tmp_path / "tree", *SDIST)
+        shutil.unpack_archive(made, tmp_path / "unpacked")
+        (tree,) = (tmp_path / "unpacked").iterdir()
+        needed = [*sources(), *(PACKAGE / "kernels" / "csrc").iterdir(), PACKAGE / "py.typed", ROOT / "setup.py"]
+        missing = [str(p.relative_to(ROOT)) for p in needed if not (tree / p.relative_to(ROOT)).exists()]
+        assert missing == []
