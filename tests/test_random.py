@@ -905,13 +905,6 @@ class TestFrozen:
                 outputs.append(model(torch.ones(2, 64)))
         assert not any(torch.equal(a, b) for a, b in zip(*(y.unbind(1) for y in outputs), strict=True))
 
-    def test_unsigned_and_signed_seeds_are_one(self) -> None:
-        model, outputs = Calls(), []
-        for seed in (-1, 2**64 - 1):
-            with torchdrop.frozen_masks(model, seed=seed):
-                outputs.append(model(torch.ones(64)[None]))
-        assert torch.equal(*outputs)
-
     @pytest.mark.parametrize(
         ("layer", "shape"),
         [(torchdrop.Dropout(), (64, 24)), (torchdrop.Dropout2d(), (64, 24, 2, 2)), (torchdrop.AlphaDropout(), (64, 24)),
@@ -935,9 +928,10 @@ class TestFrozen:
     def test_submodule_called_directly(self) -> None:
         model, x = Calls(), torch.ones(2, 64)
         with torchdrop.frozen_masks(model, seed=1):
-            y = model(x)
-            assert torch.equal(model.drop(x), y[:, 0])
-            assert torch.equal(model.drop(x), y[:, 0])
+            y = model.drop(x)
+            model(x)
+            assert torch.equal(model.drop(x), y)
+            assert torch.equal(model.drop(x[:1]), y[:1])
 
     def test_modules_differ_by_their_names(self) -> None:
         model, x = nn.ModuleDict({"a": torchdrop.Dropout(), "b": torchdrop.Dropout()}), torch.ones(64)
@@ -1136,13 +1130,12 @@ class TestFrozen:
         ):
             pass
 
-    @pytest.mark.parametrize("wrong", [2**64, -(2**63) - 1])
-    def test_seed_beyond_64_bits(self, wrong: int) -> None:
-        with (
-            pytest.raises(ValueError, match=f"^seed must fit in 64 bits, got {wrong}$"),
-            torchdrop.frozen_masks(Calls(), seed=wrong),
-        ):
-            pass
+    def test_any_integer_is_a_seed(self) -> None:
+        x = torch.ones(2, 64)
+        for seed in (2**64, -(2**63) - 1, 10**40):
+            model = Calls()
+            with torchdrop.frozen_masks(model, seed=seed):
+                assert torch.equal(model(x), model(x))
 
     def test_shapes_alone(self) -> None:
         model = nn.Sequential(torchdrop.Dropout())
@@ -1160,13 +1153,6 @@ class TestFrozen:
         assert torch.equal(y, again)
         assert (y == 0).any()
         assert not torch.equal(y, other)
-
-    def test_threads(self) -> None:
-        model, x = Calls(), torch.ones(1, 64)
-        with torchdrop.frozen_masks(model, seed=1):
-            y = model(x)
-            for outputs in in_threads(lambda i: [model(x) for _ in range(50)]):
-                assert all(torch.equal(output, y) for output in outputs)
 
 
 def several_costs(how: str, model: Twice, x: Tensor) -> tuple[Tensor, ...]:

@@ -17,9 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.nn.modules.dropout import _DropoutNd
-
-_LOW, _HIGH = -(2**63), 2**63 - 1
 
 _is_compiling = torch.compiler.is_compiling
 _transformed = torch._C._are_functorch_transforms_active
@@ -46,13 +45,19 @@ def draw_key(device: torch.device, generator: torch.Generator | None = None) -> 
 
 
 def _from_default(device: torch.device) -> Tensor:
-    if _frozen:
-        key = _frozen_key(device)
-        if key is not None:
-            return key
-    if _transformed() and _vmapped():
-        return torch.randint(2**63 - 1, (2,), device=device)  # the form for which vmap has its randomness modes
-    return torch.empty((2,), dtype=torch.int64, device=device).random_()
+    running = [frozen for frozen in _frozen if frozen.running]
+    for frozen in running:
+        frozen.served += 1
+    if running and _transformed():
+        with temporarily_clear_interpreter_stack():  # frozen masks are one set of masks, also under vmap
+            return _drawn(device, None)
+    return _drawn(device, None)
+
+
+def _drawn(device: torch.device, generator: torch.Generator | None) -> Tensor:
+    if _transformed() and _vmapped():  # the form for which vmap has its randomness modes
+        return torch.randint(2**63 - 1, (2,), device=device, generator=generator)
+    return torch.empty((2,), dtype=torch.int64, device=device).random_(generator=generator)
 
 
 def _vmapped() -> bool:
@@ -86,7 +91,7 @@ def _from_generator(device: torch.device, generator: torch.Generator) -> Tensor:
             f"generator must be on the input's device, got a generator on {own} for an input on {device}: "
             f"create it with torch.Generator(device={str(device)!r})"
         )
-    return torch.empty((2,), dtype=torch.int64, device=device).random_(generator=generator)
+    return _drawn(device, generator)
 
 
 def check_generator(generator: Any) -> None:
@@ -120,92 +125,105 @@ def _fake_key(call: int, *, device: torch.device) -> Tensor:
     return torch.empty((2,), dtype=torch.int64, device=device)
 
 
+class _Forward(threading.local):
+    """The modules being run in this thread, outermost first, and the generators' states from before."""
+
+    def __init__(self) -> None:
+        self.modules: list[nn.Module] = []
+        self.before: _States | None = None
+
+
 class _Frozen:
-    """Keys derived from a seed, the module that asks and how often it has asked in this forward."""
+    """Starts every outermost forward from a given state of PyTorch's generators, and puts their state back after it.
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    Activation checkpointing restores the generators before it runs a part of a forward again, in whatever order and
+    whenever that is, so it finds its masks. Where it wraps a whole forward, what it restores is the state from before
+    that forward, which is known again by its digest.
+    """
+
+    def __init__(self, model: nn.Module, seed: int) -> None:
         self.served = 0
-        self._by_draw: dict[tuple[int, int], Tensor] = {}
-        self._local = threading.local()
+        self._seeds = {id(module): _mixed(seed, name) for name, module in model.named_modules()}
+        self._outside: set[bytes] = set()
+        self._forward = _Forward()
 
-    def _forward(self) -> tuple[list[str], dict[str, int]]:
-        """The modules being run in this thread, outermost first, and the calls each has made."""
-        if not hasattr(self._local, "names"):
-            self._local.names, self._local.calls = [], {}
-        return self._local.names, self._local.calls
+    @property
+    def running(self) -> bool:
+        return bool(self._forward.modules)
 
-    def enter(self, name: str) -> None:
-        names, calls = self._forward()
-        if not names and not _in_backward():
-            calls.clear()
-            self._by_draw.clear()
-        names.append(name)
+    def enter(self, module: nn.Module, args: Any) -> None:
+        if _is_compiling():
+            return
+        forward = self._forward
+        if not forward.modules:
+            states, digest = _states()
+            again = torch._C._current_graph_task_id() != -1
+            if not again or digest in self._outside:
+                self._outside.add(digest)
+                forward.before = states
+                torch.manual_seed(self._seeds.get(id(module), 0))
+        forward.modules.append(module)
 
-    def leave(self) -> None:
-        self._forward()[0].pop()
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        modules = self._forward.modules
+        if not _is_compiling() and modules and modules[-1] is module:  # not so if a hook before `enter` has raised
+            modules.pop()
+            if not modules:
+                self.restore()
 
-    def key(self, device: torch.device) -> Tensor | None:
-        """The key of this call, or None if no forward of the model is running.
+    def restore(self) -> None:
+        """Puts back what an outermost forward found, also one that was interrupted."""
+        self._forward.modules.clear()
+        before, self._forward.before = self._forward.before, None
+        if before is not None:
+            cpu, cuda = before
+            torch.set_rng_state(cpu)
+            if cuda:
+                torch.cuda.set_rng_state_all(cuda)
 
-        Activation checkpointing runs parts of a forward again during backward, in another order. It also restores the
-        generator, so a number drawn from that tells which call is being repeated.
-        """
-        names, calls = self._forward()
-        again = _in_backward()
-        if not names and not again:
-            return None
-        draw: tuple[int, int] | None = None
-        if not _transformed():
-            draw = tuple(torch.randint(_LOW, _HIGH, (2,), device=device).tolist())
-            if again and draw in self._by_draw:
-                return self._by_draw[draw]
-        if not names:
-            return None
-        name = names[-1]
-        call = calls.get(name, 0)
-        calls[name] = call + 1
-        digest = hashlib.blake2b(f"{name}\0{call}".encode(), digest_size=8).digest()
-        key = torch.tensor([self.seed, int.from_bytes(digest, "little", signed=True)], device=device)
-        if draw is not None:
-            self._by_draw[draw] = key
-        self.served += 1
-        return key
+
+_States = tuple[Tensor, list[Tensor]]
+
+
+def _states() -> tuple[_States, bytes]:
+    """The states of PyTorch's generators, and a digest of the CPU's."""
+    with temporarily_clear_interpreter_stack():  # plain tensors, also under torch.func
+        cpu = torch.get_rng_state()
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        return (cpu, cuda), hashlib.blake2b(ctypes.string_at(cpu.data_ptr(), cpu.numel()), digest_size=16).digest()
+
+
+def _mixed(seed: int, name: str) -> int:
+    """A seed for each module: PyTorch's CPU generator takes 32 bits."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=4).digest(), "little")
 
 
 _frozen: list[_Frozen] = []
-
-
-def _frozen_key(device: torch.device) -> Tensor | None:
-    for frozen in reversed(_frozen):
-        key = frozen.key(device)
-        if key is not None:
-            return key
-    return None
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
 
 
 @contextmanager
 def frozen_masks(model: nn.Module, seed: int = 0) -> Iterator[None]:
     """Every forward of the model inside the context uses the same masks.
 
-    A layer's key is (seed, which module, which call of it in this forward), so a layer that is called several times
-    has a mask for each call. Element i of a layer's input always meets the same draw: with the batch in the first
-    dimension, a sample keeps its mask in whatever batch it comes at that place. The cost with dropout on is then a
-    deterministic function of the parameters, to be plotted, searched along a line or checked by finite differences.
+    Each forward starts from the same state of PyTorch's generators, which follows from `seed` and from the name of the
+    module that was called, and puts their state back when it ends. A layer draws two numbers a call, whatever its
+    input, so that a layer that is called several times has a mask for each call, the same in each forward. Element i of
+    a layer's input always meets the same draw: with the batch in the first dimension, a sample keeps its mask in
+    whatever batch it comes at that place (unless something else in the model draws an amount that depends on the
+    batch). The cost with dropout on is then a deterministic function of the parameters, to be plotted, searched along a
+    line or checked by finite differences.
+
     Whether dropout is on is still the business of ``model.train()``. A forward is a call of the model or of any module
-    in it. Layers with a `generator` of their own follow that, and a model compiled as a whole counts as one module.
+    in it, outside backward; one at a time, since threads share PyTorch's generator. Layers with a `generator` of their
+    own follow that. If activation checkpointing wraps the whole model, run backward inside the context too.
 
     Args:
         model: the model, or any part of it, with torchdrop's layers or functions inside.
-        seed: any integer of 64 bits.
+        seed: any integer.
 
     Raises:
         TypeError: `model` is no module or `seed` no integer.
-        ValueError: the seed needs more than 64 bits, or the model has dropout modules of torch.nn, which cannot be
+        ValueError: the model has dropout modules of torch.nn, which cannot be
             frozen: put torchdrop's layers in their place.
 
     Warns:
@@ -224,8 +242,6 @@ def frozen_masks(model: nn.Module, seed: int = 0) -> Iterator[None]:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
-    if not _LOW <= seed <= 2 * _HIGH + 1:
-        raise ValueError(f"seed must fit in 64 bits, got {seed}")
     stock = [
         name
         for name, m in model.named_modules()
@@ -236,24 +252,17 @@ def frozen_masks(model: nn.Module, seed: int = 0) -> Iterator[None]:
             f"the model has dropout modules of torch.nn, whose masks cannot be frozen: {', '.join(stock)}. "
             "Put torchdrop's layers of the same names in their place"
         )
-    frozen = _Frozen(seed if seed <= _HIGH else seed - 2**64)
-
-    def enter(name: str) -> Any:
-        return lambda module, args: None if _is_compiling() else frozen.enter(name)
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        if not _is_compiling():
-            frozen.leave()
-
+    frozen = _Frozen(model, seed)
     handles = []
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(enter(name), prepend=True))
-        handles.append(module.register_forward_hook(leave, always_call=True))
+    for module in model.modules():
+        handles.append(module.register_forward_pre_hook(frozen.enter))
+        handles.append(module.register_forward_hook(frozen.leave, always_call=True, prepend=True))
     _frozen.append(frozen)
     try:
         yield
     finally:
         _frozen.remove(frozen)
+        frozen.restore()
         for handle in handles:
             handle.remove()
     if not frozen.served:

@@ -137,6 +137,10 @@ def _law_dims(law: Law | Tensor) -> int:
 
 def _in_rows(law: Law | Tensor, key: Tensor, shape: Sequence[int]) -> bool:
     keys, dims = len(key.shape) - 1, _law_dims(law)
+    if isinstance(law, Tensor) and law.dim() > 1:
+        full = (*key.shape[:-1], *shape)
+        if any(size not in (1, whole) for size, whole in zip(law.shape[:-1], full, strict=True)):
+            return False  # one draw under several laws
     return dims <= keys or math.prod(shape[dims - keys :]) >= _SHORTEST_ROW
 
 

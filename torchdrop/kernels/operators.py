@@ -37,7 +37,7 @@ _has_storage = torch._C._has_storage
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether nothing watches: no transform, mode, trace or subclass that would have to see what is done to x."""
+    """Whether x is what lies in its memory, and no transform, mode or trace has to see what is done to it."""
     kind = type(x)
     return (
         (kind is Tensor or kind is Parameter)
@@ -47,6 +47,8 @@ def is_plain(x: Tensor) -> bool:
         and forward_ad._current_level < 0
         and _tracing() is None
         and _has_storage(x)  # not so for the batched gradients of autograd.grad
+        and not x.is_neg()
+        and not x._is_zerotensor()
         and not x.is_meta
     )
 

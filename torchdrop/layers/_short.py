@@ -38,7 +38,7 @@ def short(x: Tensor, law: Law) -> Tensor | None:
     kind = type(x)
     if (
         (kind is not Tensor and kind is not Parameter)
-        or not _has_storage(x)
+        or x.is_neg()
         or not x.is_cpu
         or not x.is_contiguous()
         or _row is None
@@ -51,8 +51,8 @@ def short(x: Tensor, law: Law) -> Tensor | None:
         or _tracing() is not None
     ):
         return None
-    code, n = _kind_of(x.dtype), x.numel()
-    if code is None:
+    code, n, source = _kind_of(x.dtype), x.numel(), x.data_ptr()
+    if code is None or not source:
         return None
     _key.draw()
     if law.threshold == ONE:
@@ -61,7 +61,7 @@ def short(x: Tensor, law: Law) -> Tensor | None:
     if x.requires_grad and _is_grad_enabled():
         return _record(x, (code, n, key, law.address, law))
     out = _empty_like(x)
-    _row(code, out.data_ptr(), x.data_ptr(), n, key, law.address, 1 if n < _SERIAL else _threads())
+    _row(code, out.data_ptr(), source, n, key, law.address, 1 if n < _SERIAL else _threads())
     return out
 
 
@@ -81,6 +81,8 @@ class _Short(torch.autograd.Function):
             type(grad) is Tensor
             and _has_storage(grad)
             and grad.is_contiguous()
+            and not grad.is_neg()
+            and not grad._is_zerotensor()
             and not _is_grad_enabled()
             and not _transformed()
             and not _dispatch_modes()
