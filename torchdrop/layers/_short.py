@@ -23,7 +23,6 @@ _transformed = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _tracing = torch._C._get_tracing_state
-_has_storage = torch._C._has_storage
 _key = random.key_bytes
 _threads = native.threads
 _SERIAL = native.SERIAL
@@ -79,18 +78,21 @@ class _Short(torch.autograd.Function):
         code, n, key, address, law = ctx.state
         if (
             type(grad) is Tensor
-            and _has_storage(grad)
             and grad.is_contiguous()
             and not grad.is_neg()
-            and not grad._is_zerotensor()
             and not _is_grad_enabled()
             and not _transformed()
             and not _dispatch_modes()
             and forward_ad._current_level < 0
         ):
-            out = _empty_like(grad)
-            _row(code, out.data_ptr(), grad.data_ptr(), n, key, address, 1 if n < _SERIAL else _threads())
-            return out, None
+            try:
+                source = grad.data_ptr()
+            except RuntimeError:  # the batched gradients of autograd.grad have no memory
+                source = 0
+            if source:
+                out = _empty_like(grad)
+                _row(code, out.data_ptr(), source, n, key, address, 1 if n < _SERIAL else _threads())
+                return out, None
         return operators.masked(grad, random.key_tensor(key), law, grad.shape), None
 
 

@@ -42,6 +42,12 @@
 #define TD_INDEPENDENT
 #endif
 
+#if defined(__GNUC__)
+#define TD_PREFETCH(address, write) __builtin_prefetch(address, write)
+#else
+#define TD_PREFETCH(address, write) ((void)0)
+#endif
+
 #define TD_M0 0xD2511F53u
 #define TD_M1 0xCD9E8D57u
 #define TD_W0 0x9E3779B9u

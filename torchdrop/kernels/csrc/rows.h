@@ -70,6 +70,10 @@ TD_TARGET static inline TD_INLINE uint16_t TD_NAME(decide)(uint64_t block, td_ke
         while (n > 0) {                                                                                              \
             const int64_t skip = (int64_t)(index % 8), take = td_min(TD_CHUNK - skip, n);                            \
             if (take == TD_CHUNK && !shifted) {                                                                      \
+                for (int64_t b = 0; b < TD_CHUNK * (int64_t)sizeof(store_t); b += 64) {                              \
+                    TD_PREFETCH(in + b, 0);                                                                          \
+                    TD_PREFETCH(out + b, 1);                                                                         \
+                }                                                                                                    \
                 const uint16_t cut = TD_NAME(decide)(index / 8, key, law, draws, TD_CHUNK);                          \
                 TD_NAME(apply_##dtype)(out, in, draws, cut, law, TD_CHUNK);                                          \
             } else {                                                                                                 \
