@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import operators
-from ..kernels.law import Formula, original
+from ..kernels.law import Formula, law, original
 from ..kernels.law import inverted as inverted_formula
 from ._rate import DEFAULT_P, Rate, Rated, apply, check_input, law_for, read_rate, realised
 from ._short import short
@@ -134,6 +134,18 @@ def dropout(
     k, _ = read_rate(p, keep_prob)
     if not training:
         return eval_form(input, k, inverted, inplace)
+    if (
+        not _is_compiling()
+        and inverted
+        and not inplace
+        and generator is None
+        and shared_axes is None
+        and noise_shape is None
+        and not isinstance(k, Tensor)
+    ):
+        out = short(input, law(k))
+        if out is not None:
+            return out
     check_input(input, "dropout")
     shape = mask_shape(input, shared_axes, noise_shape)
     return apply(operators.masked, input, law_for(k, formula_of(inverted), shape), shape, inplace, generator)
