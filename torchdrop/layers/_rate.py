@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.overrides import handle_torch_function
 
 from .. import kernels
 from ..kernels.law import ONE, Formula, Law, inverted, law, law_tensor
@@ -18,6 +19,7 @@ from ..random import check_generator, draw_key
 
 _is_compiling = torch.compiler.is_compiling
 _transformed = torch._C._are_functorch_transforms_active
+_function_modes = torch._C._len_torch_function_stack
 
 Rate = float | Tensor
 
@@ -218,6 +220,11 @@ class Rated(_DropoutNd):
         return f"p={p}, inplace={self.inplace}"
 
 
+def turned_on() -> bool:
+    """Whether a function mode wants a layer on that is in eval mode: Monte Carlo inference answers here."""
+    return not _is_compiling() and _function_modes() > 0 and bool(handle_torch_function(turned_on, ()))
+
+
 def apply(
     operator: Operator,
     input: Tensor,
@@ -229,8 +236,11 @@ def apply(
     """A checked `input` under an operator and a law, with a new key. The input itself where nothing is dropped.
 
     A key is drawn then, too: what the layers after this one draw must not depend on its rate. Compiled code, which
-    cannot see the rate, does the same. Only vmap, where drawing may be forbidden, is spared it.
+    cannot see the rate, does the same. Only vmap, where drawing may be forbidden, is spared it. Function modes see the
+    call, so that Monte Carlo inference can put its own key in place of a drawn one.
     """
+    if not _is_compiling() and _function_modes():
+        return handle_torch_function(apply, (input,), operator, input, law, shape, inplace, generator)
     if inplace:
         check_inplace(input)
     keeps_all = isinstance(law, Law) and law.threshold == ONE

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..kernels import operators
 from ..kernels.law import alpha
-from ._rate import DEFAULT_P, Rated, apply, check_input, law_for, read_rate
+from ._rate import DEFAULT_P, Rated, apply, check_input, law_for, read_rate, turned_on
 from .channel import check_channels
 
 
@@ -60,7 +60,7 @@ def alpha_dropout(
         (tensor(True), tensor(True))
     """
     k, _ = read_rate(p, keep_prob)
-    if not training:
+    if not (training or turned_on()):
         return input
     check_input(input, "alpha_dropout")
     return apply(operators.masked, input, law_for(k, alpha, input.shape), input.shape, inplace, generator)
@@ -96,7 +96,7 @@ def feature_alpha_dropout(
         True
     """
     k, _ = read_rate(p, keep_prob)
-    if not training:
+    if not (training or turned_on()):
         return input
     shape = _feature_shape(input)
     return apply(operators.masked, input, law_for(k, alpha, shape), shape, inplace, generator)
@@ -120,7 +120,7 @@ class AlphaDropout(_Alpha, nn.AlphaDropout):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
+        if not (self.training or turned_on()):
             return input
         check_input(input, "alpha_dropout")
         return apply(operators.masked, input, self._law_for(input.shape), input.shape, self.inplace, self.generator)
@@ -138,7 +138,7 @@ class FeatureAlphaDropout(_Alpha, nn.FeatureAlphaDropout):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
+        if not (self.training or turned_on()):
             return input
         shape = _feature_shape(input)
         return apply(operators.masked, input, self._law_for(shape), shape, self.inplace, self.generator)

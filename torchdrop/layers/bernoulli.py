@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..kernels import operators
 from ..kernels.law import Formula, law, original
 from ..kernels.law import inverted as inverted_formula
-from ._rate import DEFAULT_P, Rate, Rated, apply, check_input, law_for, read_rate, realised
+from ._rate import DEFAULT_P, Rate, Rated, apply, check_input, law_for, read_rate, realised, turned_on
 from ._short import short
 
 _is_compiling = torch.compiler.is_compiling
@@ -132,7 +132,7 @@ def dropout(
         ([0.0, 1.25], tensor(True))
     """
     k, _ = read_rate(p, keep_prob)
-    if not training:
+    if not (training or turned_on()):
         return eval_form(input, k, inverted, inplace)
     if (
         not _is_compiling()
@@ -228,7 +228,7 @@ class Dropout(Bernoulli, nn.Dropout):
         self.noise_shape = noise_shape
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
+        if not (self.training or turned_on()):
             return input if self.inverted else eval_form(input, self._keep_prob, False, self.inplace)
         if (
             not _is_compiling()

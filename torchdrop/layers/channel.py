@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..kernels import operators
 from ..kernels.law import Law
-from ._rate import DEFAULT_P, Rate, apply, check_input, law_for, read_rate
+from ._rate import DEFAULT_P, Rate, apply, check_input, law_for, read_rate, turned_on
 from .bernoulli import Bernoulli, eval_form, formula_of
 
 
@@ -76,6 +76,7 @@ def _drop_channels(
 ) -> Tensor:
     """What the three channel forms share; they differ in how they read an input's shape."""
     name = f"dropout{shape_of.__name__[-2:]}"
+    training = training or turned_on()
     if training or not isinstance(input, Tensor):
         check_input(input, name)
     shape = shape_of(input)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..kernels import operators
 from ..kernels.law import gaussian
-from ._rate import DEFAULT_P, Rate, Rated, apply, check_input, law_for, read_rate
+from ._rate import DEFAULT_P, Rate, Rated, apply, check_input, law_for, read_rate, turned_on
 
 
 def _check_positive(keep_prob: Rate) -> None:
@@ -66,7 +66,7 @@ def gaussian_dropout(
     """
     k, _ = read_rate(p, keep_prob)
     _check_positive(k)
-    if not training:
+    if not (training or turned_on()):
         return input
     check_input(input, "gaussian_dropout")
     return apply(operators.gaussian, input, law_for(k, gaussian, input.shape), input.shape, inplace, generator)
@@ -98,7 +98,7 @@ class GaussianDropout(Rated):
         _check_positive(keep_prob)
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
+        if not (self.training or turned_on()):
             return input
         check_input(input, "gaussian_dropout")
         return apply(operators.gaussian, input, self._law_for(input.shape), input.shape, self.inplace, self.generator)

@@ -1,0 +1,288 @@
+"""Masks as a function of (seed, source, sample, row): the keys, and how rows and samples lie in a tensor.
+
+A source of randomness is a call in the model. Its seed is a hash of (seed, module, kind, number of the call); the
+stream is ``sample * 2**32 + row``. So a row of the data meets the same mask in whatever batch, chunk, strategy or
+process it is evaluated.
+
+Latin sampling: across the T samples the draws of one unit are, in units of 2**-32,
+
+    D_s = (w + floor(g(s) 2**32 / T)) mod 2**32
+
+with w the unit's own 32-bit draw and g its own permutation of 0 ... T - 1. For each s, D_s is exactly uniform because w
+is; across s there is one draw in each of T intervals of equal length, so a unit with keep probability k is kept T k
+times, rounded up or down. g comes from a family of permutations whose differences g(s) - g(t) are close to uniform,
+so that the units' joint behaviour over samples is that of a Latin hypercube (McKay, Beckman and Conover, 1979).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..kernels import operators, reference
+from ..kernels.law import ONE, Law
+
+_transformed = torch._C._are_functorch_transforms_active
+
+
+class UnvectorisableError(RuntimeError):
+    """The samples cannot be run together in the way that was tried."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the rows of the data lie in a source's tensor: dimension `dim` holds `ratio` neighbours for each row.
+
+    `own` tells whether the mask differs between rows, or has one place there for all of them.
+    """
+
+    dim: int
+    ratio: int
+    own: bool
+
+
+def find_layout(
+    shapes: tuple[Sequence[int], Sequence[int]], rows: tuple[int, int], mask: Sequence[int]
+) -> Layout | None:
+    """The first dimension that grows with the rows of the data, from one source's shapes at two numbers of rows.
+
+    >>> find_layout(((6, 4), (9, 4)), (2, 3), (9, 4))
+    Layout(dim=0, ratio=3, own=True)
+    >>> find_layout(((5, 2, 4), (5, 3, 4)), (2, 3), (5, 1, 4))
+    Layout(dim=1, ratio=1, own=False)
+    """
+    first, second = shapes
+    if len(first) != len(second):
+        return None
+    for dim, (a, b) in enumerate(zip(first, second, strict=True)):
+        if a != b and a % rows[0] == 0 and a // rows[0] * rows[1] == b:
+            return Layout(dim, a // rows[0], mask[dim] != 1)
+    return None
+
+
+def source_seed(seed: int, *name: object) -> int:
+    """64 bits, as a signed integer, that follow from the seed and the name of a source."""
+    text = "/".join(map(str, (seed, *name)))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+class Hypercube:
+    """The strata of one Latin hypercube of `size` samples, for the samples being run.
+
+    Args:
+        size: how many samples, T.
+        number: which hypercube it is, of several independent ones.
+    """
+
+    def __init__(self, size: int, number: int = 0) -> None:
+        self.size, self.number = size, number
+
+    def offsets(self, position: Tensor) -> Tensor:
+        """``floor(g(s) 2**32 / T)`` for every permutation g of the family: (..., permutations) for positions (...)."""
+        a, b, prime = _family(self.size)
+        a, b = a.to(position.device), b.to(position.device)
+        value = (a * position.unsqueeze(-1) + b) % prime
+        for _ in range(prime - self.size):  # a walk along its cycle leads back below T, after so many steps at most
+            value = torch.where(value >= self.size, (a * value + b) % prime, value)
+        return (value << 32) // self.size
+
+
+@functools.lru_cache(maxsize=16)
+def _family(size: int) -> tuple[Tensor, Tensor, int]:
+    """Coefficients of the maps ``a s + b mod P``, P the smallest prime from T on: about 4096 of them, or all."""
+    prime = next(n for n in range(max(size, 2), 2 * size + 2) if all(n % d for d in range(2, math.isqrt(n) + 1)))
+    shifts = min(prime, max(1, 4096 // (prime - 1)))
+    with torch.inference_mode(False):
+        a = torch.arange(1, prime, device="cpu").repeat(shifts)
+        b = (torch.arange(shifts, device="cpu") * prime // shifts).repeat_interleave(prime - 1)
+    return a, b, prime
+
+
+class Pass:
+    """One run of the model: which samples, which rows of the data, and how they lie in its tensors.
+
+    Args:
+        seed: of all masks.
+        samples: numbers of the samples, int64: 0-d for one sample (or one under vmap), (S,) if folded.
+        rows: how many rows of data there are; None if the inputs are one whole.
+        first_row: the number of the first one.
+        shared: whether all rows have the mask of row 0.
+        folded: whether the rows are there once for each sample, one sample after another.
+        hypercube: what makes the samples of a unit a Latin hypercube; None if they are independent.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        samples: Tensor,
+        rows: int | None,
+        *,
+        first_row: int = 0,
+        shared: bool = False,
+        folded: bool = False,
+        hypercube: Hypercube | None = None,
+    ) -> None:
+        self.seed, self.rows, self.shared, self.folded, self.hypercube = seed, rows, shared, folded, hypercube
+        self.samples = samples
+        self.copies = samples.numel() if folded else 1
+        self._row_numbers = torch.arange(first_row, first_row + (rows or 0), device=samples.device)
+        self._offsets: Tensor | None = None
+
+    def key(self, seed: int, own: bool) -> Tensor:
+        """(..., 2): for each sample if they are folded, and for each row if the rows have their own masks."""
+        return self._key(seed, self.samples, own)
+
+    def _key(self, seed: int, samples: Tensor, own: bool) -> Tensor:
+        stream = samples << 32
+        if own:
+            stream = stream.unsqueeze(-1) | self._row_numbers
+        return torch.stack([torch.full_like(stream, seed), stream], -1)
+
+    def words(self, seed: int, shape: Sequence[int], own: bool) -> Tensor:
+        """The 32-bit draws of a source, int64 of shape ``key.shape[:-1] + shape``."""
+        if self.hypercube is None:
+            key = self.key(seed, own)
+            return reference.draws(shape, key) if _transformed() else kernels.draws(shape, key)
+        number = torch.tensor(2 * self.hypercube.number, device=self.samples.device)
+        shift = kernels.draws(shape, self._key(seed, number, own))
+        choice = kernels.draws(shape, self._key(seed, number + 1, own))
+        if self._offsets is None:
+            self._offsets = self.hypercube.offsets(self.samples % self.hypercube.size)
+        table = self._offsets
+        choice = choice * table.shape[-1] >> 32
+        offset = table[:, choice] if self.folded else table[choice]
+        return shift + offset & ONE - 1
+
+
+class Slot:
+    """The place of one source in one pass: what serves its masks and numbers.
+
+    Args:
+        run: the pass.
+        seed: of the source.
+        find: gives the layout of the source's tensor from its shape and its mask's.
+    """
+
+    def __init__(self, run: Pass, seed: int, find: Callable[[Sequence[int], Sequence[int]], Layout | None]) -> None:
+        self._run, self._seed, self._find = run, seed, find
+        self._layout: Layout | None = None
+        self._own = False
+
+    def _place(self, shape: Sequence[int], mask: Sequence[int]) -> None:
+        self._layout = self._find(shape, mask)
+        if self._run.folded and self._layout is None:
+            raise UnvectorisableError("a source draws numbers that belong to no row of the data")
+        self._own = self._layout is not None and self._layout.own and not self._run.shared
+
+    @property
+    def _lead(self) -> list[int]:
+        """What the rows' dimension is split into: samples, rows, neighbours."""
+        assert self._layout is not None
+        lead = [self._run.copies] if self._run.folded else []
+        return [*lead, self._run.rows or 1, *([self._layout.ratio] if self._layout.ratio > 1 else [])]
+
+    def _forward(self, x: Tensor) -> Tensor:
+        """x with the dimensions of the keys in front; the mask's follow."""
+        if self._layout is None:
+            return x
+        x = x.movedim(self._layout.dim, 0)
+        lead = self._lead
+        return x.unflatten(0, lead) if len(lead) > 1 else x
+
+    def _back(self, x: Tensor) -> Tensor:
+        if self._layout is None:
+            return x
+        lead = self._lead
+        return (x.flatten(0, len(lead) - 1) if len(lead) > 1 else x).movedim(0, self._layout.dim)
+
+    def _mask_shape(self, shape: Sequence[int]) -> list[int]:
+        """The mask's shape without the keys' dimensions."""
+        if self._layout is None:
+            return list(shape)
+        dim, ratio = self._layout.dim, self._layout.ratio
+        neighbours = [ratio if self._layout.own else 1] if ratio > 1 else []
+        return [*([] if self._own else [1]), *neighbours, *shape[:dim], *shape[dim + 1 :]]
+
+    def _law(self, law: Law | Tensor, dims: int) -> Law | Tensor:
+        """A law that varies over the mask, in the order of `_forward`."""
+        if isinstance(law, Law) or law.dim() == 1 or self._layout is None:
+            return law
+        law = law.reshape((1,) * (dims + 1 - law.dim()) + tuple(law.shape)).movedim(self._layout.dim, 0)
+        lead = self._lead
+        if len(lead) == 1:
+            return law
+        return law.reshape([1] * len(lead) + list(law.shape[1:])) if law.shape[0] == 1 else law.unflatten(0, lead)
+
+    def apply(
+        self, operator: operators.Operator, x: Tensor, law: Law | Tensor, shape: Sequence[int], inplace: bool
+    ) -> Tensor:
+        """x under an operator and a law, with this source's mask of this shape."""
+        self._place(x.shape, shape)
+        run, arranged, mask_shape = self._run, self._forward(x), self._mask_shape(shape)
+        law = self._law(law, x.dim())
+        if run.hypercube is None:
+            out = self._back(operator(arranged, run.key(self._seed, self._own), law, mask_shape))
+        else:
+            out = self._back(_under(operator, arranged, run.words(self._seed, mask_shape, self._own), law))
+        return written(x, out) if inplace else out
+
+    def words(self, shape: Sequence[int]) -> Tensor:
+        """32-bit draws, int64 of this shape."""
+        self._place(shape, shape)
+        words = self._run.words(self._seed, self._mask_shape(shape), self._own)
+        if self._layout is None:
+            return words
+        return self._back(words.expand(*self._lead, *words.shape[len(self._lead) :]))
+
+    def uniform(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Uniform on [0, 1), on the grid that torch.rand has for this dtype."""
+        digits = min(1 - math.frexp(torch.finfo(dtype).eps)[1] + 1, 32)
+        return (self.words(shape) >> 32 - digits).to(dtype) * 2.0**-digits
+
+    def normal(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Standard normal."""
+        return _normal(self.words(shape)).to(dtype)
+
+
+def _normal(words: Tensor) -> Tensor:
+    return torch.special.ndtri((words.to(torch.float64) + 0.5) * 2.0**-32)
+
+
+def _under(operator: operators.Operator, x: Tensor, words: Tensor, law: Law | Tensor) -> Tensor:
+    """What the operator makes of x where its draws are these words."""
+    below, scale, shift, fill = (
+        (law.threshold, law.scale, law.shift, law.fill) if isinstance(law, Law) else (law.to(x.device).unbind(-1))
+    )
+    dtype = kernels.COMPUTE_DTYPE[x.dtype]
+    if operator is operators.gaussian:
+        return (x.to(dtype) * (1.0 + scale * _normal(words)).to(dtype)).to(x.dtype)
+    value = x.to(dtype) * _to(scale, dtype) + _to(shift, dtype)
+    return torch.where(words < below, value, torch.as_tensor(_to(fill, dtype), dtype=dtype, device=x.device)).to(
+        x.dtype
+    )
+
+
+def _to(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) else value
+
+
+def written(x: Tensor, out: Tensor) -> Tensor:
+    """`out` in x's memory.
+
+    Raises:
+        UnvectorisableError: under vmap, if x is the same for all samples and `out` is not.
+    """
+    try:
+        return x.copy_(out)
+    except RuntimeError as error:
+        if _transformed():
+            raise UnvectorisableError(f"a tensor that all samples share is written to: {error}") from error
+        raise

@@ -1,0 +1,243 @@
+"""How good predicted probabilities are, and how well an uncertainty tells right from wrong and known from unknown.
+
+The measures are torchmetrics' and scikit-learn's (``pip install 'torchdrop[uncertainty]'``); what is here takes a
+prediction and its targets to them. Predictions are a `ClassificationPrediction` or probabilities (B, C, ...), targets
+are classes (B, ...); further dimensions count as rows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .gal import check_targets
+from .prediction import ClassificationPrediction, optional
+from .tasks import normalised
+
+BINS = 15
+"""Bins of confidence, as in Guo et al., ICML 2017."""
+
+Classes = ClassificationPrediction | Tensor
+
+
+class Flat(NamedTuple):
+    """Probabilities (N, C) in float64, their sums exactly 1 to rounding, and classes (N,), on the CPU."""
+
+    probabilities: Tensor
+    targets: Tensor
+
+    @property
+    def confidence(self) -> Tensor:
+        return self.probabilities.amax(1)
+
+    @property
+    def right(self) -> Tensor:
+        return self.probabilities.argmax(1) == self.targets
+
+
+def flat(prediction: Classes, targets: Tensor) -> Flat:
+    """Checked, with all dimensions but the classes made rows.
+
+    Raises:
+        ValueError: probabilities that are none, or targets that do not fit them, or no rows.
+
+    Example:
+        >>> flat(torch.tensor([[0.25, 0.75]]), torch.tensor([1])).right
+        tensor([True])
+    """
+    probabilities = prediction if isinstance(prediction, Tensor) else prediction.mean
+    if probabilities.dim() < 2 or not probabilities.is_floating_point() or not normalised(probabilities, 1):
+        raise ValueError(
+            "prediction must hold probabilities (B, C, ...), in [0, 1] and with sum 1 over dimension 1, "
+            f"got {probabilities.dtype} of shape {tuple(probabilities.shape)}"
+        )
+    check_targets(targets, probabilities[:, 0].shape)
+    if targets.numel() == 0:
+        raise ValueError("targets must hold at least one row, got none")
+    classes = probabilities.shape[1]
+    if targets.dtype == torch.bool or targets.is_floating_point() or targets.min() < 0 or targets.max() >= classes:
+        raise ValueError(f"targets must be integers in [0, {classes}), got {targets.dtype} up to {targets.max()}")
+    rows = probabilities.detach().cpu().double().movedim(1, -1).reshape(-1, classes)
+    return Flat(rows / rows.sum(1, keepdim=True), targets.detach().cpu().reshape(-1).long())
+
+
+def calibration_error(prediction: Classes, targets: Tensor, *, bins: int = BINS, norm: str = "l1") -> float:
+    """The expected calibration error ``sum_b n_b / n |accuracy_b - confidence_b|`` over bins of confidence.
+
+    Args:
+        prediction: probabilities (B, C, ...).
+        targets: classes (B, ...).
+        bins: their number, of equal width.
+        norm: "l1" for the expected error, "l2" for its root mean square, "max" for the largest of a bin.
+
+    References:
+        Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, equation 3. By torchmetrics.
+
+    Example:
+        >>> round(calibration_error(torch.tensor([[0.2, 0.8], [0.2, 0.8]]), torch.tensor([1, 0])), 4)
+        0.3
+    """
+    rows = flat(prediction, targets)
+    functional = optional("torchmetrics.functional.classification")
+    # Sums a hair above 1 would be taken for logits.
+    probabilities = rows.probabilities.clamp(0, 1)
+    error = functional.multiclass_calibration_error(
+        probabilities, rows.targets, num_classes=probabilities.shape[1], n_bins=bins, norm=norm
+    )
+    return float(error)
+
+
+def brier(prediction: Classes, targets: Tensor) -> float:
+    """The Brier score ``1/n sum_i sum_c (p_ic - [y_i = c])^2``, between 0 (best) and 2.
+
+    References:
+        Brier, Monthly Weather Review 78, 1950. By scikit-learn.
+
+    Example:
+        >>> brier(torch.tensor([[0.5, 0.5]]), torch.tensor([1]))
+        0.5
+    """
+    rows = flat(prediction, targets)
+    labels = list(range(rows.probabilities.shape[1]))
+    score = optional("sklearn.metrics").brier_score_loss
+    return float(score(rows.targets.numpy(), rows.probabilities.numpy(), labels=labels, scale_by_half=False))
+
+
+def negative_log_likelihood(prediction: Classes, targets: Tensor) -> float:
+    """The mean of ``-log p`` of the target classes, in nats; infinite where one of them has probability 0.
+
+    Example:
+        >>> round(negative_log_likelihood(torch.tensor([[0.5, 0.5]]), torch.tensor([1])), 4)
+        0.6931
+    """
+    rows = flat(prediction, targets)
+    return float(-rows.probabilities.gather(1, rows.targets.unsqueeze(1)).log().mean())
+
+
+def misclassification_auroc(prediction: Classes, targets: Tensor, uncertainty: Tensor | None = None) -> float:
+    """The probability that a wrong prediction is more uncertain than a right one (a tie counts half).
+
+    Args:
+        prediction: probabilities (B, C, ...).
+        targets: classes (B, ...).
+        uncertainty: of the targets' shape, larger for less certain; the predictive entropy if None.
+
+    Returns:
+        1 where uncertainty tells them apart, 0.5 where it knows nothing; NaN where all are right, or all are wrong.
+
+    References:
+        Hendrycks, Gimpel, "A Baseline for Detecting Misclassified and Out-of-Distribution Examples", ICLR 2017. By
+        scikit-learn.
+
+    Example:
+        >>> misclassification_auroc(torch.tensor([[0.4, 0.6], [0.1, 0.9]]), torch.tensor([0, 1]))
+        1.0
+    """
+    rows = flat(prediction, targets)
+    wrong = ~rows.right
+    scores = _uncertainty(rows, targets, uncertainty)
+    if wrong.all() or not wrong.any():
+        return float("nan")
+    return float(optional("sklearn.metrics").roc_auc_score(wrong.numpy(), scores.numpy()))
+
+
+def out_of_distribution_auroc(inside: Tensor, outside: Tensor) -> float:
+    """The probability that an input from outside the distribution is more uncertain than one from inside.
+
+    Args:
+        inside: uncertainties of inputs like those trained on, of any shape.
+        outside: uncertainties of others.
+
+    Raises:
+        ValueError: one of them is empty.
+
+    References:
+        Hendrycks, Gimpel, ICLR 2017. By scikit-learn.
+
+    Example:
+        >>> out_of_distribution_auroc(torch.tensor([0.1, 0.3]), torch.tensor([0.2, 0.4]))
+        0.75
+    """
+    if inside.numel() == 0 or outside.numel() == 0:
+        raise ValueError(f"inside and outside must hold uncertainties, got {inside.numel()} and {outside.numel()}")
+    scores = torch.cat([one.detach().cpu().double().reshape(-1) for one in (inside, outside)])
+    return float(
+        optional("sklearn.metrics").roc_auc_score((torch.arange(len(scores)) >= inside.numel()).numpy(), scores.numpy())
+    )
+
+
+class RiskCoverage(NamedTuple):
+    """The error among the predictions that are kept, for each share that can be kept."""
+
+    coverage: Tensor
+    """Shares of the rows, increasing from 0 to 1."""
+    risk: Tensor
+    """The fraction of wrong predictions among the most certain ones."""
+
+
+def risk_coverage_curve(prediction: Classes, targets: Tensor, uncertainty: Tensor | None = None) -> RiskCoverage:
+    """The error among the most certain predictions against their share.
+
+    There is a point for each value of the uncertainty: rows that are equally uncertain are kept together. At coverage 0
+    the curve begins with the risk of its first point.
+
+    Args:
+        prediction: probabilities (B, C, ...).
+        targets: classes (B, ...).
+        uncertainty: of the targets' shape, larger for less certain; the predictive entropy if None.
+
+    References:
+        El-Yaniv, Wiener, JMLR 11, 2010; Geifman, El-Yaniv, "Selective Classification for Deep Neural Networks", 2017.
+
+    Example:
+        >>> risk_coverage_curve(torch.tensor([[0.4, 0.6], [0.1, 0.9]]), torch.tensor([0, 1])).risk.tolist()
+        [0.0, 0.0, 0.5]
+    """
+    rows = flat(prediction, targets)
+    scores, order = _uncertainty(rows, targets, uncertainty).sort()
+    kept = torch.arange(1, len(scores) + 1, dtype=torch.float64)
+    risk = (~rows.right)[order].double().cumsum(0) / kept
+    last = torch.cat([scores[1:] > scores[:-1], torch.tensor([True])])
+    coverage, risk = kept[last] / len(scores), risk[last]
+    return RiskCoverage(torch.cat([coverage.new_zeros(1), coverage]), torch.cat([risk[:1], risk]))
+
+
+def risk_coverage_area(prediction: Classes, targets: Tensor, uncertainty: Tensor | None = None) -> float:
+    """The area under `risk_coverage_curve`: the mean error over all coverages; smaller is better. By scikit-learn.
+
+    Example:
+        >>> risk_coverage_area(torch.tensor([[0.4, 0.6], [0.1, 0.9]]), torch.tensor([0, 1]))
+        0.125
+    """
+    curve = risk_coverage_curve(prediction, targets, uncertainty)
+    return float(optional("sklearn.metrics").auc(curve.coverage.numpy(), curve.risk.numpy()))
+
+
+def scores(prediction: Classes, targets: Tensor) -> dict[str, float]:
+    """Accuracy and all of the above for one prediction, with the predictive entropy as uncertainty.
+
+    Example:
+        >>> scores(torch.tensor([[0.5, 0.5], [0.0, 1.0]]), torch.tensor([1, 1]))["accuracy"]
+        0.5
+    """
+    return {
+        "accuracy": float(flat(prediction, targets).right.double().mean()),
+        "negative_log_likelihood": negative_log_likelihood(prediction, targets),
+        "brier": brier(prediction, targets),
+        "calibration_error": calibration_error(prediction, targets),
+        "misclassification_auroc": misclassification_auroc(prediction, targets),
+        "risk_coverage_area": risk_coverage_area(prediction, targets),
+    }
+
+
+def _uncertainty(rows: Flat, targets: Tensor, uncertainty: Tensor | None) -> Tensor:
+    if uncertainty is None:
+        return torch.special.entr(rows.probabilities).sum(1)
+    if uncertainty.shape != targets.shape or not uncertainty.isfinite().all():
+        raise ValueError(
+            f"uncertainty must be finite and of the targets' shape {tuple(targets.shape)}, "
+            f"got shape {tuple(uncertainty.shape)}"
+        )
+    return uncertainty.detach().cpu().double().reshape(-1)

@@ -1,0 +1,319 @@
+"""The function modes that see a model's random calls: one that records them, one that serves them.
+
+Which module a call belongs to is known from hooks on all modules of the model.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..layers import _rate
+from .masks import Layout, Pass, Slot, UnvectorisableError, find_layout, source_seed
+from .prefix import Prefix
+from .report import UNCHECKED, Seen, Source
+from .sources import DESCRIBE, OPENED, Draw, Site
+
+_transformed = torch._C._are_functorch_transforms_active
+
+
+class _Trackers(threading.local):
+    """Those of this thread, the last one innermost."""
+
+    def __init__(self) -> None:
+        self.all: list[Tracker] = []
+
+
+_trackers = _Trackers()
+
+
+class Tracker:
+    """Knows which module of a model is running, and the calls of each kind that it has made in this forward."""
+
+    def __init__(self, model: nn.Module, begin: Callable[..., None], end: Callable[[], None]) -> None:
+        self.names = {id(module): name for name, module in model.named_modules()}
+        self._begin, self._end, self._thread = begin, end, threading.get_ident()
+        self._stack: list[nn.Module] = []
+        _trackers.all.append(self)
+        self._calls: Counter[tuple[str, str]] = Counter()
+        self._handles = [
+            handle
+            for module in model.modules()
+            for handle in (
+                module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True),
+                module.register_forward_hook(self._leave, always_call=True),
+            )
+        ]
+
+    def close(self) -> None:
+        """Removes the hooks, and ends a forward that was interrupted."""
+        for handle in self._handles:
+            handle.remove()
+        _trackers.all.remove(self)
+        if self._stack:
+            self._stack.clear()
+            self._end()
+
+    def _overruled(self, module: nn.Module) -> bool:
+        """Whether a later context covers the module, or another thread runs it."""
+        if threading.get_ident() != self._thread:
+            return True
+        later = _trackers.all[_trackers.all.index(self) + 1 :]
+        return any(id(module) in tracker.names for tracker in later)
+
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._overruled(module):
+            return
+        if not self._stack:
+            self.restart()
+            self._begin(module, args, kwargs)
+        self._stack.append(module)
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if module not in self._stack or self._overruled(module):
+            return
+        while self._stack.pop() is not module:  # what an exception has left
+            pass
+        if not self._stack:
+            self._end()
+
+    def restart(self) -> None:
+        """Begins a forward."""
+        self._calls.clear()
+
+    @property
+    def running(self) -> bool:
+        return bool(self._stack)
+
+    def next(self, kind: str) -> Site:
+        """The next call of this kind in the running module."""
+        name = self.names[id(self._stack[-1])]
+        number = self._calls[name, kind]
+        self._calls[name, kind] += 1
+        return Site(name, kind, number)
+
+    def again(self, site: Site) -> None:
+        """Takes the last `next` back."""
+        self._calls[site.module, site.kind] -= 1
+
+
+class _Watching(TorchFunctionMode):
+    """Describes the random calls of a model that is running; everything else goes through."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        super().__init__()
+        self._tracker = tracker
+        self._bound: Slot | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not self._tracker.running or _innermost() is not self:
+            return func(*args, **kwargs)
+        describe = DESCRIBE.get(func)
+        if describe is not None:
+            if self._bound is not None and func is _rate.apply:
+                slot, self._bound = self._bound, None
+                operator, input, law, shape, inplace, _ = args
+                return slot.apply(operator, input, law, shape, inplace)
+            return self._meet(func, describe(self, func, *args, **kwargs))
+        if func is _rate.turned_on:
+            return self._turns_on()
+        if func in OPENED:
+            with self:
+                return OPENED[func](*args, **kwargs)
+        return self._pass(func, lambda: func(*args, **kwargs))
+
+    @contextmanager
+    def inside(self, slot: Slot) -> Iterator[None]:
+        """Within it, the next layer of torchdrop takes its mask from the slot."""
+        self._bound = slot
+        try:
+            with self:
+                yield
+        finally:
+            self._bound = None
+
+    def __enter__(self) -> Any:
+        _running.append(self)
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        _running.pop()
+        super().__exit__(*exception)
+
+    def _pass(self, func: Any, call: Callable[[], Any]) -> Any:
+        """A call that is not random."""
+        return call()
+
+    def _turns_on(self) -> bool:
+        raise NotImplementedError
+
+    def _meet(self, func: Any, draw: Draw) -> Any:
+        raise NotImplementedError
+
+
+class _Running(threading.local):
+    """The modes of this thread, outermost first."""
+
+    def __init__(self) -> None:
+        self.modes: list[_Watching] = []
+
+    def append(self, mode: _Watching) -> None:
+        self.modes.append(mode)
+
+    def pop(self) -> None:
+        self.modes.pop()
+
+
+_running = _Running()
+
+
+def _innermost() -> _Watching | None:
+    """The last of this thread's modes whose model is running: the one that decides."""
+    return next((mode for mode in reversed(_running.modes) if mode._tracker.running), None)
+
+
+class Recorder(_Watching):
+    """Lets everything happen, and notes what is drawn.
+
+    Args:
+        tracker: of the model.
+        rows: how many rows of data are in the forward.
+    """
+
+    def __init__(self, tracker: Tracker, rows: int | None) -> None:
+        super().__init__(tracker)
+        self.sources: list[Source] = []
+        self.flagged: set[str] = set()
+        self._rows = rows
+
+    def _turns_on(self) -> bool:
+        self.sources.append(Source(*self._tracker.next("torchdrop"), None, False))
+        return False
+
+    def _meet(self, func: Any, draw: Draw) -> Any:
+        out = draw.original()
+        source = _source(self._tracker.next(draw.kind), draw)
+        shape = tuple(draw.shape if draw.shape is not None else _first(out).shape)
+        source.seen = Seen(self._rows, shape, tuple(draw.mask or shape))
+        self.sources.append(source)
+        if draw.flagged:
+            self.flagged.add(source.module)
+        return out
+
+
+def _first(out: Any) -> Tensor:
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _source(site: Site, draw: Draw) -> Source:
+    rate = float(draw.rate) if isinstance(draw.rate, float | int) else None
+    source = Source(*site, rate, draw.on, replayable=draw.served is not None, draws=draw.draws)
+    if not source.replayable:
+        source.reason = "torch's own numbers, which depend on how the samples are run"
+    return source
+
+
+class Server(_Watching):
+    """Serves the calls that are active, each with the mask of its place, and silences the others.
+
+    Args:
+        tracker: of the model.
+        chosen: whether a module's sources may be active.
+    """
+
+    def __init__(self, tracker: Tracker, chosen: Callable[[str], bool]) -> None:
+        super().__init__(tracker)
+        self.sources: dict[Site, Source] = {}
+        self.run: Pass | None = None
+        self.draws = 0
+        self.calls = 0
+        self.prefix: Prefix | None = None
+        self._chosen = chosen
+        self._seeds: dict[tuple[int, Site], int] = {}
+
+    def begin(self, run: Pass) -> None:
+        """What follows is this pass."""
+        self.run, self.draws, self.calls = run, 0, 0
+        if self.prefix is not None:
+            self.prefix.restart()
+
+    @property
+    def entered(self) -> bool:
+        return self in _running.modes
+
+    def _turns_on(self) -> bool:
+        site = self._tracker.next("torchdrop")
+        source = self._known(site)
+        on = source.active if source is not None else self._chosen(site.module)
+        if on:
+            self._tracker.again(site)  # the layer comes next
+        return on
+
+    def _pass(self, func: Any, call: Callable[[], Any]) -> Any:
+        self.calls += 1
+        return call() if self.prefix is None else self.prefix.run(func, call)
+
+    def _known(self, site: Site) -> Source | None:
+        """What is known of a call: as of the module's last one of its kind where there were fewer in train mode."""
+        for number in range(site.number, -1, -1):
+            source = self.sources.get(site._replace(number=number))
+            if source is not None:
+                return source
+        return None
+
+    def _meet(self, func: Any, draw: Draw) -> Any:
+        site = self._tracker.next(draw.kind)
+        source = self._known(site)
+        if source is None:
+            source = self.sources[site] = _source(site, draw)
+            source.active = (draw.on or bool(draw.rate)) and self._chosen(site.module)
+            source.known = UNCHECKED
+        rate = draw.rate or source.rate
+        if not source.active or (draw.rate is not None and not rate):
+            return draw.plain() if draw.flagged else self._pass(func, draw.plain)
+        if self.prefix is not None:
+            self.prefix.end()
+        source.served = True
+        self.draws += draw.draws
+        if draw.served is not None:
+            return draw.served(self._slot(site, source), float(rate or 0.0))
+        assert self.run is not None
+        if _transformed() or self.run.folded:
+            raise UnvectorisableError(f"{draw.kind} in {site.module or 'the model'} draws torch's own numbers")
+        return draw.original()
+
+    def _slot(self, site: Site, source: Source) -> Slot:
+        run = self.run
+        assert run is not None
+        seed = self._seeds.get((run.seed, site))
+        if seed is None:
+            seed = self._seeds[run.seed, site] = source_seed(run.seed, *site)
+        return Slot(run, seed, lambda shape, mask: self._layout(source, shape, mask))
+
+    def _layout(self, source: Source, shape: Sequence[int], mask: Sequence[int]) -> Layout | None:
+        run = self.run
+        assert run is not None
+        if run.rows is None:
+            return None
+        seen = source.seen
+        if seen is None:
+            source.seen = Seen(run.rows, tuple(shape), tuple(mask))
+        elif seen.rows is not None and seen.rows != run.rows and not source.placed:
+            source.layout = find_layout((shape, seen.shape), (run.rows, seen.rows), seen.mask)
+            source.placed = True
+        layout = source.layout
+        if layout is not None and shape[layout.dim] != run.copies * run.rows * layout.ratio:
+            source.replayable = False
+            source.reason = (
+                "the size of its tensor does not follow the number of rows, so its masks depend on the batch"
+            )
+            return None
+        return layout

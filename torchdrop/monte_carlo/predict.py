@@ -1,0 +1,376 @@
+"""`mc_predict`: samples of a model's outputs, run in the fastest way that works, and statistics of them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .activate import ADVICE, Activation, check_masks, check_model, check_seed, check_sources, new_seed, random_state
+from .inputs import Inputs, batches, picker
+from .prediction import Prediction, optional, predict_from
+from .prefix import Prefix
+from .sample import STRATEGIES, Outputs, Sampler
+from .statistics import Collector, Mean, Task
+from .tasks import read_task
+
+GROUPS = 10
+"""Groups of samples, from whose spread standard errors are taken."""
+
+ROUND = 20
+"""Samples between two looks at the tolerance, and in a Latin hypercube where a tolerance may stop early."""
+
+_FEW = 0.1
+"""With less than this share of the calls before the first random one, there is nothing to run once."""
+
+
+@dataclass(frozen=True)
+class _Effort:
+    """How many samples, in which order, and on how many processes."""
+
+    samples: int
+    tolerance: float | None
+    latin: bool
+    group: Any
+
+    @property
+    def hypercube(self) -> int | None:
+        if not self.latin:
+            return None
+        return self.samples if self.tolerance is None else ROUND
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the samples come in several hypercubes."""
+        return self.latin and self.tolerance is not None
+
+    @property
+    def processes(self) -> int:
+        return 1 if self.group is None else torch.distributed.get_world_size(self.group)
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.group is None else torch.distributed.get_rank(self.group)
+
+    def steps(self) -> Iterator[range]:
+        """What is run between two looks at the tolerance."""
+        size = self.samples if self.tolerance is None else ROUND * (self.processes if self.rounds else 1)
+        for first in range(0, self.samples, size):
+            yield range(first, min(first + size, self.samples))
+
+    def group_of(self, groups: int) -> Callable[[int], int]:
+        return (lambda sample: sample // ROUND % groups) if self.rounds else (lambda sample: sample % groups)
+
+    def mine(self, step: range, groups: int) -> list[int]:
+        """This process's share: whole groups."""
+        of = self.group_of(groups)
+        return [sample for sample in step if of(sample) % self.processes == self.rank]
+
+    def chunks(self, samples: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+        """Chunks within one hypercube each."""
+        cube = self.hypercube or self.samples
+        start = 0
+        while start < len(samples):
+            end = start
+            while end < len(samples) and end - start < size and samples[end] // cube == samples[start] // cube:
+                end += 1
+            yield samples[start:end]
+            start = end
+
+
+def mc_predict(
+    model: nn.Module,
+    inputs: Any,
+    samples: int = 100,
+    *,
+    task: str | None = None,
+    outputs: str = "auto",
+    tau: float | None = None,
+    noise: str | None = None,
+    seed: int | None = None,
+    masks: str = "independent",
+    sampling: str = "iid",
+    tolerance: float | None = None,
+    sources: str | Sequence[str] | None = None,
+    strategy: str = "auto",
+    chunk: int | None = None,
+    memory: int | None = None,
+    batch_dim: int | None = 0,
+    select: Callable[[Any], Any] | None = None,
+    output: Callable[[Any], Any] | None = None,
+    keep_samples: bool = False,
+    weight_scaling: bool = False,
+    progress: bool = False,
+    group: Any = None,
+) -> Prediction:
+    """Mean and uncertainty of a model's outputs over its own dropout: Monte Carlo dropout.
+
+    ``mean = 1/T sum_t f(x, mask_t)`` over T = `samples` passes in which everything random fires that would fire in
+    train mode, and nothing else changes (see `mc_dropout`). The mask of each row of the data follows from (seed,
+    source, sample, row) alone, so the result does not depend on batch sizes, chunks, strategy or processes, up to
+    rounding. What comes before the first random call runs once for each batch. Statistics are streamed: memory does
+    not grow with T.
+
+    Args:
+        model: the model, in train or eval mode; it is left as it was.
+        inputs: a tensor, a tuple (positional arguments), a mapping (named arguments), or an iterable of batches such
+            as a DataLoader. A batch that is a pair is taken as (inputs, targets), and the targets are left out.
+        samples: T, or the largest T if there is a tolerance.
+        task: "classification" (outputs of shape (rows, classes, ...)), "regression", or None for plain moments.
+        outputs: for classification, "logits", "probabilities" or "auto".
+        tau: for regression, the precision of the noise.
+        noise: for regression, "log_variance" if the model gives it: as the second of a pair of outputs, or in the
+            second half of their last dimension.
+        seed: of all masks; drawn from PyTorch's default generator if None.
+        masks: "independent": each row has its own masks. "shared": all rows of the data have those of row 0, so that
+            each sample is one function.
+        sampling: "iid", or "latin": over the samples, each unit's draws form a Latin hypercube, so that a unit with
+            keep probability k is kept T k times. Each mask keeps its distribution; the mean's variance falls.
+        tolerance: stop when no standard error of the mean exceeds this. Looked at every 20 samples, which then make up
+            a hypercube under "latin".
+        sources: glob patterns of names of modules whose randomness is wanted; everything if None.
+        strategy: "vectorised", "repeated" or "loop" (see `sample`), or "auto" for the first that works.
+        chunk: how many samples are run at a time; what fits into `memory` if None.
+        memory: bound, in bytes, for what the samples of a chunk hold at once, estimated from two rows. Default: 64 MiB
+            on the CPU, 1 GiB elsewhere. At least one sample is run.
+        batch_dim: the dimension of the inputs that counts rows; None if they are one whole, as a graph is.
+        select: gets the inputs out of a batch of an iterable.
+        output: gets the tensor out of what the model returns. By default a tensor is taken as it is, and from a mapping
+            `logits` or `last_hidden_state`.
+        keep_samples: whether all samples are kept, for quantiles and the like.
+        weight_scaling: whether the deterministic pass of eval mode is made as well, to compare with.
+        progress: whether to show a progress bar (tqdm).
+        group: a torch.distributed process group over whose processes the samples are split. All of them get the result.
+
+    Returns:
+        A `Prediction`, `ClassificationPrediction` or `RegressionPrediction`, rows first, with `mean` and the standard
+        error of all it reports. Under "latin" without a tolerance these are upper bounds: a hypercube's variance is at
+        most T / (T - 1) times that of independent samples (Owen, 1997).
+
+    Raises:
+        ValueError: an argument out of range, no random source, a NaN in a sample, outputs that change their shape or
+            cannot be what the task says, inputs on another device than the model.
+        TypeError: a model, input or output of a kind that is not served.
+        RuntimeError: a forced strategy that does not work.
+
+    Warns:
+        UserWarning: identical samples; a tolerance that was not met.
+
+    References:
+        Gal and Ghahramani, "Dropout as a Bayesian Approximation", ICML 2016. McKay, Beckman and Conover, "A Comparison
+        of Three Methods for Selecting Values of Input Variables", Technometrics 21, 1979. Owen, "Monte Carlo Variance
+        of Scrambled Net Quadrature", SIAM Journal on Numerical Analysis 34, 1997.
+
+    Example:
+        >>> import torch, torchdrop
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 64), torch.nn.Dropout(0.5), torch.nn.Linear(64, 3)).eval()
+        >>> result = torchdrop.mc_predict(model, torch.randn(5, 4), samples=50, task="classification", seed=0)
+        >>> result.mean.shape, result.mutual_information.shape, result.num_samples
+        (torch.Size([5, 3]), torch.Size([5]), 50)
+    """
+    check_model(model)
+    effort = _Effort(_positive("samples", samples), _tolerance(tolerance), _sampling(sampling) == "latin", group)
+    if strategy not in ("auto", *STRATEGIES):
+        raise ValueError(f"strategy must be 'auto', {', '.join(map(repr, STRATEGIES))}, got {strategy!r}")
+    kind = read_task(task, outputs=outputs, tau=tau, noise=noise)
+    shared, patterns = check_masks(masks), check_sources(model, sources)
+    chosen_seed = _agreed_seed(new_seed() if seed is None else check_seed(seed), group)
+    pick = picker(output, pair=noise == "log_variance")
+    activation = Activation(model, patterns, batch_dim)
+    sampler = Sampler(activation, pick, chosen_seed, shared, effort.hypercube)
+    job = _Job(
+        activation,
+        sampler,
+        effort,
+        strategy,
+        None if chunk is None else _positive("chunk", chunk),
+        memory,
+        keep_samples,
+    )
+    try:
+        with torch.no_grad(), random_state():
+            results = []
+            for batch in _shown(batches(inputs, select, batch_dim, model), progress):
+                results.append(job.run(batch, kind, weight_scaling))
+                kind = job.task or kind
+    finally:
+        activation.detach()
+    if not results:
+        raise ValueError("inputs must hold at least one batch, got none")
+    if effort.samples > 1 and job.identical:
+        warnings.warn(f"mc_predict: all samples are identical. {ADVICE}", UserWarning, stacklevel=2)
+    if job.reached is not None:
+        warnings.warn(
+            f"mc_predict: tolerance={tolerance} was not met after {samples} samples: the largest standard error of the "
+            f"mean is {job.reached:.3g}. Raise samples or tolerance",
+            UserWarning,
+            stacklevel=2,
+        )
+    return type(results[0]).concatenated(results) if len(results) > 1 else results[0]
+
+
+class _Job:
+    """The batches of one prediction, one after another. How samples are run is decided on the first."""
+
+    def __init__(
+        self,
+        activation: Activation,
+        sampler: Sampler,
+        effort: _Effort,
+        strategy: str,
+        chunk: int | None,
+        memory: int | None,
+        keep_samples: bool,
+    ) -> None:
+        self._activation, self._sampler, self._effort = activation, sampler, effort
+        self._strategy, self._chunk, self._memory, self._keep = strategy, chunk, memory, keep_samples
+        self._row_bytes: int | None = None
+        self._next_row = 0
+        self.task: Task | None = None
+        self.identical = True
+        self.reached: float | None = None
+
+    def run(self, inputs: Inputs, task: Task, weight_scaling: bool) -> Prediction:
+        """The prediction for one batch."""
+        if self._row_bytes is None:
+            self._row_bytes = self._prepare(inputs)
+        server, effort = self._activation.server, self._effort
+        server.prefix = Prefix()
+        size = self._chunk or self._fitting(inputs)
+        self._activation.report.chunk = size
+        groups = self._groups(inputs)
+        collector = total = self._collector(task, groups)
+        done = False
+        for step in effort.steps():
+            for samples in effort.chunks(effort.mine(step, groups), size):
+                collector.add(
+                    self._rows_first(self._sampler.run(self._strategy, inputs, samples, self._next_row)), samples
+                )
+            total = self._merged(collector, task, groups, inputs.device)
+            done = self._close_enough(total)
+            if done:
+                break
+        server.prefix = None
+        if effort.tolerance is not None and not done:
+            self.reached = max(self.reached or 0.0, float(_mean_error(total).max()))
+        self.task, self.identical = total.task, self.identical and total.identical
+        self._next_row += inputs.rows or 0
+        return predict_from(
+            total,
+            weight_scaling=self._weight_scaling(inputs) if weight_scaling else None,
+            seed=self._sampler.seed,
+            strategy=self._strategy,
+            report=self._activation.report,
+        )
+
+    def _prepare(self, inputs: Inputs) -> int:
+        """Surveys the model, decides on the strategy, and gives the bytes that one row of one sample needs."""
+        activation, sampler, report = self._activation, self._sampler, self._activation.report
+        activation.survey(activation.model, inputs)
+        if not report.active:
+            off = "".join(f"\n  {s.module or '(model)'}: {s.kind}, {s.reason}" for s in report.inactive)
+            raise ValueError(f"nothing random is active in the model, so all samples would be equal. {ADVICE}{off}")
+        reference, row_bytes, share = sampler.measure(inputs)
+        order = [s for s in STRATEGIES if s != "repeated" or inputs.rows is not None]
+        if not report.replayable:
+            order = ["loop"]
+        elif share < _FEW:
+            order.sort(key=["repeated", "vectorised", "loop"].index)
+        for strategy in order if self._strategy == "auto" else [self._strategy]:
+            reason = sampler.works(strategy, inputs, reference)
+            if not reason:
+                self._strategy = strategy
+                break
+            if self._strategy != "auto":
+                raise RuntimeError(f"strategy={strategy!r} does not work here: {reason}. Use strategy='auto'")
+            report.notes.append(f"Not {strategy}: {reason}")
+        report.strategy = self._strategy
+        return row_bytes
+
+    def _fitting(self, inputs: Inputs) -> int:
+        memory = self._memory or (2**26 if inputs.device.type == "cpu" else 2**30)
+        if self._strategy == "loop":
+            return 1
+        return max(1, min(memory // ((self._row_bytes or 1) * (inputs.rows or 1)), self._effort.samples))
+
+    def _groups(self, inputs: Inputs) -> int:
+        return max(GROUPS, self._effort.processes)
+
+    def _collector(self, task: Task, groups: int) -> Collector:
+        return Collector(
+            task,
+            groups,
+            group_of=self._effort.group_of(groups),
+            rounds=self._effort.rounds,
+            keep_samples=self._keep,
+        )
+
+    def _rows_first(self, outputs: Outputs) -> Any:
+        """The outputs with samples and then rows in front."""
+        dims = self._sampler.row_dims
+        moved = tuple(out if dim is None else out.movedim(dim + 1, 1) for out, dim in zip(outputs, dims, strict=True))
+        return moved[0] if len(moved) == 1 else moved
+
+    def _merged(self, collector: Collector, task: Task, groups: int, device: torch.device) -> Collector:
+        """What all processes have collected."""
+        if self._effort.processes == 1:
+            return collector
+        states: list[Any] = [None] * self._effort.processes
+        torch.distributed.all_gather_object(states, collector.state(), group=self._effort.group)
+        total = self._collector(task, groups)
+        total.load(states, device)
+        return total
+
+    def _close_enough(self, total: Collector) -> bool:
+        tolerance, effort = self._effort.tolerance, self._effort
+        if tolerance is None or total.count < (4 * ROUND if effort.rounds else ROUND):
+            return False
+        return bool(_mean_error(total).max() <= tolerance)
+
+    def _weight_scaling(self, inputs: Inputs) -> Any:
+        out = tuple(part.unsqueeze(0) for part in self._sampler.deterministic(inputs))
+        moved = self._rows_first(out)
+        return moved[0] if isinstance(moved, Tensor) else tuple(part[0] for part in moved)
+
+
+def _mean_error(collector: Collector) -> Tensor:
+    mean = collector.task.statistics()["mean"]
+    assert isinstance(mean, Mean)
+    return collector.standard_error(mean)
+
+
+def _positive(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value
+
+
+def _tolerance(tolerance: Any) -> float | None:
+    if tolerance is not None and not tolerance > 0:
+        raise ValueError(f"tolerance must be positive, got {tolerance}")
+    return tolerance
+
+
+def _sampling(sampling: str) -> str:
+    if sampling not in ("iid", "latin"):
+        raise ValueError(f"sampling must be 'iid' or 'latin', got {sampling!r}")
+    return sampling
+
+
+def _agreed_seed(seed: int, group: Any) -> int:
+    """The seed of the group's first process."""
+    if group is None:
+        return seed
+    seeds = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(seeds, seed, group=group)
+    return int(seeds[0])  # type: ignore[call-overload]
+
+
+def _shown(batch: Iterable[Inputs], progress: bool) -> Iterable[Inputs]:
+    return optional("tqdm.auto").tqdm(batch, unit="batch") if progress else batch

@@ -1,0 +1,358 @@
+"""What Monte Carlo inference gives: one plain object with named tensors, whose first dimension is the data's rows."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .gal import check_targets, predictive_log_likelihood, predictive_quantile
+from .statistics import Collector, Mean, Outputs, raw
+from .tasks import Classification, Plain, Regression
+
+PER_SAMPLE = ("samples", "noise_variances")
+"""The fields whose rows are the second dimension, after the samples."""
+
+
+def optional(module: str) -> Any:
+    """A module of a package that torchdrop does not depend on.
+
+    Raises:
+        ImportError: it is not installed; says what to install.
+
+    Example:
+        >>> optional("pandas").__name__
+        'pandas'
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"this needs {module}: pip install 'torchdrop[uncertainty]'") from error
+
+
+P = TypeVar("P", bound="Prediction")
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Prediction:
+    """Statistics of the outputs over Monte Carlo samples. Printing it gives a summary.
+
+    Args:
+        mean: the mean over the samples, of shape (B, ...).
+        variance: the unbiased variance; NaN with a single sample.
+        std: its root.
+        standard_errors: the Monte Carlo standard error of each statistic, by the statistic's name: how far it would
+            move if other samples had been drawn. See `Collector.standard_errors`.
+        num_samples: how many samples were taken.
+        samples: all of them, of shape (T, B, ...), if they were kept.
+        weight_scaling: the deterministic pass in eval mode, to compare the mean with.
+        seed: the seed that the samples follow from.
+        strategy: how they were run.
+        report: what in the model was random; printed with the summary.
+
+    Example:
+        >>> collector = Collector(Plain())
+        >>> collector.add(torch.tensor([[[1.0], [4.0]], [[3.0], [4.0]]]), [0, 1])
+        >>> print(predict_from(collector, seed=7))
+        Prediction of shape (2, 1) from 2 samples, seed 7
+                                    average       least        most   largest standard error
+        mean                              3           2           4   1
+        variance                          1           0           2   nan
+        std                          0.7071           0       1.414   nan
+    """
+
+    mean: Tensor
+    variance: Tensor
+    std: Tensor
+    standard_errors: dict[str, Tensor]
+    num_samples: int
+    samples: Tensor | None = None
+    weight_scaling: Tensor | None = None
+    seed: int | None = None
+    strategy: str | None = None
+    report: object = None
+
+    @property
+    def standard_error(self) -> Tensor:
+        """The Monte Carlo standard error of the mean."""
+        return self.standard_errors["mean"]
+
+    def __len__(self) -> int:
+        return len(self.mean)
+
+    def __repr__(self) -> str:
+        title = f"{type(self).__name__} of shape {tuple(self.mean.shape)} from {self.num_samples} samples"
+        title += f", {self.strategy}" if self.strategy is not None else ""
+        title += f", seed {self.seed}" if self.seed is not None else ""
+        lines = [title]
+        if self.mean.numel():
+            lines.append(f"{'':<22}{'average':>13}{'least':>12}{'most':>12}   largest standard error")
+        for name, errors in self.standard_errors.items() if self.mean.numel() else ():
+            values = getattr(self, name).double()
+            aggregates = f"{values.mean():>13.4g}{values.min():>12.4g}{values.max():>12.4g}"
+            lines.append(f"{name:<22}{aggregates}   {errors.max():.4g}")
+        return "\n".join(lines + ([str(self.report)] if self.report is not None else []))
+
+    def to(self: P, target: torch.device | str | torch.dtype) -> P:
+        """The same with its tensors on another device, or of another floating-point dtype."""
+        if isinstance(target, torch.dtype) and not target.is_floating_point:
+            raise ValueError(f"dtype must be floating-point, got {target}")
+        return self._with([self], lambda _, tensors: tensors[0].to(target))
+
+    def numpy(self) -> dict[str, Any]:
+        """The statistics, "<statistic>_standard_error" for each, the deterministic pass and the samples, as arrays."""
+        optional("numpy")
+        tensors = self._columns() | ({} if self.samples is None else {"samples": self.samples})
+        return {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """For each row of the data the same without the samples: a number, or a list where there are several."""
+        columns = {
+            name: tensor.flatten().tolist() if tensor.numel() == len(self) else tensor.tolist()
+            for name, tensor in self._columns().items()
+        }
+        return [{name: values[row] for name, values in columns.items()} for row in range(len(self))]
+
+    def pandas(self) -> Any:
+        """`rows` as a pandas.DataFrame."""
+        return optional("pandas").DataFrame(self.rows())
+
+    def quantile(self, q: float) -> Tensor:
+        """The q-quantile of the samples, element by element, interpolated linearly.
+
+        Raises:
+            ValueError: the samples were not kept, or q is outside [0, 1].
+        """
+        if not 0 <= q <= 1:
+            raise ValueError(f"q must be in [0, 1], got {q}")
+        return self._kept("quantiles").quantile(q, dim=0)
+
+    def interval(self, level: float = 0.95, method: str = "normal") -> tuple[Tensor, Tensor]:
+        """The central interval of this level, as its lower and upper end.
+
+        Args:
+            level: its probability, between 0 and 1, both excluded.
+            method: "normal" for ``mean -+ z std``, which knows no bounds (a probability can leave [0, 1]), or
+                "samples" for the `quantile` at either end, which needs the samples.
+
+        Raises:
+            ValueError: a level out of range, another method, or samples that were not kept.
+        """
+        if not 0 < level < 1:
+            raise ValueError(f"level must be between 0 and 1, both excluded, got {level}")
+        if method == "samples":
+            return self.quantile((1 - level) / 2), self.quantile((1 + level) / 2)
+        if method != "normal":
+            raise ValueError(f"method must be 'normal' or 'samples', got {method!r}")
+        half = normal_quantile((1 + level) / 2) * self.std
+        return self.mean - half, self.mean + half
+
+    @classmethod
+    def concatenated(cls: type[P], predictions: Sequence[P]) -> P:
+        """The predictions of several batches as one, in their order; `num_samples` is the smallest of theirs.
+
+        Raises:
+            ValueError: none is given, they are of different kinds, or some lack what others have.
+        """
+        if not predictions:
+            raise ValueError("predictions must hold at least one, got none")
+        if len({(type(one), tuple(one.standard_errors)) for one in predictions}) > 1:
+            raise ValueError(f"predictions must be of one kind, got {[type(one).__name__ for one in predictions]}")
+
+        def join(name: str, tensors: list[Tensor]) -> Tensor:
+            if name in PER_SAMPLE and len({len(one) for one in tensors}) > 1:
+                raise ValueError(
+                    f"{name} of batches with different numbers of samples, {[len(one) for one in tensors]}, cannot be "
+                    "joined: leave out keep_samples or tolerance"
+                )
+            return torch.cat(tensors, dim=1 if name in PER_SAMPLE else 0)
+
+        joined = predictions[0]._with(predictions, join)
+        strategies = dict.fromkeys(one.strategy for one in predictions if one.strategy is not None)
+        return replace(
+            joined,
+            num_samples=min(one.num_samples for one in predictions),
+            strategy=", ".join(strategies) or None,
+        )
+
+    def _with(self: P, several: Sequence[P], combine: Callable[[str, list[Tensor]], Tensor]) -> P:
+        """This one with each of its tensors replaced by the combination of several's."""
+        changes: dict[str, Any] = {}
+        for name in (field.name for field in fields(self)):
+            tensors = [value for one in several if isinstance(value := getattr(one, name), Tensor)]
+            if 0 < len(tensors) < len(several):
+                raise ValueError(f"{name} is missing from {len(several) - len(tensors)} of {len(several)} predictions")
+            if tensors:
+                changes[name] = combine(name, tensors)
+        errors = {name: combine(name, [one.standard_errors[name] for one in several]) for name in self.standard_errors}
+        return replace(self, standard_errors=errors, **changes)
+
+    def _columns(self) -> dict[str, Tensor]:
+        columns: dict[str, Tensor] = {name: getattr(self, name) for name in self.standard_errors}
+        columns |= {f"{name}_standard_error": error for name, error in self.standard_errors.items()}
+        return columns if self.weight_scaling is None else columns | {"weight_scaling": self.weight_scaling}
+
+    def _kept(self, purpose: str) -> Tensor:
+        if self.samples is None:
+            raise ValueError(f"{purpose} need the samples, which were not kept: predict with keep_samples=True")
+        return self.samples
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class ClassificationPrediction(Prediction):
+    """Mean probabilities and the uncertainty about the class, in nats. `mean`, `variance`, `std`: (B, C, ...).
+
+    Args:
+        predictive_entropy: ``H[E p]``, all of the uncertainty, of shape (B, ...).
+        expected_entropy: ``E H[p]``, what remains when the model is known (aleatoric).
+        mutual_information: their difference, what more data could tell (epistemic; BALD).
+        variation_ratio: the share of samples that vote for another class than most do.
+
+    The other arguments are those of `Prediction`; samples and the deterministic pass are probabilities.
+
+    Example:
+        >>> collector = Collector(Classification("probabilities"))
+        >>> collector.add(torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]), [0, 1])
+        >>> prediction = predict_from(collector)
+        >>> prediction.mean, prediction.expected_entropy, prediction.variation_ratio
+        (tensor([[0.5000, 0.5000]]), tensor([0.]), tensor([0.5000]))
+        >>> torch.equal(prediction.mutual_information, torch.tensor([2.0]).log())
+        True
+    """
+
+    predictive_entropy: Tensor
+    expected_entropy: Tensor
+    mutual_information: Tensor
+    variation_ratio: Tensor
+
+    @property
+    def predicted(self) -> Tensor:
+        """The class of highest mean probability, of shape (B, ...)."""
+        return self.mean.argmax(1)
+
+    def log_likelihood(self, targets: Tensor) -> Tensor:
+        """The log of the target class's mean probability, -inf where that is 0, of shape (B, ...). No samples needed.
+
+        Raises:
+            ValueError: targets that are not classes (B, ...), integers in [0, C).
+        """
+        check_targets(targets, self.predicted.shape)
+        classes = self.mean.shape[1]
+        if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+            raise ValueError(f"targets must be classes, of an integer dtype, got {targets.dtype}")
+        if targets.numel() and not (targets.min() >= 0 and targets.max() < classes):
+            raise ValueError(f"targets must be in [0, {classes}), got {targets.min()} to {targets.max()}")
+        chosen = targets.to(self.mean.device, torch.int64).unsqueeze(1)
+        return self.mean.gather(1, chosen).squeeze(1).log()
+
+    def _columns(self) -> dict[str, Tensor]:
+        return {"predicted": self.predicted} | super()._columns()
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class RegressionPrediction(Prediction):
+    """Mean and variance of a value. With a model of the noise, `variance` is the total, epistemic plus aleatoric.
+
+    Args:
+        epistemic_variance: the unbiased variance of the model's value over the samples.
+        aleatoric_variance: the mean variance of the noise; None where the noise is not modelled.
+        noise_variances: the noise's variance in each sample, of shape (T, B, ...), if samples were kept.
+
+    The other arguments are those of `Prediction`.
+
+    Example:
+        >>> collector = Collector(Regression(tau=4.0), keep_samples=True)
+        >>> collector.add(torch.tensor([[[1.0]], [[3.0]]]), [0, 1])
+        >>> prediction = predict_from(collector)
+        >>> prediction.epistemic_variance, prediction.aleatoric_variance, prediction.variance
+        (tensor([[2.]]), tensor([[0.2500]]), tensor([[2.2500]]))
+        >>> prediction.quantile(0.5), prediction.quantile(0.75, noise=False)
+        (tensor([[2.]]), tensor([[2.5000]]))
+    """
+
+    epistemic_variance: Tensor
+    aleatoric_variance: Tensor | None = None
+    noise_variances: Tensor | None = None
+
+    def quantile(self, q: float, *, noise: bool = True) -> Tensor:
+        """The q-quantile, element by element: of a new observation, or of the model's value with ``noise=False``.
+
+        A new observation follows the Gaussian mixture of `predictive_quantile`. Without a model of the noise, and with
+        ``noise=False``, it is the samples' quantile, interpolated linearly.
+
+        Raises:
+            ValueError: the samples were not kept, or q is out of range ([0, 1], without the ends for a mixture).
+        """
+        samples = self._kept("quantiles")
+        if not noise or self.noise_variances is None:
+            return super().quantile(q)
+        return predictive_quantile(samples, q, noise_variance=self.noise_variances).to(samples.dtype)
+
+    def log_likelihood(self, targets: Tensor) -> Tensor:
+        """The predictive log-likelihood of each row, of shape (B,) and float64. See `predictive_log_likelihood`.
+
+        Raises:
+            ValueError: targets of another shape than the mean's, no model of the noise, or samples that were not kept.
+        """
+        check_targets(targets, self.mean.shape)
+        if self.aleatoric_variance is None:
+            raise ValueError("log-likelihoods need a model of the noise: predict with tau= or noise='log_variance'")
+        samples = self._kept("log-likelihoods")
+        return predictive_log_likelihood(samples, targets.to(samples.device), noise_variance=self.noise_variances)
+
+
+def normal_quantile(q: float) -> float:
+    """The q-quantile of the standard normal distribution.
+
+    Example:
+        >>> round(normal_quantile(0.975), 4)
+        1.96
+    """
+    return float(torch.special.ndtri(torch.tensor(q, dtype=torch.float64)))
+
+
+def predict_from(
+    collector: Collector,
+    *,
+    weight_scaling: Outputs | None = None,
+    seed: int | None = None,
+    strategy: str | None = None,
+    report: object = None,
+) -> Prediction:
+    """What the collector's task reports: a `Prediction`, `ClassificationPrediction` or `RegressionPrediction`.
+
+    Statistics are computed in float64 and given in the outputs' dtype, or in float32 for half types.
+
+    Args:
+        collector: with one sample or more.
+        weight_scaling: raw outputs (B, ...) of the deterministic pass.
+        seed, strategy, report: handed on.
+
+    Raises:
+        ValueError: there are no samples, or the deterministic pass gives what the task cannot take.
+    """
+    task = collector.task
+    kinds = {Plain: Prediction, Classification: ClassificationPrediction, Regression: RegressionPrediction}
+    table, total, dtype = task.statistics(), collector.total(), collector.dtype
+    mean = table["mean"]
+    assert isinstance(mean, Mean)
+    values: dict[str, Any] = {name: statistic(total).to(dtype) for name, statistic in table.items()}
+    if isinstance(task, Regression):
+        values["noise_variances"] = collector.samples("noise_variance") if "aleatoric_variance" in table else None
+    if weight_scaling is not None:
+        outputs = [weight_scaling] if isinstance(weight_scaling, Tensor) else weight_scaling
+        one_sample = raw([part.unsqueeze(0) for part in outputs])
+        values["weight_scaling"] = task.observe(one_sample)[mean.observable][0].to(dtype)
+    return kinds[type(task)](
+        standard_errors={name: error.to(dtype) for name, error in collector.standard_errors(table).items()},
+        num_samples=collector.count,
+        samples=collector.samples(mean.observable),
+        seed=seed,
+        strategy=strategy,
+        report=report,
+        **values,
+    )

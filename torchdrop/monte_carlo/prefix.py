@@ -1,0 +1,102 @@
+"""What comes before the first random call runs once: its results are kept and given again in the passes that follow.
+
+Up to there a forward is the same for all samples, call by call. A result that nothing but the next call needed is not
+kept: an empty tensor without memory stands for it, since the calls that would read it are not made again.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+
+class PrefixChangedError(RuntimeError):
+    """A pass did not begin with the calls that the first one began with."""
+
+
+class _Kept:
+    """A tensor of the prefix: held weakly until it is known whether the rest of the forward needs it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._weak: Callable[[], Tensor | None] = weakref.ref(tensor)
+        self._shape, self._dtype = tensor.shape, tensor.dtype
+        self._version = -1
+        self.value: Tensor | None = None
+
+    def settle(self) -> None:
+        tensor = self._weak()
+        if tensor is None:
+            self.value = torch.empty(self._shape, dtype=self._dtype, device="meta")
+        else:
+            self.value, self._version = tensor, -1 if tensor.is_inference() else tensor._version
+
+    @property
+    def written(self) -> bool:
+        """Whether a pass has written to it since."""
+        return self.value is not None and self._version >= 0 and self.value._version != self._version
+
+
+class Prefix:
+    """The calls of a forward before its first random one, for one batch of data. For use without autograd."""
+
+    def __init__(self) -> None:
+        self._calls: list[tuple[Any, Any]] = []
+        self._tensors: list[_Kept] = []
+        self._position = 0
+        self._recording = True
+        self._usable = True
+
+    @property
+    def length(self) -> int:
+        """How many calls are kept."""
+        return 0 if self._recording else len(self._calls)
+
+    def restart(self) -> None:
+        """A pass begins."""
+        if self._recording and not self._calls:
+            return
+        self.end()
+        self._position = 0
+        if any(kept.written for kept in self._tensors):
+            self.drop()
+
+    def drop(self) -> None:
+        """All passes run as a whole from now on."""
+        self._usable = False
+        self._calls.clear()
+        self._tensors.clear()
+
+    def end(self) -> None:
+        """The first random call is here, or the forward is over."""
+        if self._recording:
+            self._recording, self._position = False, len(self._calls)
+            for kept in self._tensors:
+                kept.settle()
+        elif self._usable and self._position < len(self._calls):
+            self._position = len(self._calls)
+            raise PrefixChangedError("a pass met its first random call earlier than the first pass")
+
+    def run(self, func: Any, call: Callable[[], Any]) -> Any:
+        """The result of a call, computed or kept."""
+        if self._position < len(self._calls) and not self._recording:
+            known, result = self._calls[self._position]
+            if known != func:
+                raise PrefixChangedError("a pass made other calls than the first one")
+            self._position += 1
+            return tree_map(lambda leaf: leaf.value if isinstance(leaf, _Kept) else leaf, result)
+        out = call()
+        if self._recording and self._usable:
+            self._calls.append((func, tree_map(self._keep, out)))
+        return out
+
+    def _keep(self, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        kept = _Kept(leaf)
+        self._tensors.append(kept)
+        return kept

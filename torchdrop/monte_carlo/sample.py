@@ -1,0 +1,210 @@
+"""Running samples: one after another, as more rows of one batch, or under vmap. The masks are the same in all three.
+
+- "vectorised": `torch.func.vmap` over the samples' numbers. Tensors are the same for all samples up to the first random
+  call, so what comes before it runs once.
+- "repeated": the rows of the data once for each sample, in one batch. For what vmap does not take: nn.LSTM, for
+example.
+- "loop": one sample at a time. For models whose Python code depends on the draws, as LayerDrop's does.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from .activate import Activation, flags
+from .inputs import Inputs
+from .masks import Hypercube, Pass, find_layout
+from .prefix import Prefix
+
+Outputs = tuple[Tensor, ...]
+
+STRATEGIES = ("vectorised", "repeated", "loop")
+
+
+class Sampler:
+    """Runs samples of an activated model.
+
+    Args:
+        activation: of the model, surveyed.
+        pick: gets the tensor, or tuple of tensors, of interest out of what the model returns.
+        seed: of all masks.
+        shared: whether all rows share a mask.
+        hypercube: how many samples make up a Latin hypercube; None for independent samples.
+    """
+
+    def __init__(
+        self, activation: Activation, pick: Callable[[Any], Outputs], seed: int, shared: bool, hypercube: int | None
+    ) -> None:
+        self._activation, self._pick, self.seed, self._shared = activation, pick, seed, shared
+        self._hypercube = hypercube
+        self._row_dims: tuple[int | None, ...] = ()
+
+    def _begin(self, samples: Tensor, first: int, inputs: Inputs, first_row: int, folded: bool = False) -> None:
+        cube = None if self._hypercube is None else Hypercube(self._hypercube, first // self._hypercube)
+        self._activation.server.begin(
+            Pass(
+                self.seed, samples, inputs.rows, first_row=first_row, shared=self._shared, folded=folded, hypercube=cube
+            )
+        )  # fmt: skip
+
+    def _call(self, inputs: Inputs) -> Outputs:
+        return self._pick(inputs.call(self._activation.model))
+
+    def run(self, strategy: str, inputs: Inputs, samples: Sequence[int], first_row: int = 0) -> Outputs:
+        """Outputs of these samples of one hypercube, stacked in front: (samples, ...)."""
+        run = getattr(self, f"_{strategy}")
+        prefix = self._activation.server.prefix
+        with self._activation.serving():
+            try:
+                return run(inputs, samples, first_row)
+            except Exception:
+                if prefix is None or not prefix.length:
+                    raise
+                prefix.drop()  # something read what stands for a tensor, or a pass took another way
+                return run(inputs, samples, first_row)
+
+    def _loop(self, inputs: Inputs, samples: Sequence[int], first_row: int) -> Outputs:
+        outputs = []
+        for number in samples:
+            self._begin(torch.tensor(number, device=inputs.device), number, inputs, first_row)
+            outputs.append(self._call(inputs))
+        _check_shapes(outputs, samples)
+        return tuple(torch.stack(parts) for parts in zip(*outputs, strict=True))
+
+    def _vectorised(self, inputs: Inputs, samples: Sequence[int], first_row: int) -> Outputs:
+        def one(sample: Tensor) -> Outputs:
+            self._begin(sample, samples[0], inputs, first_row)
+            return self._call(inputs)
+
+        return torch.func.vmap(one, randomness="different")(torch.tensor(samples, device=inputs.device))
+
+    def _repeated(self, inputs: Inputs, samples: Sequence[int], first_row: int) -> Outputs:
+        if inputs.rows is None or None in self._row_dims:
+            raise ValueError("the inputs and outputs have no rows that could be repeated")
+        copies = len(samples)
+        self._begin(torch.tensor(samples, device=inputs.device), samples[0], inputs, first_row, folded=True)
+        folded = inputs.folded(copies)
+        outputs = self._call(folded)
+        return tuple(
+            out.unflatten(dim, (copies, -1)).movedim(dim, 0) for out, dim in zip(outputs, self._row_dims, strict=True)
+        )
+
+    def deterministic(self, inputs: Inputs) -> Outputs:
+        """The outputs of a pass in eval mode, with nothing random."""
+        with flags(self._activation.model, lambda _: False):
+            return self._call(inputs)
+
+    def measure(self, inputs: Inputs) -> tuple[Outputs, int, float]:
+        """Two samples of two rows, one after another; the most bytes that a forward holds for a row once it has drawn;
+        and the share of its calls that come before.
+
+        Finds the dimension of the outputs that counts rows on the way.
+        """
+        few = inputs.first(2)
+        server = self._activation.server
+        server.prefix = Prefix()
+        with LiveBytes(lambda: server.draws > 0) as live:
+            reference = self.run("loop", few, (0, 1))
+        share, server.prefix = server.prefix.length / max(server.calls, 1), None
+        if inputs.rows is None:
+            self._row_dims = (None,) * len(reference)
+        else:
+            other = self.run("loop", inputs.first(3), (0,))
+            layouts = [
+                find_layout((a.shape[1:], b.shape[1:]), (2, 3), a.shape[1:])
+                for a, b in zip(reference, other, strict=True)
+            ]
+            self._row_dims = tuple(layout.dim if layout else None for layout in layouts)
+        return reference, max(live.peak // (few.rows or 1), 1), share
+
+    @property
+    def row_dims(self) -> tuple[int | None, ...]:
+        """The dimension of each output that counts rows, known after `measure`."""
+        return self._row_dims
+
+    def works(self, strategy: str, inputs: Inputs, reference: Outputs) -> str:
+        """Why a strategy does not give what one sample after another gives; "" if it does."""
+        try:
+            outputs = self.run(strategy, inputs.first(2), (0, 1))
+        except Exception as error:
+            return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+        finally:
+            self._activation.server.draws = self._activation.report.draws
+        if any(not _agree(a, b) for a, b in zip(outputs, reference, strict=True)):
+            return "its outputs differ from those of one sample after another"
+        return ""
+
+
+def _check_shapes(outputs: Sequence[Outputs], samples: Sequence[int]) -> None:
+    first = [tuple(t.shape) for t in outputs[0]]
+    for number, output in zip(samples, outputs, strict=True):
+        shapes = [tuple(t.shape) for t in output]
+        if shapes != first:
+            raise ValueError(
+                f"outputs change their shape between samples: {shapes} in sample {number}, {first} in "
+                f"sample {samples[0]}. Give output=, a function that gets a tensor of fixed shape out of what the "
+                "model returns"
+            )
+
+
+def _agree(values: Tensor, reference: Tensor) -> bool:
+    """Whether values equal the reference up to rounding, which is small beside the spread over samples."""
+    if values.shape != reference.shape:
+        return False
+    epsilon = torch.finfo(reference.dtype).eps if reference.is_floating_point() else 0.0
+    difference, size, spread = (
+        t.double().square().mean().sqrt() for t in (values - reference, reference, reference[0] - reference[-1])
+    )
+    return bool(difference <= 1e-2 * spread + max(1e-5, 8 * epsilon) * size) or not bool(size.isfinite())
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that tensors made within the context hold at once.
+
+    Args:
+        counting: whether what is made now counts.
+    """
+
+    def __init__(self, counting: Callable[[], bool]) -> None:
+        super().__init__()
+        self.peak = 0
+        self._counting = counting
+        self._live: dict[int, tuple[int, int]] = {}
+        self._total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if self._counting():
+            old = {_pointer(t) for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)} - self._live.keys()
+            for tensor in tree_flatten(out)[0]:
+                if isinstance(tensor, Tensor) and _pointer(tensor) not in old:
+                    self._hold(tensor)
+            self.peak = max(self.peak, self._total)
+        return out
+
+    def _hold(self, tensor: Tensor) -> None:
+        pointer, size = _pointer(tensor), tensor.untyped_storage().nbytes()
+        _, holders = self._live.get(pointer, (0, 0))
+        if not holders:
+            self._total += size
+        self._live[pointer] = size, holders + 1
+        weakref.finalize(tensor, self._release, pointer)
+
+    def _release(self, pointer: int) -> None:
+        size, holders = self._live.get(pointer, (0, 0))
+        if holders > 1:
+            self._live[pointer] = size, holders - 1
+        elif holders == 1:
+            del self._live[pointer]
+            self._total -= size
+
+
+def _pointer(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

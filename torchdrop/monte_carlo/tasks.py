@@ -1,0 +1,270 @@
+"""What is observed of each sample: the outputs as they are, classes, or values with noise.
+
+Each task turns raw outputs into observables and says which statistics, functions of the observables' moments, are
+reported.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .statistics import Mean, Moments, Outputs, Statistic, Task, wide
+
+
+def variance(observable: str) -> Statistic:
+    """The statistic "unbiased variance of an observable over the samples"."""
+    return lambda moments: moments[observable].variance
+
+
+def std(observable: str) -> Statistic:
+    """The statistic "standard deviation of an observable over the samples": the root of the unbiased variance."""
+    return lambda moments: moments[observable].variance.sqrt()
+
+
+def predictive_entropy(moments: Mapping[str, Moments]) -> Tensor:
+    """``H[E p] = -sum_c E[p_c] log E[p_c]`` in nats, the entropy of the mean probabilities: all of the uncertainty."""
+    return torch.special.entr(moments["probability"].mean).sum(1)
+
+
+def mutual_information(moments: Mapping[str, Moments]) -> Tensor:
+    """``H[E p] - E H[p]`` in nats, between the class and the model: what more data could tell (epistemic; BALD).
+
+    Never negative, as the entropy is concave; a difference that rounding brings below 0 is set to 0.
+
+    References:
+        Houlsby, Huszar, Ghahramani, Lengyel, "Bayesian Active Learning for Classification", 2011, equation 2.
+    """
+    return (predictive_entropy(moments) - moments["entropy"].mean).clamp_min(0)
+
+
+def variation_ratio(moments: Mapping[str, Moments]) -> Tensor:
+    """``1 - max_c f_c`` with f_c the share of samples whose most probable class is c: 0 where all samples agree.
+
+    References:
+        Freeman, "Elementary Applied Statistics", 1965; Gal, "Uncertainty in Deep Learning", 2016, section 3.3.1.
+    """
+    return 1 - moments["vote"].mean.amax(1)
+
+
+def _one_tensor(outputs: Outputs) -> Tensor:
+    if not isinstance(outputs, Tensor):
+        raise TypeError(f"outputs must be one tensor, got {type(outputs).__name__}: pick it with output=")
+    return outputs
+
+
+@dataclass(frozen=True)
+class Plain:
+    """No task: mean and variance of the outputs as they are. Observable: "value".
+
+    Example:
+        >>> Plain().observe(torch.zeros(2, 3, 1))["value"].shape
+        torch.Size([2, 3, 1])
+    """
+
+    def settled(self, outputs: Outputs) -> Plain:
+        return self
+
+    def observe(self, outputs: Outputs) -> dict[str, Tensor]:
+        return {"value": wide(_one_tensor(outputs))}
+
+    def statistics(self) -> dict[str, Statistic]:
+        return {"mean": Mean("value"), "variance": variance("value"), "std": std("value")}
+
+
+def normalised(probabilities: Tensor, dim: int) -> bool:
+    """Whether all lie in [0, 1] and sum to 1 to rounding: to twice the dtype's epsilon, and 1e-5 at the finest.
+
+    Example:
+        >>> normalised(torch.tensor([[0.25, 0.75]]), 1), normalised(torch.tensor([[0.25, 0.25]]), 1)
+        (True, False)
+    """
+    tolerance = max(1e-5, 2 * torch.finfo(probabilities.dtype).eps)
+    inside = (probabilities >= 0) & (probabilities <= 1 + tolerance)
+    return bool(inside.all() and ((wide(probabilities).sum(dim) - 1).abs() <= tolerance).all())
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Classes along the dimension after the rows: outputs of shape (S, B, C, ...) with C > 1.
+
+    Observables: "probability" and "vote" (one-hot of the most probable class) of shape (S, B, C, ...), and "entropy" of
+    each sample, in nats, of shape (S, B, ...).
+
+    Args:
+        outputs: "logits", "probabilities", or "auto" for probabilities if all lie in [0, 1] and sum to 1, and logits
+            otherwise. What "auto" finds in the first chunk holds for all later ones: see `settled`.
+
+    Raises:
+        ValueError: another word; outputs that have no dimension of classes or one class only,
+            or are to be probabilities and are not.
+
+    Example:
+        >>> task = Classification("auto").settled(torch.tensor([[[0.5, 0.5]]]))
+        >>> task
+        Classification(outputs='probabilities')
+        >>> {name: value.tolist() for name, value in task.observe(torch.tensor([[[0.0, 1.0]]])).items()}
+        {'probability': [[[0.0, 1.0]]], 'entropy': [[0.0]], 'vote': [[[0.0, 1.0]]]}
+    """
+
+    outputs: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.outputs not in ("auto", "logits", "probabilities"):
+            raise ValueError(f"outputs must be 'auto', 'logits' or 'probabilities', got {self.outputs!r}")
+
+    def settled(self, outputs: Outputs) -> Classification:
+        """The task with "auto" decided by these outputs; itself where nothing is open."""
+        if self.outputs != "auto":
+            return self
+        values = self._checked(outputs)
+        if normalised(values, 2):
+            return replace(self, outputs="probabilities")
+        if values.numel() and values.min() >= 0 and values.max() <= 1:
+            raise ValueError(
+                "outputs lie in [0, 1] but do not sum to 1 over the classes, so they can be told to be neither "
+                "probabilities nor logits: say outputs='logits', or give a probability for each class with output="
+            )
+        return replace(self, outputs="logits")
+
+    def observe(self, outputs: Outputs) -> dict[str, Tensor]:
+        values = self._checked(outputs)
+        if self.outputs == "auto":
+            raise ValueError("outputs='auto' must be settled by a first chunk")
+        if self.outputs == "probabilities" and not normalised(values, 2):
+            total = wide(values).sum(2)
+            raise ValueError(
+                "outputs must be probabilities, in [0, 1] and with sum 1 over dimension 2, got values from "
+                f"{values.min():.4g} to {values.max():.4g} and sums from {total.min():.4g} to {total.max():.4g}"
+            )
+        probability = wide(values).softmax(2) if self.outputs == "logits" else wide(values)
+        vote = torch.zeros_like(probability).scatter_(2, values.argmax(2, keepdim=True), 1)
+        return {"probability": probability, "entropy": torch.special.entr(probability).sum(2), "vote": vote}
+
+    def statistics(self) -> dict[str, Statistic]:
+        return {
+            "mean": Mean("probability"),
+            "variance": variance("probability"),
+            "std": std("probability"),
+            "predictive_entropy": predictive_entropy,
+            "expected_entropy": Mean("entropy"),
+            "mutual_information": mutual_information,
+            "variation_ratio": variation_ratio,
+        }
+
+    def _checked(self, outputs: Outputs) -> Tensor:
+        values = _one_tensor(outputs)
+        shape = tuple(values.shape[1:])
+        two = "give two with output=lambda z: torch.stack([torch.zeros_like(z), z], dim=1)"
+        if len(shape) < 2:
+            raise ValueError(
+                f"outputs must have a dimension of classes after the rows, got shape {shape}; "
+                f"for a binary model with one logit for each row, {two}"
+            )
+        if shape[1] == 1:
+            raise ValueError(
+                f"outputs must have a column for each class, got one column: shape {shape}; "
+                f"for a binary model with one logit for each row, {two.replace('stack', 'cat')}"
+            )
+        return values
+
+
+@dataclass(frozen=True)
+class Regression:
+    """Outputs are means, with or without a model of the noise. Observables: "value" and, with one, "noise_variance".
+
+    Args:
+        tau: the noise's precision: its variance is ``1 / tau``.
+        noise: "log_variance" if the model gives the noise's log-variance too: outputs are a pair (mean, log_variance),
+            or a tensor whose last dimension holds all means and then all log-variances.
+
+    Raises:
+        ValueError: a tau that is not positive and finite, another word, or both; a last dimension of odd size.
+
+    Example:
+        >>> task = Regression(noise="log_variance")
+        >>> {name: value.tolist() for name, value in task.observe(torch.tensor([[[2.0, 0.0]]])).items()}
+        {'value': [[[2.0]]], 'noise_variance': [[[1.0]]]}
+    """
+
+    tau: float | None = None
+    noise: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.tau is not None and not (self.tau > 0 and math.isfinite(self.tau)):
+            raise ValueError(f"tau must be positive and finite, got {self.tau}")
+        if self.noise not in (None, "log_variance"):
+            raise ValueError(f"noise must be None or 'log_variance', got {self.noise!r}")
+        if self.tau is not None and self.noise is not None:
+            raise ValueError("give tau or noise, not both: each is a model of the noise")
+
+    def settled(self, outputs: Outputs) -> Regression:
+        return self
+
+    def observe(self, outputs: Outputs) -> dict[str, Tensor]:
+        if self.noise is None:
+            value = wide(_one_tensor(outputs))
+            return (
+                {"value": value}
+                if self.tau is None
+                else {"value": value, "noise_variance": torch.full_like(value, 1 / self.tau)}
+            )
+        mean, log_variance = self._pair(outputs)
+        return {"value": wide(mean), "noise_variance": wide(log_variance).exp()}
+
+    def statistics(self) -> dict[str, Statistic]:
+        """With noise, the variance is the total one: epistemic plus aleatoric, by the law of total variance."""
+        mean, epistemic = Mean("value"), variance("value")
+        if self.tau is None and self.noise is None:
+            return {"mean": mean, "variance": epistemic, "std": std("value"), "epistemic_variance": epistemic}
+        aleatoric = Mean("noise_variance")
+
+        def total(moments: Mapping[str, Moments]) -> Tensor:
+            return epistemic(moments) + aleatoric(moments)
+
+        return {
+            "mean": mean,
+            "variance": total,
+            "std": lambda moments: total(moments).sqrt(),
+            "epistemic_variance": epistemic,
+            "aleatoric_variance": aleatoric,
+        }
+
+    def _pair(self, outputs: Outputs) -> tuple[Tensor, Tensor]:
+        if isinstance(outputs, Tensor):
+            if outputs.dim() < 3 or outputs.shape[-1] % 2:
+                raise ValueError(
+                    "outputs must hold means and then log-variances along their last dimension, which must be even, "
+                    f"got shape {tuple(outputs.shape[1:])}"
+                )
+            half = outputs.shape[-1] // 2
+            return outputs[..., :half], outputs[..., half:]
+        if len(outputs) != 2 or outputs[0].shape != outputs[1].shape:
+            shapes = [tuple(part.shape[1:]) for part in outputs]
+            raise ValueError(f"outputs must be a pair (mean, log_variance) of one shape, got shapes {shapes}")
+        return outputs[0], outputs[1]
+
+
+def read_task(task: str | None, *, outputs: str = "auto", tau: float | None = None, noise: str | None = None) -> Task:
+    """The task of this name, with the arguments that belong to it.
+
+    Raises:
+        ValueError: another name, an argument of another task, or what the task itself refuses.
+
+    Example:
+        >>> read_task("regression", tau=4.0)
+        Regression(tau=4.0, noise=None)
+    """
+    if task not in (None, "classification", "regression"):
+        raise ValueError(f"task must be None, 'classification' or 'regression', got {task!r}")
+    if task != "classification" and outputs != "auto":
+        raise ValueError(f"outputs={outputs!r} is for task='classification', got task={task!r}")
+    if task != "regression" and (tau is not None or noise is not None):
+        raise ValueError(f"tau and noise are for task='regression', got task={task!r}")
+    if task == "classification":
+        return Classification(outputs)
+    return Regression(tau, noise) if task == "regression" else Plain()
