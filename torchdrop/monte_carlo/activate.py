@@ -30,6 +30,9 @@ from .report import Report
 
 _transformed = torch._C._are_functorch_transforms_active
 
+_BRANCHES = 7
+"""How often a forward in train mode is repeated if it is random which layers it has."""
+
 _AUGMENTS = re.compile(r"(?i)augment|mixup|cutmix|cutout|masking")
 
 
@@ -154,6 +157,7 @@ class Activation:
                 self._survey(module, inputs)
         finally:
             self._surveying = False
+            self.server.surveyed = True
             self._tracker.restart()
 
     def _survey(self, module: nn.Module, inputs: Inputs) -> None:
@@ -164,6 +168,9 @@ class Activation:
                 "the whole of them"
             )
         recorded = self._train_forward(module, inputs.first(3))
+        if recorded is not None and recorded.branching:
+            for _ in range(_BRANCHES):  # a skipped layer is met another time
+                self._train_forward(module, inputs.first(3))
         few = inputs.first(2)
         modules = dict(self.model.named_modules())
         flagged = {modules[name] for name in recorded.flagged if self._chosen(name)} if recorded is not None else set()
@@ -199,6 +206,8 @@ class Activation:
             )
             return None
         for source in recorder.sources:
+            if source.site in self.server.sources:
+                continue
             if source.active:
                 self.report.expected += source.draws
                 source.active = self._chosen(source.module)

@@ -81,10 +81,9 @@ def calibration_error(prediction: Classes, targets: Tensor, *, bins: int = BINS,
     """
     rows = flat(prediction, targets)
     functional = optional("torchmetrics.functional.classification")
-    # Sums a hair above 1 would be taken for logits.
-    probabilities = rows.probabilities.clamp(0, 1)
+    classes = rows.probabilities.shape[1]
     error = functional.multiclass_calibration_error(
-        probabilities, rows.targets, num_classes=probabilities.shape[1], n_bins=bins, norm=norm
+        rows.probabilities, rows.targets, num_classes=classes, n_bins=bins, norm=norm
     )
     return float(error)
 

@@ -186,12 +186,18 @@ class Recorder(_Watching):
     Args:
         tracker: of the model.
         rows: how many rows of data are in the forward.
+
+    Attributes:
+        sources: of the forward, in order.
+        flagged: names of modules whose own code may decide from their training flag what is drawn.
+        branching: whether a single number was drawn, as where code decides by it to skip a layer.
     """
 
     def __init__(self, tracker: Tracker, rows: int | None) -> None:
         super().__init__(tracker)
         self.sources: list[Source] = []
         self.flagged: set[str] = set()
+        self.branching = False
         self._rows = rows
 
     def _turns_on(self) -> bool:
@@ -206,6 +212,7 @@ class Recorder(_Watching):
         self.sources.append(source)
         if draw.flagged:
             self.flagged.add(source.module)
+            self.branching = self.branching or not shape
         return out
 
 
@@ -236,6 +243,7 @@ class Server(_Watching):
         self.draws = 0
         self.calls = 0
         self.prefix: Prefix | None = None
+        self.surveyed = False
         self._chosen = chosen
         self._seeds: dict[tuple[int, Site], int] = {}
 
@@ -276,6 +284,8 @@ class Server(_Watching):
             source = self.sources[site] = _source(site, draw)
             source.active = (draw.on or bool(draw.rate)) and self._chosen(site.module)
             source.known = UNCHECKED
+            if self.surveyed:
+                source.replayable, source.reason = False, "not met before, so where its rows lie is not known"
         rate = draw.rate or source.rate
         if not source.active or (draw.rate is not None and not rate):
             return draw.plain() if draw.flagged else self._pass(func, draw.plain)

@@ -229,6 +229,7 @@ class _Job:
         self._activation, self._sampler, self._effort = activation, sampler, effort
         self._strategy, self._chunk, self._memory, self._keep = strategy, chunk, memory, keep_samples
         self._row_bytes: int | None = None
+        self._reference: Outputs | None = None
         self._next_row = 0
         self.task: Task | None = None
         self.identical = True
@@ -247,9 +248,9 @@ class _Job:
         done = False
         for step in effort.steps():
             for samples in effort.chunks(effort.mine(step, groups), size):
-                collector.add(
-                    self._rows_first(self._sampler.run(self._strategy, inputs, samples, self._next_row)), samples
-                )
+                outputs = self._sampler.run(self._strategy, inputs, samples, self._next_row)
+                self._compare(inputs, samples, outputs)
+                collector.add(self._rows_first(outputs), samples)
             total = self._merged(collector, task, groups, inputs.device)
             done = self._close_enough(total)
             if done:
@@ -288,8 +289,21 @@ class _Job:
             if self._strategy != "auto":
                 raise RuntimeError(f"strategy={strategy!r} does not work here: {reason}. Use strategy='auto'")
             report.notes.append(f"Not {strategy}: {reason}")
-        report.strategy = self._strategy
+        report.strategy, self._reference = self._strategy, reference
         return row_bytes
+
+    def _compare(self, inputs: Inputs, samples: Sequence[int], outputs: Outputs) -> None:
+        """Looks, once, if a row's outputs are the same in any batch."""
+        reference, self._reference = self._reference, None
+        if reference is None or samples[0] != 0 or (inputs.rows or 0) < 2:
+            return
+        if not self._sampler.rows_stand_alone(outputs, reference):
+            note = (
+                "A row's outputs depend on the other rows of its batch. If that is not meant: is batch_dim="
+                f"{inputs.dim} the dimension that counts rows?"
+            )
+            self._activation.report.notes.append(note)
+            warnings.warn(f"mc_predict: {note}", UserWarning, stacklevel=4)
 
     def _fitting(self, inputs: Inputs) -> int:
         memory = self._memory or (2**26 if inputs.device.type == "cpu" else 2**30)

@@ -137,9 +137,16 @@ class Sampler:
             return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
         finally:
             self._activation.server.draws = self._activation.report.draws
-        if any(not _agree(a, b) for a, b in zip(outputs, reference, strict=True)):
+        if any(not _agree(a, b, b) for a, b in zip(outputs, reference, strict=True)):
             return "its outputs differ from those of one sample after another"
         return ""
+
+    def rows_stand_alone(self, outputs: Outputs, reference: Outputs) -> bool:
+        """Whether the first two rows of the first sample are in these outputs what they are in a batch of their own."""
+        return all(
+            dim is None or _agree(out[:1].narrow(dim + 1, 0, two.shape[dim + 1]), two[:1], two)
+            for out, two, dim in zip(outputs, reference, self._row_dims, strict=True)
+        )
 
 
 def _check_shapes(outputs: Sequence[Outputs], samples: Sequence[int]) -> None:
@@ -154,13 +161,13 @@ def _check_shapes(outputs: Sequence[Outputs], samples: Sequence[int]) -> None:
             )
 
 
-def _agree(values: Tensor, reference: Tensor) -> bool:
-    """Whether values equal the reference up to rounding, which is small beside the spread over samples."""
+def _agree(values: Tensor, reference: Tensor, samples: Tensor) -> bool:
+    """Whether values equal the reference up to rounding, which is small beside the spread over these samples."""
     if values.shape != reference.shape:
         return False
     epsilon = torch.finfo(reference.dtype).eps if reference.is_floating_point() else 0.0
     difference, size, spread = (
-        t.double().square().mean().sqrt() for t in (values - reference, reference, reference[0] - reference[-1])
+        t.double().square().mean().sqrt() for t in (values - reference, reference, samples[0] - samples[-1])
     )
     return bool(difference <= 1e-2 * spread + max(1e-5, 8 * epsilon) * size) or not bool(size.isfinite())
 
