@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from . import aten, native, reference
-from .law import Law
-from .masking import COMPUTE_DTYPE, apply_normal
+from .law import ONE, Law
+from .masking import COMPUTE_DTYPE, apply_mask, apply_normal, trailing
 
 BACKENDS: tuple[ModuleType, ...] = (native, aten, reference)
 """In the order in which they are tried."""
@@ -118,9 +118,33 @@ def gaussian(
     return apply_normal(x, z, law, out)
 
 
+def select(x: Tensor, kept: Tensor, law: Law | Tensor) -> Tensor:
+    """``x * scale + shift`` where `kept`, `fill` elsewhere, for a mask that broadcasts against x or x against it."""
+    x = x.expand(torch.broadcast_shapes(x.shape, kept.shape))
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if backend_for(x.device, x.dtype) is native and native._law_dims(law) == 0:
+        native._spread(x, kept.expand(x.shape), law, out)
+        return out
+    return apply_mask(x, kept, law, out)
+
+
 def keep_mask(shape: Sequence[int], key: Tensor, law: Law | Tensor, start: int = 0) -> Tensor:
     """The mask itself, as bools of shape ``key.shape[:-1] + shape``."""
     return backend_for(key.device).keep_mask(shape, key, law, start)
+
+
+def stratified(shape: Sequence[int], shift: Tensor, choice: Tensor, offsets: Tensor, law: Law | Tensor) -> Tensor:
+    """Masks of several samples whose draws are strata of one draw, as bools of shape ``(S,) + shift.shape[:-1] +
+    shape``.
+
+    An element's draw in sample s is ``(shift + offsets[s, m]) mod 2**32`` with its draws under the two keys, the second
+    scaled to a member m of the family. `offsets` has the shape (S, family) and holds integers in [0, 2**32).
+    """
+    backend = backend_for(shift.device)
+    if backend is native and isinstance(law, Law):
+        return native.stratified(shape, shift, choice, offsets, law)
+    first, member = backend.draws(shape, shift, 0), backend.draws(shape, choice, 0) * offsets.shape[1] >> 32
+    return (first + offsets[:, member] & ONE - 1) < trailing(law, shift.device)[0]
 
 
 def draws(shape: Sequence[int], key: Tensor, start: int = 0) -> Tensor:
@@ -143,6 +167,8 @@ __all__ = [
     "gaussian",
     "keep_mask",
     "masked",
+    "select",
     "standard_normal",
+    "stratified",
     "use_backend",
 ]

@@ -51,6 +51,9 @@ class _Library:
         self.grouped = _typed(
             lib.td_grouped, None, c_int, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int
         )
+        self.stratified = _typed(
+            lib.td_stratified, None, c_void_p, *[c_int64] * 3, *[c_void_p] * 3, c_int64, c_void_p, c_int, c_int
+        )
         self.philox_block = _typed(lib.td_philox_block, None, c_uint64, c_void_p, c_void_p)
         self.width, self.openmp = _typed(lib.td_width, c_int), _typed(lib.td_openmp, c_int)
         self.masked_row = _row_function(path)
@@ -164,6 +167,17 @@ def keep_mask(shape: Sequence[int], key: Tensor, law: Law | Tensor, start: int =
         return draws(shape, key, start) < trailing(law, key.device)[0]
     out = torch.empty((*key.shape[:-1], *shape), dtype=torch.bool)
     _rows(_KEEP, out, None, key, law, shape, start)
+    return out
+
+
+def stratified(shape: Sequence[int], shift: Tensor, choice: Tensor, offsets: Tensor, law: Law) -> Tensor:
+    samples, family = offsets.shape
+    out = torch.empty((samples, *shift.shape[:-1], *shape), dtype=torch.bool)
+    shift, choice, offsets = shift.contiguous(), choice.contiguous(), offsets.to(torch.int32).contiguous()
+    library.stratified(  # type: ignore[union-attr]
+        out.data_ptr(), samples, math.prod(shift.shape[:-1]), math.prod(shape), shift.data_ptr(), choice.data_ptr(),
+        offsets.data_ptr(), family, law.address, threads(), _ANY_WIDTH,
+    )  # fmt: skip
     return out
 
 

@@ -134,32 +134,47 @@ class Pass:
         self.samples = samples
         self.copies = samples.numel() if folded else 1
         self._row_numbers = torch.arange(first_row, first_row + (rows or 0), device=samples.device)
+        self._streams: dict[bool, Tensor] = {}
         self._offsets: Tensor | None = None
 
     def key(self, seed: int, own: bool) -> Tensor:
         """(..., 2): for each sample if they are folded, and for each row if the rows have their own masks."""
-        return self._key(seed, self.samples, own)
+        stream = self._streams.get(own)
+        if stream is None:
+            stream = self._streams[own] = self._stream(self.samples, own)
+        return _key(seed, stream)
 
-    def _key(self, seed: int, samples: Tensor, own: bool) -> Tensor:
+    def _stream(self, samples: Tensor, own: bool) -> Tensor:
         stream = samples << 32
-        if own:
-            stream = stream.unsqueeze(-1) | self._row_numbers
-        return torch.stack([torch.full_like(stream, seed), stream], -1)
+        return stream.unsqueeze(-1) | self._row_numbers if own else stream
 
     def words(self, seed: int, shape: Sequence[int], own: bool) -> Tensor:
         """The 32-bit draws of a source, int64 of shape ``key.shape[:-1] + shape``."""
         if self.hypercube is None:
             key = self.key(seed, own)
             return reference.draws(shape, key) if _transformed() else kernels.draws(shape, key)
+        shift, choice = self.unit_keys(seed, own)
+        first, member = kernels.draws(shape, shift), kernels.draws(shape, choice)
+        table = self.offsets()
+        member = member * table.shape[-1] >> 32
+        return first + (table[:, member] if self.folded else table[member]) & ONE - 1
+
+    def unit_keys(self, seed: int, own: bool) -> tuple[Tensor, Tensor]:
+        """The keys of what a unit draws once for a hypercube: its shift and its permutation."""
+        assert self.hypercube is not None
         number = torch.tensor(2 * self.hypercube.number, device=self.samples.device)
-        shift = kernels.draws(shape, self._key(seed, number, own))
-        choice = kernels.draws(shape, self._key(seed, number + 1, own))
+        return _key(seed, self._stream(number, own)), _key(seed, self._stream(number + 1, own))
+
+    def offsets(self) -> Tensor:
+        """The strata of this pass's samples under each permutation."""
+        assert self.hypercube is not None
         if self._offsets is None:
             self._offsets = self.hypercube.offsets(self.samples % self.hypercube.size)
-        table = self._offsets
-        choice = choice * table.shape[-1] >> 32
-        offset = table[:, choice] if self.folded else table[choice]
-        return shift + offset & ONE - 1
+        return self._offsets
+
+
+def _key(seed: int, stream: Tensor) -> Tensor:
+    return torch.stack([torch.full_like(stream, seed), stream], -1)
 
 
 class Slot:
@@ -230,8 +245,12 @@ class Slot:
         law = self._law(law, x.dim())
         if run.hypercube is None:
             out = self._back(operator(arranged, run.key(self._seed, self._own), law, mask_shape))
+        elif operator is operators.masked:
+            shift, choice = run.unit_keys(self._seed, self._own)
+            stratified = _Stratified.folded if run.folded else _Stratified.apply
+            out = self._back(stratified(arranged, run.offsets(), shift, choice, law, mask_shape))
         else:
-            out = self._back(_under(operator, arranged, run.words(self._seed, mask_shape, self._own), law))
+            out = self._back(_gaussian(arranged, run.words(self._seed, mask_shape, self._own), law))
         return written(x, out) if inplace else out
 
     def words(self, shape: Sequence[int]) -> Tensor:
@@ -256,22 +275,34 @@ def _normal(words: Tensor) -> Tensor:
     return torch.special.ndtri((words.to(torch.float64) + 0.5) * 2.0**-32)
 
 
-def _under(operator: operators.Operator, x: Tensor, words: Tensor, law: Law | Tensor) -> Tensor:
-    """What the operator makes of x where its draws are these words."""
-    below, scale, shift, fill = (
-        (law.threshold, law.scale, law.shift, law.fill) if isinstance(law, Law) else (law.to(x.device).unbind(-1))
-    )
+def _gaussian(x: Tensor, words: Tensor, law: Law | Tensor) -> Tensor:
     dtype = kernels.COMPUTE_DTYPE[x.dtype]
-    if operator is operators.gaussian:
-        return (x.to(dtype) * (1.0 + scale * _normal(words)).to(dtype)).to(x.dtype)
-    value = x.to(dtype) * _to(scale, dtype) + _to(shift, dtype)
-    return torch.where(words < below, value, torch.as_tensor(_to(fill, dtype), dtype=dtype, device=x.device)).to(
-        x.dtype
-    )
+    scale = law.scale if isinstance(law, Law) else law[..., 1].to(x.device)
+    return (x.to(dtype) * (1.0 + scale * _normal(words)).to(dtype)).to(x.dtype)
 
 
-def _to(value: Any, dtype: torch.dtype) -> Any:
-    return value.to(dtype) if isinstance(value, Tensor) else value
+class _Stratified(torch.autograd.Function):
+    """x under a law, with the masks of one sample of a hypercube, or of several under vmap. Without a derivative."""
+
+    @staticmethod
+    def folded(
+        x: Tensor, offsets: Tensor, shift: Tensor, choice: Tensor, law: Law | Tensor, shape: list[int]
+    ) -> Tensor:
+        """For x with all samples in front, or the same for all samples."""
+        return kernels.select(x, kernels.stratified(shape, shift, choice, offsets, law), law)
+
+    @staticmethod
+    def forward(x: Tensor, offsets: Tensor, *rest: Any) -> Tensor:
+        return _Stratified.folded(x.unsqueeze(0), offsets.unsqueeze(0), *rest).squeeze(0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, offsets: Tensor, *rest: Any) -> tuple[Tensor, int]:
+        x = x.unsqueeze(0) if in_dims[0] is None else x.movedim(in_dims[0], 0)
+        return _Stratified.folded(x, offsets, *rest), 0
 
 
 def written(x: Tensor, out: Tensor) -> Tensor:

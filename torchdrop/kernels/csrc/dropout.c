@@ -73,6 +73,9 @@ typedef void (*td_masked_fn)(char *out, const char *in, uint64_t index, int64_t 
 typedef void (*td_spread_fn)(char *out, const char *in, const uint8_t *kept, int64_t n, int64_t out_stride,
                              int64_t in_stride, int64_t kept_stride, const td_law *law);
 
+typedef void (*td_stratified_fn)(char *out, int64_t step, int64_t samples, uint64_t index, int64_t n, td_key shift,
+                                 td_key choice, const uint32_t *offsets, int64_t family, uint64_t threshold);
+
 /* Kinds 0 to 3 are element types, float32, float64, bfloat16 and float16; the others make something from the mask. */
 enum { TD_KEEP = 4, TD_DRAWS = 5, TD_NORMAL = 6, TD_KINDS = 7 };
 static const int64_t td_item_size[TD_KINDS] = {4, 8, 2, 2, 1, 8, 8};
@@ -80,6 +83,7 @@ static const int64_t td_item_size[TD_KINDS] = {4, 8, 2, 2, 1, 8, 8};
 typedef struct {
     td_masked_fn masked[TD_KINDS];
     td_spread_fn spread[4];
+    td_stratified_fn stratified;
 } td_kernels;
 
 static inline int64_t td_min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -240,6 +244,43 @@ TD_EXPORT void td_grouped(int kind, void *out, const void *in, int64_t groups, i
 #endif
     (void)threads;
     td_groups(kernels, kind, out, in, 0, groups, size, read, &law);
+}
+
+/* Elements [from, to) of the rows of one sample, for all samples. */
+static void td_strata(const td_kernels *kernels, char *out, int64_t from, int64_t to, int64_t samples, int64_t rows,
+                      int64_t length, const int64_t *shifts, const int64_t *choices, const uint32_t *offsets, int64_t family,
+                      uint64_t threshold) {
+    while (from < to) {
+        const int64_t row = from / length, column = from % length, take = td_min(length - column, to - from);
+        kernels->stratified(out + from, rows * length, samples, (uint64_t)column, take, td_read_key(shifts + 2 * row),
+                            td_read_key(choices + 2 * row), offsets, family, threshold);
+        from += take;
+    }
+}
+
+/* A byte for each element of (samples, rows, length): whether it is kept in that sample.
+ *
+ * shifts, choices: two words of key a row. offsets: (samples, family), aligned; family is below 2^31. */
+TD_EXPORT void td_stratified(void *out, int64_t samples, int64_t rows, int64_t length, const int64_t *shifts,
+                             const int64_t *choices, const uint32_t *offsets, int64_t family, const double *laws, int threads,
+                             int width) {
+    const td_kernels *kernels = td_table(width);
+    const int64_t total = rows * length;
+    const uint64_t threshold = td_read_law(laws).threshold;
+    if (total <= 0 || samples <= 0) return;
+#ifdef _OPENMP
+    if (threads > 1 && total > TD_CHUNK && total * samples >= 2 * TD_GRAIN) {
+        const int64_t pieces = td_min((total + TD_CHUNK - 1) / TD_CHUNK, 4 * (int64_t)threads);
+        const int team = (int)td_min(threads, pieces);
+#pragma omp parallel for num_threads(team) schedule(static)
+        for (int64_t p = 0; p < pieces; p++)
+            td_strata(kernels, out, total * p / pieces, total * (p + 1) / pieces, samples, rows, length, shifts, choices,
+                      offsets, family, threshold);
+        return;
+    }
+#endif
+    (void)threads;
+    td_strata(kernels, out, 0, total, samples, rows, length, shifts, choices, offsets, family, threshold);
 }
 
 #define TD_MAX_DIMS 64

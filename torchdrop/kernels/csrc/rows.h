@@ -181,6 +181,33 @@ TD_TARGET static void TD_NAME(draws)(char *out, const char *in, uint64_t index, 
     }
 }
 
+/* The mask of `samples` samples whose draws are strata of one draw: one byte an element, sample s from out + s * step on.
+ * An element's draw in sample s is (shift + offsets[s][choice scaled to the family]) mod 2^32. */
+TD_TARGET static void TD_NAME(stratified)(char *out, int64_t step, int64_t samples, uint64_t index, int64_t n, td_key shift,
+                                          td_key choice, const uint32_t *offsets, int64_t family, uint64_t threshold) {
+    uint64_t shifts[TD_CHUNK], choices[TD_CHUNK];
+    uint32_t first[TD_CHUNK];
+    int32_t member[TD_CHUNK];
+    while (n > 0) {
+        const int64_t take = td_min(TD_CHUNK, n);
+        TD_NAME(draws)((char *)shifts, NULL, index, take, shift, NULL);
+        TD_NAME(draws)((char *)choices, NULL, index, take, choice, NULL);
+        for (int64_t j = 0; j < take; j++) {
+            first[j] = (uint32_t)shifts[j];
+            member[j] = (int32_t)(choices[j] * (uint64_t)family >> 32);
+        }
+        for (int64_t s = 0; s < samples; s++) {
+            const uint32_t *row = offsets + s * family;
+            char *to = out + s * step;
+            TD_INDEPENDENT
+            for (int64_t j = 0; j < take; j++) to[j] = (char)((uint64_t)(uint32_t)(first[j] + row[member[j]]) < threshold);
+        }
+        out += take;
+        index += (uint64_t)take;
+        n -= take;
+    }
+}
+
 /* Standard normal variates in double precision by Box and Muller, two words to a pair, four values to a block. */
 TD_TARGET static void TD_NAME(normal)(char *out, const char *in, uint64_t index, int64_t n, td_key key, const td_law *law) {
     uint32_t words[4 * TD_STEP];
@@ -210,6 +237,7 @@ static const td_kernels TD_NAME(kernels) = {
     {TD_NAME(masked_f32), TD_NAME(masked_f64), TD_NAME(masked_bf16), TD_NAME(masked_f16), TD_NAME(keep), TD_NAME(draws),
      TD_NAME(normal)},
     {TD_NAME(spread_f32), TD_NAME(spread_f64), TD_NAME(spread_bf16), TD_NAME(spread_f16)},
+    TD_NAME(stratified),
 };
 
 #undef TD_ISA
