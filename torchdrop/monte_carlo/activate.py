@@ -149,41 +149,45 @@ class Activation:
             self._forward = None
             self.report.draws = self.server.draws
 
-    def survey(self, module: nn.Module, inputs: Inputs) -> None:
-        """Finds out what is random in a forward of `module`, a part of the model or the whole."""
+    def survey(self, module: nn.Module, inputs: Inputs) -> Any:
+        """Finds out what is random in a forward of `module`, a part of the model or the whole.
+
+        Returns:
+            What it returns for the first three rows.
+        """
         self._surveying = True
         try:
             with torch.no_grad(), random_state(), undisturbed(self.model):
-                self._survey(module, inputs)
+                return self._survey(module, inputs)
         finally:
             self._surveying = False
             self.server.surveyed = True
             self._tracker.restart()
 
-    def _survey(self, module: nn.Module, inputs: Inputs) -> None:
+    def _survey(self, module: nn.Module, inputs: Inputs) -> Any:
         if inputs.rows is None and self._dim is not None:
             self.report.rows = None
             self.report.notes.append(
                 "The inputs' tensors do not agree in a number of rows, so they are taken as one whole: masks depend on "
                 "the whole of them"
             )
-        recorded = self._train_forward(module, inputs.first(3))
+        two, three = inputs.first(2), inputs.first(3)
+        recorded = self._train_forward(module, two)
         if recorded is not None and recorded.branching:
             for _ in range(_BRANCHES):  # a skipped layer is met another time
-                self._train_forward(module, inputs.first(3))
-        few = inputs.first(2)
+                self._train_forward(module, two)
         modules = dict(self.model.named_modules())
         flagged = {modules[name] for name in recorded.flagged if self._chosen(name)} if recorded is not None else set()
         self.flagged = {m for m in flagged if _may_be_flagged(m)}
         if recorded is None:  # shapes at another number of rows, in its place
-            self._forward_once(module, inputs.first(3))
-        self._forward_once(module, few)
+            self._forward_once(module, two)
+        returned = self._forward_once(module, three)
         missing = {modules[s.module] for s in self.server.sources.values() if s.active and not s.served} - self.flagged
         missing = {m for m in missing if _may_be_flagged(m)}
         if missing:
             self.flagged |= missing
-            self._forward_once(module, few)
-        self._keep_outputs(module, few)
+            returned = self._forward_once(module, three)
+        returned = self._keep_outputs(module, three, returned)
         for source in self.server.sources.values():
             if source.active and not source.served:
                 source.active = False
@@ -192,6 +196,7 @@ class Activation:
         self.report.sources += [
             s for s in self.server.sources.values() if (s.active or s.reason) and id(s) not in known
         ]
+        return returned
 
     def _train_forward(self, module: nn.Module, inputs: Inputs) -> Recorder | None:
         """What a forward in train mode draws. Layers with running statistics stay in eval mode."""
@@ -222,21 +227,21 @@ class Activation:
         self.report.draws = self.server.draws
         return out
 
-    def _keep_outputs(self, module: nn.Module, inputs: Inputs) -> None:
+    def _keep_outputs(self, module: nn.Module, inputs: Inputs, returned: Any) -> Any:
         """Takes the flag from modules whose flag changes what the model returns: auxiliary heads, losses."""
         wide = {m for m in self.flagged if any(True for _ in m.parameters()) or any(True for _ in m.children())}
         if not wide:
-            return
+            return returned
         with flags(self.model, lambda _: False):
             plain = inputs.call(module)
-        if _same_structure(plain, self._forward_once(module, inputs)):
-            return
+        if _same_structure(plain, returned):
+            return returned
         self.flagged -= wide
         for source in self.server.sources.values():
             source.served = False
             if source.active and dict(self.model.named_modules())[source.module] in wide:
                 source.reason = "its module's training flag changes what the model returns"
-        self._forward_once(module, inputs)
+        return self._forward_once(module, inputs)
 
 
 def _may_be_flagged(module: nn.Module) -> bool:

@@ -24,7 +24,7 @@ GROUPS = 10
 ROUND = 20
 """Samples between two looks at the tolerance, and in a Latin hypercube where a tolerance may stop early."""
 
-_FEW = 0.1
+_FEW = 0.2
 """With less than this share of the calls before the first random one, there is nothing to run once."""
 
 
@@ -135,7 +135,7 @@ def mc_predict(
         sources: glob patterns of names of modules whose randomness is wanted; everything if None.
         strategy: "vectorised", "repeated" or "loop" (see `sample`), or "auto" for the first that works.
         chunk: how many samples are run at a time; what fits into `memory` if None.
-        memory: bound, in bytes, for what the samples of a chunk hold at once, estimated from two rows. Default: 64 MiB
+        memory: bound, in bytes, for what the samples of a chunk hold at once, estimated from two rows. Default: 32 MiB
             on the CPU, 1 GiB elsewhere. At least one sample is run.
         batch_dim: the dimension of the inputs that counts rows; None if they are one whole, as a graph is.
         select: gets the inputs out of a batch of an iterable.
@@ -229,7 +229,7 @@ class _Job:
         self._activation, self._sampler, self._effort = activation, sampler, effort
         self._strategy, self._chunk, self._memory, self._keep = strategy, chunk, memory, keep_samples
         self._row_bytes: int | None = None
-        self._reference: Outputs | None = None
+        self._compared = False
         self._next_row = 0
         self.task: Task | None = None
         self.identical = True
@@ -271,33 +271,35 @@ class _Job:
     def _prepare(self, inputs: Inputs) -> int:
         """Surveys the model, decides on the strategy, and gives the bytes that one row of one sample needs."""
         activation, sampler, report = self._activation, self._sampler, self._activation.report
-        activation.survey(activation.model, inputs)
+        if inputs.rows == 0:
+            raise ValueError("inputs must hold at least one row, got none")
+        three = activation.survey(activation.model, inputs)
         if not report.active:
             off = "".join(f"\n  {s.module or '(model)'}: {s.kind}, {s.reason}" for s in report.inactive)
             raise ValueError(f"nothing random is active in the model, so all samples would be equal. {ADVICE}{off}")
-        reference, row_bytes, share = sampler.measure(inputs)
+        row_bytes, share = sampler.measure(inputs, three)
         order = [s for s in STRATEGIES if s != "repeated" or inputs.rows is not None]
         if not report.replayable:
             order = ["loop"]
         elif share < _FEW:
             order.sort(key=["repeated", "vectorised", "loop"].index)
         for strategy in order if self._strategy == "auto" else [self._strategy]:
-            reason = sampler.works(strategy, inputs, reference)
+            reason = sampler.works(strategy)
             if not reason:
                 self._strategy = strategy
                 break
             if self._strategy != "auto":
                 raise RuntimeError(f"strategy={strategy!r} does not work here: {reason}. Use strategy='auto'")
             report.notes.append(f"Not {strategy}: {reason}")
-        report.strategy, self._reference = self._strategy, reference
+        report.strategy = self._strategy
         return row_bytes
 
     def _compare(self, inputs: Inputs, samples: Sequence[int], outputs: Outputs) -> None:
         """Looks, once, if a row's outputs are the same in any batch."""
-        reference, self._reference = self._reference, None
-        if reference is None or samples[0] != 0 or (inputs.rows or 0) < 2:
+        if self._compared or samples[0] != 0 or (inputs.rows or 0) < 2:
             return
-        if not self._sampler.rows_stand_alone(outputs, reference):
+        self._compared = True
+        if not self._sampler.rows_stand_alone(outputs):
             note = (
                 "A row's outputs depend on the other rows of its batch. If that is not meant: is batch_dim="
                 f"{inputs.dim} the dimension that counts rows?"
@@ -306,7 +308,7 @@ class _Job:
             warnings.warn(f"mc_predict: {note}", UserWarning, stacklevel=4)
 
     def _fitting(self, inputs: Inputs) -> int:
-        memory = self._memory or (2**26 if inputs.device.type == "cpu" else 2**30)
+        memory = self._memory or (2**25 if inputs.device.type == "cpu" else 2**30)
         if self._strategy == "loop":
             return 1
         return max(1, min(memory // ((self._row_bytes or 1) * (inputs.rows or 1)), self._effort.samples))

@@ -44,6 +44,8 @@ class Sampler:
     ) -> None:
         self._activation, self._pick, self.seed, self._shared = activation, pick, seed, shared
         self._hypercube = hypercube
+        self._few = Inputs((), {}, None)
+        self._reference: Outputs = ()
         self._row_dims: tuple[int | None, ...] = ()
 
     def _begin(self, samples: Tensor, first: int, inputs: Inputs, first_row: int, folded: bool = False) -> None:
@@ -101,51 +103,54 @@ class Sampler:
         with flags(self._activation.model, lambda _: False):
             return self._call(inputs)
 
-    def measure(self, inputs: Inputs) -> tuple[Outputs, int, float]:
-        """Two samples of two rows, one after another; the most bytes that a forward holds for a row once it has drawn;
-        and the share of its calls that come before.
+    def measure(self, inputs: Inputs, three: Any) -> tuple[int, float]:
+        """Takes two samples of two rows, one after another, as the reference for what is run otherwise.
 
-        Finds the dimension of the outputs that counts rows on the way.
+        Args:
+            inputs: a batch.
+            three: what the model returns for three rows.
+
+        Returns:
+            The most bytes that a forward holds for a row once it has drawn, and the share of its calls that come
+            before.
         """
-        few = inputs.first(2)
+        self._few = inputs.first(2)
         server = self._activation.server
-        server.prefix = Prefix()
+        server.prefix = prefix = Prefix()
         with LiveBytes(lambda: server.draws > 0) as live:
-            reference = self.run("loop", few, (0, 1))
-        share, server.prefix = server.prefix.length / max(server.calls, 1), None
-        if inputs.rows is None:
-            self._row_dims = (None,) * len(reference)
-        else:
-            other = self.run("loop", inputs.first(3), (0,))
-            layouts = [
-                find_layout((a.shape[1:], b.shape[1:]), (2, 3), a.shape[1:])
-                for a, b in zip(reference, other, strict=True)
-            ]
-            self._row_dims = tuple(layout.dim if layout else None for layout in layouts)
-        return reference, max(live.peak // (few.rows or 1), 1), share
+            self._reference = self.run("loop", self._few, (0, 1))
+        share = prefix.length / max(server.calls, 1)
+        layouts = [
+            None if inputs.rows is None else find_layout((two.shape[1:], more.shape), (2, 3), more.shape)
+            for two, more in zip(self._reference, self._pick(three), strict=True)
+        ]
+        self._row_dims = tuple(layout.dim if layout else None for layout in layouts)
+        return max(live.peak // (self._few.rows or 1), 1), share
 
     @property
     def row_dims(self) -> tuple[int | None, ...]:
         """The dimension of each output that counts rows, known after `measure`."""
         return self._row_dims
 
-    def works(self, strategy: str, inputs: Inputs, reference: Outputs) -> str:
-        """Why a strategy does not give what one sample after another gives; "" if it does."""
+    def works(self, strategy: str) -> str:
+        """Why a strategy does not give what one sample after another gives; "" if it does. Use after `measure`."""
+        if strategy == "repeated":
+            self._activation.server.prefix = None
         try:
-            outputs = self.run(strategy, inputs.first(2), (0, 1))
+            outputs = self.run(strategy, self._few, (0, 1))
         except Exception as error:
             return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
         finally:
             self._activation.server.draws = self._activation.report.draws
-        if any(not _agree(a, b, b) for a, b in zip(outputs, reference, strict=True)):
+        if any(not _agree(a, b, b) for a, b in zip(outputs, self._reference, strict=True)):
             return "its outputs differ from those of one sample after another"
         return ""
 
-    def rows_stand_alone(self, outputs: Outputs, reference: Outputs) -> bool:
+    def rows_stand_alone(self, outputs: Outputs) -> bool:
         """Whether the first two rows of the first sample are in these outputs what they are in a batch of their own."""
         return all(
             dim is None or _agree(out[:1].narrow(dim + 1, 0, two.shape[dim + 1]), two[:1], two)
-            for out, two, dim in zip(outputs, reference, self._row_dims, strict=True)
+            for out, two, dim in zip(outputs, self._reference, self._row_dims, strict=True)
         )
 
 
