@@ -1,0 +1,204 @@
+"""What the tests of Monte Carlo inference share: counting draws without torchdrop, and what must not change."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+import torchdrop
+from torchdrop.monte_carlo.masks import Pass
+from torchdrop.monte_carlo.prediction import Prediction
+from torchdrop.monte_carlo.report import Report
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """The model of a tensor, a tuple of positional arguments or a mapping of named ones."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """What a model returned, as tensors."""
+    leaves = list(output.values()) if isinstance(output, Mapping) else tree_flatten(output)[0]
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def equal(first: Any, second: Any) -> bool:
+    """Whether two outputs are bit for bit the same."""
+    return all(torch.equal(a, b) for a, b in zip(tensors(first), tensors(second), strict=True))
+
+
+class Draws(TorchDispatchMode):
+    """Names the operators that draw: those during which the state of PyTorch's default generator changes.
+
+    Dropout on the CPU is one of them (`bernoulli_`), within attention and recurrent layers too.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = torch.default_generator.get_state()
+        out = func(*args, **(kwargs or {}))
+        if not torch.equal(torch.default_generator.get_state(), before):
+            self.operators.append(str(func))
+        return out
+
+
+def train_draws(model: nn.Module, inputs: Any) -> list[str]:
+    """The operators that draw in a forward in train mode, of a copy."""
+    trained = copy.deepcopy(model).train()
+    with kept_random_states(), torch.no_grad(), Draws() as draws:
+        random.seed(0)
+        np.random.seed(0)
+        call(trained, inputs)
+    return draws.operators
+
+
+@contextmanager
+def kept_random_states() -> Iterator[None]:
+    python, numpy, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(torch_state)
+
+
+@contextmanager
+def served_masks() -> Iterator[list[Pass]]:
+    """One entry for each mask, or tensor of random numbers, that Monte Carlo inference serves."""
+    made: list[Pass] = []
+    key: Callable[..., Tensor] = Pass.key
+
+    def counted(self: Pass, seed: int, own: bool) -> Tensor:
+        made.append(self)
+        return key(self, seed, own)
+
+    with mock.patch.object(Pass, "key", counted):
+        yield made
+
+
+def state(model: nn.Module) -> dict[str, Any]:
+    """Everything in a model that a forward could change, by name."""
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for label, value in (*module._parameters.items(), *module._buffers.items()):
+            if value is not None:
+                found[f"{name}.{label}"] = (id(value), value.detach().clone().numpy().tobytes())
+        for label, value in vars(module).items():
+            if isinstance(value, bool | int | float | str | None):
+                found[f"{name}:{label}"] = value
+            elif "hooks" in label:
+                found[f"{name}:{label}"] = list(value)
+    return found
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Asserts that the model and the random states of Python, numpy and PyTorch are afterwards as before, bit for bit.
+
+    Hooks too are those of before.
+    """
+    before, python, numpy, own = state(model), random.getstate(), np.random.get_state(), torch.get_rng_state()
+    yield
+    after = state(model)
+    assert after.keys() == before.keys(), after.keys() ^ before.keys()
+    changed = [name for name in before if after[name] != before[name]]
+    assert not changed, changed
+    assert random.getstate() == python, "Python's random state"
+    for value, was in zip(np.random.get_state(), numpy, strict=True):
+        assert np.array_equal(value, was), "numpy's random state"
+    assert torch.equal(torch.get_rng_state(), own), "PyTorch's random state"
+
+
+def check_draws(model: nn.Module, inputs: Any, **options: Any) -> Report:
+    """Asserts that a Monte Carlo forward draws as often as one in train mode, and changes nothing.
+
+    Each mask comes from the seed: PyTorch's generator is not used.
+    """
+    model.eval()
+    drawn = train_draws(model, inputs)
+    assert drawn, "nothing is random in train mode"
+    with unchanged(model), torchdrop.mc_dropout(model, seed=1, **options) as report:
+        first = call(model, inputs)
+        with served_masks() as served, Draws() as own:
+            second = call(model, inputs)
+    assert len(served) == len(drawn), (len(served), drawn)
+    assert not own.operators, own.operators
+    with unchanged(model), torchdrop.mc_dropout(model, seed=1, **options):
+        again = call(model, inputs)
+    counts = (report.draws, report.expected, sum(source.draws for source in report.active))
+    assert counts == (len(drawn),) * 3, (counts, drawn)
+    assert not report.inactive, report
+    assert report.replayable, report
+    assert not equal(first, second), "two samples are equal"
+    assert equal(first, again), "a sample is not replayed"
+    assert not equal(first, call(model, inputs)), "a sample is equal to the deterministic pass"
+    return report
+
+
+def check_each_source(model: nn.Module, inputs: Any, **options: Any) -> None:
+    """Asserts that every module whose sources are active makes a difference, when it alone is chosen."""
+    plain = call(model, inputs)
+    with torchdrop.mc_dropout(model, seed=1, **options) as report:
+        call(model, inputs)
+    modules = {source.module for source in report.active}
+    assert modules
+    for module in modules:
+        with torchdrop.mc_dropout(model, seed=2, sources=module, **options) as chosen:
+            outputs = [call(model, inputs) for _ in range(8)]
+        assert {source.module for source in chosen.active} == {module}, chosen
+        assert any(not equal(output, plain) for output in outputs), f"{module} is silent"
+        assert any(not equal(output, outputs[0]) for output in outputs), f"{module} draws the same again"
+
+
+def rows_of(inputs: Any, first: int, last: int, dim: int = 0) -> Any:
+    """Some rows of the inputs."""
+    return tree_map(lambda t: t.narrow(dim, first, last - first), inputs)
+
+
+def check_rows(model: nn.Module, inputs: Any, dim: int = 0, **options: Any) -> Prediction:
+    """Asserts that rows have the same Monte Carlo mean alone, in batches of two and in one batch.
+
+    A row at another place has another mean: the comparison could fail.
+    """
+    count = next(leaf for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor)).shape[dim]
+
+    def predict(*bounds: int) -> Prediction:
+        parts = [rows_of(inputs, a, b, dim) for a, b in itertools.pairwise(bounds)]
+        return torchdrop.mc_predict(
+            model, iter(parts), samples=6, seed=3, batch_dim=dim, select=lambda batch: batch, output=main, **options
+        )
+
+    whole = predict(0, count)
+    assert float(whole.std.max()) > 0
+    for size in (1, 2):
+        bounds = [*range(0, count, size), count]
+        assert apart(predict(*bounds).mean, whole.mean) < 1e-4, size
+    assert apart(predict(1, count).mean, whole.mean[1:]) > 1e-3
+    return whole
+
+
+def main(output: Any) -> Tensor:
+    """The first tensor of what a model returned."""
+    return tensors(output)[0]
+
+
+def apart(value: Tensor, reference: Tensor) -> float:
+    """The largest difference, relative to the largest value."""
+    return float((value - reference).detach().abs().max() / reference.detach().abs().max())
