@@ -151,7 +151,7 @@ def measure(name: str, folder: Path, options: argparse.Namespace, loop: Loop) ->
         begin = time.perf_counter()
         train(networks, splits, loop(range(options.epochs)), seed)
         trained = time.perf_counter()
-        found.append(evaluate(splits, monte_carlo(networks, splits.x_test, options.samples)))
+        found.append(evaluate(splits, monte_carlo(networks, splits, options.samples, seed)))
         training += trained - begin
         prediction += time.perf_counter() - trained
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import torchdrop
+from torchdrop.monte_carlo import predictive_log_likelihood
 
 HIDDEN, BATCH, LENGTH_SCALE = 50, 128, 0.01
 LEARNING_RATE, EPSILON = 1e-3, 1e-7  # Keras' Adam
@@ -157,35 +158,26 @@ def train(networks: Networks, splits: Splits, epochs: Iterable[int], seed: int) 
 
 
 @torch.no_grad()
-def monte_carlo(networks: Networks, x: Tensor, samples: int, elements: int = 2**20) -> Iterator[Tensor]:
-    """Passes with dropout on, (S, chunk, M) at a time, `samples` in all.
+def monte_carlo(networks: Networks, splits: Splits, samples: int, seed: int) -> Tensor:
+    """Samples (T, M, S) of the test rows in the data's own unit, each row with masks of its own."""
+    result = torchdrop.mc_predict(
+        networks,
+        splits.x_test,
+        samples,
+        seed=seed,
+        batch_dim=1,
+        output=lambda f: f.double() * splits.y_std[:, None] + splits.y_mean[:, None],
+        keep_samples=True,
+    )
+    assert result.samples is not None
+    return result.samples
 
-    A chunk's samples lie side by side as rows, each with masks of its own. It is as large as leaves its hidden units
-    within about `elements` elements, so that memory does not grow with `samples`.
-    """
-    networks.train()
-    count, rows, _ = x.shape
-    chunk = min(samples, max(1, elements // (count * rows * networks.w1.shape[-1])))
-    tiled = x.repeat(1, chunk, 1)
-    for done in range(0, samples, chunk):
-        now = min(chunk, samples - done)
-        yield networks(tiled[:, : now * rows].contiguous()).view(count, now, rows)
 
-
-def evaluate(splits: Splits, draws: Iterable[Tensor]) -> dict[str, list[float]]:
-    """Of each split, the RMSE of the mean of all draws, and the mean log-likelihood of the test rows.
-
-    With T draws f_t in the data's own unit, a row's is logsumexp_t(-tau (y - f_t)^2 / 2) - log T - log(2 pi / tau) / 2.
-    Nothing is kept of a draw but its part of the two sums.
-    """
-    total, log_sum, count = torch.zeros(()), torch.tensor(-math.inf), 0
-    y, tau = splits.y_test, splits.tau[:, None]
-    for draw in draws:
-        f = draw.double() * splits.y_std[:, None, None] + splits.y_mean[:, None, None]
-        total = total + f.sum(1)
-        exponents = -0.5 * tau[:, None] * (y[:, None] - f).square()
-        log_sum = torch.logaddexp(log_sum, exponents.logsumexp(1))
-        count += draw.shape[1]
-    rmse = (total / count - y).square().mean(1).sqrt()
-    row = log_sum - math.log(count) - 0.5 * math.log(2.0 * math.pi) + 0.5 * tau.log()
-    return {"rmse": rmse.tolist(), "log_likelihood": row.mean(1).tolist()}
+def evaluate(splits: Splits, samples: Tensor) -> dict[str, list[float]]:
+    """Of each split, the RMSE of the mean of all samples, and the mean log-likelihood of the test rows."""
+    rmse = (samples.mean(0).T - splits.y_test).square().mean(1).sqrt()
+    rows = [
+        predictive_log_likelihood(samples[..., s], splits.y_test[s], tau=splits.tau[s].item()).mean().item()
+        for s in range(len(splits))
+    ]
+    return {"rmse": rmse.tolist(), "log_likelihood": rows}

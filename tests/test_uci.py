@@ -154,25 +154,22 @@ def test_splits_that_do_not_stack_are_refused() -> None:
 def test_monte_carlo_draws_each_sample_and_row_its_own_masks() -> None:
     splits = made()
     networks = uci_networks.Networks(splits, seed=1).double()
-    chunks = list(uci_networks.monte_carlo(networks, splits.x_test, 7, elements=3 * SPLITS * 20 * uci_networks.HIDDEN))
-    assert [chunk.shape for chunk in chunks] == [(SPLITS, now, 20) for now in (3, 3, 1)]
-    draws = torch.cat(chunks, 1)
+    samples = uci_networks.monte_carlo(networks, splits, 7, seed=0)
+    assert samples.shape == (7, 20, SPLITS)
     for a, b in itertools.combinations(range(7), 2):
-        assert torch.equal(draws[0, a], draws[0, b])
-        assert (draws[1:, a] != draws[1:, b]).float().mean() > 0.9
+        assert torch.equal(samples[a, :, 0], samples[b, :, 0])
+        assert (samples[a, :, 1:] != samples[b, :, 1:]).float().mean() > 0.9
     networks.eval()
-    torch.testing.assert_close(draws[0, 0], networks(splits.x_test)[0])
+    plain = networks(splits.x_test)[0] * splits.y_std[0] + splits.y_mean[0]
+    torch.testing.assert_close(samples[0, :, 0], plain)
 
 
-def test_evaluation_by_its_definition_whatever_the_chunks() -> None:
+def test_evaluation_by_its_definition() -> None:
     splits = made()
-    draws = torch.randn(SPLITS, 50, 20, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    found = uci_networks.evaluate(splits, [draws])
-    for chunked in (uci_networks.evaluate(splits, draws.split(size, 1)) for size in (1, 7)):
-        assert chunked["rmse"] == pytest.approx(found["rmse"], rel=1e-12)
-        assert chunked["log_likelihood"] == pytest.approx(found["log_likelihood"], rel=1e-12)
+    samples = torch.randn(50, 20, SPLITS, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = uci_networks.evaluate(splits, samples)
     for s in range(SPLITS):
-        f = draws[s].numpy() * splits.y_std[s].item() + splits.y_mean[s].item()
+        f = samples[..., s].numpy()
         y, tau = splits.y_test[s].numpy(), splits.tau[s].item()
         density = np.exp(-0.5 * tau * (y - f) ** 2) * math.sqrt(tau / (2 * math.pi))
         assert found["rmse"][s] == pytest.approx(math.sqrt(np.mean((f.mean(0) - y) ** 2)))
