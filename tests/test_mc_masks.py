@@ -272,6 +272,17 @@ class TestStratified:
             member = second[i] * offsets.shape[1] // ONE
             assert made[s, i].item() == ((first[i] + int(offsets[s, member])) % ONE < 3 * 2**30)
 
+    @pytest.mark.parametrize("width", [0, 2, 512])
+    def test_vector_widths_agree(self, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        if native.library is None:
+            pytest.skip("no C kernels here")
+        shift, choice = torch.randint(-(2**62), 2**62, (2, 3, 2))
+        offsets = Hypercube(6).offsets(torch.arange(6))
+        with kernels.use_backend("reference"):
+            expected = kernels.stratified((777,), shift, choice, offsets, law(0.7))
+        monkeypatch.setattr(native, "_ANY_WIDTH", width)
+        assert torch.equal(kernels.stratified((777,), shift, choice, offsets, law(0.7)), expected)
+
     def test_threads_change_nothing(self) -> None:
         shift, choice = torch.randint(-(2**62), 2**62, (2, 3, 2))
         offsets = Hypercube(4).offsets(torch.arange(4))

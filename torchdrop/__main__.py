@@ -11,7 +11,13 @@ from typing import NoReturn
 
 import torch
 
-_OPTIONAL = {"matplotlib": "matplotlib", "numpy": "numpy", "sklearn": "scikit-learn", "tqdm": "tqdm"}
+_OPTIONAL = {
+    "matplotlib": "matplotlib",
+    "numpy": "numpy",
+    "sklearn": "scikit-learn",
+    "torchmetrics": "torchmetrics",
+    "tqdm": "tqdm",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -60,9 +66,10 @@ def _parsers() -> tuple[_Parser, _Parser]:
     commands = parser.add_subparsers(dest="command", metavar="command")
     demo = commands.add_parser(
         "demo",
-        help="dropout and Monte Carlo inference on handwritten digits",
+        help="dropout and Monte Carlo inference on handwritten digits and on a curve",
         description="Train a network on handwritten digits with a keep_prob per layer and without dropout, average "
-        "Monte Carlo passes, print how accurate and how well calibrated each is, and write figures.",
+        "Monte Carlo passes, print how accurate and how well calibrated each is, fit a curve to see where a network "
+        "with dropout is uncertain, and write figures.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
@@ -70,7 +77,7 @@ def _parsers() -> tuple[_Parser, _Parser]:
     demo.add_argument("--seed", type=_whole(0, 2**63 - 1), default=0, metavar="N", help="seed of the first repetition")
     demo.add_argument("--seeds", type=_whole(1), default=6, metavar="N", help="repetitions to average over")
     demo.add_argument("--epochs", type=_whole(1), default=150, metavar="N", help="epochs of training, per network")
-    demo.add_argument("--samples", type=_whole(1), default=100, metavar="K", help="Monte Carlo passes")
+    demo.add_argument("--samples", type=_whole(1), default=100, metavar="K", help="Monte Carlo passes over the digits")
     demo.add_argument("--output", type=_folder, default="torchdrop-demo", metavar="FOLDER", help="where figures go")
     demo.add_argument("--device", type=_device, default="cpu", help="device to run on, such as cpu or cuda")
     return parser, demo

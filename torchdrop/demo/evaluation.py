@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
+
+# `metrics` takes it only when it is needed. A demo without it would train first and fail then.
+import torchmetrics  # noqa: F401
 from numpy.typing import NDArray
-from sklearn.metrics import log_loss  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
-Array = NDArray[np.float64]
+from ..monte_carlo import ClassificationPrediction, mc_predict
+from ..monte_carlo.metrics import calibration_error, negative_log_likelihood
 
-BINS = 15
+Array = NDArray[np.float64]
 
 
 class Scores(NamedTuple):
@@ -22,77 +25,62 @@ class Scores(NamedTuple):
     nll: float
     """Negative log-likelihood per image, in nats."""
     ece: float
-    """Expected calibration error, a fraction."""
+    """Expected calibration error, a fraction, over 15 bins of confidence."""
 
 
-class Reliability(NamedTuple):
-    """For each bin of confidence: its number of predictions, their mean confidence and accuracy (NaN if none)."""
-
-    size: Array
-    confidence: Array
-    accuracy: Array
-
-
-def probabilities(network: nn.Module, images: Tensor, *, dropout: bool) -> Array:
-    """One pass: (images, classes). The network's mode is left as it was."""
+def probabilities(network: nn.Module, images: Tensor) -> Tensor:
+    """One pass in eval mode: (images, classes) in float64, on the CPU. The network's mode is left as it was."""
     before = network.training
-    network.train(dropout)
+    network.eval()
     try:
         with torch.no_grad():
-            return network(images).cpu().double().softmax(-1).numpy()
+            return network(images).cpu().double().softmax(-1)
     finally:
         network.train(before)
 
 
-def monte_carlo(network: nn.Module, images: Tensor, samples: int) -> Iterator[Array]:
-    """For k = 1 to `samples`, the mean of the probabilities of the first k passes with dropout on.
+def monte_carlo(network: nn.Module, images: Tensor, samples: int, *, seed: int) -> ClassificationPrediction:
+    """That many samples of the probabilities, all of them kept, and their statistics. See `torchdrop.mc_predict`.
 
-    Sound only where train mode switches on nothing but dropout: the network has no batch normalisation.
+    Example:
+        >>> network = nn.Sequential(nn.Linear(4, 3), nn.Dropout())
+        >>> monte_carlo(network, torch.ones(2, 4), 5, seed=0).samples.shape
+        torch.Size([5, 2, 3])
     """
-    total: Any = 0.0
-    for k in range(1, samples + 1):
-        total = total + probabilities(network, images, dropout=True)
+    result = mc_predict(network, images, samples=samples, task="classification", keep_samples=True, seed=seed)
+    assert isinstance(result, ClassificationPrediction)
+    return result
+
+
+def running_mean(samples: Tensor) -> Iterator[Tensor]:
+    """For k = 1 ... T, the mean ``1/k sum_(t <= k) p_t`` of the first k of T samples, in float64, on the CPU.
+
+    Example:
+        >>> [mean.tolist() for mean in running_mean(torch.tensor([[1.0], [3.0], [2.0]]))]
+        [[1.0], [2.0], [2.0]]
+    """
+    total = torch.zeros(samples.shape[1:], dtype=torch.float64)
+    for k, sample in enumerate(samples.cpu(), start=1):
+        total = total + sample
         yield total / k
 
 
-def error(predicted: Array, labels: NDArray[np.int64]) -> float:
-    """Fraction of wrong answers."""
-    return float(np.mean(predicted.argmax(axis=1) != labels))
+def error(predicted: Tensor, labels: Tensor) -> float:
+    """Fraction of wrong answers.
+
+    Example:
+        >>> error(torch.tensor([[0.9, 0.1], [0.6, 0.4]]), torch.tensor([0, 1]))
+        0.5
+    """
+    return float((predicted.argmax(1) != labels).double().mean())
 
 
-def entropy(predicted: Array) -> Array:
-    """Predictive entropy ``-sum_c p_c log p_c`` of each row, in nats."""
-    return -np.sum(predicted * np.log(np.maximum(predicted, np.finfo(np.float64).tiny)), axis=1)
-
-
-def reliability(predicted: Array, labels: NDArray[np.int64], bins: int = BINS) -> Reliability:
-    """Predictions grouped by confidence, the largest probability, into bins ``((m - 1) / bins, m / bins]``."""
-    confidence = predicted.max(axis=1)
-    right = predicted.argmax(axis=1) == labels
-    bin_of = np.digitize(confidence, np.linspace(0, 1, bins + 1)[1:-1], right=True)
-    size = np.bincount(bin_of, minlength=bins).astype(np.float64)
-    members = np.where(size > 0, size, np.nan)
-    return Reliability(
-        size,
-        np.bincount(bin_of, weights=confidence, minlength=bins) / members,
-        np.bincount(bin_of, weights=right, minlength=bins) / members,
-    )
-
-
-def expected_calibration_error(predicted: Array, labels: NDArray[np.int64], bins: int = BINS) -> float:
-    """``sum_m n_m / n |accuracy_m - confidence_m|`` over bins of equal width.
+def score(predicted: Tensor, labels: Tensor) -> Scores:
+    """The three numbers for predicted probabilities of shape (images, classes).
 
     References:
         Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, equation 3.
     """
-    size, confidence, accuracy = reliability(predicted, labels, bins)
-    return float(np.nansum(size * np.abs(accuracy - confidence)) / size.sum())
-
-
-def score(predicted: Array, labels: NDArray[np.int64]) -> Scores:
-    """The three numbers for predicted probabilities of shape (images, classes)."""
     return Scores(
-        1 - error(predicted, labels),
-        float(log_loss(labels, predicted, labels=range(predicted.shape[1]))),
-        expected_calibration_error(predicted, labels),
+        1 - error(predicted, labels), negative_log_likelihood(predicted, labels), calibration_error(predicted, labels)
     )

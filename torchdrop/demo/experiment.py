@@ -4,27 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from ..monte_carlo import ClassificationPrediction
 from .data import Digits
-from .evaluation import Array, error, monte_carlo, probabilities
+from .evaluation import Array, error, monte_carlo, probabilities, running_mean
 from .network import build
 from .training import train
 
 
 class Outcome(NamedTuple):
-    """What one seed gave: probabilities of shape (tests, 10)."""
+    """What one seed gave: probabilities of shape (tests, 10), on the CPU."""
 
-    plain: Array
-    deterministic: Array
-    monte_carlo: dict[int, Array]
+    plain: Tensor
+    deterministic: Tensor
+    monte_carlo: dict[int, Tensor]
     """The mean over the first k passes, for the k that are reported, in rising order."""
+    prediction: ClassificationPrediction
+    """What `mc_predict` says of all passes, without the samples."""
     errors: Array
     """The fraction of wrong answers of the mean over the first k passes, for every k from 1."""
 
@@ -39,7 +42,7 @@ def reported(samples: int) -> list[int]:
 
 
 @contextmanager
-def _undisturbed(device: torch.device) -> Iterator[None]:
+def undisturbed(device: torch.device) -> Iterator[None]:
     """PyTorch's generators and thread count are afterwards as they were. Within, the CPU works with one thread.
 
     Products of 32 x 512 by 512 x 512 gain little from two, and lose a factor of ten where another program keeps a core
@@ -63,10 +66,10 @@ def run_seeds(
     """
     device = digits.train_images.device
     rows = reported(samples)
-    labels: NDArray[np.int64] = digits.test_labels.cpu().numpy()
+    labels = digits.test_labels.cpu()
     outcomes = []
     with (
-        _undisturbed(device),
+        undisturbed(device),
         tqdm(total=seeds * (2 * epochs + samples), unit="step", disable=None, leave=False) as bar,
     ):
         for i in range(seeds):
@@ -86,17 +89,20 @@ def run_seeds(
                 networks.append(network)
             plain, dropped = networks
             bar.set_description(f"seed {i + 1} of {seeds}, Monte Carlo")
+            prediction = monte_carlo(dropped, digits.test_images, samples, seed=seed + i)
+            assert prediction.samples is not None
             means, errors = {}, []
-            for k, mean in enumerate(monte_carlo(dropped, digits.test_images, samples), start=1):
+            for k, mean in enumerate(running_mean(prediction.samples), start=1):
                 errors.append(error(mean, labels))
                 if k in rows:
                     means[k] = mean
                 bar.update()
             outcomes.append(
                 Outcome(
-                    probabilities(plain, digits.test_images, dropout=False),
-                    probabilities(dropped, digits.test_images, dropout=False),
+                    probabilities(plain, digits.test_images),
+                    probabilities(dropped, digits.test_images),
                     means,
+                    replace(prediction, samples=None).to("cpu"),
                     np.array(errors),
                 )
             )

@@ -1,4 +1,4 @@
-"""The three figures. Each is drawn on a Figure of its own: no pyplot, no display, no global state."""
+"""The figures. Each is drawn on a Figure of its own: no pyplot, no display, no global state."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import PercentFormatter, ScalarFormatter
-from numpy.typing import NDArray
+from torch import Tensor
 
-from .evaluation import BINS, Array, Scores, entropy, error, reliability
+from ..monte_carlo.plots import band, reliability_diagram
+from .evaluation import Scores, error
 from .experiment import Outcome
+from .regression import GRID, LEVEL, TAU, Fit, function
 from .report import PUBLISHED, mean_and_error
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
@@ -21,7 +23,7 @@ PLAIN, DETERMINISTIC, MONTE_CARLO, WRONG = "#E69F00", "#009E73", "#0072B2", "#D5
 DPI = 150
 
 
-def error_against_k(outcomes: Sequence[Outcome], labels: NDArray[np.int64]) -> Figure:
+def error_against_k(outcomes: Sequence[Outcome], labels: Tensor) -> Figure:
     """Test error of Monte Carlo averaging for every k, with the deterministic pass and no dropout to compare."""
     errors = 100 * np.stack([outcome.errors for outcome in outcomes])
     samples = errors.shape[1]
@@ -59,61 +61,40 @@ def error_against_k(outcomes: Sequence[Outcome], labels: NDArray[np.int64]) -> F
     return figure
 
 
-def reliability_diagram(
-    outcomes: Sequence[Outcome], labels: NDArray[np.int64], rows: dict[str, list[Scores]]
-) -> Figure:
-    """Accuracy against confidence for the three methods, over the predictions of all seeds, and how many there are.
+def reliability(outcomes: Sequence[Outcome], labels: Tensor, rows: dict[str, list[Scores]]) -> Figure:
+    """Accuracy against confidence for the three methods, over the predictions of all seeds.
 
     A perfectly calibrated network's bars end on the diagonal. The ECE given is the table's: the mean of the seeds'.
     """
     k = max(outcomes[0].monte_carlo)
-    methods: list[tuple[str, str, list[Array]]] = [
-        ("no dropout", PLAIN, [outcome.plain for outcome in outcomes]),
-        ("dropout, deterministic pass", DETERMINISTIC, [outcome.deterministic for outcome in outcomes]),
-        (f"dropout, Monte Carlo, k = {k}", MONTE_CARLO, [outcome.monte_carlo[k] for outcome in outcomes]),
-    ]
-    figure = Figure(figsize=(11, 5.6), layout=ConstrainedLayoutEngine(wspace=0.04))
-    grid: Any = figure.subplots(2, 3, sharex=True, sharey="row", height_ratios=[2.4, 1])
-    left = np.arange(BINS) / BINS
-    every_label = np.tile(labels, len(outcomes))
-    for column, (name, colour, predicted) in enumerate(methods):
-        size, confidence, accuracy = reliability(np.concatenate(predicted), every_label)
-        top, bottom = grid[0, column], grid[1, column]
-        top.plot([0, 1], [0, 1], color="0.5", linestyle="--", linewidth=1, label="perfect calibration")
-        top.bar(
-            left, np.nan_to_num(accuracy), width=1 / BINS, align="edge", color=colour, alpha=0.55, edgecolor="white"
-        )
-        top.plot(
-            confidence, accuracy, "o", color="black", markersize=3.5, clip_on=False, zorder=3, label="mean of the bin"
-        )
+    methods = {
+        "no dropout": [outcome.plain for outcome in outcomes],
+        "dropout, deterministic pass": [outcome.deterministic for outcome in outcomes],
+        f"dropout, Monte Carlo, k = {k}": [outcome.monte_carlo[k] for outcome in outcomes],
+    }
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    every_axes: Any = figure.subplots(1, 3, sharey=True)
+    for axes, (name, predicted) in zip(every_axes, methods.items(), strict=True):
+        reliability_diagram(torch.cat(predicted), labels.repeat(len(outcomes)), ax=axes)
         ece, _ = mean_and_error([of_seed.ece for of_seed in rows[name]])
-        top.set_title(f"{name}\nECE {100 * ece:.2f} %", fontsize=11)
-        top.set_ylim(0, 1.02)
-        bottom.bar(left, size, width=1 / BINS, align="edge", color=colour, edgecolor="white")
-        bottom.set_yscale("log")
-        bottom.set_ylim(bottom=0.5)
-        bottom.set_xlim(0, 1)
-        bottom.set_xlabel("confidence (largest probability)")
-        for axes in (top, bottom):
-            axes.grid(alpha=0.25)
-            axes.set_axisbelow(True)
-    grid[0, 0].set_ylabel("accuracy (fraction right)")
-    grid[0, 0].legend(frameon=False, loc="upper left", fontsize=9)
-    grid[1, 0].set_ylabel("predictions\n(count, log scale)")
+        axes.set_title(f"{name}\nECE {100 * ece:.2f} %", fontsize=11)
+        axes.label_outer()
+    for axes in every_axes[1:]:
+        axes.get_legend().remove()
     return figure
 
 
-def most_uncertain(outcome: Outcome, labels: NDArray[np.int64], pictures: Any) -> Figure:
+def most_uncertain(outcome: Outcome, labels: Tensor, pictures: Any) -> Figure:
     """The twelve test digits of highest predictive entropy under Monte Carlo averaging, with their probabilities."""
     k = max(outcome.monte_carlo)
     predicted = outcome.monte_carlo[k]
-    uncertainty = entropy(predicted)
+    uncertainty = outcome.prediction.predictive_entropy
     figure = Figure(figsize=(12, 7), layout="constrained")
     figure.suptitle(
         f"Most uncertain test digits: highest predictive entropy, mean of {k} Monte Carlo pass{'es' if k > 1 else ''}"
     )
     cells: Any = figure.subfigures(3, 4, wspace=0.04, hspace=0.04)
-    for cell, i in zip(cells.flat, np.argsort(-uncertainty, kind="stable"), strict=False):
+    for cell, i in zip(cells.flat, uncertainty.argsort(descending=True, stable=True).tolist(), strict=False):
         answer, truth = int(predicted[i].argmax()), int(labels[i])
         picture, bars = cell.subplots(1, 2, width_ratios=[1, 1.5])
         cell.suptitle(
@@ -124,7 +105,7 @@ def most_uncertain(outcome: Outcome, labels: NDArray[np.int64], pictures: Any) -
         picture.imshow(pictures[i], cmap="gray_r", vmin=0, vmax=16)
         picture.set_axis_off()
         colours = [DETERMINISTIC if c == truth else WRONG if c == answer else "0.7" for c in range(predicted.shape[1])]
-        bars.bar(range(predicted.shape[1]), predicted[i], color=colours)
+        bars.bar(range(predicted.shape[1]), predicted[i].numpy(), color=colours)
         bars.set_ylim(0, 1)
         bars.set_xticks(range(predicted.shape[1]))
         bars.set_yticks([0, 0.5, 1])
@@ -137,18 +118,36 @@ def most_uncertain(outcome: Outcome, labels: NDArray[np.int64], pictures: Any) -
     return figure
 
 
+def regression(fitted: Fit) -> Figure:
+    """The regression's mean and bands, its data, and the function that they come from."""
+    figure = Figure(figsize=(9, 4.8), layout="constrained")
+    axes = band(GRID, fitted.prediction, data=(fitted.x, fitted.y), level=LEVEL, ax=figure.subplots())
+    truth = function(GRID).numpy()
+    axes.plot(GRID.numpy(), truth, color=PLAIN, linestyle="--", linewidth=1.2, label="true function", zorder=1.5)
+    axes.set_xlim(float(GRID[0]), float(GRID[-1]))
+    axes.set_title(
+        f"Monte Carlo dropout on one input: {fitted.prediction.num_samples} samples, tau = {TAU:g}", fontsize=11
+    )
+    axes.set_xlabel("x (input)")
+    axes.set_ylabel("y (target)")
+    axes.legend(frameon=False, fontsize=9, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    return figure
+
+
 def write(
     folder: Path,
     outcomes: Sequence[Outcome],
-    labels: NDArray[np.int64],
+    labels: Tensor,
     pictures: Any,
     rows: dict[str, list[Scores]],
+    fitted: Fit,
 ) -> list[Path]:
     """Writes the figures as PNG files into the folder, over those of an earlier run, and returns their paths."""
     figures = {
         "error_against_k.png": error_against_k(outcomes, labels),
-        "reliability.png": reliability_diagram(outcomes, labels, rows),
+        "reliability.png": reliability(outcomes, labels, rows),
         "most_uncertain.png": most_uncertain(outcomes[0], labels, pictures),
+        "regression.png": regression(fitted),
     }
     for name, figure in figures.items():
         figure.savefig(folder / name, dpi=DPI)

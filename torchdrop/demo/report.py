@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
+from torch import Tensor
 
+from ..monte_carlo import ClassificationPrediction, Report
 from .evaluation import Array, Scores, error, score
 from .experiment import Outcome
 
@@ -22,7 +24,7 @@ def mean_and_error(values: ArrayLike) -> tuple[Array, Array]:
     return array.mean(axis=0), array.std(axis=0, ddof=1) / np.sqrt(len(array))
 
 
-def scores(outcomes: Sequence[Outcome], labels: NDArray[np.int64]) -> dict[str, list[Scores]]:
+def scores(outcomes: Sequence[Outcome], labels: Tensor) -> dict[str, list[Scores]]:
     """For each row of the table, the scores of every seed."""
     rows = {
         "no dropout": [score(outcome.plain, labels) for outcome in outcomes],
@@ -45,6 +47,17 @@ def table(rows: dict[str, list[Scores]]) -> str:
             cells.append(cell if len(of_seeds) == 1 else f"{cell} ± {unit * deviation:.{digits}f}")
         lines.append(f"{name:<{name_width}}{cells[0]:>18}{cells[1]:>20}{cells[2]:>16}")
     return "\n".join(lines)
+
+
+def sources_sentence(prediction: ClassificationPrediction) -> str:
+    """How `mc_predict` ran the samples, and what was random in them."""
+    report = prediction.report
+    assert isinstance(report, Report)
+    active = [f"{source.module} (p = {source.rate:.2g})" for source in report.active]
+    return (
+        f"mc_predict ran the samples with strategy '{prediction.strategy}', {report.chunk} at a time; "
+        f"{len(active)} of {len(report.sources)} sources of randomness were active: layers {', '.join(active)}."
+    )
 
 
 def catch_up(errors: ArrayLike, deterministic: ArrayLike) -> tuple[int | None, int | None]:
@@ -101,7 +114,7 @@ def difference_sentence(name: str, errors: ArrayLike, other: str, others: ArrayL
     return f"{name} has a test error {size} percentage points {'below' if gap < 0 else 'above'} {other}."
 
 
-def conclusions(outcomes: Sequence[Outcome], labels: NDArray[np.int64]) -> list[str]:
+def conclusions(outcomes: Sequence[Outcome], labels: Tensor) -> list[str]:
     """What the run says, a sentence for each question."""
     plain = [error(outcome.plain, labels) for outcome in outcomes]
     deterministic = [error(outcome.deterministic, labels) for outcome in outcomes]

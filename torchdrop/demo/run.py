@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from ..kernels import available_backends
-from . import figures
+from . import figures, regression
 from .data import load
 from .experiment import run_seeds
 from .network import SIZES, describe, keep_probs
-from .report import conclusions, scores, table
+from .report import conclusions, scores, sources_sentence, table
 
 
 def kernels_in_use(device: torch.device) -> str:
@@ -31,7 +31,7 @@ def run(*, seed: int, seeds: int, epochs: int, samples: int, output: Path, devic
         seed: of the first repetition; the others have the numbers after it.
         seeds: how many repetitions.
         epochs: over the training set, for each network.
-        samples: Monte Carlo passes.
+        samples: Monte Carlo passes over the digits.
         output: an existing folder for the figures.
         device: where the networks live.
 
@@ -47,12 +47,14 @@ def run(*, seed: int, seeds: int, epochs: int, samples: int, output: Path, devic
     )
     print(f"{kernels_in_use(device)}\n\n{describe(SIZES, keep)}\n", flush=True)
     outcomes = run_seeds(digits, SIZES, keep, seed=seed, seeds=seeds, epochs=epochs, samples=samples)
-    labels = digits.test_labels.cpu().numpy()
+    labels = digits.test_labels.cpu()
     rows = scores(outcomes, labels)
     spread = f"mean ± standard error of {seeds} seeds" if seeds > 1 else "one seed"
     print(f"On the test set, {spread}:\n\n{table(rows)}\n")
-    print("\n".join(conclusions(outcomes, labels)) + "\n", flush=True)
-    written = figures.write(output, outcomes, labels, digits.test_pictures, rows)
+    print("\n".join([*conclusions(outcomes, labels), sources_sentence(outcomes[0].prediction)]) + "\n", flush=True)
+    fitted = regression.fit(seed, device)
+    print("\n".join(regression.conclusions(fitted)) + "\n", flush=True)
+    written = figures.write(output, outcomes, labels, digits.test_pictures, rows, fitted)
     print("Figures written:")
     for path in written:
         print(f"  {path}")

@@ -72,6 +72,7 @@ class Tracker:
         if self._overruled(module):
             return
         if not self._stack:
+            _refuse_backward()
             self.restart()
             self._begin(module, args, kwargs)
         self._stack.append(module)
@@ -104,6 +105,14 @@ class Tracker:
         self._calls[site.module, site.kind] -= 1
 
 
+def _refuse_backward() -> None:
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "activation checkpointing runs a part of the model again in backward, where Monte Carlo masks cannot be "
+            "given to it again: switch checkpointing off in the model"
+        )
+
+
 class _Watching(TorchFunctionMode):
     """Describes the random calls of a model that is running; everything else goes through."""
 
@@ -115,6 +124,8 @@ class _Watching(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not self._tracker.running or _innermost() is not self:
+            if func in DESCRIBE:
+                _refuse_backward()
             return func(*args, **kwargs)
         describe = DESCRIBE.get(func)
         if describe is not None:
