@@ -249,8 +249,8 @@ def _bernoulli_values(slot: Slot, target: Tensor, p: Any = 0.5) -> Tensor:
 
 
 def _uniform_values(slot: Slot, target: Tensor, *limits: Any, **named: Any) -> Tensor:
-    low, high = named.get("from", 0.0), named.get("to", 1.0)
-    low, high = (*limits, low, high)[0] if limits else low, limits[1] if len(limits) > 1 else high
+    low = limits[0] if limits else named.get("from", 0.0)
+    high = limits[1] if len(limits) > 1 else named.get("to", 1.0)
     return slot.uniform(target.shape, target.dtype) * (high - low) + low
 
 
@@ -260,6 +260,16 @@ def _unit_values(slot: Slot, target: Tensor, *_: Any, **__: Any) -> Tensor:
 
 def _normal_values(slot: Slot, target: Tensor, mean: Any = 0.0, std: Any = 1.0) -> Tensor:
     return slot.normal(target.shape, target.dtype) * std + mean
+
+
+def _normal_target(mean: Any, std: Any = 1.0, size: Sequence[int] | None = None, **kwargs: Any) -> Tensor:
+    if size is not None:
+        return torch.empty(size, **kwargs)
+    return torch.empty_like(torch.add(mean, std))
+
+
+def _parted_values(slot: Slot, target: Tensor, mean: Any, std: Any = 1.0, *_: Any, **__: Any) -> Tensor:
+    return _normal_values(slot, target, mean, std)
 
 
 def _standard_values(slot: Slot, target: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -344,11 +354,12 @@ DESCRIBE: dict[Any, Callable[..., Draw]] = {
     _T.uniform_: _raw("uniform", _like, _uniform_values, inplace=True),
     torch.randn: _raw("normal", torch.empty, _standard_values),
     torch.randn_like: _raw("normal", _like, _standard_values),
+    torch.normal: _raw("normal", _normal_target, _parted_values),
     _T.normal_: _raw("normal", _like, _normal_values, inplace=True),
     _T.exponential_: _raw("exponential", _like, _exponential_values, inplace=True),
     **dict.fromkeys(
         (
-            torch.native_dropout, torch.normal, torch.randint, torch.randint_like, torch.randperm, torch.multinomial,
+            torch.native_dropout, torch.randint, torch.randint_like, torch.randperm, torch.multinomial,
             torch.poisson, torch.binomial, _T.random_, _T.multinomial, _T.geometric_, _T.cauchy_, _T.log_normal_,
         ),
         _other,
