@@ -7,41 +7,47 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from torchdrop.__main__ import main
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
+pytest.importorskip("torchmetrics")
 pytest.importorskip("tqdm")
 
+from torchdrop import mc_predict
+from torchdrop.demo import regression
 from torchdrop.demo.data import TRAIN_SIZE, load
-from torchdrop.demo.evaluation import (
-    entropy,
-    expected_calibration_error,
-    monte_carlo,
-    probabilities,
-    reliability,
-    score,
-)
+from torchdrop.demo.evaluation import error, monte_carlo, probabilities, running_mean, score
 from torchdrop.demo.network import SIZES, build, keep_probs
-from torchdrop.demo.report import catch_up, catch_up_sentence, difference_sentence, mean_and_error
+from torchdrop.demo.report import (
+    catch_up,
+    catch_up_sentence,
+    difference_sentence,
+    mean_and_error,
+    sources_sentence,
+)
 from torchdrop.demo.training import train
+from torchdrop.monte_carlo import RegressionPrediction, tau_from_weight_decay
 
 SMALL = ["demo", "--seeds", "2", "--epochs", "3", "--samples", "12"]
-FIGURES = {"error_against_k.png", "reliability.png", "most_uncertain.png"}
+FIGURES = {"error_against_k.png", "reliability.png", "most_uncertain.png", "regression.png"}
 ROWS = ["no dropout", "dropout, deterministic pass"] + [f"dropout, Monte Carlo, k = {k}" for k in (1, 10, 12)]
 
 Printed = Callable[..., str]
 
 
 @pytest.fixture
-def printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Printed:
+def printed(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Printed:
     """What a small run prints, without the time it took."""
+    monkeypatch.setattr(regression, "STEPS", 20)
 
     def run(*more: str) -> str:
         assert main([*SMALL, "--output", str(tmp_path / "figures"), *more]) == 0
@@ -72,6 +78,8 @@ def test_command_writes_figures_and_prints_the_table(tmp_path: Path) -> None:
         assert len(content) > 20_000
         assert f"{Path('made/here') / name}\n" in done.stdout
     assert "native kernels are" in done.stdout
+    assert "3 of 3 sources of randomness were active: layers 0 (p = 0.1), 2 (p = 0.24), 5 (p = 0.5)." in done.stdout
+    assert "The mean epistemic standard deviation is " in done.stdout
 
 
 def test_same_options_same_table_and_nothing_else_disturbed(printed: Printed) -> None:
@@ -102,7 +110,7 @@ def test_progress_bar_on_a_terminal(printed: Printed, monkeypatch: pytest.Monkey
     monkeypatch.setattr(sys, "stderr", terminal)
     printed()
     shown = terminal.getvalue()
-    for text in ("seed 1 of 2, without dropout", "seed 2 of 2, with dropout", "seed 2 of 2, Monte Carlo"):
+    for text in ("seed 1 of 2, without dropout", "seed 2 of 2, with dropout", "seed 2 of 2, Monte Carlo", "regression"):
         assert text in shown
 
 
@@ -169,9 +177,11 @@ def test_optional_packages(tmp_path: Path) -> None:
     """They are not imported with torchdrop, and the demo says so where one is missing."""
     script = """
 import sys, torchdrop
-assert not {"sklearn", "matplotlib", "torchdrop.demo"} & set(sys.modules)
+assert not {"sklearn", "matplotlib", "torchmetrics", "torchdrop.demo"} & set(sys.modules)
 from torchdrop.__main__ import main
-for package in "tqdm", "sklearn", "matplotlib":
+for package in "tqdm", "sklearn", "matplotlib", "torchmetrics":
+    for name in [name for name in sys.modules if name.startswith("torchdrop.demo")]:
+        del sys.modules[name]
     before = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == package}
     sys.modules.update(dict.fromkeys([*before, package]))
     try:
@@ -182,10 +192,10 @@ for package in "tqdm", "sklearn", "matplotlib":
     sys.modules.update(before)
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stdout.split()) == (0, ["2", "2", "2"]), done.stderr
+    assert (done.returncode, done.stdout.split()) == (0, ["2"] * 4), done.stderr
     assert done.stderr.splitlines() == [
         f"python -m torchdrop demo: error: the demo needs {name}, which is not installed: pip install 'torchdrop[demo]'"
-        for name in ("tqdm", "scikit-learn", "matplotlib")
+        for name in ("tqdm", "scikit-learn", "matplotlib", "torchmetrics")
     ]
     assert list(tmp_path.iterdir()) == []
 
@@ -253,48 +263,138 @@ def test_order_of_the_data_is_the_seed_alone() -> None:
 
 
 @pytest.mark.parametrize("mode", [True, False])
-def test_monte_carlo_is_the_running_mean(mode: bool) -> None:
+def test_monte_carlo_is_mc_predict(mode: bool) -> None:
+    """The curve is the running mean of its samples, and the network stays in the mode that it was in."""
     network = build([5, 16, 3], [0.9, 0.5, 1.0]).train(mode)
     x = torch.randn(7, 5)
-    torch.manual_seed(0)
-    passes = [probabilities(network, x, dropout=True) for _ in range(4)]
-    torch.manual_seed(0)
-    means = list(monte_carlo(network, x, 4))
+    before = torch.get_rng_state()
+    result = monte_carlo(network, x, 4, seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(module.training == mode for module in network.modules())
+    expected = mc_predict(network, x, samples=4, task="classification", keep_samples=True, seed=3)
+    assert result.samples is not None
+    assert expected.samples is not None
+    assert torch.equal(result.samples, expected.samples)
+    assert not torch.equal(result.samples[0], result.samples[1])
+    means = list(running_mean(result.samples))
     assert len(means) == 4
     for k, mean in enumerate(means, start=1):
-        np.testing.assert_allclose(mean, np.mean(passes[:k], axis=0), rtol=1e-12)
-    assert not np.array_equal(passes[0], passes[1])
-    once = probabilities(network, x, dropout=False)
-    assert np.array_equal(once, probabilities(network, x, dropout=False))
+        torch.testing.assert_close(mean, result.samples[:k].double().mean(0), rtol=1e-12, atol=0)
+    torch.testing.assert_close(means[-1], result.mean.double(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_one_pass_is_deterministic(mode: bool) -> None:
+    network = build([5, 16, 3], [0.9, 0.5, 1.0]).train(mode)
+    x = torch.randn(7, 5)
+    once = probabilities(network, x)
+    assert torch.equal(once, probabilities(network, x))
+    assert torch.equal(once, network.eval()(x).double().softmax(1))
+    network.train(mode)
+    probabilities(network, x)
     assert all(module.training == mode for module in network.modules())
 
 
-def test_calibration_by_hand() -> None:
-    predicted = np.array([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.4, 0.6], [0.5, 0.5]])
-    labels = np.array([0, 1, 1, 1, 0])
-    # Bins (0.25, 0.5]: right 1 of 1 at 0.5. (0.5, 0.75]: right 2 of 2 at 0.65. (0.75, 1]: right 1 of 2 at 0.85.
-    size, confidence, accuracy = reliability(predicted, labels, bins=4)
-    np.testing.assert_array_equal(size, [0, 1, 2, 2])
-    np.testing.assert_allclose(confidence, [np.nan, 0.5, 0.65, 0.85])
-    np.testing.assert_allclose(accuracy, [np.nan, 1, 1, 0.5])
-    expected = (1 * 0.5 + 2 * 0.35 + 2 * 0.35) / 5
-    assert expected_calibration_error(predicted, labels, bins=4) == pytest.approx(expected)
-
-
-def test_calibration_at_its_bounds() -> None:
-    certain = np.eye(10)
-    assert expected_calibration_error(certain, np.arange(10)) == 0
-    assert expected_calibration_error(certain, np.roll(np.arange(10), 1)) == 1
-    assert reliability(certain, np.arange(10)).size.tolist() == [0] * 14 + [10]
+def test_sources_sentence() -> None:
+    network = build([5, 16, 3], [0.9, 0.5, 1.0])
+    result = monte_carlo(network, torch.randn(7, 5), 4, seed=3)
+    sentence = sources_sentence(result)
+    assert f"strategy '{result.strategy}', " in sentence
+    assert sentence.endswith("2 of 2 sources of randomness were active: layers 0 (p = 0.1), 2 (p = 0.5).")
 
 
 def test_scores_by_hand() -> None:
-    predicted = np.array([[0.7, 0.2, 0.1], [0.3, 0.3, 0.4]])
-    accuracy, nll, ece = score(predicted, np.array([0, 1]))
+    predicted = torch.tensor([[0.7, 0.2, 0.1], [0.3, 0.3, 0.4]])
+    accuracy, nll, ece = score(predicted, torch.tensor([0, 1]))
     assert accuracy == 0.5
     assert nll == pytest.approx(-(np.log(0.7) + np.log(0.3)) / 2)
     assert ece == pytest.approx((0.3 + 0.4) / 2)
-    np.testing.assert_allclose(entropy(np.array([[0.5, 0.5], [1.0, 0.0]])), [np.log(2), 0])
+
+
+def test_calibration_error_has_15_bins() -> None:
+    """Confidences 0.61 and 0.65 share the bin [9/15, 10/15); 0.67 lies in the next one."""
+    predicted = torch.tensor([[0.61, 0.39], [0.65, 0.35], [0.67, 0.33]]).double()
+    labels = torch.tensor([0, 0, 1])
+    assert score(predicted, labels).ece == pytest.approx((2 * (1 - 0.63) + 0.67) / 3)
+    assert error(predicted, labels) == pytest.approx(1 / 3)
+
+
+@pytest.fixture(scope="module")
+def fitted() -> regression.Fit:
+    return regression.fit(0, torch.device("cpu"))
+
+
+def test_regression_is_less_certain_away_from_its_data(fitted: regression.Fit) -> None:
+    among, gap, beyond = regression.regions(fitted.prediction)
+    assert 0 < among.std < gap.std < beyond.std
+    assert all(0 <= region.held <= 1 for region in (among, gap, beyond))
+    truth = regression.function(regression.GRID)
+    near = regression.GRID.abs() <= 3
+    assert (fitted.prediction.mean[near, 0] - truth[near]).abs().mean() < regression.NOISE
+
+
+def test_regression_data(fitted: regression.Fit) -> None:
+    x, y = fitted.x, fitted.y
+    assert x.shape == y.shape == (80, 1)
+    (first, last), (again, end) = regression.INTERVALS
+    assert ((first <= x) & (x <= last)).sum() == ((again <= x) & (x <= end)).sum() == 40
+    assert (y - regression.function(x)).std() == pytest.approx(regression.NOISE, rel=0.5)
+
+
+def test_regression_is_its_seed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(regression, "STEPS", 50)
+    fits = []
+    for seed, noise in ((0, 1), (0, 2), (2**63 - 1, 1)):
+        torch.manual_seed(noise)
+        before, threads = torch.get_rng_state(), torch.get_num_threads()
+        fits.append(regression.fit(seed, torch.device("cpu")))
+        assert torch.equal(torch.get_rng_state(), before)
+        assert torch.get_num_threads() == threads
+    one, same, other = fits
+    assert torch.equal(one.x, same.x)
+    assert torch.equal(one.y, same.y)
+    for name in ("mean", "epistemic_variance", "variance"):
+        assert torch.equal(getattr(one.prediction, name), getattr(same.prediction, name))
+    assert not torch.equal(one.x, other.x)
+    assert not torch.equal(one.prediction.epistemic_variance, other.prediction.epistemic_variance)
+
+
+def test_regression_noise_is_that_of_its_weight_decay(fitted: regression.Fit) -> None:
+    noise = fitted.prediction.aleatoric_variance
+    assert noise is not None
+    torch.testing.assert_close(noise, torch.full_like(noise, regression.NOISE**2))
+    tau = tau_from_weight_decay(regression.LENGTH_SCALE, regression.KEEP_PROB, len(fitted.x), regression.decay() / 4)
+    assert tau == pytest.approx(1 / regression.NOISE**2)
+
+
+def test_regions_by_hand() -> None:
+    """The mean is off by 0.3 beyond the data, which 2 standard deviations are on the one side and not on the other."""
+    x, model = regression.GRID, nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.5))
+    prediction = mc_predict(model, x.unsqueeze(1), 2, task="regression", seed=0)
+    assert isinstance(prediction, RegressionPrediction)
+    std = torch.where(x.abs() <= 1, 0.2, torch.where(x < -3, 0.1, 0.4))
+    made = replace(
+        prediction,
+        mean=(regression.function(x) + 0.3 * (x.abs() > 3)).unsqueeze(1),
+        epistemic_variance=std.square().unsqueeze(1),
+    )
+    among, gap, beyond = regression.regions(made)
+    assert (among.held, gap.held) == (1, 1)
+    assert beyond.held == 0.5
+    assert among.std == pytest.approx(0.4, rel=0.02)
+    assert gap.std == pytest.approx(0.2, rel=0.02)
+    assert beyond.std == pytest.approx(0.25, rel=0.02)
+
+
+def test_regression_conclusions_follow_the_numbers(fitted: regression.Fit) -> None:
+    choice, uncertainty, bands = regression.conclusions(fitted)
+    among, gap, beyond = regression.regions(fitted.prediction)
+    assert "80 points" in choice
+    assert "tau = 100," in choice
+    assert f"{among.std:.3f} where the data lie" in uncertainty
+    assert f"{gap.std:.3f} in the gap between them ({gap.std / among.std:.1f} times that)" in uncertainty
+    assert f"{beyond.std:.3f} beyond them ({beyond.std / among.std:.1f} times that)" in uncertainty
+    assert bands.endswith(f"{100 * beyond.held:.0f} % beyond them.")
 
 
 def test_mean_and_standard_error() -> None:

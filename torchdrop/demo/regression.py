@@ -27,7 +27,7 @@ TAU = 1 / NOISE**2
 LENGTH_SCALE = 1.0
 KEEP_PROB, UNITS = 0.8, 100
 STEPS, LEARNING_RATE = 2000, 3e-3
-SAMPLES = 500
+SAMPLES = 300
 LEVEL = 0.95
 GRID = torch.linspace(-6, 6, 481)
 
@@ -56,7 +56,12 @@ def function(x: Tensor) -> Tensor:
 
 
 def decay() -> float:
-    """The optimiser's weight decay that belongs to `TAU`: 4 lambda beside `torch.nn.functional.mse_loss`."""
+    """The optimiser's weight decay that belongs to `TAU`: 4 lambda beside `torch.nn.functional.mse_loss`.
+
+    Example:
+        >>> round(decay(), 6)
+        0.0002
+    """
     return 4 * weight_decay_from_tau(LENGTH_SCALE, KEEP_PROB, POINTS * len(INTERVALS), TAU)
 
 
@@ -106,7 +111,11 @@ def _network() -> nn.Sequential:
 
 
 def regions(prediction: RegressionPrediction) -> list[Region]:
-    """Where the data lie, the gap between them, and beyond them."""
+    """Where the data lie, the gap between them, and beyond them.
+
+    Args:
+        prediction: on `GRID`, of shape (481, 1).
+    """
     std = prediction.epistemic_variance.squeeze(1).sqrt()
     x = GRID
     off = (prediction.mean.squeeze(1) - function(x)).abs()

@@ -15,7 +15,7 @@ import random
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -70,21 +70,21 @@ def random_state() -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Puts back what a forward in train mode may change: buffers, bit for bit, and the modules' plain attributes."""
-    plain = [(module, dict(module.__dict__)) for module in model.modules()]
-    buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+def undisturbed(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Puts back what a forward in train mode may change: the modules' own buffers, bit for bit, and attributes."""
+    plain = [(module, dict(module.__dict__), dict(module._buffers)) for module in modules]
+    buffers = [(buffer, buffer.clone()) for *_, own in plain for buffer in own.values() if buffer is not None]
     try:
         yield
     finally:
-        for module, attributes in plain:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
+        for module, attributes, own in plain:
+            for now, before in ((module.__dict__, attributes), (module._buffers, own)):
+                now.clear()
+                now.update(before)
         with torch.no_grad():
-            for module, name, buffer, before in buffers:
-                module._buffers[name] = buffer
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
+            for buffer, copy in buffers:
+                if not torch.equal(buffer, copy):
+                    buffer.copy_(copy)
 
 
 def _same_structure(first: Any, second: Any) -> bool:
@@ -135,9 +135,11 @@ class Activation:
             return
         self._forward = ExitStack()
         if self._begin is not None:
+            self.server.differentiated = torch.is_grad_enabled()
             self._begin(module, Inputs(args, kwargs, self._dim))
             self._tracker.restart()
             self._forward.enter_context(random_state())
+        self._forward.enter_context(undisturbed(self.flagged))
         self._forward.enter_context(flags(self.model, self.flagged.__contains__))
         run = self.server.run
         if run is not None and not self.report.replayable and not run.folded and not _transformed():
@@ -155,12 +157,21 @@ class Activation:
         Returns:
             What it returns for the first three rows.
         """
-        self._surveying = True
+        self._surveying, differentiated, self.server.differentiated = True, self.server.differentiated, False
         try:
-            with torch.no_grad(), random_state(), undisturbed(self.model):
-                return self._survey(module, inputs)
+            with torch.no_grad(), random_state(), undisturbed(self.model.modules()):
+                try:
+                    return self._survey(module, inputs)
+                except Exception as error:
+                    if inputs.rows is None:
+                        raise
+                    self._forward_once(module, inputs.copy())  # a model that is broken has an error of its own here
+                    raise RuntimeError(
+                        f"the model works with its {inputs.rows} rows, but not with the first two or three of them "
+                        f"({type(error).__name__}: {error}). Pass batch_dim=None to take the inputs as one whole"
+                    ) from error
         finally:
-            self._surveying = False
+            self._surveying, self.server.differentiated = False, differentiated
             self.server.surveyed = True
             self._tracker.restart()
 
@@ -202,7 +213,7 @@ class Activation:
         """What a forward in train mode draws. Layers with running statistics stay in eval mode."""
         recorder = Recorder(self._tracker, inputs.rows)
         try:
-            with flags(self.model, lambda m: not _has_statistics(m)), recorder:
+            with flags(self.model, lambda m: not _has_statistics(m)), recorder, recorder.unseen:
                 inputs.call(module)
         except Exception as error:
             self.report.notes.append(
@@ -218,6 +229,7 @@ class Activation:
                 source.active = self._chosen(source.module)
                 source.reason = source.reason if source.active else "not chosen by the patterns of `sources`"
             self.server.sources[source.site] = source
+        self.server.others |= recorder.others
         return recorder
 
     def _forward_once(self, module: nn.Module, inputs: Inputs) -> Any:
@@ -239,9 +251,12 @@ class Activation:
         self.flagged -= wide
         for source in self.server.sources.values():
             source.served = False
-            if source.active and dict(self.model.named_modules())[source.module] in wide:
+        returned = self._forward_once(module, inputs)
+        modules = dict(self.model.named_modules())
+        for source in self.server.sources.values():
+            if source.active and not source.served and modules[source.module] in wide:
                 source.reason = "its module's training flag changes what the model returns"
-        return self._forward_once(module, inputs)
+        return returned
 
 
 def _may_be_flagged(module: nn.Module) -> bool:
@@ -259,12 +274,17 @@ def check_model(model: Any) -> nn.Module:
     Raises:
         TypeError: it is no module, or one whose calls cannot be seen: compiled or scripted.
     """
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError("model is a TorchScript module, whose random calls cannot be seen: give the original module")
-    if isinstance(model, nn.Module) and hasattr(model, "_orig_mod"):
-        raise TypeError("model is compiled, so its random calls cannot be seen: give (and call) model._orig_mod")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        where = f"the model's module {name!r}" if name else "the model"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(f"{where} is a TorchScript module, whose random calls cannot be seen: use the original")
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            raise TypeError(
+                f"{where} is compiled, so its random calls cannot be seen: use the original (_orig_mod of what "
+                "torch.compile returns, or a module on which compile() was not called)"
+            )
     return model
 
 

@@ -22,7 +22,9 @@ HALVINGS = 60
 def tau_from_weight_decay(length_scale: float, keep_prob: float, n: int, weight_decay: float) -> float:
     """The model precision ``tau = keep_prob l^2 / (2 n weight_decay)`` that training with this weight decay implies.
 
-    It goes to infinity as the weight decay goes to 0, and is 0 at keep_prob 0.
+    It goes to infinity as the weight decay goes to 0, and is 0 at keep_prob 0. W are the weights as they are stored,
+    as in Gal and Ghahramani's published experiments, although inverted dropout multiplies them by 1 / keep_prob in
+    training.
 
     Args:
         length_scale: l, the prior length scale: large for functions that vary slowly.

@@ -55,10 +55,19 @@ class Inputs:
 
     def first(self, rows: int) -> Inputs:
         """So many rows, from the first on, and again from the first where there are fewer."""
-        if self.rows is None or not self.rows:
-            return self
+        if not self.rows:
+            return self.copy()
         index = torch.arange(rows, device=self.device) % self.rows
         return self._map(lambda t: t.index_select(self.dim, index.to(t.device)))
+
+    def copy(self) -> Inputs:
+        """The same values in memory of their own."""
+        return self._map(Tensor.clone)
+
+    @property
+    def versions(self) -> list[int]:
+        """A count for each tensor that rises when it is written to."""
+        return [0 if t.is_inference() else t._version for t in self.tensors]
 
     def folded(self, copies: int) -> Inputs:
         """All rows, then all rows again, for each copy."""

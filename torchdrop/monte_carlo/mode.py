@@ -5,6 +5,7 @@ Which module a call belongs to is known from hooks on all modules of the model.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -14,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..layers import _rate
 from .masks import Layout, Pass, Slot, UnvectorisableError, find_layout, source_seed
 from .prefix import Prefix
 from .report import UNCHECKED, Seen, Source
-from .sources import DESCRIBE, OPENED, Draw, Site
+from .sources import DESCRIBE, OPENED, Draw, Site, describe_other
 
 _transformed = torch._C._are_functorch_transforms_active
 
@@ -107,17 +109,36 @@ class Tracker:
 
 def _refuse_backward() -> None:
     if torch._C._current_graph_task_id() != -1:
-        raise RuntimeError(
-            "activation checkpointing runs a part of the model again in backward, where Monte Carlo masks cannot be "
-            "given to it again: switch checkpointing off in the model"
-        )
+        refuse_checkpoint()
+
+
+def refuse_checkpoint() -> None:
+    raise RuntimeError(
+        "activation checkpointing runs a part of the model again in backward, where Monte Carlo masks cannot be given "
+        "to it again: switch checkpointing off in the model, or make the pass under torch.no_grad()"
+    )
+
+
+def _checkpointed() -> bool:
+    """Whether this call is made from within torch.utils.checkpoint."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            return True
+        frame = frame.f_back
+    return False
 
 
 class _Watching(TorchFunctionMode):
-    """Describes the random calls of a model that is running; everything else goes through."""
+    """Describes the random calls of a model that is running; everything else goes through.
+
+    Attributes:
+        others: functions that draw, and that `DESCRIBE` does not know.
+    """
 
     def __init__(self, tracker: Tracker) -> None:
         super().__init__()
+        self.others: set[Any] = set()
         self._tracker = tracker
         self._bound: Slot | None = None
 
@@ -127,7 +148,7 @@ class _Watching(TorchFunctionMode):
             if func in DESCRIBE:
                 _refuse_backward()
             return func(*args, **kwargs)
-        describe = DESCRIBE.get(func)
+        describe = DESCRIBE.get(func) or (describe_other if func in self.others else None)
         if describe is not None:
             if self._bound is not None and func is _rate.apply:
                 slot, self._bound = self._bound, None
@@ -191,6 +212,18 @@ def _innermost() -> _Watching | None:
     return next((mode for mode in reversed(_running.modes) if mode._tracker.running), None)
 
 
+class DrawCount(TorchDispatchMode):
+    """Counts the calls of operators that draw from PyTorch's generators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
+
+
 class Recorder(_Watching):
     """Lets everything happen, and notes what is drawn.
 
@@ -201,6 +234,7 @@ class Recorder(_Watching):
     Attributes:
         sources: of the forward, in order.
         flagged: names of modules whose own code may decide from their training flag what is drawn.
+        unseen: a dispatch mode to be on meanwhile, which counts the draws of all operators.
         branching: whether a single number was drawn, as where code decides by it to skip a layer.
     """
 
@@ -208,17 +242,28 @@ class Recorder(_Watching):
         super().__init__(tracker)
         self.sources: list[Source] = []
         self.flagged: set[str] = set()
+        self.unseen = DrawCount()
         self.branching = False
         self._rows = rows
+
+    def _pass(self, func: Any, call: Callable[[], Any]) -> Any:
+        before = self.unseen.count
+        out = call()
+        if self.unseen.count > before:
+            self.others.add(func)
+            self._note(describe_other(self, func), out)
+        return out
 
     def _turns_on(self) -> bool:
         self.sources.append(Source(*self._tracker.next("torchdrop"), None, False))
         return False
 
     def _meet(self, func: Any, draw: Draw) -> Any:
-        out = draw.original()
+        return self._note(draw, draw.original())
+
+    def _note(self, draw: Draw, out: Any) -> Any:
         source = _source(self._tracker.next(draw.kind), draw)
-        shape = tuple(draw.shape if draw.shape is not None else _first(out).shape)
+        shape = tuple(draw.shape if draw.shape is not None else getattr(_first(out), "shape", ()))
         source.seen = Seen(self._rows, shape, tuple(draw.mask or shape))
         self.sources.append(source)
         if draw.flagged:
@@ -233,10 +278,10 @@ def _first(out: Any) -> Tensor:
 
 def _source(site: Site, draw: Draw) -> Source:
     rate = float(draw.rate) if isinstance(draw.rate, float | int) else None
-    source = Source(*site, rate, draw.on, replayable=draw.served is not None, draws=draw.draws)
-    if not source.replayable:
-        source.reason = "torch's own numbers, which depend on how the samples are run"
-    return source
+    return Source(*site, rate, draw.on, replayable=not draw.loose, reason=draw.loose, draws=draw.draws)
+
+
+_UNPLACED = "the size of its tensor does not follow the number of rows, so its masks depend on the batch"
 
 
 class Server(_Watching):
@@ -254,7 +299,7 @@ class Server(_Watching):
         self.draws = 0
         self.calls = 0
         self.prefix: Prefix | None = None
-        self.surveyed = False
+        self.surveyed = self.differentiated = False
         self._chosen = chosen
         self._seeds: dict[tuple[int, Site], int] = {}
 
@@ -277,8 +322,9 @@ class Server(_Watching):
         return on
 
     def _pass(self, func: Any, call: Callable[[], Any]) -> Any:
-        self.calls += 1
-        return call() if self.prefix is None else self.prefix.run(func, call)
+        out = call() if self.prefix is None else self.prefix.run(func, call)
+        self.calls += isinstance(out, Tensor)
+        return out
 
     def _known(self, site: Site) -> Source | None:
         """What is known of a call: as of the module's last one of its kind where there were fewer in train mode."""
@@ -302,6 +348,8 @@ class Server(_Watching):
             return draw.plain() if draw.flagged else self._pass(func, draw.plain)
         if self.prefix is not None:
             self.prefix.end()
+        if self.differentiated and _checkpointed():
+            refuse_checkpoint()
         source.served = True
         self.draws += draw.draws
         if draw.served is not None:
@@ -322,7 +370,7 @@ class Server(_Watching):
     def _layout(self, source: Source, shape: Sequence[int], mask: Sequence[int]) -> Layout | None:
         run = self.run
         assert run is not None
-        if run.rows is None:
+        if run.rows is None or not source.replayable:
             return None
         seen = source.seen
         if seen is None:
@@ -330,11 +378,10 @@ class Server(_Watching):
         elif seen.rows is not None and seen.rows != run.rows and not source.placed:
             source.layout = find_layout((shape, seen.shape), (run.rows, seen.rows), seen.mask)
             source.placed = True
+            if source.layout is None and tuple(shape) != seen.shape:
+                source.replayable, source.reason = False, _UNPLACED
         layout = source.layout
         if layout is not None and shape[layout.dim] != run.copies * run.rows * layout.ratio:
-            source.replayable = False
-            source.reason = (
-                "the size of its tensor does not follow the number of rows, so its masks depend on the batch"
-            )
+            source.replayable, source.reason = False, _UNPLACED
             return None
         return layout

@@ -15,7 +15,8 @@ from .metrics import BINS, Classes, calibration_error, flat, risk_coverage_area,
 from .prediction import Prediction, RegressionPrediction, normal_quantile, optional
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
-BLUE, SKY, ORANGE = "#0072B2", "#56B4E9", "#D55E00"
+BLUE, ORANGE = "#0072B2", "#D55E00"
+INNER, OUTER = "#8DBFE0", "#D6EAF6"
 
 
 def axes_or_new(ax: Any) -> Any:
@@ -189,9 +190,9 @@ def band(
     points = [_one_column("data", one).numpy() for one in data or ()]
     noisy = isinstance(prediction, RegressionPrediction) and prediction.aleatoric_variance is not None
     epistemic = prediction.epistemic_variance if isinstance(prediction, RegressionPrediction) else prediction.variance
-    bands = [("models", _one_column("prediction", epistemic), BLUE)]
+    bands = [("models", _one_column("prediction", epistemic), INNER)]
     if noisy:
-        bands.insert(0, ("new observations", _one_column("prediction", prediction.variance), SKY))
+        bands.insert(0, ("new observations", _one_column("prediction", prediction.variance), OUTER))
 
     ax = axes_or_new(ax)
     xs, centre = at.numpy(), mean[order].numpy()
@@ -199,7 +200,7 @@ def band(
     for what, variance, colour in bands:
         half = normal_quantile((1 + level) / 2) * variance[order].sqrt().numpy()
         label = f"{100 * level:g} % of {what}"
-        ax.fill_between(xs, centre - half, centre + half, color=colour, alpha=0.25, linewidth=0, label=label)
+        ax.fill_between(xs, centre - half, centre + half, color=colour, linewidth=0, label=label)
     if points:
         ax.plot(*points, "o", color="black", markersize=2.5, alpha=0.7, label="data", zorder=3)
     ax.set(xlabel="x", ylabel="y")

@@ -240,7 +240,7 @@ class _Job:
         if self._row_bytes is None:
             self._row_bytes = self._prepare(inputs)
         server, effort = self._activation.server, self._effort
-        server.prefix = Prefix()
+        server.prefix = None if self._strategy == "repeated" or self._sampler.writes else Prefix()
         size = self._chunk or self._fitting(inputs)
         self._activation.report.chunk = size
         groups = self._groups(inputs)

@@ -52,6 +52,11 @@ class Prefix:
         self._usable = True
 
     @property
+    def tensors(self) -> int:
+        """How many tensors they gave."""
+        return len(self._tensors)
+
+    @property
     def length(self) -> int:
         """How many calls are kept."""
         return 0 if self._recording else len(self._calls)

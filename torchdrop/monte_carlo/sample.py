@@ -37,6 +37,9 @@ class Sampler:
         seed: of all masks.
         shared: whether all rows share a mask.
         hypercube: how many samples make up a Latin hypercube; None for independent samples.
+
+    Attributes:
+        writes: whether the model writes to its inputs, so that each pass needs its own copy of them.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class Sampler:
     ) -> None:
         self._activation, self._pick, self.seed, self._shared = activation, pick, seed, shared
         self._hypercube = hypercube
+        self.writes = False
         self._few = Inputs((), {}, None)
         self._reference: Outputs = ()
         self._row_dims: tuple[int | None, ...] = ()
@@ -57,7 +61,7 @@ class Sampler:
         )  # fmt: skip
 
     def _call(self, inputs: Inputs) -> Outputs:
-        return self._pick(inputs.call(self._activation.model))
+        return self._pick((inputs.copy() if self.writes else inputs).call(self._activation.model))
 
     def run(self, strategy: str, inputs: Inputs, samples: Sequence[int], first_row: int = 0) -> Outputs:
         """Outputs of these samples of one hypercube, stacked in front: (samples, ...)."""
@@ -114,12 +118,16 @@ class Sampler:
             The most bytes that a forward holds for a row once it has drawn, and the share of its calls that come
             before.
         """
-        self._few = inputs.first(2)
         server = self._activation.server
-        server.prefix = prefix = Prefix()
-        with LiveBytes(lambda: server.draws > 0) as live:
-            self._reference = self.run("loop", self._few, (0, 1))
-        share = prefix.length / max(server.calls, 1)
+        for self.writes in (False, True):
+            self._few = inputs.first(2)
+            before, prefix = self._few.versions, Prefix()
+            server.prefix = None if self.writes else prefix
+            with LiveBytes(lambda: server.draws > 0) as live:
+                self._reference = self.run("loop", self._few, (0, 1))
+            if self._few.versions == before:
+                break
+        share = prefix.tensors / max(server.calls, 1)
         layouts = [
             None if inputs.rows is None else find_layout((two.shape[1:], more.shape), (2, 3), more.shape)
             for two, more in zip(self._reference, self._pick(three), strict=True)
@@ -134,7 +142,7 @@ class Sampler:
 
     def works(self, strategy: str) -> str:
         """Why a strategy does not give what one sample after another gives; "" if it does. Use after `measure`."""
-        if strategy == "repeated":
+        if strategy == "repeated" or self.writes:
             self._activation.server.prefix = None
         try:
             outputs = self.run(strategy, self._few, (0, 1))

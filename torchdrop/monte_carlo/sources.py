@@ -7,6 +7,7 @@ StableDropout) draw with torch.rand, bernoulli_ and the like, so they are seen a
 
 from __future__ import annotations
 
+import functools
 import math
 import types
 from collections.abc import Callable, Sequence
@@ -47,6 +48,7 @@ class Draw:
         served: makes it with masks from a slot, at a rate; None where that is impossible.
         flagged: whether the module's own code decides from its training flag if this is called or used.
         draws: how many random draws it stands for.
+        loose: why its draws depend on the batch, if they do.
     """
 
     kind: str
@@ -59,6 +61,7 @@ class Draw:
     mask: Sequence[int] | None = None
     flagged: bool = False
     draws: int = 1
+    loose: str = ""
 
 
 def _is_on(training: bool, p: Any) -> bool:
@@ -73,13 +76,21 @@ def _dropout(kind: str, twin: Callable[..., Tensor], inplace: bool = False) -> C
     """Torch's dropout functions, each served by torchdrop's function of the same name."""
 
     def describe(
-        mode: Mode, func: Any, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = inplace
+        mode: Mode,
+        func: Any,
+        input: Tensor,
+        p: float = 0.5,
+        training: bool = True,
+        inplace: bool = inplace,
+        *,
+        train: bool | None = None,
     ) -> Draw:
+        training = training if train is None else train  # torch.dropout's own name
         extra = {"inplace": inplace} if isinstance(func, types.FunctionType) else {}
 
         def served(slot: Slot, rate: float) -> Tensor:
             with mode.inside(slot):
-                return twin(input, p, True, inplace)
+                return twin(input, rate, True, inplace)
 
         return Draw(
             kind,
@@ -168,7 +179,7 @@ def _softmax(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if mask is None:
         return scores.softmax(-1)
-    scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.to(scores.dtype)
     blind = (scores == -math.inf).all(-1, keepdim=True)
     return scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
 
@@ -209,6 +220,7 @@ def _recurrent(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Draw:
         plain=lambda: call(False),
         served=served,
         draws=layers - 1,
+        loose="the elements of a packed sequence have other places in another batch" if packed else "",
     )
 
 
@@ -297,6 +309,8 @@ def _rrelu(
     training: bool = False,
     inplace: bool = False,
 ) -> Draw:
+    extra = {"inplace": inplace} if func is F.rrelu else {}
+
     def served(slot: Slot, _: float) -> Tensor:
         slope = slot.uniform(input.shape, input.dtype) * (upper - lower) + lower
         out = torch.where(input < 0, input * slope, input)
@@ -307,19 +321,22 @@ def _rrelu(
         None,
         training,
         input.shape,
-        original=lambda: func(input, lower, upper, training, inplace),
-        plain=lambda: func(input, lower, upper, False, inplace),
+        original=lambda: func(input, lower, upper, training, **extra),
+        plain=lambda: func(input, lower, upper, False, **extra),
         served=served,
     )
 
 
-def _other(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Draw:
+def describe_other(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Draw:
     """Random functions that keep torch's own numbers: they fire, but depend on how the samples are run."""
 
     def original() -> Any:
         return func(*args, **kwargs)
 
-    return Draw(getattr(func, "__name__", "other").strip("_"), None, True, None, original, original, None, flagged=True)
+    name = getattr(func, "__name__", "other").strip("_")
+    return Draw(
+        name, None, True, None, original, original, None, flagged=True, loose="torch's own numbers, drawn in one go"
+    )
 
 
 _T = Tensor
@@ -346,6 +363,8 @@ DESCRIBE: dict[Any, Callable[..., Draw]] = {
     torch.rnn_tanh: _recurrent,
     torch.rnn_relu: _recurrent,
     F.rrelu: _rrelu,
+    torch.rrelu: _rrelu,
+    torch.rrelu_: functools.partial(_rrelu, inplace=True),
     torch.bernoulli: _raw("bernoulli", _like, _from_probabilities),
     _T.bernoulli: _raw("bernoulli", _like, _from_probabilities),
     _T.bernoulli_: _raw("bernoulli", _like, _bernoulli_values, inplace=True),
@@ -362,7 +381,7 @@ DESCRIBE: dict[Any, Callable[..., Draw]] = {
             torch.native_dropout, torch.randint, torch.randint_like, torch.randperm, torch.multinomial,
             torch.poisson, torch.binomial, _T.random_, _T.multinomial, _T.geometric_, _T.cauchy_, _T.log_normal_,
         ),
-        _other,
+        describe_other,
     ),
 }  # fmt: skip
 """For each function that draws, what describes a call of it."""
