@@ -65,8 +65,13 @@ def run_tests(library: Path) -> int:
     row.restype = None
     built.masked_row = row
     native.library, _short._row = built, row
-    chosen = "native or reference or threads or half or philox or part_of or short or in_place or kernels_take or stratified"
-    tests = [str(ROOT / "tests" / name) for name in ("test_kernels.py", "test_operators.py", "test_bernoulli.py", "test_mc_masks.py")]
+    chosen = (
+        "native or reference or threads or half or philox or part_of or short or in_place or kernels_take or stratified"
+    )
+    tests = [
+        str(ROOT / "tests" / name)
+        for name in ("test_kernels.py", "test_operators.py", "test_bernoulli.py", "test_mc_masks.py")
+    ]
     deselected = ["--deselect=tests/test_kernels.py::test_this_build_has_threads_and_says_its_width"]
     options = [
         "-q",

@@ -147,6 +147,7 @@ def test_model_on_entry_in_train_mode(name: str) -> None:
     assert all(module.training for module in model.modules())
 
 
+@pytest.mark.slow
 @every_model
 def test_every_source_makes_a_difference(name: str) -> None:
     model, inputs = built(name)
@@ -171,13 +172,15 @@ def test_strategies_agree(name: str) -> None:
         try:
             other = torchdrop.mc_predict(model, inputs, samples=6, seed=3, strategy=strategy, output=main, chunk=4)
         except RuntimeError as error:
-            assert "does not work here" in str(error)
+            if "does not work here" not in str(error):
+                raise
         else:
             assert apart(other.mean, expected.mean) < 1e-4
             worked.add(strategy)
     assert worked or name.startswith(("wav2vec2", "sew")), "these run with LayerDrop, one sample after another"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bert-sdpa", "bert-eager", "gpt2-sdpa", "gpt2-eager", "t5", "swin"])
 def test_spread_is_that_of_train_mode(name: str) -> None:
     """The variance of the outputs, over elements, as in 300 forwards in train mode: each rate is right."""
@@ -210,7 +213,9 @@ def test_spec_augment_stays_off() -> None:
     """It is on in train mode, where it takes numpy's random numbers."""
     model, inputs = wav2vec2().eval(), sound()
     path = "transformers.models.wav2vec2.modeling_wav2vec2._compute_mask_indices"
-    with mock.patch(path, wraps=getattr(transformers.models.wav2vec2.modeling_wav2vec2, path.split(".")[-1])) as augment:
+    with mock.patch(
+        path, wraps=getattr(transformers.models.wav2vec2.modeling_wav2vec2, path.split(".")[-1])
+    ) as augment:
         before = np.random.get_state()[1].copy()
         train_draws(model, inputs)
         assert augment.call_count == 1
@@ -224,7 +229,7 @@ def test_spec_augment_stays_off() -> None:
 
 def test_spec_augment_is_no_source() -> None:
     model, inputs = wav2vec2(layerdrop=0.0, **SILENT).eval(), sound()
-    with unchanged(model), pytest.raises(ValueError, match="nothing random is active in the model.* dropout"):
+    with unchanged(model), pytest.raises(ValueError, match=r"nothing random is active in the model.* dropout"):
         torchdrop.mc_predict(model, inputs, samples=4, seed=0)
     assert not train_draws(model, inputs)
 

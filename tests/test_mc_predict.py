@@ -325,6 +325,41 @@ class TestTolerance:
         assert latin.standard_error.max() <= 0.02
 
 
+class TestAgainstAllMasks:
+    """A network with six units that are dropped with probability 1/2: its 64 masks are equally likely."""
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("sampling", ["iid", "latin"])
+    @pytest.mark.parametrize("masks", ["independent", "shared"])
+    def test_every_statistic(self, sampling: str, masks: str) -> None:
+        torch.manual_seed(2)
+        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, 3), nn.Tanh()).double().eval()
+        x = torch.randn(5, 4, dtype=torch.float64)
+        every = torch.tensor(list(itertools.product([0.0, 2.0], repeat=6)), dtype=torch.float64)
+        outputs = model[4](model[3](model[1](model[0](x)) * every[:, None])).detach()
+        options: dict[str, Any] = {"samples": 4_000, "seed": 3, "sampling": sampling, "masks": masks}
+
+        plain = torchdrop.mc_predict(model, x, **options)
+        self.agree(plain, "mean", outputs.mean(0))
+        self.agree(plain, "variance", outputs.var(0, correction=0))
+        classes = torchdrop.mc_predict(model, x, task="classification", outputs="logits", **options)
+        p = outputs.softmax(-1)
+        entropy = torch.special.entr(p).sum(-1).mean(0)
+        self.agree(classes, "mean", p.mean(0))
+        self.agree(classes, "variance", p.var(0, correction=0))
+        self.agree(classes, "expected_entropy", entropy)
+        self.agree(classes, "predictive_entropy", torch.special.entr(p.mean(0)).sum(-1))
+        self.agree(classes, "mutual_information", torch.special.entr(p.mean(0)).sum(-1) - entropy)
+        votes = F.one_hot(p.argmax(-1), 3).double().mean(0)
+        self.agree(classes, "variation_ratio", 1 - votes.amax(-1))
+
+    def agree(self, result: Prediction, name: str, exact: Tensor) -> None:
+        """Within seven standard errors, which a right sampler leaves once in 10^11, and small beside the statistic."""
+        error = result.standard_errors[name]
+        assert ((getattr(result, name) - exact).abs() <= 7 * error + 1e-9).all(), name
+        assert error.mean() < 0.07 * exact.abs().mean() + 1e-9, name
+
+
 class TestTasks:
     def test_classification(self) -> None:
         result = predict(mlp().eval(), data(), task="classification", weight_scaling=True)
@@ -475,6 +510,19 @@ class TestBadInput:
     def test_model_on_another_device(self) -> None:
         with pytest.raises(ValueError, match=r"inputs are on cpu and the model is on meta: pass inputs.to"):
             predict(mlp().eval().to("meta"), data())
+
+    def test_sources_inside_a_chosen_module(self) -> None:
+        model = nn.Sequential(OrderedDict(body=mlp(), head=nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 2)))).eval()
+        found = {
+            patterns: [source.module for source in predict(model, data(), sources=patterns).report.active]  # type: ignore[attr-defined]
+            for patterns in ("head", "body", "*.2", ("head", "body.4"))
+        }
+        assert found == {
+            "head": ["head.0"],
+            "body": ["body.2", "body.4"],
+            "*.2": ["body.2"],
+            ("head", "body.4"): ["body.4", "head.0"],
+        }
 
     def test_no_source(self) -> None:
         with pytest.raises(ValueError, match=r"nothing random is active.*rate above 0"):

@@ -11,11 +11,9 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import itertools
-import random
 import re
-import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -27,64 +25,23 @@ from .inputs import Inputs
 from .masks import Pass, source_seed
 from .mode import Recorder, Server, Tracker
 from .report import Report
+from .state import flags, foreign_states, random_state, undisturbed
 
 _transformed = torch._C._are_functorch_transforms_active
 
 _BRANCHES = 7
 """How often a forward in train mode is repeated if it is random which layers it has."""
 
+_FOREIGN = (
+    "In train mode the model also draws from Python's or numpy's generator (SpecAugment, or a LayerDrop of that kind): "
+    "what these decide stays as it is in eval mode"
+)
+
 _AUGMENTS = re.compile(r"(?i)augment|mixup|cutmix|cutout|masking")
 
 
 def _has_statistics(module: nn.Module) -> bool:
     return hasattr(module, "running_mean") or hasattr(module, "num_batches_tracked")
-
-
-@contextmanager
-def flags(model: nn.Module, training: Callable[[nn.Module], bool]) -> Iterator[None]:
-    """Sets the training flag of each module, without a call of its `train`, and puts it back."""
-    before = [(module, module.training) for module in model.modules()]
-    try:
-        for module, was in before:
-            if training(module) != was:
-                module.__dict__["training"] = not was
-        yield
-    finally:
-        for module, was in before:
-            module.__dict__["training"] = was
-
-
-@contextmanager
-def random_state() -> Iterator[None]:
-    """Puts the states of Python's, numpy's and PyTorch's generators back."""
-    numpy = sys.modules.get("numpy")
-    python, others = random.getstate(), numpy.random.get_state() if numpy is not None else None
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        random.setstate(python)
-        if numpy is not None:
-            numpy.random.set_state(others)
-
-
-@contextmanager
-def undisturbed(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Puts back what a forward in train mode may change: the modules' own buffers, bit for bit, and attributes."""
-    plain = [(module, dict(module.__dict__), dict(module._buffers)) for module in modules]
-    buffers = [(buffer, buffer.clone()) for *_, own in plain for buffer in own.values() if buffer is not None]
-    try:
-        yield
-    finally:
-        for module, attributes, own in plain:
-            for now, before in ((module.__dict__, attributes), (module._buffers, own)):
-                now.clear()
-                now.update(before)
-        with torch.no_grad():
-            for buffer, copy in buffers:
-                if not torch.equal(buffer, copy):
-                    buffer.copy_(copy)
 
 
 def _same_structure(first: Any, second: Any) -> bool:
@@ -99,7 +56,7 @@ class Activation:
 
     Args:
         model: the model.
-        patterns: glob patterns of module names whose sources are active; None for all.
+        patterns: glob patterns of names of modules in which sources are active; None for all.
         dim: the dimension of the inputs that counts rows of data; None if they are one whole.
         begin: called at the start of each forward of the model or of a part of it, whose random state is then put back;
             None if the caller sees to both.
@@ -128,7 +85,11 @@ class Activation:
         return nullcontext() if self.server.entered else self.server
 
     def _chosen(self, name: str) -> bool:
-        return self._patterns is None or any(fnmatch.fnmatchcase(name, pattern) for pattern in self._patterns)
+        if self._patterns is None:
+            return True
+        parts = name.split(".")
+        around = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]  # the module itself and those it is a part of
+        return any(fnmatch.fnmatchcase(module, pattern) for module in around for pattern in self._patterns)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._surveying:
@@ -212,6 +173,7 @@ class Activation:
     def _train_forward(self, module: nn.Module, inputs: Inputs) -> Recorder | None:
         """What a forward in train mode draws. Layers with running statistics stay in eval mode."""
         recorder = Recorder(self._tracker, inputs.rows)
+        before = foreign_states()
         try:
             with flags(self.model, lambda m: not _has_statistics(m)), recorder, recorder.unseen:
                 inputs.call(module)
@@ -221,6 +183,8 @@ class Activation:
                 "compared with it"
             )
             return None
+        if before != foreign_states() and _FOREIGN not in self.report.notes:
+            self.report.notes.append(_FOREIGN)
         for source in recorder.sources:
             if source.site in self.server.sources:
                 continue
@@ -339,7 +303,8 @@ def mc_dropout(
         seed: of all masks; drawn from PyTorch's default generator if None.
         masks: "independent": each row of the inputs has its own mask. "shared": all rows have one, so that each call
             evaluates one function.
-        sources: glob patterns of the names of modules whose randomness is wanted; everything if None.
+        sources: glob patterns of the names of modules in which randomness is wanted ("head": all that is in it);
+            everything if None.
         batch_dim: the dimension of the inputs that counts rows; None if they are one whole.
 
     Yields:

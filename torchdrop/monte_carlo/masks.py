@@ -91,8 +91,16 @@ class Hypercube:
         a, b = a.to(position.device), b.to(position.device)
         value = (a * position.unsqueeze(-1) + b) % prime
         for _ in range(prime - self.size):  # a walk along its cycle leads back below T, after so many steps at most
-            value = torch.where(value >= self.size, (a * value + b) % prime, value)
+            outside = value >= self.size
+            if not (_transformed() or outside.any()):
+                break
+            value = torch.where(outside, (a * value + b) % prime, value)
         return (value << 32) // self.size
+
+    @property
+    def family(self) -> int:
+        """The number of permutations."""
+        return len(_family(self.size)[0])
 
 
 @functools.lru_cache(maxsize=16)
@@ -117,6 +125,7 @@ class Pass:
         shared: whether all rows have the mask of row 0.
         folded: whether the rows are there once for each sample, one sample after another.
         hypercube: what makes the samples of a unit a Latin hypercube; None if they are independent.
+        offsets: the strata of these samples, if they are known already.
     """
 
     def __init__(
@@ -129,13 +138,14 @@ class Pass:
         shared: bool = False,
         folded: bool = False,
         hypercube: Hypercube | None = None,
+        offsets: Tensor | None = None,
     ) -> None:
         self.seed, self.rows, self.shared, self.folded, self.hypercube = seed, rows, shared, folded, hypercube
         self.samples = samples
         self.copies = samples.numel() if folded else 1
         self._row_numbers = torch.arange(first_row, first_row + (rows or 0), device=samples.device)
         self._streams: dict[bool, Tensor] = {}
-        self._offsets: Tensor | None = None
+        self._offsets = offsets
 
     def key(self, seed: int, own: bool) -> Tensor:
         """(..., 2): for each sample if they are folded, and for each row if the rows have their own masks."""

@@ -18,10 +18,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..layers import _rate
+from .draw import Draw, Site
 from .masks import Layout, Pass, Slot, UnvectorisableError, find_layout, source_seed
 from .prefix import Prefix
 from .report import UNCHECKED, Seen, Source
-from .sources import DESCRIBE, OPENED, Draw, Site, describe_other
+from .sources import DESCRIBE, OPENED, describe_other
 
 _transformed = torch._C._are_functorch_transforms_active
 
@@ -70,13 +71,13 @@ class Tracker:
         later = _trackers.all[_trackers.all.index(self) + 1 :]
         return any(id(module) in tracker.names for tracker in later)
 
-    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
         if self._overruled(module):
             return
         if not self._stack:
             _refuse_backward()
             self.restart()
-            self._begin(module, args, kwargs)
+            self._begin(module, args, kwargs or {})
         self._stack.append(module)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:

@@ -3,83 +3,28 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .activate import ADVICE, Activation, check_masks, check_model, check_seed, check_sources, new_seed, random_state
+from .activate import ADVICE, Activation, check_masks, check_model, check_seed, check_sources, new_seed
+from .effort import ROUND, Effort
 from .inputs import Inputs, batches, picker
+from .masks import Hypercube
 from .prediction import Prediction, optional, predict_from
 from .prefix import Prefix
 from .sample import STRATEGIES, Outputs, Sampler
+from .state import random_state
 from .statistics import Collector, Mean, Task
 from .tasks import read_task
 
 GROUPS = 10
 """Groups of samples, from whose spread standard errors are taken."""
 
-ROUND = 20
-"""Samples between two looks at the tolerance, and in a Latin hypercube where a tolerance may stop early."""
-
 _FEW = 0.2
 """With less than this share of the calls before the first random one, there is nothing to run once."""
-
-
-@dataclass(frozen=True)
-class _Effort:
-    """How many samples, in which order, and on how many processes."""
-
-    samples: int
-    tolerance: float | None
-    latin: bool
-    group: Any
-
-    @property
-    def hypercube(self) -> int | None:
-        if not self.latin:
-            return None
-        return self.samples if self.tolerance is None else ROUND
-
-    @property
-    def rounds(self) -> bool:
-        """Whether the samples come in several hypercubes."""
-        return self.latin and self.tolerance is not None
-
-    @property
-    def processes(self) -> int:
-        return 1 if self.group is None else torch.distributed.get_world_size(self.group)
-
-    @property
-    def rank(self) -> int:
-        return 0 if self.group is None else torch.distributed.get_rank(self.group)
-
-    def steps(self) -> Iterator[range]:
-        """What is run between two looks at the tolerance."""
-        size = self.samples if self.tolerance is None else ROUND * (self.processes if self.rounds else 1)
-        for first in range(0, self.samples, size):
-            yield range(first, min(first + size, self.samples))
-
-    def group_of(self, groups: int) -> Callable[[int], int]:
-        return (lambda sample: sample // ROUND % groups) if self.rounds else (lambda sample: sample % groups)
-
-    def mine(self, step: range, groups: int) -> list[int]:
-        """This process's share: whole groups."""
-        of = self.group_of(groups)
-        return [sample for sample in step if of(sample) % self.processes == self.rank]
-
-    def chunks(self, samples: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-        """Chunks within one hypercube each."""
-        cube = self.hypercube or self.samples
-        start = 0
-        while start < len(samples):
-            end = start
-            while end < len(samples) and end - start < size and samples[end] // cube == samples[start] // cube:
-                end += 1
-            yield samples[start:end]
-            start = end
 
 
 def mc_predict(
@@ -132,7 +77,8 @@ def mc_predict(
             keep probability k is kept T k times. Each mask keeps its distribution; the mean's variance falls.
         tolerance: stop when no standard error of the mean exceeds this. Looked at every 20 samples, which then make up
             a hypercube under "latin".
-        sources: glob patterns of names of modules whose randomness is wanted; everything if None.
+        sources: glob patterns of names of modules in which randomness is wanted ("head": all that is in it); everything
+            if None.
         strategy: "vectorised", "repeated" or "loop" (see `sample`), or "auto" for the first that works.
         chunk: how many samples are run at a time; what fits into `memory` if None.
         memory: bound, in bytes, for what the samples of a chunk hold at once, estimated from two rows. Default: 32 MiB
@@ -173,7 +119,7 @@ def mc_predict(
         (torch.Size([5, 3]), torch.Size([5]), 50)
     """
     check_model(model)
-    effort = _Effort(_positive("samples", samples), _tolerance(tolerance), _sampling(sampling) == "latin", group)
+    effort = Effort(_positive("samples", samples), _tolerance(tolerance), _sampling(sampling) == "latin", group)
     if strategy not in ("auto", *STRATEGIES):
         raise ValueError(f"strategy must be 'auto', {', '.join(map(repr, STRATEGIES))}, got {strategy!r}")
     kind = read_task(task, outputs=outputs, tau=tau, noise=noise)
@@ -220,7 +166,7 @@ class _Job:
         self,
         activation: Activation,
         sampler: Sampler,
-        effort: _Effort,
+        effort: Effort,
         strategy: str,
         chunk: int | None,
         memory: int | None,
@@ -311,7 +257,11 @@ class _Job:
         memory = self._memory or (2**25 if inputs.device.type == "cpu" else 2**30)
         if self._strategy == "loop":
             return 1
-        return max(1, min(memory // ((self._row_bytes or 1) * (inputs.rows or 1)), self._effort.samples))
+        held = (self._row_bytes or 1) * (inputs.rows or 1)
+        cube = self._effort.hypercube
+        if cube is not None:
+            held += 8 * Hypercube(cube).family
+        return max(1, min(memory // held, self._effort.samples))
 
     def _groups(self, inputs: Inputs) -> int:
         return max(GROUPS, self._effort.processes)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from .draw import Site
 from .masks import Layout
-from .sources import Site
 
 DRAWN = "drawn in a train-mode forward"
 UNCHECKED = "called in Monte Carlo mode; no train-mode forward to compare with"

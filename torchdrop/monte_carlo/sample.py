@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from .activate import Activation, flags
+from .activate import Activation
 from .inputs import Inputs
 from .masks import Hypercube, Pass, find_layout
 from .prefix import Prefix
+from .state import flags
 
 Outputs = tuple[Tensor, ...]
 
@@ -52,13 +53,32 @@ class Sampler:
         self._reference: Outputs = ()
         self._row_dims: tuple[int | None, ...] = ()
 
-    def _begin(self, samples: Tensor, first: int, inputs: Inputs, first_row: int, folded: bool = False) -> None:
-        cube = None if self._hypercube is None else Hypercube(self._hypercube, first // self._hypercube)
+    def _begin(
+        self,
+        samples: Tensor,
+        first: int,
+        inputs: Inputs,
+        first_row: int,
+        *,
+        folded: bool = False,
+        offsets: Tensor | None = None,
+    ) -> None:
         self._activation.server.begin(
             Pass(
-                self.seed, samples, inputs.rows, first_row=first_row, shared=self._shared, folded=folded, hypercube=cube
+                self.seed,
+                samples,
+                inputs.rows,
+                first_row=first_row,
+                shared=self._shared,
+                folded=folded,
+                hypercube=self._cube(first),
+                offsets=offsets,
             )
-        )  # fmt: skip
+        )
+
+    def _cube(self, first: int) -> Hypercube | None:
+        """The hypercube that this sample belongs to."""
+        return None if self._hypercube is None else Hypercube(self._hypercube, first // self._hypercube)
 
     def _call(self, inputs: Inputs) -> Outputs:
         return self._pick((inputs.copy() if self.writes else inputs).call(self._activation.model))
@@ -85,11 +105,15 @@ class Sampler:
         return tuple(torch.stack(parts) for parts in zip(*outputs, strict=True))
 
     def _vectorised(self, inputs: Inputs, samples: Sequence[int], first_row: int) -> Outputs:
-        def one(sample: Tensor) -> Outputs:
-            self._begin(sample, samples[0], inputs, first_row)
+        numbers, cube = torch.tensor(samples, device=inputs.device), self._cube(samples[0])
+        offsets = None if cube is None else cube.offsets(numbers % cube.size)
+
+        def one(sample: Tensor, offsets: Tensor | None) -> Outputs:
+            self._begin(sample, samples[0], inputs, first_row, offsets=offsets)
             return self._call(inputs)
 
-        return torch.func.vmap(one, randomness="different")(torch.tensor(samples, device=inputs.device))
+        in_dims = (0, None if offsets is None else 0)
+        return torch.func.vmap(one, in_dims=in_dims, randomness="different")(numbers, offsets)
 
     def _repeated(self, inputs: Inputs, samples: Sequence[int], first_row: int) -> Outputs:
         if inputs.rows is None or None in self._row_dims:

@@ -11,8 +11,7 @@ import functools
 import math
 import types
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,56 +19,15 @@ from torch import Tensor
 
 from .. import functional
 from ..kernels import operators
-from ..kernels.law import ONE, Law, law, threshold
+from ..kernels.law import ONE, Law, law
 from ..layers import _rate
+from . import tensors
+from .draw import Draw, Mode
 from .masks import Slot, written
-
-
-class Site(NamedTuple):
-    """A call in the model: the module that makes it, what it is, and its number among such calls in one forward."""
-
-    module: str
-    kind: str
-    number: int
-
-
-@dataclass
-class Draw:
-    """One call of a random function.
-
-    Args:
-        kind: the word for it in reports.
-        rate: the probability of dropping, or None where there is none.
-        on: whether the call as made draws anything.
-        shape: of the tensor that is dropped from or drawn; None if only the result tells.
-        mask: the shape of its mask, if it is another.
-        original: makes the call as it stands.
-        plain: makes it without randomness.
-        served: makes it with masks from a slot, at a rate; None where that is impossible.
-        flagged: whether the module's own code decides from its training flag if this is called or used.
-        draws: how many random draws it stands for.
-        loose: why its draws depend on the batch, if they do.
-    """
-
-    kind: str
-    rate: float | None
-    on: bool
-    shape: Sequence[int] | None
-    original: Callable[[], Any]
-    plain: Callable[[], Any]
-    served: Callable[[Any, float], Any] | None
-    mask: Sequence[int] | None = None
-    flagged: bool = False
-    draws: int = 1
-    loose: str = ""
 
 
 def _is_on(training: bool, p: Any) -> bool:
     return bool(training) and (isinstance(p, Tensor) or p > 0)
-
-
-Mode = Any
-"""The function mode that asks; `inside(slot)` makes torchdrop's next layer take its mask from a slot."""
 
 
 def _dropout(kind: str, twin: Callable[..., Tensor], inplace: bool = False) -> Callable[..., Draw]:
@@ -224,82 +182,6 @@ def _recurrent(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Draw:
     )
 
 
-def _raw(
-    kind: str, make: Callable[..., Tensor], values: Callable[..., Tensor], inplace: bool = False
-) -> Callable[..., Draw]:
-    """Random tensors. `make` gives an empty one for the same arguments, `values` what is drawn into it."""
-
-    def describe(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Draw:
-        def original() -> Any:
-            return func(*args, **kwargs)
-
-        sized = {name: value for name, value in kwargs.items() if name != "generator"}
-        target = args[0] if inplace else make(*args, **sized)
-        parameters = args[1:] if inplace else args
-        named = {name: value for name, value in sized.items() if name in ("p", "from", "to", "mean", "std", "lambd")}
-
-        def served(slot: Slot, _: float) -> Tensor:
-            drawn = values(slot, target, *parameters, **named)
-            return written(target, drawn) if inplace else drawn
-
-        return Draw(
-            kind, _rate_of(kind, parameters, named), True, target.shape, original, original, served, flagged=True
-        )
-
-    return describe
-
-
-def _rate_of(kind: str, parameters: Sequence[Any], named: dict[str, Any]) -> float | None:
-    p = named.get("p", parameters[0] if parameters else None)
-    return 1.0 - p if kind == "bernoulli" and isinstance(p, float | int) else None
-
-
-def _bernoulli_values(slot: Slot, target: Tensor, p: Any = 0.5) -> Tensor:
-    words = slot.words(target.shape)
-    below = (p.to(torch.float64) * ONE).round().to(torch.int64) if isinstance(p, Tensor) else threshold(float(p))
-    return (words < below).to(target.dtype)
-
-
-def _uniform_values(slot: Slot, target: Tensor, *limits: Any, **named: Any) -> Tensor:
-    low = limits[0] if limits else named.get("from", 0.0)
-    high = limits[1] if len(limits) > 1 else named.get("to", 1.0)
-    return slot.uniform(target.shape, target.dtype) * (high - low) + low
-
-
-def _unit_values(slot: Slot, target: Tensor, *_: Any, **__: Any) -> Tensor:
-    return slot.uniform(target.shape, target.dtype)
-
-
-def _normal_values(slot: Slot, target: Tensor, mean: Any = 0.0, std: Any = 1.0) -> Tensor:
-    return slot.normal(target.shape, target.dtype) * std + mean
-
-
-def _normal_target(mean: Any, std: Any = 1.0, size: Sequence[int] | None = None, **kwargs: Any) -> Tensor:
-    if size is not None:
-        return torch.empty(size, **kwargs)
-    return torch.empty_like(torch.add(mean, std))
-
-
-def _parted_values(slot: Slot, target: Tensor, mean: Any, std: Any = 1.0, *_: Any, **__: Any) -> Tensor:
-    return _normal_values(slot, target, mean, std)
-
-
-def _standard_values(slot: Slot, target: Tensor, *_: Any, **__: Any) -> Tensor:
-    return slot.normal(target.shape, target.dtype)
-
-
-def _exponential_values(slot: Slot, target: Tensor, lambd: float = 1.0) -> Tensor:
-    return -torch.log1p(-slot.uniform(target.shape, target.dtype)) / lambd
-
-
-def _from_probabilities(slot: Slot, target: Tensor, input: Tensor, p: Any = None, **_: Any) -> Tensor:
-    return _bernoulli_values(slot, target, input if p is None else p)
-
-
-def _like(input: Tensor, *_: Any, **kwargs: Any) -> Tensor:
-    return torch.empty_like(input, **{name: value for name, value in kwargs.items() if name != "p"})
-
-
 def _rrelu(
     mode: Mode,
     func: Any,
@@ -365,17 +247,17 @@ DESCRIBE: dict[Any, Callable[..., Draw]] = {
     F.rrelu: _rrelu,
     torch.rrelu: _rrelu,
     torch.rrelu_: functools.partial(_rrelu, inplace=True),
-    torch.bernoulli: _raw("bernoulli", _like, _from_probabilities),
-    _T.bernoulli: _raw("bernoulli", _like, _from_probabilities),
-    _T.bernoulli_: _raw("bernoulli", _like, _bernoulli_values, inplace=True),
-    torch.rand: _raw("uniform", torch.empty, _unit_values),
-    torch.rand_like: _raw("uniform", _like, _unit_values),
-    _T.uniform_: _raw("uniform", _like, _uniform_values, inplace=True),
-    torch.randn: _raw("normal", torch.empty, _standard_values),
-    torch.randn_like: _raw("normal", _like, _standard_values),
-    torch.normal: _raw("normal", _normal_target, _parted_values),
-    _T.normal_: _raw("normal", _like, _normal_values, inplace=True),
-    _T.exponential_: _raw("exponential", _like, _exponential_values, inplace=True),
+    torch.bernoulli: tensors.random_tensor("bernoulli", tensors.empty_like, tensors.from_probabilities),
+    _T.bernoulli: tensors.random_tensor("bernoulli", tensors.empty_like, tensors.from_probabilities),
+    _T.bernoulli_: tensors.random_tensor("bernoulli", tensors.empty_like, tensors.bernoulli_values, inplace=True),
+    torch.rand: tensors.random_tensor("uniform", torch.empty, tensors.unit_values),
+    torch.rand_like: tensors.random_tensor("uniform", tensors.empty_like, tensors.unit_values),
+    _T.uniform_: tensors.random_tensor("uniform", tensors.empty_like, tensors.uniform_values, inplace=True),
+    torch.randn: tensors.random_tensor("normal", torch.empty, tensors.standard_values),
+    torch.randn_like: tensors.random_tensor("normal", tensors.empty_like, tensors.standard_values),
+    torch.normal: tensors.random_tensor("normal", tensors.normal_target, tensors.parted_values),
+    _T.normal_: tensors.random_tensor("normal", tensors.empty_like, tensors.normal_values, inplace=True),
+    _T.exponential_: tensors.random_tensor("exponential", tensors.empty_like, tensors.exponential_values, inplace=True),
     **dict.fromkeys(
         (
             torch.native_dropout, torch.randint, torch.randint_like, torch.randperm, torch.multinomial,

@@ -1,0 +1,73 @@
+"""Putting back: training flags, random states, buffers and attributes."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def flags(model: nn.Module, training: Callable[[nn.Module], bool]) -> Iterator[None]:
+    """Sets the training flag of each module, without a call of its `train`, and puts it back."""
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        for module, was in before:
+            if training(module) != was:
+                module.__dict__["training"] = not was
+        yield
+    finally:
+        for module, was in before:
+            module.__dict__["training"] = was
+
+
+@contextmanager
+def random_state() -> Iterator[None]:
+    """Puts the states of Python's, numpy's and PyTorch's generators back."""
+    numpy = sys.modules.get("numpy")
+    python, others = random.getstate(), numpy.random.get_state() if numpy is not None else None
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        if numpy is not None:
+            numpy.random.set_state(others)
+
+
+def foreign_states() -> list[str]:
+    """Of Python's and numpy's generators, for comparison."""
+    numpy = sys.modules.get("numpy")
+    return [repr(state()) for state in (random.getstate, *([numpy.random.get_state] if numpy is not None else []))]
+
+
+@contextmanager
+def undisturbed(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Puts back what a forward in train mode may change: the modules' own buffers, bit for bit, and attributes."""
+    plain = [(module, dict(module.__dict__), dict(module._buffers)) for module in modules]
+    filled = [
+        (value, value.copy())
+        for _, attributes, _ in plain
+        for name, value in attributes.items()
+        if type(value) in (list, dict, set) and not name.startswith("_")
+    ]
+    buffers = [(buffer, buffer.clone()) for *_, own in plain for buffer in own.values() if buffer is not None]
+    try:
+        yield
+    finally:
+        for module, attributes, own in plain:
+            for now, before in ((module.__dict__, attributes), (module._buffers, own)):
+                now.clear()
+                now.update(before)
+        for value, content in filled:
+            value.clear()
+            (value.extend if isinstance(value, list) else value.update)(content)
+        with torch.no_grad():
+            for buffer, copy in buffers:
+                if not torch.equal(buffer, copy):
+                    buffer.copy_(copy)

@@ -1,0 +1,92 @@
+"""Random tensors: torch.rand, torch.bernoulli and their kin, served with numbers of ours.
+
+Other packages' DropPath, StochasticDepth, DropBlock and LayerDrop are made of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.law import ONE, threshold
+from .draw import Draw, Mode
+from .masks import Slot, written
+
+
+def random_tensor(
+    kind: str, make: Callable[..., Tensor], values: Callable[..., Tensor], inplace: bool = False
+) -> Callable[..., Draw]:
+    """Random tensors. `make` gives an empty one for the same arguments, `values` what is drawn into it."""
+
+    def describe(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Draw:
+        def original() -> Any:
+            return func(*args, **kwargs)
+
+        sized = {name: value for name, value in kwargs.items() if name != "generator"}
+        target = args[0] if inplace else make(*args, **sized)
+        parameters = args[1:] if inplace else args
+        named = {name: value for name, value in sized.items() if name in ("p", "from", "to", "mean", "std", "lambd")}
+
+        def served(slot: Slot, _: float) -> Tensor:
+            drawn = values(slot, target, *parameters, **named)
+            return written(target, drawn) if inplace else drawn
+
+        return Draw(
+            kind, _rate_of(kind, parameters, named), True, target.shape, original, original, served, flagged=True
+        )
+
+    return describe
+
+
+def _rate_of(kind: str, parameters: Sequence[Any], named: dict[str, Any]) -> float | None:
+    p = named.get("p", parameters[0] if parameters else None)
+    return 1.0 - p if kind == "bernoulli" and isinstance(p, float | int) else None
+
+
+def bernoulli_values(slot: Slot, target: Tensor, p: Any = 0.5) -> Tensor:
+    words = slot.words(target.shape)
+    below = (p.to(torch.float64) * ONE).round().to(torch.int64) if isinstance(p, Tensor) else threshold(float(p))
+    return (words < below).to(target.dtype)
+
+
+def uniform_values(slot: Slot, target: Tensor, *limits: Any, **named: Any) -> Tensor:
+    low = limits[0] if limits else named.get("from", 0.0)
+    high = limits[1] if len(limits) > 1 else named.get("to", 1.0)
+    return slot.uniform(target.shape, target.dtype) * (high - low) + low
+
+
+def unit_values(slot: Slot, target: Tensor, *_: Any, **__: Any) -> Tensor:
+    return slot.uniform(target.shape, target.dtype)
+
+
+def normal_values(slot: Slot, target: Tensor, mean: Any = 0.0, std: Any = 1.0) -> Tensor:
+    return slot.normal(target.shape, target.dtype) * std + mean
+
+
+def normal_target(mean: Any, std: Any = 1.0, size: Sequence[int] | None = None, **kwargs: Any) -> Tensor:
+    if size is not None:
+        return torch.empty(size, **kwargs)
+    return torch.empty_like(torch.add(mean, std))
+
+
+def parted_values(slot: Slot, target: Tensor, mean: Any, std: Any = 1.0, *_: Any, **__: Any) -> Tensor:
+    return normal_values(slot, target, mean, std)
+
+
+def standard_values(slot: Slot, target: Tensor, *_: Any, **__: Any) -> Tensor:
+    return slot.normal(target.shape, target.dtype)
+
+
+def exponential_values(slot: Slot, target: Tensor, lambd: float = 1.0) -> Tensor:
+    return -torch.log1p(-slot.uniform(target.shape, target.dtype)) / lambd
+
+
+def from_probabilities(slot: Slot, target: Tensor, input: Tensor, p: Any = None, **_: Any) -> Tensor:
+    return bernoulli_values(slot, target, input if p is None else p)
+
+
+def empty_like(input: Tensor, *_: Any, **kwargs: Any) -> Tensor:
+    return torch.empty_like(input, **{name: value for name, value in kwargs.items() if name != "p"})
