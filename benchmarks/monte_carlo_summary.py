@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,8 +53,9 @@ def _latin_row(found: Result) -> Row:
     wrong = [entry["fault"] for entry in picked if entry["fault"]]
     if not picked or wrong:
         return _row(case, required, wrong[0] if wrong else found["fault"], False if wrong else None)
-    measured = ", ".join(f"{entry['ratio']:.2f} ± {entry['standard_error']:.2f}" for entry in picked)
-    return _row(case, required, measured, all(entry["ratio"] >= _LATIN for entry in picked))
+    mean = statistics.fmean(entry["ratio"] for entry in picked)
+    each = ", ".join(f"{entry['ratio']:.2f} ± {entry['standard_error']:.2f}" for entry in picked)
+    return _row(case, required, f"{mean:.2f}, the mean of {len(picked)} networks ({each})", mean >= _LATIN)
 
 
 def _peer_row(name: str, report: Result) -> Row:

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -26,17 +28,25 @@ def test_examples_run() -> None:
     assert "Dropout(p=0.1, inplace=False)" in done.stdout
 
 
-def test_the_speed_table_is_the_committed_runs() -> None:
-    results = ROOT / "benchmarks" / "results" / "dropout-cpu.json"
+@pytest.mark.parametrize(
+    ("table", "result", "program"),
+    [
+        ("speed", "dropout-cpu.json", "bench_dropout.py"),
+        ("monte carlo", "monte-carlo-cpu.json", "bench_monte_carlo.py"),
+    ],
+)
+def test_tables_are_the_committed_runs(table: str, result: str, program: str) -> None:
+    results = ROOT / "benchmarks" / "results" / result
     rendered = subprocess.run(
-        [sys.executable, "benchmarks/bench_dropout.py", "--render", str(results)],
+        [sys.executable, f"benchmarks/{program}", "--render", str(results)],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,
     ).stdout
-    shown = README.partition("<!-- speed -->")[2].partition("<!-- end of speed -->")[0]
+    shown = README.partition(f"<!-- {table} -->")[2].partition(f"<!-- end of {table} -->")[0]
     assert shown.strip() == rendered.partition("\n###")[0].strip()
+    assert "| verdict |" in shown
     assert json.loads(results.read_text(encoding="utf-8"))["machine"]["commit"]
 
 

@@ -8,7 +8,7 @@ one group at a time gives the Monte Carlo standard error of any statistic.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -291,8 +291,7 @@ class Collector:
         moves: dict[str, list[Tensor]] = {name: [] for name in statistics}
         jackknifed = {name: one for name, one in statistics.items() if not isinstance(one, Mean)}
         if jackknifed and len(groups) > 1:
-            for group, h in zip(groups, inverse_shares, strict=True):
-                without = self.leave_one_out(group)
+            for without, h in zip(self._without_each(groups), inverse_shares, strict=True):
                 for name, statistic in jackknifed.items():
                     moves[name].append((h - 1) * (whole[name] - statistic(without)))
         errors = {}
@@ -349,6 +348,18 @@ class Collector:
             for samples, kept in state["kept"]
         ]
 
+    def _without_each(self, groups: Sequence[int]) -> Iterator[dict[str, Moments]]:
+        """`leave_one_out` of each group in turn, by merging what comes before it with what comes after."""
+        after = [self._merged(groups[-1:])]
+        for group in reversed(groups[1:-1]):
+            after.append(_joined(self._moments[group], after[-1]))
+        yield after.pop()
+        before = self._moments[groups[0]]
+        for group in groups[1:-1]:
+            yield _joined(before, after.pop())
+            before = _joined(before, self._moments[group])
+        yield before
+
     def _size(self, group: int) -> int:
         return next(iter(self._moments[group].values())).count
 
@@ -357,6 +368,10 @@ class Collector:
             raise ValueError("there are no samples yet")
         several = [self._moments[group] for group in groups]
         return {name: Moments.merged(moments[name] for moments in several) for name in several[0]}
+
+
+def _joined(one: Mapping[str, Moments], other: Mapping[str, Moments]) -> dict[str, Moments]:
+    return {name: Moments.merged((moments, other[name])) for name, moments in one.items()}
 
 
 def _spread(moves: Sequence[Tensor], inverse_shares: Sequence[float]) -> Tensor:
