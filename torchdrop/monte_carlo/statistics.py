@@ -251,10 +251,6 @@ class Collector:
         """The moments of every observable over all samples."""
         return self._merged(sorted(self._moments))
 
-    def leave_one_out(self, group: int) -> dict[str, Moments]:
-        """The moments over all samples but those of one group."""
-        return self._merged([other for other in sorted(self._moments) if other != group])
-
     def samples(self, observable: str) -> Tensor | None:
         """All samples (T, B, ...) of an observable in the order of their indices; None where they are not kept."""
         if not self._kept:
@@ -291,7 +287,7 @@ class Collector:
         moves: dict[str, list[Tensor]] = {name: [] for name in statistics}
         jackknifed = {name: one for name, one in statistics.items() if not isinstance(one, Mean)}
         if jackknifed and len(groups) > 1:
-            for without, h in zip(self._without_each(groups), inverse_shares, strict=True):
+            for without, h in zip(self.leave_one_out(), inverse_shares, strict=True):
                 for name, statistic in jackknifed.items():
                     moves[name].append((h - 1) * (whole[name] - statistic(without)))
         errors = {}
@@ -348,8 +344,9 @@ class Collector:
             for samples, kept in state["kept"]
         ]
 
-    def _without_each(self, groups: Sequence[int]) -> Iterator[dict[str, Moments]]:
-        """`leave_one_out` of each group in turn, by merging what comes before it with what comes after."""
+    def leave_one_out(self) -> Iterator[dict[str, Moments]]:
+        """For each group in turn, the moments over all samples but its own: of two groups or more."""
+        groups = sorted(self._moments)
         after = [self._merged(groups[-1:])]
         for group in reversed(groups[1:-1]):
             after.append(_joined(self._moments[group], after[-1]))
