@@ -480,7 +480,8 @@ class TestBadInput:
             ({"strategy": "fast"}, ValueError, "strategy must be 'auto', 'vectorised', 'repeated', 'loop', got 'fast'"),
             ({"chunk": 0}, ValueError, "chunk must be at least 1, got 0"),
             ({"seed": "a"}, TypeError, "seed must be an integer, got str"),
-            ({"sources": "3x"}, ValueError, "'3x' matches none; near misses: 3"),
+            ({"sources": "3x"}, ValueError, "'3x' matches none: near misses: 3"),
+            ({"sources": "dropout*"}, ValueError, "matches none: there are 0, 1, 2, 3, 4, 5"),
             ({"sources": "0"}, ValueError, "(?s)nothing random is active.*not chosen by the patterns"),
             ({"task": "ranking"}, ValueError, "task must be"),
             ({"task": "classification", "output": lambda y: y[:, :1]}, ValueError, "one column"),
@@ -496,6 +497,7 @@ class TestBadInput:
         ("inputs", "error", "message"),
         [
             ([torch.ones(3, 6)], TypeError, "got list"),
+            (torch.ones(3, 6).numpy(), TypeError, "inputs must be a tensor, .* got ndarray"),
             (3, TypeError, "inputs must be a tensor, .* got int"),
             (iter([]), ValueError, "at least one batch, got none"),
             (torch.ones(0, 6), ValueError, "at least one row, got none"),

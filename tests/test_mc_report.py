@@ -43,7 +43,7 @@ class TestSources:
     def test_dead_patterns(self) -> None:
         model = nn.ModuleDict({"encoder": network(), "head": nn.Dropout(0.5)})
         for predict in (lambda m, **o: passes(m, data(), **o), lambda m, **o: torchdrop.mc_predict(m, data(), **o)):
-            with pytest.raises(ValueError, match=r"'haed' matches none; near misses: head"):
+            with pytest.raises(ValueError, match=r"'haed' matches none: near misses: head"):
                 predict(model, sources=["encoder*", "haed"])
 
     def test_part_that_is_called(self) -> None:

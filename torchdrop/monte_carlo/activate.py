@@ -272,8 +272,12 @@ def check_sources(model: nn.Module, sources: str | Sequence[str] | None) -> Sequ
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             near = difflib.get_close_matches(pattern, names, 3, 0.4)
-            hint = f"; near misses: {', '.join(near)}" if near else ""
-            raise ValueError(f"sources must name modules of the model, but {pattern!r} matches none{hint}")
+            hint = (
+                f"near misses: {', '.join(near)}"
+                if near
+                else f"there are {', '.join(names[1:9])}{', ...' if len(names) > 9 else ''}"
+            )
+            raise ValueError(f"sources must name modules of the model, but {pattern!r} matches none: {hint}")
     return patterns
 
 

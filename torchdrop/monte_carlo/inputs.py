@@ -94,7 +94,7 @@ def batches(inputs: Any, select: Callable[[Any], Any] | None, dim: int | None, m
             )
         yield one
         return
-    if isinstance(inputs, list) or not isinstance(inputs, Iterable):
+    if isinstance(inputs, list | str) or hasattr(inputs, "__array__") or not isinstance(inputs, Iterable):
         raise TypeError(
             "inputs must be a tensor, a tuple of positional arguments, a mapping of named ones, or an iterable of "
             f"batches such as a DataLoader, got {type(inputs).__name__}"
