@@ -144,6 +144,9 @@ class TestOneResult:
         one, other = (predict(mlp().eval(), data(), strategy=strategy, chunk=size) for size in (None, chunk))
         assert close(one, other)
         assert other.report.chunk == chunk  # type: ignore[attr-defined]
+        masks = [predict(MaskOnly(), data(), strategy=strategy, chunk=size).samples for size in (None, chunk)]
+        assert masks[0] is not None
+        assert torch.equal(*masks)  # type: ignore[arg-type]
 
     def test_more_samples_begin_with_the_same(self) -> None:
         few, many = predict(mlp().eval(), data(), 4), predict(mlp().eval(), data(), 20)

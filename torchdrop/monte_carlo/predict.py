@@ -189,7 +189,7 @@ class _Job:
         server.prefix = None if self._strategy == "repeated" or self._sampler.writes else Prefix()
         size = self._chunk or self._fitting(inputs)
         self._activation.report.chunk = size
-        groups = self._groups(inputs)
+        groups = max(GROUPS, effort.processes)
         collector = total = self._collector(task, groups)
         done = False
         for step in effort.steps():
@@ -262,9 +262,6 @@ class _Job:
         if cube is not None:
             held += 8 * Hypercube(cube).family
         return max(1, min(memory // held, self._effort.samples))
-
-    def _groups(self, inputs: Inputs) -> int:
-        return max(GROUPS, self._effort.processes)
 
     def _collector(self, task: Task, groups: int) -> Collector:
         return Collector(
