@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from torchdrop._extras import optional
 from torchdrop.monte_carlo.gal import (
     predictive_log_likelihood,
     predictive_quantile,
@@ -22,7 +23,6 @@ from torchdrop.monte_carlo.prediction import (
     Prediction,
     RegressionPrediction,
     normal_quantile,
-    optional,
     predict_from,
 )
 from torchdrop.monte_carlo.statistics import Collector

@@ -28,17 +28,22 @@ PACKAGE = ROOT / "torchdrop"
 
 RANKS = {
     "_version": 0,
+    "_extras": 0,
     "kernels": 0,
+    "rules": 0,
     "schedules": 0,
     "random": 1,
     "layers": 2,
     "functional": 3,
-    "configure": 3,
-    "scheduler": 3,
     "monte_carlo": 3,
-    "": 4,
-    "demo": 5,
-    "__main__": 5,
+    "configure": 4,
+    "scheduler": 5,
+    "aids": 5,
+    "tune": 5,
+    "": 6,
+    "integrations": 7,
+    "demo": 7,
+    "__main__": 7,
 }
 """A part imports parts of its own rank or lower. The empty name is ``import torchdrop`` itself."""
 
@@ -101,7 +106,9 @@ class TestImports:
         for name in imports(path):
             part = part_of(name)
             assert part is None or RANKS[part] <= RANKS[own], f"{path.relative_to(ROOT)} imports {name}"
-            assert own != "schedules" or name.split(".")[0] not in ("torch", "torchdrop"), f"schedules imports {name}"
+            assert own not in ("schedules", "rules") or name.split(".")[0] not in ("torch", "torchdrop"), (
+                f"{own} imports {name}"
+            )
 
     @pytest.mark.slow
     def test_importing_the_package_loads_nothing_for_demonstrations(self, tmp_path: Path) -> None:

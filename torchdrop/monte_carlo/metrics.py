@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._extras import optional
 from .gal import check_targets
-from .prediction import ClassificationPrediction, optional
+from .prediction import ClassificationPrediction
 from .tasks import normalised
 
 BINS = 15

@@ -11,26 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._extras import BLUE, VERMILION, axes_or_new
 from .metrics import BINS, Classes, calibration_error, flat, risk_coverage_area, risk_coverage_curve
-from .prediction import Prediction, RegressionPrediction, normal_quantile, optional
+from .prediction import Prediction, RegressionPrediction, normal_quantile
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
-BLUE, ORANGE = "#0072B2", "#D55E00"
 INNER, OUTER = "#8DBFE0", "#D6EAF6"
-
-
-def axes_or_new(ax: Any) -> Any:
-    """The Axes given, or those of a new Figure that no global state knows.
-
-    Example:
-        >>> axes_or_new(None).get_title()
-        ''
-    """
-    if ax is None:
-        ax = optional("matplotlib.figure").Figure(figsize=(5, 4), layout="constrained").subplots()
-    ax.grid(alpha=0.25)
-    ax.set_axisbelow(True)
-    return ax
 
 
 def reliability_diagram(prediction: Classes, targets: Tensor, *, bins: int = BINS, ax: Any = None) -> Any:
@@ -68,7 +53,7 @@ def reliability_diagram(prediction: Classes, targets: Tensor, *, bins: int = BIN
     ax.plot([0, 1], [0, 1], color="0.5", linestyle="--", linewidth=1, label="perfect calibration")
     ax.stairs(accuracy, edges.numpy(), fill=True, color=BLUE, alpha=0.5, label="accuracy")
     ax.plot(confidence, accuracy, "o", color="black", markersize=3.5, clip_on=False, label="mean of the bin")
-    ax.stairs((size / size.sum()).numpy(), edges.numpy(), color=ORANGE, label="share of predictions")
+    ax.stairs((size / size.sum()).numpy(), edges.numpy(), color=VERMILION, label="share of predictions")
     ax.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence (largest probability)", ylabel="accuracy, share")
     ax.set_title(f"expected calibration error {100 * error:.1f} %", fontsize=11)
     ax.legend(frameon=False, fontsize=8, loc="upper left")
@@ -142,7 +127,7 @@ def uncertainty_histogram(
             raise ValueError(f"uncertainties {label} must be finite and at least one, got {len(one)}")
     ax = axes_or_new(ax)
     every = torch.cat(values)
-    for label, one, colour in zip(shown, values, (BLUE, ORANGE), strict=False):
+    for label, one, colour in zip(shown, values, (BLUE, VERMILION), strict=False):
         ends = (every.min().item(), every.max().item())
         ax.hist(one.numpy(), bins, range=ends, density=True, color=colour, alpha=0.5, label=f"{label} ({len(one)})")
     ax.set(xlabel=name, ylabel="density")

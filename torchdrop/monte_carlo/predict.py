@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._extras import optional
 from .activate import ADVICE, Activation, check_masks, check_model, check_seed, check_sources, new_seed
 from .effort import ROUND, Effort
 from .inputs import Inputs, batches, picker
 from .masks import Hypercube
-from .prediction import Prediction, optional, predict_from
+from .prediction import Prediction, predict_from
 from .prefix import Prefix
 from .sample import STRATEGIES, Outputs, Sampler
 from .state import random_state

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
@@ -10,28 +9,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .._extras import optional
 from .gal import check_targets, predictive_log_likelihood, predictive_quantile
 from .statistics import Collector, Mean, Outputs, raw
 from .tasks import Classification, Plain, Regression
 
 PER_SAMPLE = ("samples", "noise_variances")
 """The fields whose rows are the second dimension, after the samples."""
-
-
-def optional(module: str) -> Any:
-    """A module of a package that torchdrop does not depend on.
-
-    Raises:
-        ImportError: it is not installed; says what to install.
-
-    Example:
-        >>> optional("pandas").__name__
-        'pandas'
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f"this needs {module}: pip install 'torchdrop[uncertainty]'") from error
 
 
 P = TypeVar("P", bound="Prediction")
