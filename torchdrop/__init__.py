@@ -1,7 +1,9 @@
 """torchdrop: dropout for PyTorch, exact, replayable and fast."""
 
-from . import functional, monte_carlo
+from . import functional, monte_carlo, rules, schedules
 from ._version import __version__ as __version__
+from .aids import audit, check_cost_decreases
+from .configure import disabled, insert, keep_probs, replace, set_keep_prob
 from .kernels import available_backends, use_backend
 from .layers.alpha import AlphaDropout, FeatureAlphaDropout
 from .layers.bernoulli import Dropout
@@ -9,6 +11,7 @@ from .layers.channel import Dropout1d, Dropout2d, Dropout3d
 from .layers.gaussian import GaussianDropout
 from .monte_carlo import mc_dropout, mc_predict
 from .random import frozen_masks
+from .scheduler import KeepProbScheduler
 
 __all__ = [
     "AlphaDropout",
@@ -18,11 +21,21 @@ __all__ = [
     "Dropout3d",
     "FeatureAlphaDropout",
     "GaussianDropout",
+    "KeepProbScheduler",
+    "audit",
     "available_backends",
+    "check_cost_decreases",
+    "disabled",
     "frozen_masks",
     "functional",
+    "insert",
+    "keep_probs",
     "mc_dropout",
     "mc_predict",
     "monte_carlo",
+    "replace",
+    "rules",
+    "schedules",
+    "set_keep_prob",
     "use_backend",
 ]

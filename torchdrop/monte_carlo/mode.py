@@ -130,7 +130,7 @@ def _checkpointed() -> bool:
     return False
 
 
-class _Watching(TorchFunctionMode):
+class Watching(TorchFunctionMode):
     """Describes the random calls of a model that is running; everything else goes through.
 
     Attributes:
@@ -196,9 +196,9 @@ class _Running(threading.local):
     """The modes of this thread, outermost first."""
 
     def __init__(self) -> None:
-        self.modes: list[_Watching] = []
+        self.modes: list[Watching] = []
 
-    def append(self, mode: _Watching) -> None:
+    def append(self, mode: Watching) -> None:
         self.modes.append(mode)
 
     def pop(self) -> None:
@@ -208,7 +208,7 @@ class _Running(threading.local):
 _running = _Running()
 
 
-def _innermost() -> _Watching | None:
+def _innermost() -> Watching | None:
     """The last of this thread's modes whose model is running: the one that decides."""
     return next((mode for mode in reversed(_running.modes) if mode._tracker.running), None)
 
@@ -228,7 +228,7 @@ class DrawCount(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class Recorder(_Watching):
+class Recorder(Watching):
     """Lets everything happen, and notes what is drawn.
 
     Args:
@@ -288,7 +288,7 @@ def _source(site: Site, draw: Draw) -> Source:
 _UNPLACED = "the size of its tensor does not follow the number of rows, so its masks depend on the batch"
 
 
-class Server(_Watching):
+class Server(Watching):
     """Serves the calls that are active, each with the mask of its place, and silences the others.
 
     Args:

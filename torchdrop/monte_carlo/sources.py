@@ -223,6 +223,8 @@ def describe_other(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Draw:
 
 _T = Tensor
 
+RECURRENT = frozenset((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu))
+
 DESCRIBE: dict[Any, Callable[..., Draw]] = {
     _rate.apply: _layer,
     F.dropout: _dropout("dropout", functional.dropout),
@@ -240,10 +242,7 @@ DESCRIBE: dict[Any, Callable[..., Draw]] = {
     torch.feature_alpha_dropout: _dropout("feature_alpha_dropout", functional.feature_alpha_dropout),
     torch.feature_alpha_dropout_: _dropout("feature_alpha_dropout", functional.feature_alpha_dropout, inplace=True),
     F.scaled_dot_product_attention: _attention,
-    torch.lstm: _recurrent,
-    torch.gru: _recurrent,
-    torch.rnn_tanh: _recurrent,
-    torch.rnn_relu: _recurrent,
+    **dict.fromkeys(RECURRENT, _recurrent),
     F.rrelu: _rrelu,
     torch.rrelu: _rrelu,
     torch.rrelu_: functools.partial(_rrelu, inplace=True),

@@ -1,0 +1,213 @@
+"""Keep probabilities by name: `keep_probs`, `set_keep_prob`, `disabled`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..layers._rate import Rate
+from ..schedules import Scaled, Schedule
+from .holders import Holder, holders, is_compiled, names_of, sizes, unwrapped
+from .names import check_patterns, winner
+from .silence import silenced
+
+WHAT = "layers with a rate"
+
+
+class KeepProbs(Mapping[str, Rate]):
+    """The keep probability of each layer by name: a mapping that prints as a table, and that `set_keep_prob` takes.
+
+    Args:
+        found: the places that hold a rate.
+
+    Attributes:
+        rows: a plain dict for each: name, kind, keep_prob, p, training, and the attribute that holds a number.
+    """
+
+    def __init__(self, found: list[Holder]) -> None:
+        self._values = {holder.name: holder.keep_prob for holder in found}
+        self.rows: list[dict[str, Any]] = [
+            {
+                "name": holder.name,
+                "kind": holder.kind,
+                "keep_prob": holder.keep_prob,
+                "p": holder.module.p if not holder.attribute else _dropping(holder.keep_prob),
+                "training": holder.module.training,
+                "attribute": holder.attribute,
+            }
+            for holder in found
+        ]
+
+    def __getitem__(self, name: str) -> Rate:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        if not self.rows:
+            return "no layer has a rate"
+        width = max(5, *(len(row["name"]) for row in self.rows))
+        kinds = max(4, *(len(row["kind"]) for row in self.rows))
+        lines = [f"{'layer':{width}}  {'kind':{kinds}}  keep_prob  mode"]
+        for row in self.rows:
+            name, mode = row["name"] or "(model)", "train" if row["training"] else "eval"
+            line = f"{name:{width}}  {row['kind']:{kinds}}  {shown(row['keep_prob']):9}  {mode}"
+            lines.append(f"{line}  number in .{row['attribute']}" if row["attribute"] else line)
+        return "\n".join(lines)
+
+
+def _dropping(keep_prob: Rate) -> Rate:
+    return 1.0 - keep_prob if isinstance(keep_prob, Tensor) else round(1.0 - keep_prob, 15)
+
+
+def shown(keep_prob: Rate) -> str:
+    """A keep probability in a table.
+
+    >>> shown(0.8), shown(1 / 3)
+    ('0.8', '0.3333')
+    """
+    return f"tensor {tuple(keep_prob.shape)}" if isinstance(keep_prob, Tensor) else f"{keep_prob:.4g}"
+
+
+def keep_probs(model: nn.Module) -> KeepProbs:
+    """The keep probability of every layer that has one, by name.
+
+    These are the dropout layers of torchdrop and of torch.nn, and the rates that nn.LSTM, nn.GRU, nn.RNN,
+    nn.MultiheadAttention and modules of other packages hold as numbers: a float in [0, 1] whose attribute's name
+    contains "drop" or "keep_prob", or is p, prob or rate in a class named after dropping. The name of such a number is
+    the module's with the attribute's, "encoder.attention.dropout". What a forward hands to functional dropout as a
+    constant has no name: see `audit`.
+
+    Args:
+        model: any module; a compiled one has the names of its original.
+
+    Returns:
+        A mapping from name to keep_prob, in the order of ``model.named_modules()``, which prints as a table.
+        ``set_keep_prob(model, keep_probs(model))`` changes nothing.
+
+    Raises:
+        TypeError: `model` is no module.
+
+    Example:
+        >>> import torch, torchdrop
+        >>> model = torch.nn.Sequential(torchdrop.Dropout(0.2), torch.nn.LSTM(4, 4, 2, dropout=0.5))
+        >>> torchdrop.keep_probs(model)
+        layer  kind     keep_prob  mode
+        0      Dropout  0.8        train
+        1      LSTM     0.5        train  number in .dropout
+        >>> torchdrop.keep_probs(model)["0"]
+        0.8
+    """
+    return KeepProbs(holders(model))
+
+
+def chosen(model: nn.Module, patterns: Mapping[str, Any]) -> dict[str, list[Holder]]:
+    """The rates for which each pattern is the most specific one, in the model's order.
+
+    Raises:
+        TypeError: the patterns are no mapping, or one is no string.
+        ValueError: a pattern matches no rate, or two are equally specific.
+    """
+    if not isinstance(patterns, Mapping):
+        raise TypeError(f"give patterns and values as a mapping, {{'features.*': 0.9}}, got {type(patterns).__name__}")
+    found = holders(model)
+    names = {alias for holder in found for alias in holder.aliases}
+    others = {name for all_names in names_of(model).values() for name in all_names} - names
+    check_patterns(patterns, sorted(names), sorted(others), WHAT)
+    result: dict[str, list[Holder]] = {pattern: [] for pattern in patterns}
+    for holder in found:
+        best = winner(list(patterns), holder.aliases)
+        if best is not None:
+            result[best].append(holder)
+    return result
+
+
+def set_keep_prob(model: nn.Module, rates: Mapping[str, Any]) -> None:
+    """Sets keep probabilities by name.
+
+    A pattern is a glob ("*" matches dots too) of the names that `keep_probs` lists; the name of a module stands for all
+    rates in it. Where several patterns match, the most specific one wins: the full name, then the one with the most
+    literal characters. All is checked before anything is set. torchdrop's layers in a compiled model are not
+    recompiled.
+
+    Args:
+        model: any module; a compiled one has the names of its original.
+        rates: for each pattern a number in [0, 1], a tensor (for torchdrop's layers), or a rule of `torchdrop.rules`,
+            which gives each of the pattern's layers its own.
+
+    Raises:
+        TypeError: a value is no number, tensor or rule (a schedule belongs to `KeepProbScheduler`).
+        ValueError: a pattern that matches no layer with a rate; two equally specific ones; a value outside [0, 1].
+
+    Example:
+        >>> import torch, torchdrop
+        >>> layers = [torchdrop.Dropout() for _ in range(3)]
+        >>> model = torch.nn.ModuleDict({"body": torch.nn.Sequential(*layers[:2]), "head": layers[2]})
+        >>> torchdrop.set_keep_prob(model, {"body": 0.9, "body.1": 0.8})
+        >>> dict(torchdrop.keep_probs(model))
+        {'body.0': 0.9, 'body.1': 0.8, 'head': 0.5}
+        >>> torchdrop.set_keep_prob(model, {"*": torchdrop.rules.linear_in_depth(0.7)})
+        >>> print(torchdrop.keep_probs(model))
+        layer   kind     keep_prob  mode
+        body.0  Dropout  0.9        train
+        body.1  Dropout  0.8        train
+        head    Dropout  0.7        train
+    """
+    wanted: list[tuple[Holder, Rate]] = []
+    for pattern, of_pattern in chosen(model, rates).items():
+        value = rates[pattern]
+        if isinstance(value, Schedule | Scaled):
+            raise TypeError(
+                f"{pattern!r} has a schedule, {value!r}, which changes with the step: "
+                "use torchdrop.KeepProbScheduler(model, rates)"
+            )
+        values = value(sizes(model, of_pattern)) if callable(value) and of_pattern else [value] * len(of_pattern)
+        if len(values) != len(of_pattern):
+            raise ValueError(
+                f"the rule of {pattern!r} must give a keep_prob for each of {len(of_pattern)} layers, got {len(values)}"
+            )
+        wanted += [(holder, holder.check(one)) for holder, one in zip(of_pattern, values, strict=True)]
+    for holder, value in wanted:
+        holder.set(value)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Within the context every keep_prob in the model is 1, and afterwards what it was.
+
+    To debug with the noise off while everything else stays in train mode. Functional dropout in the model, whose rate
+    has no name, is silenced as well; in a compiled model only the rates that `keep_probs` lists can be reached. Other
+    random layers, such as those that draw with torch.rand, go on unless their rate is listed.
+
+    Args:
+        model: any module.
+
+    Raises:
+        TypeError: `model` is no module.
+
+    Example:
+        >>> import torch, torchdrop
+        >>> model, x = torch.nn.Sequential(torchdrop.Dropout(0.5)), torch.ones(100)
+        >>> with torchdrop.disabled(model):
+        ...     y = model(x)
+        >>> torch.equal(y, x), torchdrop.keep_probs(model)["0"]
+        (True, 0.5)
+    """
+    found = holders(model)
+    states = [holder.state() for holder in found]
+    original = unwrapped(model)
+    try:
+        for holder in found:
+            holder.set(1.0)
+        with nullcontext() if is_compiled(model) else silenced(original):
+            yield
+    finally:
+        for holder, state in zip(found, states, strict=True):
+            holder.restore(state)

@@ -1,0 +1,123 @@
+"""What a swap of layers cannot reach: dropout that is a function call, a number, or inside a fused module."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from ..layers._rate import Rated
+from ..monte_carlo.sources import DESCRIBE
+from .holders import holders, names_of
+
+_CALLS = {function for function in DESCRIBE if "drop" in function.__name__} | {F.scaled_dot_product_attention}
+
+
+@dataclass(frozen=True)
+class Unreached:
+    """Dropout in a model that is no layer to swap.
+
+    Args:
+        name: of the module that does it.
+        kind: its class.
+        what: it does.
+        advice: how to deal with it.
+    """
+
+    name: str
+    kind: str
+    what: str
+    advice: str
+
+    def __str__(self) -> str:
+        return f"{self.name or '(model)'} ({self.kind}): {self.what}; {self.advice}"
+
+
+def unreached(model: nn.Module) -> list[Unreached]:
+    """All of them that can be seen without running the model: attributes, and calls in the source of the forwards."""
+    found = []
+    for holder in holders(model):
+        if isinstance(holder.module, Rated):
+            continue
+        if isinstance(holder.module, _DropoutNd):
+            if not type(holder.module).__module__.startswith("torch."):
+                what = "a subclass of torch.nn's dropout with code of its own"
+                found.append(Unreached(holder.name, holder.kind, what, _settable(holder.name)))
+            continue
+        what = f"holds a rate as a number in .{holder.attribute} (keep_prob {holder.keep_prob:g})"
+        found.append(Unreached(holder.name, holder.kind, what, _settable(holder.name)))
+    advice = "its masks stay PyTorch's; call torchdrop.functional there to have ours"
+    for module, names in names_of(model).items():
+        calls = functional_calls(type(module))
+        if calls and not isinstance(module, _DropoutNd | nn.MultiheadAttention):
+            what = f"calls {', '.join(calls)} in its forward"
+            found.append(Unreached(names[0], type(module).__name__, what, advice))
+    return found
+
+
+def _settable(name: str) -> str:
+    return f"torchdrop.set_keep_prob(model, {{{name!r}: ...}}) sets it"
+
+
+_known: dict[type, list[str]] = {}
+
+
+def functional_calls(kind: type[nn.Module]) -> list[str]:
+    """The dropout functions of torch that a class calls by name, itself or through functions of its own package.
+
+    >>> functional_calls(nn.Linear), functional_calls(nn.TransformerEncoderLayer)
+    ([], [])
+    """
+    if kind not in _known:
+        found: set[str] = set()
+        seen: set[Any] = set()
+        for base in kind.__mro__:
+            if base is nn.Module:
+                break
+            for value in vars(base).values():
+                if isinstance(value, types.FunctionType):
+                    found |= set(_calls_in(value, seen))
+        _known[kind] = sorted(found)
+    return _known[kind]
+
+
+def _calls_in(function: types.FunctionType, seen: set[Any]) -> Iterator[str]:
+    """Dropout functions that are named in a function's source, and in functions of the same package that it names."""
+    if function in seen:
+        return
+    seen.add(function)
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):
+        return
+    package = function.__module__.partition(".")[0]
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Name | ast.Attribute):
+            continue
+        value = _resolved(node, function.__globals__)
+        if isinstance(value, types.FunctionType | types.BuiltinFunctionType) and value in _CALLS:
+            yield ast.unparse(node)
+        elif isinstance(value, types.FunctionType) and package != "torch" and _within(value, package):
+            yield from _calls_in(value, seen)
+
+
+def _within(function: types.FunctionType, package: str) -> bool:
+    return (function.__module__ or "").partition(".")[0] == package
+
+
+def _resolved(node: ast.expr, names: dict[str, Any]) -> Any:
+    """The object that a dotted name stands for in a module, or None: nothing is called or looked up dynamically."""
+    if isinstance(node, ast.Name):
+        return names.get(node.id)
+    if isinstance(node, ast.Attribute):
+        base = _resolved(node.value, names)
+        return vars(base).get(node.attr) if isinstance(base, types.ModuleType) else None
+    return None

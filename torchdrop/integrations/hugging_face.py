@@ -1,0 +1,52 @@
+"""Keep-probability schedules under the Hugging Face Trainer (``pip install 'torchdrop[hugging-face]'``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..configure.holders import unwrapped
+from ..scheduler import KeepProbScheduler
+from .every import check_every
+
+try:
+    from transformers import TrainerCallback
+except ImportError as error:
+    raise ImportError("this needs transformers: pip install 'torchdrop[hugging-face]'") from error
+
+
+class KeepProbCallback(TrainerCallback):
+    """Lets keep probabilities follow schedules while the Hugging Face Trainer trains.
+
+    The step is the Trainer's own (`global_step`, of the optimiser, or whole epochs), which its checkpoints hold, so
+    that training resumed from one goes on with the right rates.
+
+    Args:
+        rates: as `torchdrop.KeepProbScheduler` takes them; names are those in the model given to the Trainer.
+        every: "step" or "epoch": what a schedule's step is.
+
+    Raises:
+        ValueError: another value of `every`; when training starts, what `KeepProbScheduler` raises.
+
+    Example:
+        >>> import torchdrop
+        >>> from torchdrop.integrations.hugging_face import KeepProbCallback
+        >>> callback = KeepProbCallback({"*dropout*": torchdrop.schedules.curriculum(0.9, 1000)})
+        >>> # transformers.Trainer(model, callbacks=[callback], ...).train()
+    """
+
+    def __init__(self, rates: Mapping[str, Any], *, every: str = "step") -> None:
+        self.rates, self.every = rates, check_every(every)
+        self.scheduler: KeepProbScheduler | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.scheduler = KeepProbScheduler(unwrapped(model), self.rates)
+        self._follow(state)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._follow(state)
+
+    def _follow(self, state: Any) -> None:
+        now = state.global_step if self.every == "step" else int(state.epoch or 0)
+        if self.scheduler is not None and self.scheduler.last_step != now:
+            self.scheduler.seek(now)

@@ -1,0 +1,239 @@
+"""`KeepProbScheduler`: keep probabilities that follow schedules. The one stateful piece; its state is the step."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ._extras import axes_or_new
+from .configure.holders import Holder, is_compiled, names_of, unwrapped
+from .configure.names import near
+from .configure.rates import chosen, shown
+from .layers._rate import Rate, Rated
+from .rules import Rule
+from .schedules import Scaled, as_schedule, keep_prob_at
+
+_POINTS = 500
+
+
+@dataclass
+class _Scheduled:
+    """A layer, the pattern that chose it, what was asked for it, and its own keep_prob from before."""
+
+    holder: Holder
+    pattern: str
+    asked: Any
+    own: Rate
+
+    def at(self, step: int) -> float:
+        """Its keep_prob.
+
+        Raises:
+            TypeError, ValueError: the schedule gives no keep_prob at that step; names the layer.
+        """
+        schedule, name = self.asked, self.holder.name
+        if isinstance(schedule, Scaled):
+            if isinstance(self.own, Tensor):
+                raise TypeError(
+                    f"{schedule!r} cannot scale the rate of {name!r}, a tensor: give the layer a number first"
+                )
+            schedule = schedule.of(self.own)
+        return keep_prob_at(schedule, step, name)
+
+
+class KeepProbScheduler:
+    """Lets keep probabilities follow schedules, layer by layer.
+
+    As with PyTorch's learning-rate schedulers, creating one sets the rates of step 0, and ``step()``, after the
+    optimiser's, those of the next; whether that is once a batch or once an epoch is the caller's choice. Layers of
+    torchdrop in a compiled model are not recompiled.
+
+    Args:
+        model: any module; a compiled one has the names of its original.
+        rates: for each pattern (see `set_keep_prob`) a schedule of `torchdrop.schedules`, a number, or a function from
+            step to keep_prob. ``schedules.scale`` multiplies each layer's own rate, as it is now.
+
+    Attributes:
+        last_step: the number of the step whose rates are set.
+
+    Raises:
+        TypeError: a value is neither.
+        ValueError: a pattern that matches no layer with a rate, or a keep_prob outside [0, 1] at step 0. A layer keeps
+            its rate then, and in ``step()``, which also raises if a layer is no longer in the model.
+
+    Warns:
+        UserWarning: the model is compiled and a layer is not torchdrop's, so that every new rate would recompile it.
+
+    References:
+        Morerio et al., "Curriculum Dropout", ICCV 2017; Rennie et al., "Annealed dropout training of deep networks",
+        SLT 2014; Liu et al., "Dropout Reduces Underfitting", ICML 2023: schedules of this kind.
+
+    Example:
+        >>> import torch, torchdrop
+        >>> from torchdrop import schedules
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torchdrop.Dropout(0.2), torchdrop.Dropout(0.4))
+        >>> scheduler = torchdrop.KeepProbScheduler(model, {"1": schedules.linear(1.0, 0.5, 10), "2": 0.6})
+        >>> for _ in range(4):
+        ...     scheduler.step()
+        >>> scheduler.get_last_keep_prob()
+        {'1': 0.8, '2': 0.6}
+        >>> state = scheduler.state_dict()
+        >>> scheduler.load_state_dict(state)
+    """
+
+    def __init__(self, model: nn.Module, rates: Mapping[str, Any]) -> None:
+        self._model = unwrapped(model)
+        self._layers = [
+            _Scheduled(holder, pattern, asked, holder.keep_prob)
+            for pattern, found in chosen(model, rates).items()
+            for asked in (_readable(pattern, rates[pattern]),)
+            for holder in found
+        ]
+        self.last_step = 0
+        self.seek(0)
+        stock = [layer.holder.name for layer in self._layers if not isinstance(layer.holder.module, Rated)]
+        if stock and is_compiled(model):
+            warnings.warn(
+                f"KeepProbScheduler: the model is compiled, and a new rate of {', '.join(stock)} recompiles "
+                "it, because "
+                "these are not torchdrop's layers: torchdrop.replace(model) makes torch.nn's so",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def step(self) -> None:
+        """Goes on by one step and sets its rates.
+
+        Raises:
+            ValueError: a schedule leaves [0, 1] at that step, or a layer is no longer in the model. Nothing is changed.
+        """
+        self.seek(self.last_step + 1)
+
+    def seek(self, step: int) -> None:
+        """Goes to a step, such as a trainer's global step, and sets its rates. Raises as `step` does.
+
+        Args:
+            step: 0 or more.
+        """
+        if isinstance(step, bool) or not isinstance(step, int):
+            raise TypeError(f"step must be an integer, got {type(step).__name__}")
+        if step < 0:
+            raise ValueError(f"step must be 0 or more, got {step}")
+        self._check_layers()
+        values = [layer.holder.check(layer.at(step)) for layer in self._layers]
+        for layer, value in zip(self._layers, values, strict=True):
+            layer.holder.set(value)
+        self.last_step = step
+
+    def _check_layers(self) -> None:
+        for layer in self._layers:
+            if _at(self._model, layer.holder.name, layer.holder.attribute) is layer.holder.module:
+                continue
+            if layer.holder.module in names_of(self._model):  # under another name, or in a part that has been compiled
+                continue
+            names = [name for every in names_of(self._model).values() for name in every if name]
+            raise ValueError(
+                f"the layer {layer.holder.name!r}, scheduled by {layer.pattern!r}, is no longer in the model "
+                f"({near(layer.holder.name, names)}): create the scheduler after changing the model"
+            )
+
+    def get_last_keep_prob(self) -> dict[str, Rate]:
+        """The keep_prob that was set last, for each scheduled layer by name."""
+        return {layer.holder.name: layer.holder.keep_prob for layer in self._layers}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step, and the layers with the rates that they had before, which ``schedules.scale`` multiplies.
+
+        The schedules are not in it: as with learning rates, create the scheduler with them and then load.
+        """
+        return {"step": self.last_step, "layers": {layer.holder.name: layer.own for layer in self._layers}}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Goes to the step of a state, and sets its rates.
+
+        Raises:
+            ValueError: it is not the state of a scheduler of these layers. Nothing is changed.
+        """
+        if not isinstance(state_dict, Mapping) or set(state_dict) != {"step", "layers"}:
+            raise ValueError(
+                "state_dict must be what KeepProbScheduler.state_dict() returned, with 'step' and 'layers'"
+            )
+        layers, own = state_dict["layers"], [layer.holder.name for layer in self._layers]
+        missing, unknown = [n for n in own if n not in layers], [n for n in layers if n not in own]
+        if missing or unknown:
+            raise ValueError(
+                "this is the state of another model's scheduler, or of one with other patterns: "
+                f"it lacks {missing or 'nothing'} and has {unknown or 'nothing'} that is not scheduled here"
+            )
+        before = [layer.own for layer in self._layers]
+        for layer in self._layers:
+            layer.own = layers[layer.holder.name]
+        try:
+            self.seek(state_dict["step"])
+        except Exception:
+            for layer, value in zip(self._layers, before, strict=True):
+                layer.own = value
+            raise
+
+    def __repr__(self) -> str:
+        width = max((len(layer.holder.name) for layer in self._layers), default=0)
+        lines = [f"KeepProbScheduler at step {self.last_step}"]
+        for layer in self._layers:
+            now = shown(layer.holder.keep_prob)
+            lines.append(f"  {layer.holder.name:{width}}  {now:8}  {layer.asked!r}")
+        return "\n".join(lines)
+
+    def plot(self, steps: int, ax: Any = None) -> Any:
+        """The keep_prob of every layer over the steps from 0 on; layers that share all values share a line.
+
+        Args:
+            steps: how far, at least 1.
+            ax: the matplotlib Axes to draw on; new ones if None (``pip install 'torchdrop[uncertainty]'``).
+
+        Returns:
+            The Axes.
+
+        Raises:
+            ValueError: a schedule leaves [0, 1] at one of the steps shown.
+        """
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"steps must be an integer of at least 1, got {steps!r}")
+        ax = axes_or_new(ax)
+        shown_at = sorted({round(i * steps / _POINTS) for i in range(_POINTS + 1)})
+        lines: dict[tuple[float, ...], list[str]] = {}
+        for layer in self._layers:
+            values = tuple(layer.at(step) for step in shown_at)
+            lines.setdefault(values, []).append(layer.holder.name or "(model)")
+        for values, names in lines.items():
+            label = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            ax.plot(shown_at, values, label=label)
+        ax.set(xlabel="step", ylabel="keep_prob", ylim=(-0.03, 1.03))
+        ax.legend(frameon=False, fontsize=8)
+        return ax
+
+
+def _readable(pattern: str, asked: Any) -> Any:
+    if isinstance(asked, Scaled):
+        return asked
+    if isinstance(asked, Rule):
+        raise TypeError(
+            f"{pattern!r} has a rule over layers, {asked!r}, and no schedule over steps: set it with "
+            "torchdrop.set_keep_prob, and let schedules.scale(...) multiply the rates it gives"
+        )
+    try:
+        return as_schedule(asked)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{error}, for the pattern {pattern!r}") from None
+
+
+def _at(model: nn.Module, name: str, attribute: str) -> nn.Module | None:
+    """What stands at the place of a holder, by the shortest way."""
+    module: nn.Module | None = model
+    names = name.split(".") if name else []
+    for part in names[:-1] if names and attribute and names[-1] == attribute else names:
+        module = module._modules.get(part) if module is not None else None
+    return module
