@@ -149,9 +149,15 @@ def _digits_network(seed: int, device: torch.device) -> tuple[nn.Module, Tensor,
 
     images = data.load(device)
     torch.manual_seed(seed)
-    model = network.build(network.SIZES, network.keep_probs(network.SIZES)).to(device)
+    model = network.build(network.SIZES, network.RATES).to(device)
     training.train(
-        model, images.train_images, images.train_labels, epochs=LATIN_EPOCHS, seed=seed, after_epoch=lambda: None
+        model,
+        images.train_images,
+        images.train_labels,
+        epochs=LATIN_EPOCHS,
+        seed=seed,
+        schedule={},
+        after_epoch=lambda: None,
     )
     with torch.no_grad():
         right = model.eval()(images.test_images).argmax(1) == images.test_labels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import subprocess
 import sys
@@ -22,11 +23,11 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("torchmetrics")
 pytest.importorskip("tqdm")
 
-from torchdrop import mc_predict
+from torchdrop import keep_probs, mc_predict
 from torchdrop.demo import regression
 from torchdrop.demo.data import TRAIN_SIZE, load
 from torchdrop.demo.evaluation import error, monte_carlo, probabilities, running_mean, score
-from torchdrop.demo.network import SIZES, build, keep_probs
+from torchdrop.demo.network import RATES, SIZES, WITHOUT, build, describe, ramp
 from torchdrop.demo.report import (
     catch_up,
     catch_up_sentence,
@@ -38,8 +39,10 @@ from torchdrop.demo.training import train
 from torchdrop.monte_carlo import RegressionPrediction, tau_from_weight_decay
 
 SMALL = ["demo", "--seeds", "2", "--epochs", "3", "--samples", "12"]
-FIGURES = {"error_against_k.png", "reliability.png", "most_uncertain.png", "regression.png"}
-ROWS = ["no dropout", "dropout, deterministic pass"] + [f"dropout, Monte Carlo, k = {k}" for k in (1, 10, 12)]
+FIGURES = {"error_against_k.png", "reliability.png", "most_uncertain.png", "regression.png", "schedule.png"}
+ROWS = ["no dropout", "dropout, deterministic pass", "dropout on a schedule, deterministic"] + [
+    f"dropout, Monte Carlo, k = {k}" for k in (1, 10, 12)
+]
 
 Printed = Callable[..., str]
 
@@ -110,7 +113,12 @@ def test_progress_bar_on_a_terminal(printed: Printed, monkeypatch: pytest.Monkey
     monkeypatch.setattr(sys, "stderr", terminal)
     printed()
     shown = terminal.getvalue()
-    for text in ("seed 1 of 2, without dropout", "seed 2 of 2, with dropout", "seed 2 of 2, Monte Carlo", "regression"):
+    for text in (
+        "seed 1 of 2, without dropout",
+        "with dropout on a schedule",
+        "seed 2 of 2, Monte Carlo",
+        "regression",
+    ):
         assert text in shown
 
 
@@ -220,9 +228,9 @@ def test_split_is_fixed_stratified_and_centred() -> None:
     assert digits.test_pictures.shape == (1797 - TRAIN_SIZE, 8, 8)
 
 
-def test_rule_for_keep_probs() -> None:
+def test_keep_probs_follow_the_weight_matrices() -> None:
     sizes = [64, 128, 512, 256, 10]
-    keep = keep_probs(sizes)
+    keep = list(keep_probs(build(sizes, RATES)).values())
     assert len(keep) == len(sizes)
     assert keep[0] == 0.9
     assert keep[-1] == 1
@@ -232,14 +240,31 @@ def test_rule_for_keep_probs() -> None:
     assert [k for _, k in sorted(zip(weights, hidden, strict=True))] == sorted(hidden, reverse=True)
     assert all(0.5 <= k < 0.8 < keep[0] for k in hidden)
     assert hidden[0] == pytest.approx(0.8 - 0.3 * (64 * 128) / (512 * 256))
-    assert keep_probs([4, 3]) == [0.9, 1.0]
+    assert list(keep_probs(build([4, 3], RATES)).values()) == [0.9, 1.0]
+
+
+def test_the_schedule_is_curriculum_dropout_at_each_layers_own_rate() -> None:
+    shown = describe(SIZES, RATES, 150).splitlines()
+    assert shown[0].endswith("at epoch 0, 7, 30, 150")
+    for line, keep in zip(shown[1:], (0.9, 0.7625, 0.5, 1.0), strict=True):
+        values = [float(value) for value in line.split()[-5:]]
+        expected = [keep] + [1 - (1 - keep) * (1 - math.exp(-10 * epoch / 150)) for epoch in (0, 7, 30, 150)]
+        assert values == pytest.approx(expected, abs=0.005 + 1e-9)
+
+
+def test_training_on_a_schedule_ends_at_its_last_rates() -> None:
+    x, y = torch.randn(50, 6), torch.randint(3, (50,))
+    network = build([6, 8, 3], RATES)
+    seen = []
+    train(network, x, y, epochs=3, seed=0, schedule={"*": ramp(3)}, after_epoch=lambda: seen.append(network[0].p))
+    assert seen == pytest.approx([0.1 * (1 - math.exp(-10 * epoch / 3)) for epoch in (1, 2, 3)])
 
 
 def test_networks_differ_in_dropout_only() -> None:
     networks = []
-    for keep in ([1.0] * len(SIZES), keep_probs(SIZES)):
+    for rates in (WITHOUT, RATES):
         torch.manual_seed(0)
-        networks.append(build(SIZES, keep))
+        networks.append(build(SIZES, rates))
     plain, dropped = (network.state_dict() for network in networks)
     assert all(torch.equal(plain[name], dropped[name]) for name in plain | dropped)
     x = torch.randn(4, SIZES[0])
@@ -254,9 +279,9 @@ def test_order_of_the_data_is_the_seed_alone() -> None:
     results = []
     for seed, noise in ((0, 0), (0, 1), (1, 0)):
         torch.manual_seed(0)
-        network = build([6, 8, 3], [1.0] * 3)
+        network = build([6, 8, 3], WITHOUT)
         torch.manual_seed(noise)
-        train(network, x, y, epochs=2, seed=seed, after_epoch=lambda: None)
+        train(network, x, y, epochs=2, seed=seed, schedule={}, after_epoch=lambda: None)
         results.append(network(x))
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
@@ -265,7 +290,7 @@ def test_order_of_the_data_is_the_seed_alone() -> None:
 @pytest.mark.parametrize("mode", [True, False])
 def test_monte_carlo_is_mc_predict(mode: bool) -> None:
     """The curve is the running mean of its samples, and the network stays in the mode that it was in."""
-    network = build([5, 16, 3], [0.9, 0.5, 1.0]).train(mode)
+    network = build([5, 16, 3], RATES).train(mode)
     x = torch.randn(7, 5)
     before = torch.get_rng_state()
     result = monte_carlo(network, x, 4, seed=3)
@@ -285,7 +310,7 @@ def test_monte_carlo_is_mc_predict(mode: bool) -> None:
 
 @pytest.mark.parametrize("mode", [True, False])
 def test_one_pass_is_deterministic(mode: bool) -> None:
-    network = build([5, 16, 3], [0.9, 0.5, 1.0]).train(mode)
+    network = build([5, 16, 3], RATES).train(mode)
     x = torch.randn(7, 5)
     once = probabilities(network, x)
     assert torch.equal(once, probabilities(network, x))
@@ -296,7 +321,7 @@ def test_one_pass_is_deterministic(mode: bool) -> None:
 
 
 def test_sources_sentence() -> None:
-    network = build([5, 16, 3], [0.9, 0.5, 1.0])
+    network = build([5, 16, 3], RATES)
     result = monte_carlo(network, torch.randn(7, 5), 4, seed=3)
     sentence = sources_sentence(result)
     assert f"strategy '{result.strategy}', " in sentence

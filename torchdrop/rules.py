@@ -125,15 +125,18 @@ def _linspace_in_depth(layers: list[LayerSize], keep_prob: float) -> list[float]
     return [_raised(keep_prob, (gaps - layer) / gaps) for layer in range(len(layers))]
 
 
-def by_weight_size(largest: float = 0.5, *, input: float = 0.9, output: float = 1.0) -> Rule:
+def by_weight_size(
+    largest: float = 0.5, *, smallest: float = 1.0, input: float = 0.9, output: float = 1.0
+) -> Rule:
     """Ng's advice: the larger the weight matrix, the lower the keep_prob; the input near 1, the output 1.
 
-    A hidden layer whose units are fed by a matrix of n weights gets keep = 1 - (1 - largest) n / max(n), the maximum
-    over the hidden layers, so that the layer with the most weights gets `largest`. The advice gives numbers, 0.5 for
+    A hidden layer whose units are fed by a matrix of n weights gets keep = smallest - (smallest - largest) n / max(n),
+    the maximum over the hidden layers, so that the layer with the most weights gets `largest`. The advice gives numbers, 0.5 for
     the largest matrix, 0.7 for smaller ones, 1 where overfitting is no worry, and no formula: the proportion is ours.
 
     Args:
         largest: of the hidden layer with the largest weight matrix.
+        smallest: what the keep_prob of a hidden layer approaches as its weight matrix vanishes.
         input: of layers that act on the input.
         output: of layers that act on the output, whatever their weights.
 
@@ -148,24 +151,27 @@ def by_weight_size(largest: float = 0.5, *, input: float = 0.9, output: float = 
         >>> [round(keep_prob, 3) for keep_prob in by_weight_size()(layers)]
         [0.9, 0.786, 0.5, 0.786, 0.939, 1.0]
     """
-    keywords = (("input", _rate("input", input)), ("output", _rate("output", output)))
+    rates = {"smallest": smallest, "input": input, "output": output}
+    keywords = tuple((name, _rate(name, value)) for name, value in rates.items())
     return Rule("by_weight_size", _by_weight_size, (_rate("largest", largest),), keywords)
 
 
-def _by_weight_size(layers: list[LayerSize], largest: float, input: float, output: float) -> list[float]:
+def _by_weight_size(
+    layers: list[LayerSize], largest: float, smallest: float, input: float, output: float
+) -> list[float]:
     most = max((layer.weights for layer in layers if layer.weights is not None and not layer.last), default=0)
 
     def keep_prob(layer: LayerSize) -> float:
         if layer.last:
             return output
-        return input if layer.weights is None else _raised(largest, (most - layer.weights) / most)
+        return input if layer.weights is None else _raised(largest, (most - layer.weights) / most, smallest)
 
     return [keep_prob(layer) for layer in layers]
 
 
-def _raised(keep_prob: float, fraction: float) -> float:
-    """From keep_prob at fraction 0 to 1 at fraction 1, both exact: 1 - (1 - k) (1 - f) would miss k by a rounding."""
-    return keep_prob + (1 - keep_prob) * fraction
+def _raised(keep_prob: float, fraction: float, end: float = 1.0) -> float:
+    """From keep_prob at fraction 0, exact, to `end` at fraction 1: 1 - (1 - k) (1 - f) would miss k by a rounding."""
+    return keep_prob + (end - keep_prob) * fraction
 
 
 def _checked(layers: Any) -> list[LayerSize]:

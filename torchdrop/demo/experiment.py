@@ -1,4 +1,4 @@
-"""The comparison: for each seed a network without dropout, one with it, and what both predict on the test set."""
+"""The comparison: for each seed networks without dropout, with it, and with it on a schedule, and what they predict."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from ..monte_carlo import ClassificationPrediction
 from .data import Digits
 from .evaluation import Array, error, monte_carlo, probabilities, running_mean
-from .network import build
+from .network import RATES, WITHOUT, build, ramp
 from .training import train
 
 
@@ -24,6 +24,8 @@ class Outcome(NamedTuple):
 
     plain: Tensor
     deterministic: Tensor
+    scheduled: Tensor
+    """Of the deterministic pass of a network whose rates followed a schedule in training."""
     monte_carlo: dict[int, Tensor]
     """The mean over the first k passes, for the k that are reported, in rising order."""
     prediction: ClassificationPrediction
@@ -58,7 +60,7 @@ def undisturbed(device: torch.device) -> Iterator[None]:
 
 
 def run_seeds(
-    digits: Digits, sizes: Sequence[int], keep: Sequence[float], *, seed: int, seeds: int, epochs: int, samples: int
+    digits: Digits, sizes: Sequence[int], *, seed: int, seeds: int, epochs: int, samples: int
 ) -> list[Outcome]:
     """Outcomes for `seed`, `seed` + 1, ... with a progress bar on stderr if that is a terminal.
 
@@ -70,11 +72,15 @@ def run_seeds(
     outcomes = []
     with (
         undisturbed(device),
-        tqdm(total=seeds * (2 * epochs + samples), unit="step", disable=None, leave=False) as bar,
+        tqdm(total=seeds * (3 * epochs + samples), unit="step", disable=None, leave=False) as bar,
     ):
         for i in range(seeds):
             networks: list[nn.Module] = []
-            for name, rates in (("without dropout", [1.0] * len(keep)), ("with dropout", keep)):
+            for name, rates, schedule in (
+                ("without dropout", WITHOUT, {}),
+                ("with dropout", RATES, {}),
+                ("with dropout on a schedule", RATES, {"*": ramp(epochs)}),
+            ):
                 bar.set_description(f"seed {i + 1} of {seeds}, {name}")
                 torch.manual_seed(seed + i)
                 network = build(sizes, rates).to(device)
@@ -84,10 +90,11 @@ def run_seeds(
                     digits.train_labels,
                     epochs=epochs,
                     seed=seed + i,
+                    schedule=schedule,
                     after_epoch=bar.update,
                 )
                 networks.append(network)
-            plain, dropped = networks
+            plain, dropped, scheduled = networks
             bar.set_description(f"seed {i + 1} of {seeds}, Monte Carlo")
             prediction = monte_carlo(dropped, digits.test_images, samples, seed=seed + i)
             assert prediction.samples is not None
@@ -101,6 +108,7 @@ def run_seeds(
                 Outcome(
                     probabilities(plain, digits.test_images),
                     probabilities(dropped, digits.test_images),
+                    probabilities(scheduled, digits.test_images),
                     means,
                     replace(prediction, samples=None).to("cpu"),
                     np.array(errors),

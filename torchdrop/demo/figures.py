@@ -15,6 +15,7 @@ from torch import Tensor
 from ..monte_carlo.plots import band, reliability_diagram
 from .evaluation import Scores, error
 from .experiment import Outcome
+from .network import RATES, SIZES, scheduled
 from .regression import GRID, LEVEL, TAU, Fit, function
 from .report import PUBLISHED, mean_and_error
 
@@ -134,6 +135,16 @@ def regression(fitted: Fit) -> Figure:
     return figure
 
 
+def schedule(epochs: int) -> Figure:
+    """The keep_prob of each layer over the epochs, for the networks that were trained on a schedule."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    scheduler, _ = scheduled(SIZES, RATES, epochs)
+    axes = scheduler.plot(epochs, figure.subplots())
+    axes.set_xlabel("epoch")
+    axes.set_title("keep_prob on a schedule (Curriculum Dropout), by layer of the network", fontsize=11)
+    return figure
+
+
 def write(
     folder: Path,
     outcomes: Sequence[Outcome],
@@ -141,6 +152,7 @@ def write(
     pictures: Any,
     rows: dict[str, list[Scores]],
     fitted: Fit,
+    epochs: int,
 ) -> list[Path]:
     """Writes the figures as PNG files into the folder, over those of an earlier run, and returns their paths."""
     figures = {
@@ -148,6 +160,7 @@ def write(
         "reliability.png": reliability(outcomes, labels, rows),
         "most_uncertain.png": most_uncertain(outcomes[0], labels, pictures),
         "regression.png": regression(fitted),
+        "schedule.png": schedule(epochs),
     }
     for name, figure in figures.items():
         figure.savefig(folder / name, dpi=DPI)

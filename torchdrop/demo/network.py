@@ -1,65 +1,95 @@
-"""The network, and the rule that gives each of its layers a keep_prob."""
+"""The network, the rule that gives each of its layers a keep_prob, and the schedule that these follow."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import nn
 
+from ..configure import KeepProbs, keep_probs, set_keep_prob
 from ..layers.bernoulli import Dropout
+from ..rules import by_weight_size
+from ..scheduler import KeepProbScheduler
+from ..schedules import Scaled, curriculum, scale
 
 SIZES = (64, 512, 512, 10)
 """Units of the input, of two hidden layers and of the output."""
 
-INPUT = 0.9
-LARGEST, SMALLEST = 0.5, 0.8
+RATES = {"*": by_weight_size(0.5, smallest=0.8, input=0.9, output=1.0)}
+"""A keep_prob for every layer.
+
+- Input: 0.9. A pixel that is lost cannot be had from elsewhere, so nearly all are kept.
+- Hidden layers: 0.5 for the one with the largest weight matrix, which can overfit most, nearly 0.8 for one with a tiny
+  matrix: the range that Srivastava et al. (JMLR 2014, appendix A.4) give for hidden units.
+- Output: 1. A dropped logit would be a wrong answer and not a regularised one.
+"""
+
+WITHOUT = {"*": 1.0}
 
 
-def keep_probs(sizes: Sequence[int]) -> list[float]:
-    """A keep_prob for the input and for each layer after it.
-
-    - Input: 0.9. A pixel that is lost cannot be had from elsewhere, so nearly all are kept.
-    - Hidden layer with a weight matrix of n elements: ``0.8 - 0.3 n / n_max``, where n_max is the size of the largest
-      one. More weights can overfit more, so the layer with the largest matrix keeps 0.5 and one with a tiny matrix
-      nearly 0.8: the range that Srivastava et al. give for hidden units.
-    - Output: 1. A dropped logit would be a wrong answer and not a regularised one.
-
-    Args:
-        sizes: the units of the input, the hidden layers and the output; at least two numbers.
+def ramp(epochs: int) -> Scaled:
+    """Every layer's own dropping probability grows from 0: times 1 - exp(-10 t / epochs) after epoch t.
 
     References:
-        Srivastava et al., "Dropout: A Simple Way to Prevent Neural Networks from Overfitting", JMLR 2014, appendix A.4.
+        Morerio et al., "Curriculum Dropout", ICCV 2017.
 
     Example:
-        >>> [round(k, 2) for k in keep_probs([64, 512, 512, 10])]
-        [0.9, 0.76, 0.5, 1.0]
+        >>> schedule = ramp(150).of(0.5)
+        >>> [round(schedule(epoch), 2) for epoch in (0, 15, 150)]
+        [1.0, 0.68, 0.5]
     """
-    weights = [units * above for units, above in pairwise(sizes[:-1])]
-    hidden = [SMALLEST - (SMALLEST - LARGEST) * n / max(weights) for n in weights]
-    return [INPUT, *hidden, 1.0]
+    still = curriculum(0.0, epochs)
+    return scale(lambda epoch: 1.0 - still(epoch))
 
 
-def build(sizes: Sequence[int], keep: Sequence[float]) -> nn.Sequential:
+def build(sizes: Sequence[int], rates: Mapping[str, Any]) -> nn.Sequential:
     """Linear layers with ReLU between them, each layer and the input followed by dropout with its keep_prob.
 
-    Dropout has no parameters and needs no initial values: under one seed, networks that differ in `keep` start from the
-    same weights. With 1 everywhere it is the network without dropout.
+    Dropout has no parameters and needs no initial values: under one seed, networks that differ in their rates start
+    from the same weights. With 1 everywhere it is the network without dropout.
+
+    Example:
+        >>> print(keep_probs(build(SIZES, RATES)))
+        layer  kind     keep_prob  mode
+        0      Dropout  0.9        train
+        2      Dropout  0.7625     train
+        5      Dropout  0.5        train
+        8      Dropout  1          train
     """
-    layers: list[nn.Module] = [Dropout(keep_prob=keep[0])]
-    for i, keep_prob in enumerate(keep[1:]):
+    layers: list[nn.Module] = [Dropout()]
+    for i in range(len(sizes) - 1):
         if i > 0:
             layers.append(nn.ReLU())
-        layers += [nn.Linear(sizes[i], sizes[i + 1]), Dropout(keep_prob=keep_prob)]
-    return nn.Sequential(*layers)
+        layers += [nn.Linear(sizes[i], sizes[i + 1]), Dropout()]
+    network = nn.Sequential(*layers)
+    set_keep_prob(network, rates)
+    return network
 
 
-def describe(sizes: Sequence[int], keep: Sequence[float]) -> str:
-    """A line for the input and for each layer: its units, its weight matrix and its keep_prob."""
+def scheduled(sizes: Sequence[int], rates: Mapping[str, Any], epochs: int) -> tuple[KeepProbScheduler, KeepProbs]:
+    """The schedule of a network that has no weights, only rates, and what these were before."""
+    with torch.device("meta"):
+        network = build(sizes, rates)
+    own = keep_probs(network)
+    return KeepProbScheduler(network, {"*": ramp(epochs)}), own
+
+
+def describe(sizes: Sequence[int], rates: Mapping[str, Any], epochs: int) -> str:
+    """A line for the input and for each layer: units, weight matrix, keep_prob, and the keep_probs on the schedule."""
+    scheduler, own = scheduled(sizes, rates, epochs)
+    shown = sorted({0, epochs // 20, epochs // 5, epochs})
+    at = []
+    for epoch in shown:
+        scheduler.seek(epoch)
+        at.append(list(scheduler.get_last_keep_prob().values()))
     last = len(sizes) - 1
-    lines = [f"{'layer':<10}{'units':>6}{'weight matrix':>20}{'keep_prob':>12}"]
-    for i, (units, keep_prob) in enumerate(zip(sizes, keep, strict=True)):
+    title = f"on a schedule, at epoch {', '.join(map(str, shown))}"
+    lines = [f"{'layer':<10}{'units':>6}{'weight matrix':>20}{'keep_prob':>12}   {title}"]
+    for i, (units, keep_prob) in enumerate(zip(sizes, own.values(), strict=True)):
         name = "input" if i == 0 else "output" if i == last else f"hidden {i}"
         matrix = f"{sizes[i - 1]} x {units} = {sizes[i - 1] * units}" if i > 0 else "-"
-        lines.append(f"{name:<10}{units:>6}{matrix:>20}{keep_prob:>12.2f}")
+        moments = "  ".join(f"{values[i]:.2f}" for values in at)
+        lines.append(f"{name:<10}{units:>6}{matrix:>20}{keep_prob:>12.2f}   {moments}")
     return "\n".join(lines)

@@ -30,6 +30,7 @@ def scores(outcomes: Sequence[Outcome], labels: Tensor) -> dict[str, list[Scores
         "no dropout": [score(outcome.plain, labels) for outcome in outcomes],
         "dropout, deterministic pass": [score(outcome.deterministic, labels) for outcome in outcomes],
     }
+    rows["dropout on a schedule, deterministic"] = [score(outcome.scheduled, labels) for outcome in outcomes]
     for k in outcomes[0].monte_carlo:
         rows[f"dropout, Monte Carlo, k = {k}"] = [score(outcome.monte_carlo[k], labels) for outcome in outcomes]
     return rows
@@ -118,11 +119,13 @@ def conclusions(outcomes: Sequence[Outcome], labels: Tensor) -> list[str]:
     """What the run says, a sentence for each question."""
     plain = [error(outcome.plain, labels) for outcome in outcomes]
     deterministic = [error(outcome.deterministic, labels) for outcome in outcomes]
+    scheduled = [error(outcome.scheduled, labels) for outcome in outcomes]
     errors = np.stack([outcome.errors for outcome in outcomes])
     samples = errors.shape[1]
     last = f"Monte Carlo averaging over {samples} passes" if samples > 1 else "One Monte Carlo pass"
     return [
         difference_sentence("Dropout's deterministic pass", deterministic, "no dropout", plain),
+        difference_sentence("Dropout on a schedule", scheduled, "dropout at fixed rates", deterministic),
         catch_up_sentence(errors, deterministic),
         difference_sentence(last, errors[:, -1], "the deterministic pass", deterministic),
     ]

@@ -11,7 +11,7 @@ from ..kernels import available_backends
 from . import figures, regression
 from .data import load
 from .experiment import run_seeds
-from .network import SIZES, describe, keep_probs
+from .network import RATES, SIZES, describe
 from .report import conclusions, scores, sources_sentence, table
 
 
@@ -40,13 +40,12 @@ def run(*, seed: int, seeds: int, epochs: int, samples: int, output: Path, devic
     """
     start = time.perf_counter()
     digits = load(device)
-    keep = keep_probs(SIZES)
     print(
         f"Handwritten digits: {len(digits.train_images)} to train on, {len(digits.test_images)} to test on. "
         f"Seeds {seed} to {seed + seeds - 1}, {epochs} epochs each."
     )
-    print(f"{kernels_in_use(device)}\n\n{describe(SIZES, keep)}\n", flush=True)
-    outcomes = run_seeds(digits, SIZES, keep, seed=seed, seeds=seeds, epochs=epochs, samples=samples)
+    print(f"{kernels_in_use(device)}\n\n{describe(SIZES, RATES, epochs)}\n", flush=True)
+    outcomes = run_seeds(digits, SIZES, seed=seed, seeds=seeds, epochs=epochs, samples=samples)
     labels = digits.test_labels.cpu()
     rows = scores(outcomes, labels)
     spread = f"mean ± standard error of {seeds} seeds" if seeds > 1 else "one seed"
@@ -54,7 +53,7 @@ def run(*, seed: int, seeds: int, epochs: int, samples: int, output: Path, devic
     print("\n".join([*conclusions(outcomes, labels), sources_sentence(outcomes[0].prediction)]) + "\n", flush=True)
     fitted = regression.fit(seed, device)
     print("\n".join(regression.conclusions(fitted)) + "\n", flush=True)
-    written = figures.write(output, outcomes, labels, digits.test_pictures, rows, fitted)
+    written = figures.write(output, outcomes, labels, digits.test_pictures, rows, fitted, epochs)
     print("Figures written:")
     for path in written:
         print(f"  {path}")

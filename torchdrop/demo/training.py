@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..scheduler import KeepProbScheduler
 
 BATCH = 32
 LEARNING_RATE, MOMENTUM = 0.05, 0.9
@@ -19,15 +22,18 @@ def train(
     *,
     epochs: int,
     seed: int,
+    schedule: Mapping[str, Any],
     after_epoch: Callable[[], None],
 ) -> None:
     """Stochastic gradient descent with momentum on the cross-entropy. `seed` alone decides the order of the images.
 
+    The layers that `schedule` names follow it, epoch by epoch; if it is empty, all keep their rates.
     The masks come from PyTorch's default generator, the order from one of its own: it is the same with and without
     dropout, and on every device.
     """
     order = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(network.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
+    scheduler = KeepProbScheduler(network, schedule) if schedule else None
     network.train()
     for _ in range(epochs):
         for batch in torch.randperm(len(images), generator=order).to(images.device).split(BATCH):
@@ -35,4 +41,6 @@ def train(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
         after_epoch()
