@@ -202,6 +202,24 @@ _frozen: list[_Frozen] = []
 
 
 @contextmanager
+def frozen_forwards(model: nn.Module, seed: int) -> Iterator[_Frozen]:
+    """What `frozen_masks` does, whatever draws in the model: with the same inputs each time all of it is frozen."""
+    frozen = _Frozen(model, seed)
+    handles = []
+    for module in model.modules():
+        handles.append(module.register_forward_pre_hook(frozen.enter))
+        handles.append(module.register_forward_hook(frozen.leave, always_call=True, prepend=True))
+    _frozen.append(frozen)
+    try:
+        yield frozen
+    finally:
+        _frozen.remove(frozen)
+        frozen.restore()
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def frozen_masks(model: nn.Module, seed: int = 0) -> Iterator[None]:
     """Every forward of the model inside the context uses the same masks.
 
@@ -252,19 +270,8 @@ def frozen_masks(model: nn.Module, seed: int = 0) -> Iterator[None]:
             f"the model has dropout modules of torch.nn, whose masks cannot be frozen: {', '.join(stock)}. "
             "Put torchdrop's layers of the same names in their place"
         )
-    frozen = _Frozen(model, seed)
-    handles = []
-    for module in model.modules():
-        handles.append(module.register_forward_pre_hook(frozen.enter))
-        handles.append(module.register_forward_hook(frozen.leave, always_call=True, prepend=True))
-    _frozen.append(frozen)
-    try:
+    with frozen_forwards(model, seed) as frozen:
         yield
-    finally:
-        _frozen.remove(frozen)
-        frozen.restore()
-        for handle in handles:
-            handle.remove()
     if not frozen.served:
         warnings.warn(
             "frozen_masks: no mask was drawn in this context. Is the model in train mode, does it use torchdrop's "

@@ -131,8 +131,9 @@ def by_weight_size(
     """Ng's advice: the larger the weight matrix, the lower the keep_prob; the input near 1, the output 1.
 
     A hidden layer whose units are fed by a matrix of n weights gets keep = smallest - (smallest - largest) n / max(n),
-    the maximum over the hidden layers, so that the layer with the most weights gets `largest`. The advice gives numbers, 0.5 for
-    the largest matrix, 0.7 for smaller ones, 1 where overfitting is no worry, and no formula: the proportion is ours.
+    the maximum over the hidden layers, so that the layer with the most weights gets `largest`. The advice gives
+    numbers, 0.5 for the largest matrix, 0.7 for smaller ones, 1 where overfitting is no worry, and no formula: the
+    proportion is ours.
 
     Args:
         largest: of the hidden layer with the largest weight matrix.

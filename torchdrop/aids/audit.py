@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parameter import is_lazy
 
 from ..configure.holders import Holder, holders
 from ..monte_carlo.activate import check_model
 from ..monte_carlo.inputs import Inputs
-from ..monte_carlo.state import flags, random_state, undisturbed
-from .flow import Call, Flow
+from ..monte_carlo.state import flags, own_generators, random_state, undisturbed
+from .flow import Call, Flow, leaves
+from .share import mask_of_layer, measured
 
 _PROBE = 0.123456789
 """A rate that no one chooses, to see which calls follow the rates that have a name."""
@@ -59,10 +61,10 @@ class Audit:
         if dropping:
             width = max(5, *(len(call.module or "(model)") for call in dropping))
             lines.append(f"{'layer':{width}}  {'call':<14}  keep_prob  realised  draws")
-            for call in dropping:
+            for call in {(call.module, call.kind, call.rate): call for call in reversed(dropping)}.values():
                 nominal = "         " if call.rate is None else f"{1 - call.rate:<9.4g}"
                 realised = "not measured" if call.realised is None else f"{call.realised:<8.4f}  {call.draws}"
-                lines.append(f"{call.module or '(model)':{width}}  {call.kind:<14}  {nominal}  {realised}")
+                lines.insert(1, f"{call.module or '(model)':{width}}  {call.kind:<14}  {nominal}  {realised}")
         else:
             lines.append("No dropout in a forward in train mode.")
         if not self.findings:
@@ -79,8 +81,8 @@ def audit(model: nn.Module, example_input: Any) -> Audit:
     batch normalisation takes, as it is or through one linear map (its variance then differs between training and eval
     mode: Li et al.); dropout on the model's output; two dropouts in a row; rates of 0 or 1 left in; rates that are
     constants in a forward, so that no name reaches them; dropout layers that are never called; and layers that keep
-    another share of elements than they say. The model is run a few times without gradients, on a copy of nothing:
-    flags, buffers, rates and random states are put back.
+    another share of elements than they say. The model is run a few times, and afterwards its flags, buffers, rates and
+    random states are as before.
 
     Args:
         model: any module, neither compiled nor scripted.
@@ -93,6 +95,7 @@ def audit(model: nn.Module, example_input: Any) -> Audit:
 
     Raises:
         TypeError: `model` is no module, or a compiled or scripted one, whose calls cannot be seen.
+        ValueError: a module in it gets its parameters from its first call, which has not been made.
 
     References:
         Li, Chen, Hu and Yang, "Understanding the Disharmony between Dropout and Batch Normalization by Variance Shift",
@@ -107,17 +110,20 @@ def audit(model: nn.Module, example_input: Any) -> Audit:
         [('rate 0', '4'), ('before batch norm', '2')]
     """
     check_model(model)
+    _refuse_lazy(model)
     inputs = Inputs.of(example_input, None)
-    training = model.training
-    found = [] if training else list(_left_on(model))
-    with torch.no_grad(), random_state(), undisturbed(model.modules()):
+    found = list(_left_on(model))
+    with torch.enable_grad(), random_state(), own_generators(model), undisturbed(model.modules()):
         with _following(model, measure=True, training=True) as flow:
             output = inputs.copy().call(model)
         with _following(model, measure=False, training=False) as at_rest:
-            inputs.copy().call(model)
+            first, second = inputs.copy().call(model), inputs.copy().call(model)
         with _probed(holders(model)), _following(model, measure=False, training=True) as probed:
             inputs.copy().call(model)
-    found += _active(at_rest.calls)
+        with flags(model, lambda _: True):
+            calls = _with_layers(model, flow)
+    noisy = not all(map(torch.equal, leaves(first), leaves(second)))
+    found += _active(at_rest.calls, noisy)
     found += _extreme(holders(model))
     found += _normalised(flow)
     found += [
@@ -125,10 +131,18 @@ def audit(model: nn.Module, example_input: Any) -> Audit:
         for name in flow.dropped_outputs(output)
     ]
     found += _in_a_row(flow.calls)
-    found += _captured(probed.calls)
-    found += _never_called(model, flow.ran | at_rest.ran)
-    found += _unlikely(flow.calls)
-    return Audit(found, [call for call in flow.calls if call.on])
+    found += _captured(flow.calls, probed.calls)
+    found += _never_called(model, flow.ran | at_rest.ran, probed.calls)
+    found += _unlikely(calls)
+    return Audit(list(dict.fromkeys(found)), [call for call in calls if call.on])
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if any(map(is_lazy, module.parameters(recurse=False))):
+            raise ValueError(
+                f"{name!r} ({type(module).__name__}) is not initialised: call the model once before it is audited"
+            )
 
 
 @contextmanager
@@ -155,34 +169,63 @@ def _probed(found: list[Holder]) -> Iterator[None]:
             holder.restore(state)
 
 
+def _with_layers(model: nn.Module, flow: Flow) -> list[Call]:
+    """The calls of a forward, in which those of dropout layers have the layer's rate and the share that it keeps."""
+    calls = list(flow.calls)
+    for name, layer in model.named_modules():
+        input = flow.ran.get(layer)
+        if not isinstance(layer, _DropoutNd) or input is None or isinstance(layer.p, Tensor):
+            continue
+        share = measured(layer.forward, input, mask_of_layer(layer, input))
+        own = [call for call in calls if call.module == name and not call.flagged]
+        if not own:
+            own = [Call(name, type(layer).__name__, True, layer.p, layer.p > 0, False, None)]
+            calls += own
+        for call in own:
+            call.rate, call.realised, call.draws = float(layer.p), *share
+    return calls
+
+
 def _left_on(model: nn.Module) -> Iterator[Finding]:
     for name, module in model.named_modules():
-        if isinstance(module, _DropoutNd) and module.training:
+        holds = any(holder.module is module for holder in holders(model))
+        if holds and module.training and not model.training:
             message = (
                 "It is in train mode while the model is in eval mode. Call model.eval(), or use torchdrop.mc_dropout."
             )
             yield Finding("active in eval mode", name, message)
+        elif holds and type(module).train is not nn.Module.train and _ignores_eval(module):
+            message = (
+                "It stays in train mode after eval(). Remove its own train(), and use torchdrop.mc_dropout to sample."
+            )
+            yield Finding("active in eval mode", name, message)
 
 
-def _active(calls: Iterable[Call]) -> Iterator[Finding]:
+def _ignores_eval(module: nn.Module) -> bool:
+    with undisturbed(module.modules()):
+        return module.eval().training
+
+
+def _active(calls: Iterable[Call], noisy: bool) -> Iterator[Finding]:
     for call in calls:
         if call.on and call.flagged:
-            message = f"It draws random numbers ({call.kind}) in eval mode. Make that depend on self.training."
-            yield Finding("active in eval mode", call.module, message)
-        elif call.on:
+            if noisy and call.kind in ("uniform", "bernoulli"):  # the rest is noise of a model's own, as in a VAE
+                message = f"It draws random numbers ({call.kind}) in eval mode. Make that depend on self.training."
+                yield Finding("active in eval mode", call.module, message)
+        elif call.on and call.kind != "rrelu":
             message = f"It calls {call.kind} with dropout on in eval mode. Pass training=self.training."
             yield Finding("ignores training", call.module, message)
 
 
 def _extreme(found: Iterable[Holder]) -> Iterator[Finding]:
     for holder in found:
-        keep_prob = holder.keep_prob
-        if isinstance(keep_prob, Tensor):
+        if holder.attribute and not isinstance(holder.module, nn.RNNBase | nn.MultiheadAttention):
             continue
-        if keep_prob == 1.0 and not holder.attribute:
+        keep_prob = torch.as_tensor(holder.keep_prob, dtype=torch.float64)
+        if bool((keep_prob == 1).all()) and not holder.attribute:
             message = "Its keep_prob is 1, so it does nothing. Remove it, or give it a rate."
             yield Finding("rate 0", holder.name, message)
-        elif keep_prob == 0.0:
+        elif bool((keep_prob == 0).all()):
             message = (
                 "Its keep_prob is 0: it drops everything. p is the probability of dropping, keep_prob that of keeping."
             )
@@ -193,42 +236,47 @@ def _normalised(flow: Flow) -> Iterator[Finding]:
     for name, dropout, through in flow.normalised:
         way = f"by way of {through}, " if through else "directly, "
         message = (
-            f"It takes the output of the dropout {dropout or '(model)'} {way}whose variance is larger in "
-            "training than in "
-            "eval mode, so that running statistics are off (Li et al., 2019). Put dropout after the last batch norm."
+            f"It takes the output of the dropout {dropout or '(model)'} {way}whose variance is larger in training than "
+            "in eval mode, so that running statistics are off (Li et al., 2019). Put dropout after the last batch norm."
         )
         yield Finding("before batch norm", name, message)
 
 
 def _in_a_row(calls: Iterable[Call]) -> Iterator[Finding]:
     for call in calls:
-        if call.on and call.after is not None:
-            message = (
-                f"It drops from what {call.after or '(model)'} has dropped from: keep_probs multiply. Keep one of them."
-            )
+        if call.on and not call.flagged and call.after is not None:
+            before = call.after or "(model)"
+            message = f"It drops from what {before} has dropped from: keep_probs multiply. Keep one of them."
             yield Finding("two in a row", call.module, message)
 
 
-def _captured(calls: Iterable[Call]) -> Iterator[Finding]:
-    seen = set()
+def _rates(calls: Iterable[Call]) -> dict[tuple[str, str], set[float]]:
+    found: dict[tuple[str, str], set[float]] = {}
     for call in calls:
-        if call.flagged or not call.on or call.rate is None or abs(call.rate - _PROBE) < 1e-6:
-            continue
-        if (call.module, call.kind) in seen:
-            continue
-        seen.add((call.module, call.kind))
-        message = (
-            f"The rate of its {call.kind}, {call.rate:.4g}, is held where no name reaches it: set_keep_prob "
-            "and schedules do "
-            "not change it. Use a layer, or an attribute with 'drop' in its name."
-        )
-        yield Finding("rate captured elsewhere", call.module, message)
+        if call.rate is not None and call.on and not call.flagged:
+            found.setdefault((call.module, call.kind), set()).add(call.rate)
+    return found
 
 
-def _never_called(model: nn.Module, ran: set[nn.Module]) -> Iterator[Finding]:
+def _captured(calls: Iterable[Call], probed: Iterable[Call]) -> Iterator[Finding]:
+    """Calls whose rate stays what it was when every rate that has a name is another."""
+    before = _rates(calls)
+    for (module, kind), rates in _rates(probed).items():
+        for rate in sorted(rates & before.get((module, kind), set())):
+            message = (
+                f"The rate of its {kind}, {rate:.4g}, is held where no name reaches it: set_keep_prob and schedules do "
+                "not change it. Use a layer, or an attribute such as self.dropout."
+            )
+            yield Finding("rate captured elsewhere", module, message)
+
+
+def _never_called(model: nn.Module, ran: Mapping[nn.Module, Any], probed: Iterable[Call]) -> Iterator[Finding]:
+    """Layers that no forward calls, and whose rate no function around them is given."""
+    users = {call.module for call in probed if call.rate is not None and abs(call.rate - _PROBE) < 1e-6}
     for name, module in model.named_modules():
-        if isinstance(module, _DropoutNd) and module not in ran:
-            yield Finding("never called", name, "A forward of this input did not call it. Is it left over, or skipped?")
+        if isinstance(module, _DropoutNd) and module not in ran and name.rpartition(".")[0] not in users:
+            message = "A forward of this input did not call it. Is it left over, or skipped?"
+            yield Finding("never called", name, message)
 
 
 def _unlikely(calls: Iterable[Call]) -> Iterator[Finding]:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+import numbers
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.optim.optimizer import Optimizer
 
-from ..configure import disabled, keep_probs, replace
+from ..configure import disabled, keep_probs
 from ..configure.holders import unwrapped
-from ..monte_carlo.state import flags, random_state, undisturbed
-from ..random import frozen_masks
+from ..layers._rate import Rated
+from ..monte_carlo.activate import check_seed
+from ..monte_carlo.state import flags, own_generators, random_state, undisturbed
+from ..random import frozen_forwards
 
 _SHOWN = 8
 
@@ -101,9 +104,9 @@ def check_cost_decreases(
 
     With dropout on, the cost is another function at every iteration, and its curve says little about whether training
     works. With keep_prob 1 it must fall at every iteration of gradient descent with a small enough learning rate, and
-    with the masks frozen (`frozen_masks`) too. Both runs start from the parameters as they are. Afterwards everything
-    is as it was: parameters, gradients, buffers, training flags, rates, random states, and the state of every optimiser
-    that made a step.
+    with the masks frozen too, as by `frozen_masks`, functional dropout and torch.nn's layers included. Both runs start
+    from the parameters as they are. Afterwards everything is as it was: parameters, gradients, buffers, training flags,
+    rates, random states, and the state of every optimiser of the parameters.
 
     Args:
         model: in train or eval mode; it is trained in train mode.
@@ -144,99 +147,126 @@ def check_cost_decreases(
         True
     """
     original = unwrapped(model)
-    for name, value in (("cost", cost), ("step", step)):
-        if not callable(value):
-            raise TypeError(f"{name} must be a function without arguments, got {type(value).__name__}")
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
-        raise ValueError(f"iterations must be an integer of at least 1, got {iterations!r}")
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance must be 0 or more, got {tolerance!r}")
-
+    _check_arguments(cost, step, iterations, tolerance, seed, restore)
     with _kept(original, restore), disabled(model):
         off = _descend("dropout off", cost, step, iterations, tolerance)
     if off.problem:
         raise RuntimeError(off.problem)
-    if not any(_drops(k) for k in keep_probs(model).values()):
-        return CostCheck(off, None)
-    with _kept(original, restore), _replaced(model), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "frozen_masks: no mask was drawn", UserWarning)
-        with frozen_masks(model, seed):
+    with _kept(original, restore), _without_generators(original):
+        first, second = (_frozen_cost(model, cost, seed + i) for i in range(2))
+        if _equal(first, second) and not any(_drops(k) for k in keep_probs(model).values()):
+            return CostCheck(off, None)
+        with frozen_forwards(model, seed):
             frozen = _descend("masks frozen", cost, step, iterations, tolerance)
     return CostCheck(off, frozen)
+
+
+def _check_arguments(cost: Any, step: Any, iterations: Any, tolerance: Any, seed: Any, restore: Any) -> None:
+    for name, value in (("cost", cost), ("step", step)):
+        if not callable(value):
+            raise TypeError(f"{name} must be a function without arguments, got {type(value).__name__}")
+    if isinstance(iterations, bool) or not isinstance(iterations, int):
+        raise TypeError(f"iterations must be an integer of at least 1, got {iterations!r}")
+    if iterations < 1:
+        raise ValueError(f"iterations must be an integer of at least 1, got {iterations}")
+    if isinstance(tolerance, bool) or not isinstance(tolerance, numbers.Real):
+        raise TypeError(f"tolerance must be a number of at least 0, got {tolerance!r}")
+    if not tolerance >= 0:  # type: ignore[operator]
+        raise ValueError(f"tolerance must be a number of at least 0, got {tolerance}")
+    check_seed(seed)
+    if not isinstance(restore, Sequence):
+        raise TypeError(f"restore must be a list of objects with a state_dict, got {type(restore).__name__}")
+    for stateful in restore:
+        if not (hasattr(stateful, "state_dict") and hasattr(stateful, "load_state_dict")):
+            raise TypeError(f"restore must hold objects with a state_dict, got {type(stateful).__name__}")
 
 
 def _drops(keep_prob: Any) -> bool:
     return bool((keep_prob < 1).any()) if isinstance(keep_prob, Tensor) else keep_prob < 1
 
 
+def _equal(a: float, b: float) -> bool:
+    return a == b or (math.isnan(a) and math.isnan(b))
+
+
+def _frozen_cost(model: nn.Module, cost: Callable[[], Any], seed: int) -> float:
+    with frozen_forwards(model, seed):
+        return _number(cost)
+
+
 def _descend(
     name: str, cost: Callable[[], Any], step: Callable[[], object], iterations: int, tolerance: float
 ) -> Descent:
     costs = [_number(cost)]
-    if _number(cost) != costs[0] and not math.isnan(costs[0]):
-        return Descent(
-            name,
-            costs,
-            [],
-            f"two calls of cost() differ with {name}: it must use the same data each time, and what else is "
-            "random in it "
-            "(augmentation, functional dropout) has to be off",
+    if not _equal(_number(cost), costs[0]):
+        problem = (
+            f"two calls of cost() differ with {name}: it must use the same data each time, and what else is random in "
+            "it, such as augmentation, has to be off"
         )
+        return Descent(name, costs, [], problem)
     rises = []
     for iteration in range(1, iterations + 1):
         step()
         costs.append(_number(cost))
         before, after = costs[-2:]
-        if not after < before + tolerance * abs(before):
+        if not (after < before or (tolerance > 0 and after <= before + tolerance * abs(before))):
             rises.append(iteration)
     return Descent(name, costs, rises)
 
 
 def _number(cost: Callable[[], Any]) -> float:
-    with torch.no_grad():
-        value = cost()
-    if isinstance(value, Tensor) and value.numel() != 1:
-        raise TypeError(f"cost must return a number or a tensor with one element, got shape {tuple(value.shape)}")
-    return float(value)
+    value = cost()  # with gradients: the cost may hold some of its own
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.item()
+    if isinstance(value, numbers.Real):
+        return float(value)
+    got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    raise TypeError(f"cost must return a number or a tensor with one element, got {got}")
 
 
 @contextmanager
-def _replaced(model: nn.Module) -> Iterator[None]:
-    """torchdrop's layers in the place of torch.nn's, whose masks cannot be frozen."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "replace: ", UserWarning)
-        swap = replace(model)
+def _without_generators(model: nn.Module) -> Iterator[None]:
+    """Layers with a generator of their own draw from PyTorch's, whose state is what is frozen."""
+    own = [(module, module.generator) for module in model.modules() if isinstance(module, Rated)]
     try:
+        for module, _ in own:
+            module.generator = None
         yield
     finally:
-        if swap.done:
-            swap.undo()
+        for module, generator in own:
+            module.generator = generator
+
+
+def _optimizers_of(parameters: Iterable[Tensor]) -> list[Optimizer]:
+    """Those that train any of the parameters. `step` holds them, and nothing but their existence tells which."""
+    trained = {id(parameter) for parameter in parameters}
+    # By type: to ask other objects for their class may run code of theirs.
+    every = [found for found in gc.get_objects() if issubclass(type(found), Optimizer)]
+    return [o for o in every if any(id(p) in trained for group in o.param_groups for p in group["params"])]
 
 
 @contextmanager
 def _kept(model: nn.Module, others: Sequence[Any]) -> Iterator[None]:
     """Puts back all that training changes. Train mode within, unless the model is in it already."""
-    parameters = [(p, p.detach().clone(), None if p.grad is None else p.grad.clone()) for p in model.parameters()]
-    states = [(other, copy.deepcopy(other.state_dict())) for other in others]
-    seen: dict[Optimizer, Any] = {}
-
-    def note(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if optimizer not in seen:
-            seen[optimizer] = copy.deepcopy(optimizer.state_dict())
+    optimizers = _optimizers_of(model.parameters())
+    every = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    tensors = {id(p): p for p in [*model.parameters(), *every]}.values()
+    parameters = [(p, p.detach().clone(), None if p.grad is None else p.grad.clone()) for p in tensors]
+    stateful = {id(one): one for one in [*others, *optimizers]}.values()
+    states = [(one, copy.deepcopy(one.state_dict())) for one in stateful]
 
     with ExitStack() as stack:
         stack.enter_context(random_state())
+        stack.enter_context(own_generators(model))
         stack.enter_context(undisturbed(model.modules()))
         if not model.training:
             stack.enter_context(flags(model, lambda _: True))
-        hook = register_optimizer_step_pre_hook(note)
         try:
             yield
         finally:
-            hook.remove()
             with torch.no_grad():
                 for parameter, value, grad in parameters:
                     parameter.copy_(value)
                     parameter.grad = grad
-            for stateful, state in [*states, *seen.items()]:
-                stateful.load_state_dict(state)
+            for one, state in states:
+                one.load_state_dict(state)

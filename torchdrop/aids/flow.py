@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.nn.modules.dropout import _DropoutNd
 
 from ..layers import _rate
 from ..monte_carlo.draw import Draw
 from ..monte_carlo.mode import Tracker, Watching
+from .share import Share, mask_of_call, measured
 
 _T = Tensor
 
 _LINEAR = {
     F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
 }  # fmt: skip
-_VIEWS = {
-    torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, _T.flatten,
-    _T.reshape, _T.view, _T.permute, _T.transpose, _T.squeeze, _T.unsqueeze, _T.contiguous, _T.to, _T.float,
-    _T.movedim, torch.movedim,
-}  # fmt: skip
-
-_ENOUGH, _MOST = 20_000, 400
-"""Draws after which a keep rate is known well enough, and repetitions after which it has to be."""
+_COPIES = {torch.clone, _T.clone, _T.contiguous, _T.to, _T.float, _T.reshape, torch.reshape, _T.flatten, torch.flatten}
 
 
 @dataclass
@@ -57,31 +52,20 @@ class Call:
 
     @property
     def unlikely(self) -> bool:
-        """Whether a right layer would be this far off with a probability below 1e-9: Chernoff's bound 2 exp(-n KL)."""
-        if self.realised is None or self.rate is None:
-            return False
-        return self.draws * _divergence(self.realised, 1.0 - self.rate) > math.log(2e9)
-
-
-def _divergence(a: float, b: float) -> float:
-    """Kullback and Leibler's, of two coins.
-
-    >>> _divergence(0.5, 0.5), round(_divergence(1.0, 0.5), 4)
-    (0.0, 0.6931)
-    """
-    total = 0.0
-    for x, y in ((a, b), (1.0 - a, 1.0 - b)):
-        if x > 0:
-            total += x * math.log(x / y) if y > 0 else math.inf
-    return total
+        """Whether dropout at its rate would keep another share with a probability of all but 1e-9."""
+        return self.rate is not None and Share(self.realised, self.draws).unlikely(self.rate)
 
 
 @dataclass(frozen=True)
 class _Trace:
-    """Where a tensor comes from: a module's dropout, maybe by way of a linear map, named then."""
+    """A tensor that holds what a module's dropout gave, maybe by way of a linear map, named then.
+
+    It does so as long as the tensor's version is this one: an operation in place makes it another.
+    """
 
     dropout: str
-    through: str = ""
+    through: str
+    version: int
 
 
 class Flow(Watching):
@@ -89,26 +73,31 @@ class Flow(Watching):
 
     Args:
         model: that runs.
-        measure: whether the keep rates are measured, by calls of the same functions on ones.
+        measure: whether the shares that functions keep are measured, by calls of them on ones.
 
     Attributes:
         calls: that drop or draw, in order.
         normalised: for each batch normalisation of a dropout's output (its module, the dropout, the linear map
-        between). ran: the modules that were called.
+            between).
+        ran: the modules that were called, each dropout layer with its first input.
     """
 
     def __init__(self, model: nn.Module, measure: bool) -> None:
         super().__init__(Tracker(model, lambda *_: None, lambda: None))
         self.calls: list[Call] = []
         self.normalised: list[tuple[str, str, str]] = []
-        self.ran: set[nn.Module] = set()
-        self._model, self._measure = model, measure
-        self._layers = {name for name, m in model.named_modules() if isinstance(m, nn.modules.dropout._DropoutNd)}
+        self.ran: dict[nn.Module, Tensor | None] = {}
+        self._measure = measure
+        self._layers = {name for name, m in model.named_modules() if isinstance(m, _DropoutNd)}
         self._args: tuple[Any, ...] = ()
         self._kwargs: dict[str, Any] = {}
         self._traces: dict[int, _Trace] = {}
         self._alive: list[Tensor] = []  # an id is a tensor's only as long as it lives
-        self._handles = [m.register_forward_pre_hook(lambda m, _: self.ran.add(m)) for m in model.modules()]
+        self._handles = [m.register_forward_pre_hook(self._runs, with_kwargs=True) for m in model.modules()]
+
+    def _runs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        input = _first(args, kwargs) if isinstance(module, _DropoutNd) else None
+        self.ran.setdefault(module, None if input is None else input.detach())
 
     def close(self) -> None:
         self._tracker.close()
@@ -117,7 +106,7 @@ class Flow(Watching):
 
     def dropped_outputs(self, output: Any) -> list[str]:
         """The modules whose dropout gave a part of what the model returns."""
-        traces = [self._traces.get(id(leaf)) for leaf in tree_flatten(output)[0]]
+        traces = [self._trace(leaf) for leaf in leaves(output)]
         return sorted({trace.dropout for trace in traces if trace is not None and not trace.through})
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -130,72 +119,75 @@ class Flow(Watching):
     def _meet(self, func: Any, draw: Draw) -> Any:
         name = self._tracker.next(draw.kind).module
         input, args, kwargs = _first(self._args, self._kwargs), self._args, self._kwargs
-        before = self._traces.get(id(input))
+        before = self._trace(input)
         rate = float(draw.rate) if isinstance(draw.rate, float | int) else None
         after = before.dropout if before is not None and not before.through else None
         call = Call(name, draw.kind, name in self._layers, rate, draw.on, draw.flagged, after)
         self.calls.append(call)
-        if self._measure and draw.on and rate is not None and input is not None and _drops_elements(func, draw):
-            call.realised, call.draws = _measured(func, input, args, kwargs)
+        drops = draw.on and not draw.flagged and ("dropout" in draw.kind or func is _rate.apply)
+        if self._measure and drops and rate is not None and input is not None and not call.is_layer:
+
+            def on_ones(ones: Tensor) -> Tensor:
+                named = {key: ones if value is input else value for key, value in kwargs.items()}
+                return func(*(ones if value is input else value for value in args), **named)
+
+            call.realised, call.draws = measured(on_ones, input, mask_of_call(func, args, input))
         out = draw.original()
-        if draw.on and not draw.flagged and draw.served is not None and isinstance(out, Tensor):
-            self._mark(out, _Trace(name))
+        if drops and isinstance(out, Tensor):
+            self._mark(out, name)
         return out
 
     def _pass(self, func: Any, call: Any) -> Any:
-        input = _first(self._args, self._kwargs)
-        trace = self._traces.get(id(input))
-        if trace is None:
-            return call()
+        input, args, kwargs = _first(self._args, self._kwargs), self._args, self._kwargs
+        trace = self._trace(input)
+        out = call()
+        if trace is None or input is None or _version(input) != trace.version:
+            return out
         here = self._tracker.next("call").module
         if func is F.batch_norm:
-            self.normalised.append((here, trace.dropout, trace.through))
-        out = call()
-        if isinstance(out, Tensor) and out is not input:
-            if func in _VIEWS:
-                self._mark(out, trace)
-            elif func in _LINEAR and not trace.through:
-                self._mark(out, _Trace(trace.dropout, here))
+            if (args[1] if len(args) > 1 else kwargs.get("running_mean")) is not None:
+                self.normalised.append((here, trace.dropout, trace.through))
+        elif func in _LINEAR:
+            if not trace.through:
+                self._mark(out, trace.dropout, here)
+        else:
+            for leaf in leaves(out):
+                if leaf is not input and (func in _COPIES or _same_memory(leaf, input)):
+                    self._mark(leaf, trace.dropout, trace.through)
         return out
 
-    def _mark(self, tensor: Tensor, trace: _Trace) -> None:
-        self._traces[id(tensor)] = trace
+    def _mark(self, tensor: Tensor, dropout: str, through: str = "") -> None:
+        self._traces[id(tensor)] = _Trace(dropout, through, _version(tensor))
         self._alive.append(tensor)
+
+    def _trace(self, tensor: Tensor | None) -> _Trace | None:
+        trace = self._traces.get(id(tensor))
+        return trace if trace is not None and tensor is not None and trace.version == _version(tensor) else None
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    return next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+    """The tensor that a call works on."""
+    return next((a for a in (kwargs.get("input"), *args, *kwargs.values()) if isinstance(a, Tensor)), None)
 
 
-def _drops_elements(func: Any, draw: Draw) -> bool:
-    """Whether ones that come out positive have been kept: dropout in all its forms, and not noise or attention."""
-    return not draw.flagged and ("dropout" in draw.kind or func is _rate.apply)
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
-def _measured(func: Any, input: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float | None, int]:
-    """The fraction of a mask's elements that are kept, in so many of them."""
-    shape = tuple(args[3]) if func is _rate.apply else _mask_shape(func, input)
-    mask = math.prod(shape)
-    if not mask:
-        return None, 0
-    kept = repetitions = 0
-    while repetitions * mask < _ENOUGH and repetitions < _MOST:
-        ones = torch.ones_like(input)
-        named = {name: ones if value is input else value for name, value in kwargs.items()}
-        out = func(*(ones if value is input else value for value in args), **named)
-        if bool(((out > 0) & (out != out.amax())).any()):  # noise, of which nothing is kept or dropped
-            return None, 0
-        first = tuple(slice(None) if size == full else slice(1) for size, full in zip(shape, input.shape, strict=True))
-        kept += int((out[first] > 0).sum())
-        repetitions += 1
-    return kept / (repetitions * mask), repetitions * mask
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.numel() > 0 and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
-def _mask_shape(func: Any, input: Tensor) -> tuple[int, ...]:
-    """Of torch's functions: a draw for each element, or for each channel."""
-    name = func.__name__
-    if not ("feature" in name or name[-2:] in ("1d", "2d", "3d")):
-        return tuple(input.shape)
-    spatial = int(name[-2]) if name[-1] == "d" else input.dim() - 2
-    batched = input.dim() - spatial == 2
-    return (*input.shape[: 2 if batched else 1], *[1] * (input.dim() - (2 if batched else 1)))
+def leaves(output: Any) -> Iterator[Tensor]:
+    """The tensors in what a model returns, within sequences, mappings and dataclasses."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from leaves(value)
+    elif isinstance(output, tuple | list):
+        for value in output:
+            yield from leaves(value)
+    elif dataclasses.is_dataclass(output):
+        for field in dataclasses.fields(output):
+            yield from leaves(getattr(output, field.name))

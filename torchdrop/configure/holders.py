@@ -13,7 +13,9 @@ from torch.nn.modules.dropout import _DropoutNd
 from ..layers._rate import Rate, Rated, read_rate
 from ..rules import LayerSize
 
-_NAMED = re.compile(r"(?i)drop|keep_?prob")
+_NAMED = re.compile(
+    r"(?i)(drop(_?(out|path|block|connect|head|key|edge))?(_?(p|prob|probability|rate|ratio))?|keep_?prob)$"
+)
 _KEPT = re.compile(r"(?i)keep")
 _DROPPING = re.compile(r"(?i)drop|stochasticdepth")
 _PLAIN = ("p", "prob", "rate")

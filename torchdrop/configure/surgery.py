@@ -56,6 +56,16 @@ class Undoable:
         raise NotImplementedError
 
 
+def _layers(names: list[str]) -> str:
+    """
+    >>> _layers(["a", "b"]), _layers([""]), _layers([])
+    ('2 dropout layers: a, b', '1 dropout layer: (model)', 'no dropout layer')
+    """
+    if not names:
+        return "no dropout layer"
+    return f"{len(names)} dropout layer{'s' if len(names) > 1 else ''}: {', '.join(n or '(model)' for n in names)}"
+
+
 class Replacement(Undoable):
     """The layers that `replace` swapped. ``undo()`` swaps them back; printing it lists what it could not reach.
 
@@ -73,7 +83,7 @@ class Replacement(Undoable):
         _swap(self._swapped)
 
     def __repr__(self) -> str:
-        lines = [f"replaced {len(self.done)} dropout layers: {', '.join(n or '(model)' for n in self.done) or 'none'}"]
+        lines = [f"replaced {_layers(self.done)}"]
         if self.unreached:
             lines.append(f"not reached: {len(self.unreached)}")
             lines += [f"  {entry}" for entry in self.unreached]
@@ -190,7 +200,7 @@ class Insertion(Undoable):
             module._modules.pop(_CHILD[self._where], None)
 
     def __repr__(self) -> str:
-        return f"inserted {len(self.done)} dropout layers: {', '.join(self.done)}"
+        return f"inserted {_layers(self.done)}"
 
 
 def insert(model: nn.Module, layers: Mapping[str, nn.Module], where: str = "after") -> Insertion:

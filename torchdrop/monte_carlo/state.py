@@ -40,6 +40,18 @@ def random_state() -> Iterator[None]:
             numpy.random.set_state(others)
 
 
+@contextmanager
+def own_generators(model: nn.Module) -> Iterator[None]:
+    """Puts back the states of the generators that modules hold."""
+    found = {value for m in model.modules() for value in vars(m).values() if isinstance(value, torch.Generator)}
+    before = [(generator, generator.get_state()) for generator in found]
+    try:
+        yield
+    finally:
+        for generator, state in before:
+            generator.set_state(state)
+
+
 def foreign_states() -> list[str]:
     """Of Python's and numpy's generators, for comparison."""
     numpy = sys.modules.get("numpy")

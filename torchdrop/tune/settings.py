@@ -1,0 +1,114 @@
+"""The settings of a search, `grid` and `draws`, and what they make of the rates in a model."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..configure.holders import holders
+from ..configure.rates import set_keep_prob
+from ..layers._rate import Rate
+
+Setting = Mapping[str, Any]
+"""For each pattern of layer names a keep_prob, as `torchdrop.set_keep_prob` takes them."""
+
+
+def grid(values: Mapping[str, Sequence[float]]) -> list[dict[str, float]]:
+    """Every combination of the values, the last pattern's changing fastest.
+
+    Args:
+        values: for each pattern the keep_probs to try. Layers that share a pattern share one number.
+
+    Raises:
+        TypeError: no mapping, or a value that is no sequence.
+        ValueError: no pattern, or a pattern without values.
+
+    Example:
+        >>> grid({"0": [0.8, 1.0], "hidden.*": [0.5]})
+        [{'0': 0.8, 'hidden.*': 0.5}, {'0': 1.0, 'hidden.*': 0.5}]
+    """
+    _check_patterns("values", values, "a list of keep_probs")
+    for pattern, choices in values.items():
+        if isinstance(choices, str) or not isinstance(choices, Sequence):
+            raise TypeError(f"{pattern!r} must have a list of keep_probs, got {type(choices).__name__}")
+        if not choices:
+            raise ValueError(f"{pattern!r} must have at least one keep_prob, got none")
+    return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
+
+
+def draws(ranges: Mapping[str, tuple[float, float]], n: int, seed: int = 0) -> list[dict[str, float]]:
+    """Settings drawn at random: ``keep_prob ~ Uniform(low, high)``, independently for each pattern.
+
+    The first settings of a longer list are those of a shorter one.
+
+    Args:
+        ranges: for each pattern (low, high). Layers that share a pattern share one number.
+        n: how many settings.
+        seed: of the draws.
+
+    Raises:
+        TypeError: no mapping, or `n` or `seed` no integer.
+        ValueError: no pattern, no setting, or a range that is not ``0 <= low <= high <= 1``.
+
+    References:
+        Bergstra, Bengio, "Random Search for Hyper-Parameter Optimization", JMLR 13, 2012.
+
+    Example:
+        >>> [setting] = draws({"fc*": (0.3, 0.9)}, 1)
+        >>> 0.3 <= setting["fc*"] <= 0.9
+        True
+    """
+    _check_patterns("ranges", ranges, "(low, high)")
+    check_integer("n", n, 1)
+    check_integer("seed", seed, None)
+    for pattern, ends in ranges.items():
+        if not isinstance(ends, Sequence) or len(ends) != 2:
+            raise TypeError(f"{pattern!r} must have a range (low, high), got {ends!r}")
+        if not 0 <= ends[0] <= ends[1] <= 1:
+            raise ValueError(f"the range of {pattern!r} must be 0 <= low <= high <= 1, got {tuple(ends)}")
+    source = random.Random(seed)
+    return [{pattern: source.uniform(*ends) for pattern, ends in ranges.items()} for _ in range(n)]
+
+
+def _check_patterns(name: str, given: Any, values: str) -> None:
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{name} must be a mapping from pattern to {values}, got {type(given).__name__}")
+    if not given:
+        raise ValueError(f"{name} must have at least one pattern, got none")
+
+
+def check_integer(name: str, value: Any, least: int | None) -> None:
+    """Refuses what is no integer, or is below the least.
+
+    Raises:
+        TypeError: it is no integer.
+        ValueError: it is below the least.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def rates_of(model: nn.Module, settings: Sequence[Setting]) -> list[list[Rate]]:
+    """The rates of all places in the model that hold one, under each setting; the model is left as it was.
+
+    Raises:
+        TypeError, ValueError: a setting that `set_keep_prob` refuses; says which.
+    """
+    found = holders(model)
+    states = [holder.state() for holder in found]
+    rates = []
+    for number, setting in enumerate(settings):
+        try:
+            set_keep_prob(model, setting)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{error}; in settings[{number}], {setting!r}") from None
+        rates.append([holder.keep_prob for holder in found])
+        for holder, state in zip(found, states, strict=True):
+            holder.restore(state)
+    return rates

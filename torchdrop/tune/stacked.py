@@ -1,0 +1,238 @@
+"""Training many models at once: parameters and buffers are stacked, and the models' dimension is mapped over.
+
+A step costs as many calls of operations for all models as it would for one. What vmap and autograd add to each call
+is paid once: the step is traced to a graph of plain operations, and the graph is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ..configure.holders import holders
+from ..kernels.law import law_tensor
+from ..layers._rate import Rate, Rated
+from .alone import with_rates
+from .training import Fold, Masks, Training, first_stream
+
+ELEMENTWISE = (
+    "ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD",
+)  # fmt: skip
+"""The optimisers of torch.optim that update each element by itself: on stacked parameters they do what they do for
+each model."""
+
+Named = dict[str, Tensor]
+Gradients = Callable[[list[Tensor], Named, Tensor, Tensor, Tensor], tuple[Tensor, Sequence[Tensor | None]]]
+
+
+class NotStackableError(Exception):
+    """Why the models cannot be trained at once."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model of the search: its fold, and its rates in the order of `holders`."""
+
+    fold: Fold
+    rates: Sequence[Rate]
+
+
+class Stack:
+    """Models that are trained at once.
+
+    Args:
+        jobs: the models; their folds have as many steps in an epoch.
+        training: how they are trained.
+
+    Attributes:
+        finite: for each model, whether its loss was finite in every step so far.
+
+    Raises:
+        NotStackableError, or whatever torch.func raises: they cannot be.
+    """
+
+    def __init__(self, jobs: Sequence[Job], training: Training) -> None:
+        _check_rates(jobs)
+        self._jobs, self._training = jobs, training
+        self._model = with_rates(jobs[0].fold.model, jobs[0].rates)
+        self._layers = [h.module for h in holders(self._model) if isinstance(h.module, Rated)]
+        self._rates = _stacked_rates(self._model, jobs)
+        self._masks = Masks(training.seed)
+        models = [job.fold.model for job in jobs]
+        parameters = _stacked(dict(model.named_parameters()) for model in models)
+        self._buffers = _stacked(dict(model.named_buffers()) for model in models)
+        self._names = [name for name, p in self._model.named_parameters() if p.requires_grad]
+        self._frozen = {name: value for name, value in parameters.items() if name not in self._names}
+        self._values = [parameters[name].requires_grad_() for name in self._names]
+        self._orders = [list(range(value.dim())) for value in self._values]
+        device = training.inputs.device
+        self._streams = torch.tensor([first_stream(job.fold) for job in jobs], device=device)
+        self.finite = torch.ones(len(jobs), dtype=torch.bool, device=device)
+        first, *others = islice(self._batches(), 2)
+        self._arrange(first)
+        self._step = self._traced(first, [*others, first][0])
+        self._optimizer = training.optimizer(self._values)
+        _check_optimizer(self._optimizer)
+
+    def train(self, after_epoch: Callable[[], None]) -> None:
+        """All epochs."""
+        steps = self._training.steps(self._jobs[0].fold)
+        for number, rows in enumerate(self._batches(), 1):
+            losses, gradients = self._run(self._step, rows, self._buffers)
+            for value, gradient in zip(self._values, gradients, strict=True):
+                value.grad = None if gradient is None else gradient.contiguous()
+            del gradients, gradient  # their memory serves the next step
+            self._optimizer.step()
+            for value in self._values:
+                value.grad = None
+            self.finite &= losses.isfinite()
+            self._streams += 1
+            if number % steps == 0:
+                after_epoch()
+
+    def models(self) -> Iterator[nn.Module]:
+        """Each model by itself."""
+        own = {**self._named(self._values), **self._frozen, **self._buffers}
+        for index, job in enumerate(self._jobs):
+            model = with_rates(job.fold.model, job.rates)
+            with torch.no_grad():
+                for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+                    tensor.copy_(own[name][index])
+            yield model
+
+    def _batches(self) -> Iterator[Tensor]:
+        """The rows of every model in each step, (models, batch size)."""
+        folds = {job.fold.number: job.fold for job in self._jobs}
+        own = [list(folds).index(job.fold.number) for job in self._jobs]
+        for orders in zip(*(self._training.batches(fold) for fold in folds.values()), strict=True):
+            yield from torch.stack(orders)[own].unbind(1)
+
+    def _run(self, step: Gradients, rows: Tensor, buffers: Named) -> tuple[Tensor, Sequence[Tensor | None]]:
+        with torch.set_grad_enabled(step == self._gradients):
+            return step(*self._arguments(rows, buffers))
+
+    def _arguments(self, rows: Tensor, buffers: Named) -> tuple[list[Tensor], Named, Tensor, Tensor, Tensor]:
+        return self._values, buffers, self._training.inputs[rows], self._training.targets[rows], self._streams
+
+    def _gradients(
+        self, values: list[Tensor], buffers: Named, x: Tensor, y: Tensor, streams: Tensor
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """Every model's loss, and the gradients of their sum, which are each model's own."""
+        losses = vmap(self._loss)(self._named(values), self._frozen, buffers, self._rates, x, y, streams)
+        return losses.detach(), torch.autograd.grad(losses.sum(), values, allow_unused=True)
+
+    def _loss(
+        self, own: Named, frozen: Named, buffers: Named, rates: list[list[Tensor]], x: Tensor, y: Tensor, stream: Tensor
+    ) -> Tensor:
+        for layer, (keep, law) in zip(self._layers, rates, strict=True):
+            # What a layer derives from its rate is given to it, so that it is not worked out in every step.
+            layer._keep_prob, layer._p, layer._law, layer._law_tensor = keep, 1.0 - keep, law, law  # type: ignore[assignment]
+        with self._masks.at(stream):
+            output = functional_call(self._model, {**own, **frozen, **buffers}, (x,))
+        return self._training.loss(output, y)
+
+    def _named(self, values: Sequence[Tensor]) -> Named:
+        """The parameters in their own order of dimensions."""
+        return {
+            name: value.permute([order.index(dim) for dim in range(value.dim())])
+            for name, value, order in zip(self._names, values, self._orders, strict=True)
+        }
+
+    def _arrange(self, rows: Tensor) -> None:
+        """Lays the parameters out in memory as their gradients come, so that no gradient has to be copied."""
+        _, gradients = self._run(self._gradients, rows, _copied(self._buffers))
+        self._orders = [
+            _outermost_first(value if gradient is None else gradient)
+            for value, gradient in zip(self._values, gradients, strict=True)
+        ]
+        self._values = [
+            value.detach().permute(order).contiguous().requires_grad_()
+            for value, order in zip(self._values, self._orders, strict=True)
+        ]
+
+    def _traced(self, first: Tensor, second: Tensor) -> Gradients:
+        """`_gradients` as a graph, or itself where a graph cannot be made or does something else.
+
+        Raises:
+            NotStackableError: a forward changes what the model does in the next.
+        """
+
+        def plain(values: list[Tensor], buffers: Named, x: Tensor, y: Tensor, streams: Tensor) -> Any:
+            return self._gradients(values, buffers, x, y, streams)  # tracing wants a function without self
+
+        before = _attributes(self._model)
+        expected = self._found(self._gradients, second)
+        after = _attributes(self._model)
+        changed = [".".join(filter(None, place)) for place in after if before.get(place) != after[place]]
+        if changed:
+            raise NotStackableError(f"the forward changes an attribute of the model, {changed[0]!r}")
+        try:
+            graph: Gradients = make_fx(plain)(*self._arguments(first, _copied(self._buffers)))
+            found = self._found(graph, second)
+        except Exception:
+            return self._gradients
+        same = all(torch.allclose(a, b, 1e-3, 1e-5, equal_nan=True) for a, b in zip(found, expected, strict=True))
+        return graph if same else self._gradients
+
+    def _found(self, step: Gradients, rows: Tensor) -> list[Tensor]:
+        """What a step gives and leaves in the buffers, of which it has copies."""
+        buffers = _copied(self._buffers)
+        losses, gradients = self._run(step, rows, buffers)
+        return [losses, *(g for g in gradients if g is not None), *buffers.values()]
+
+
+def _stacked(models: Iterable[Mapping[str, Tensor]]) -> Named:
+    states = list(models)
+    return {name: torch.stack([state[name].detach() for state in states]) for name in states[0]}
+
+
+def _outermost_first(tensor: Tensor) -> list[int]:
+    """Its dimensions in the order in which they lie in memory."""
+    return sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+
+
+def _copied(tensors: Named) -> Named:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def _attributes(model: nn.Module) -> dict[tuple[str, str], Any]:
+    """The plain values that modules hold: a forward that changes them is not the same in every step."""
+    return {
+        (name, attribute): value
+        for name, module in model.named_modules()
+        for attribute, value in vars(module).items()
+        if isinstance(value, bool | int | float | str)
+    }
+
+
+def _check_rates(jobs: Sequence[Job]) -> None:
+    for at, holder in enumerate(holders(jobs[0].fold.model)):
+        rates = [job.rates[at] for job in jobs]
+        if not isinstance(holder.module, Rated):
+            if any(rate != rates[0] for rate in rates):
+                raise NotStackableError(f"settings differ in a rate that is no layer, {holder.name!r} ({holder.kind})")
+        elif any(isinstance(rate, Tensor) and rate.dim() for rate in rates):
+            raise NotStackableError(f"the keep_prob of {holder.name!r} is a tensor with more than one value")
+
+
+def _stacked_rates(model: nn.Module, jobs: Sequence[Job]) -> list[list[Tensor]]:
+    """For each layer of torchdrop the keep_prob and the law of every model."""
+    result = []
+    for at, holder in enumerate(holders(model)):
+        if isinstance(holder.module, Rated):
+            keep = torch.tensor([float(job.rates[at]) for job in jobs], dtype=torch.float64)
+            result.append([keep, law_tensor(keep, holder.module._formula)])
+    return result
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    kind = type(optimizer)
+    if not kind.__module__.startswith("torch.") or kind.__name__ not in ELEMENTWISE:
+        raise NotStackableError(f"{kind.__name__} is not known to update each element of a parameter by itself")

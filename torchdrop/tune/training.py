@@ -1,0 +1,154 @@
+"""What is trained: the parts of the data, the order of the batches, the masks, and the score at the end."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..kernels.law import ONE, Law
+from ..layers import _rate
+
+Loss = Callable[[Any, Tensor], Tensor]
+Score = Callable[[Any, Tensor], Any]
+MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One division of the rows, with the model that all its trainings start from.
+
+    Args:
+        number: of the fold.
+        train, test: indices of rows.
+        model: with torchdrop's layers.
+    """
+
+    number: int
+    train: Tensor
+    test: Tensor
+    model: nn.Module
+
+
+@dataclass(frozen=True)
+class Training:
+    """How every model of the search is trained; `torchdrop.tune.cross_validate` explains each."""
+
+    inputs: Tensor
+    targets: Tensor
+    loss: Loss
+    score: Score
+    optimizer: MakeOptimizer
+    epochs: int
+    batch_size: int
+    seed: int
+
+    def steps(self, fold: Fold) -> int:
+        """Batches in an epoch; rows that are left over are others in every epoch."""
+        return len(fold.train) // self.batch_size
+
+    def batches(self, fold: Fold) -> Iterator[Tensor]:
+        """For each epoch the rows of its batches, (steps, batch size): the same however the fold is trained."""
+        generator = torch.Generator().manual_seed(mixed(self.seed, "batches", fold.number))
+        steps = self.steps(fold)
+        for _ in range(self.epochs):
+            order = torch.randperm(len(fold.train), generator=generator)[: steps * self.batch_size]
+            yield fold.train[order].view(steps, self.batch_size).to(self.inputs.device)
+
+    def evaluate(self, model: nn.Module, fold: Fold) -> float:
+        """The score on the fold's test rows; NaN if the outputs are not finite."""
+        model.eval()
+        rows = fold.test.to(self.inputs.device)
+        with torch.no_grad():
+            output = model(self.inputs[rows])
+            if isinstance(output, Tensor) and not bool(output.isfinite().all()):
+                return float("nan")
+            return float(self.score(output, self.targets[rows]))
+
+
+def mixed(seed: int, *name: object) -> int:
+    """63 bits that follow from the seed and a name."""
+    text = "/".join(map(str, ("tune", seed, *name)))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+class Masks(TorchFunctionMode):
+    """Gives every layer of torchdrop its key: the seed from the number of its call in the forward, the stream from
+    fold and step.
+
+    So the mask of a layer in a step does not depend on what is trained beside it. All settings of a fold meet the same
+    draws: with the higher keep_prob an element is kept wherever it is with the lower one.
+
+    Args:
+        seed: of the search.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._seed = seed
+        self._seeds: list[int] = []
+        self._calls = 0
+        self._stream: Tensor | None = None
+
+    def at(self, stream: Tensor) -> Masks:
+        """Begins a forward, for ``with masks.at(stream)``."""
+        self._stream, self._calls = stream, 0
+        return self
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not _rate.apply:
+            return func(*args, **(kwargs or {}))
+        operator, input, law, shape, inplace, _ = args
+        key = self._key(input.device)
+        if isinstance(law, Law) and law.threshold == ONE:
+            return input
+        return operator(input, key, law, shape, inplace)
+
+    def _key(self, device: torch.device) -> Tensor:
+        assert self._stream is not None
+        if self._calls == len(self._seeds):
+            self._seeds.append(mixed(self._seed, "masks", self._calls))
+        seed = self._seeds[self._calls]
+        self._calls += 1
+        stream = self._stream.to(device)
+        return torch.stack([torch.full_like(stream, seed), stream])
+
+
+def first_stream(fold: Fold) -> int:
+    """The stream of the fold's first step; those of other steps follow, at most 2**32 of them."""
+    return fold.number << 32
+
+
+def default_loss(output: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy for integer targets, the mean squared error otherwise."""
+    if not target.is_floating_point():
+        return F.cross_entropy(output, target)
+    _check_shapes(output, target)
+    return F.mse_loss(output, target)
+
+
+def default_score(output: Tensor, target: Tensor) -> float:
+    """Accuracy for integer targets, minus the mean squared error otherwise."""
+    if not target.is_floating_point():
+        return (output.argmax(1) == target).double().mean().item()
+    _check_shapes(output, target)
+    return -F.mse_loss(output.double(), target.double()).item()
+
+
+def _check_shapes(output: Tensor, target: Tensor) -> None:
+    if output.shape != target.shape:
+        raise ValueError(
+            f"the model's outputs must have the targets' shape {tuple(target.shape)} for the mean squared error, "
+            f"got {tuple(output.shape)}"
+        )
+
+
+def default_optimizer(parameters: list[Tensor]) -> torch.optim.Optimizer:
+    """Adam with a learning rate of 0.001."""
+    return torch.optim.Adam(parameters, lr=1e-3, fused=all(p.device.type in ("cpu", "cuda") for p in parameters))
