@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ._extras import axes_or_new
-from .configure.holders import Holder, is_compiled, names_of, unwrapped
+from .configure.holders import Holder, check_keep_prob, compiled_parts, names_of, unwrapped
 from .configure.names import near
 from .configure.rates import chosen, shown
 from .layers._rate import Rate, Rated
@@ -28,6 +29,7 @@ class _Scheduled:
     pattern: str
     asked: Any
     own: Rate
+    last: Rate = 1.0
 
     def at(self, step: int) -> float:
         """Its keep_prob.
@@ -41,8 +43,19 @@ class _Scheduled:
                 raise TypeError(
                     f"{schedule!r} cannot scale the rate of {name!r}, a tensor: give the layer a number first"
                 )
-            schedule = schedule.of(self.own)
+            try:
+                schedule = schedule.of(self.own)
+            except ValueError as error:
+                raise ValueError(f"{error}, for {name!r}") from None
         return keep_prob_at(schedule, step, name)
+
+    def checked(self, step: int) -> Rate:
+        """Its keep_prob, as the layer can hold it."""
+        value = self.at(step)
+        try:
+            return self.holder.check(value)
+        except ValueError as error:
+            raise ValueError(f"{error}, at step {step} of the schedule of {self.holder.name!r}") from None
 
 
 class KeepProbScheduler:
@@ -58,6 +71,7 @@ class KeepProbScheduler:
             step to keep_prob. ``schedules.scale`` multiplies each layer's own rate, as it is now.
 
     Attributes:
+        model: whose layers these are; the original of a compiled one.
         last_step: the number of the step whose rates are set.
 
     Raises:
@@ -86,7 +100,7 @@ class KeepProbScheduler:
     """
 
     def __init__(self, model: nn.Module, rates: Mapping[str, Any]) -> None:
-        self._model = unwrapped(model)
+        self.model = unwrapped(model)
         self._layers = [
             _Scheduled(holder, pattern, asked, holder.keep_prob)
             for pattern, found in chosen(model, rates).items()
@@ -95,8 +109,13 @@ class KeepProbScheduler:
         ]
         self.last_step = 0
         self.seek(0)
-        stock = [layer.holder.name for layer in self._layers if not isinstance(layer.holder.module, Rated)]
-        if stock and is_compiled(model):
+        compiled = {inner for part in compiled_parts(model) for inner in part.modules()}
+        stock = [
+            layer.holder.name
+            for layer in self._layers
+            if layer.holder.module in compiled and not isinstance(layer.holder.module, Rated)
+        ]
+        if stock:
             warnings.warn(
                 f"KeepProbScheduler: the model is compiled, and a new rate of {', '.join(stock)} recompiles "
                 "it, because "
@@ -119,31 +138,37 @@ class KeepProbScheduler:
         Args:
             step: 0 or more.
         """
-        if isinstance(step, bool) or not isinstance(step, int):
+        if isinstance(step, bool) or not isinstance(step, numbers.Integral):
             raise TypeError(f"step must be an integer, got {type(step).__name__}")
+        step = int(step)
         if step < 0:
             raise ValueError(f"step must be 0 or more, got {step}")
         self._check_layers()
-        values = [layer.holder.check(layer.at(step)) for layer in self._layers]
+        values = [layer.checked(step) for layer in self._layers]
         for layer, value in zip(self._layers, values, strict=True):
             layer.holder.set(value)
+            layer.last = value if layer.holder.is_disabled else layer.holder.keep_prob
         self.last_step = step
 
     def _check_layers(self) -> None:
-        for layer in self._layers:
-            if _at(self._model, layer.holder.name, layer.holder.attribute) is layer.holder.module:
+        moved = [layer for layer in self._layers if not _is_there(self.model, layer.holder)]
+        if not moved:
+            return
+        there = names_of(self.model)
+        names = [name for every in there.values() for name in every if name]
+        for layer in moved:
+            holder = layer.holder
+            if holder.module in there and _has_rate(holder):  # under another name, or in a part that has been compiled
                 continue
-            if layer.holder.module in names_of(self._model):  # under another name, or in a part that has been compiled
-                continue
-            names = [name for every in names_of(self._model).values() for name in every if name]
+            hint = "another one has its name" if holder.name in names else near(holder.name, names)
             raise ValueError(
-                f"the layer {layer.holder.name!r}, scheduled by {layer.pattern!r}, is no longer in the model "
-                f"({near(layer.holder.name, names)}): create the scheduler after changing the model"
+                f"the layer {holder.name!r}, scheduled by {layer.pattern!r}, is no longer in the model ({hint}): "
+                "create the scheduler after changing the model"
             )
 
     def get_last_keep_prob(self) -> dict[str, Rate]:
-        """The keep_prob that was set last, for each scheduled layer by name."""
-        return {layer.holder.name: layer.holder.keep_prob for layer in self._layers}
+        """The keep_prob that this scheduler has set last, for each of its layers by name."""
+        return {layer.holder.name: layer.last for layer in self._layers}
 
     def state_dict(self) -> dict[str, Any]:
         """The step, and the layers with the rates that they had before, which ``schedules.scale`` multiplies.
@@ -158,7 +183,11 @@ class KeepProbScheduler:
         Raises:
             ValueError: it is not the state of a scheduler of these layers. Nothing is changed.
         """
-        if not isinstance(state_dict, Mapping) or set(state_dict) != {"step", "layers"}:
+        if (
+            not isinstance(state_dict, Mapping)
+            or set(state_dict) != {"step", "layers"}
+            or not isinstance(state_dict["layers"], Mapping)
+        ):
             raise ValueError(
                 "state_dict must be what KeepProbScheduler.state_dict() returned, with 'step' and 'layers'"
             )
@@ -169,6 +198,8 @@ class KeepProbScheduler:
                 "this is the state of another model's scheduler, or of one with other patterns: "
                 f"it lacks {missing or 'nothing'} and has {unknown or 'nothing'} that is not scheduled here"
             )
+        for value in layers.values():
+            check_keep_prob(value)
         before = [layer.own for layer in self._layers]
         for layer in self._layers:
             layer.own = layers[layer.holder.name]
@@ -180,11 +211,11 @@ class KeepProbScheduler:
             raise
 
     def __repr__(self) -> str:
-        width = max((len(layer.holder.name) for layer in self._layers), default=0)
+        names = [layer.holder.name or "(model)" for layer in self._layers]
+        width = max(map(len, names), default=0)
         lines = [f"KeepProbScheduler at step {self.last_step}"]
-        for layer in self._layers:
-            now = shown(layer.holder.keep_prob)
-            lines.append(f"  {layer.holder.name:{width}}  {now:8}  {layer.asked!r}")
+        for name, layer in zip(names, self._layers, strict=True):
+            lines.append(f"  {name:{width}}  {shown(layer.last):8}  {layer.asked!r}")
         return "\n".join(lines)
 
     def plot(self, steps: int, ax: Any = None) -> Any:
@@ -210,7 +241,7 @@ class KeepProbScheduler:
             lines.setdefault(values, []).append(layer.holder.name or "(model)")
         for values, names in lines.items():
             label = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            ax.plot(shown_at, values, label=label)
+            ax.plot(shown_at, values, label=f" {label}" if label.startswith("_") else label)  # matplotlib hides those
         ax.set(xlabel="step", ylabel="keep_prob", ylim=(-0.03, 1.03))
         ax.legend(frameon=False, fontsize=8)
         return ax
@@ -230,10 +261,14 @@ def _readable(pattern: str, asked: Any) -> Any:
         raise type(error)(f"{error}, for the pattern {pattern!r}") from None
 
 
-def _at(model: nn.Module, name: str, attribute: str) -> nn.Module | None:
-    """What stands at the place of a holder, by the shortest way."""
+def _has_rate(holder: Holder) -> bool:
+    return hasattr(holder.module, holder.attribute or "p")
+
+
+def _is_there(model: nn.Module, holder: Holder) -> bool:
+    """Whether the layer stands at its name, by the shortest way."""
     module: nn.Module | None = model
-    names = name.split(".") if name else []
-    for part in names[:-1] if names and attribute and names[-1] == attribute else names:
+    names = holder.name.split(".") if holder.name else []
+    for part in names[:-1] if names and holder.attribute and names[-1] == holder.attribute else names:
         module = module._modules.get(part) if module is not None else None
-    return module
+    return module is holder.module and _has_rate(holder)

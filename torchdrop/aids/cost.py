@@ -242,7 +242,8 @@ def _optimizers_of(parameters: Iterable[Tensor]) -> list[Optimizer]:
     trained = {id(parameter) for parameter in parameters}
     # By type: to ask other objects for their class may run code of theirs.
     every = [found for found in gc.get_objects() if issubclass(type(found), Optimizer)]
-    return [o for o in every if any(id(p) in trained for group in o.param_groups for p in group["params"])]
+    groups = {id(found): getattr(found, "param_groups", ()) for found in every}
+    return [o for o in every if any(id(p) in trained for group in groups[id(o)] for p in group["params"])]
 
 
 @contextmanager

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.utils import parametrize
 
 from ..layers._rate import Rate, Rated, read_rate
 from ..rules import LayerSize
@@ -17,8 +19,12 @@ _NAMED = re.compile(
     r"(?i)(drop(_?(out|path|block|connect|head|key|edge))?(_?(p|prob|probability|rate|ratio))?|keep_?prob)$"
 )
 _KEPT = re.compile(r"(?i)keep")
-_DROPPING = re.compile(r"(?i)drop|stochasticdepth")
+_DROPPING = re.compile(r"(?<![a-z])[Dd]rop|StochasticDepth")
 _PLAIN = ("p", "prob", "rate")
+
+
+_disabled: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
+"""The rates of disabled layers, by module and attribute, as `Holder.state` has them."""
 
 
 @dataclass(frozen=True)
@@ -55,44 +61,78 @@ class Holder:
             TypeError, ValueError: it is none, or a tensor where only a number can be held.
         """
         try:
-            checked, _ = read_rate(None, keep_prob) if keep_prob is not None else (None, None)
+            checked = check_keep_prob(keep_prob)
+            if isinstance(self.module, Rated):
+                self.module._check_rate(checked)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{error}, for {self.name!r}") from None
-        if checked is None:
-            raise TypeError(f"keep_prob must be a number or a tensor, got NoneType, for {self.name!r}")
-        if isinstance(self.module, Rated):
-            self.module._check_rate(checked)
-        elif isinstance(checked, torch.Tensor):
+        if isinstance(checked, torch.Tensor) and not isinstance(self.module, Rated):
+            advice = "" if self.attribute else "; torchdrop.replace(model) makes it a layer that takes tensors"
             raise TypeError(
-                f"{self.name!r} ({self.kind}) holds its rate as a number, so keep_prob must be a number, got a tensor; "
-                "torchdrop.replace(model) puts torchdrop's layers, which take tensors, in the place of torch.nn's"
+                f"{self.name!r} ({self.kind}) holds its rate as a number, so keep_prob must be a number, got a tensor"
+                + advice
             )
         return checked
 
     def set(self, keep_prob: Rate) -> None:
-        """Sets what `check` has let pass."""
+        """Sets what `check` has let pass; the rate that is there already stays to the bit."""
+        if self.is_disabled:
+            _disabled[self.module][self.attribute] = (keep_prob, self._value_of(keep_prob))
+            return
+        now = self.keep_prob
+        if not isinstance(now, torch.Tensor) and not isinstance(keep_prob, torch.Tensor) and now == keep_prob:
+            return
         if isinstance(self.module, Rated):
             self.module.keep_prob = keep_prob
         else:
-            assert not isinstance(keep_prob, torch.Tensor)
-            value = keep_prob if self._keeps else round(1.0 - keep_prob, 15)
-            setattr(self.module, self.attribute or "p", value)
+            setattr(self.module, self.attribute or "p", self._value_of(keep_prob))
+
+    def _value_of(self, keep_prob: Rate) -> Any:
+        """What an attribute holds for a keep_prob."""
+        if self._keeps or isinstance(keep_prob, torch.Tensor):
+            return keep_prob if self._keeps else 1.0 - keep_prob
+        return round(1.0 - keep_prob, 15)
+
+    @property
+    def is_disabled(self) -> bool:
+        return self.attribute in _disabled.get(self.module, {})
+
+    def disable(self) -> None:
+        """Sets keep_prob 1 until `enable` puts back what was there, or what has been set meanwhile."""
+        state = self.state()
+        self.set(1.0)
+        _disabled.setdefault(self.module, {})[self.attribute] = state
+
+    def enable(self) -> None:
+        state = _disabled.get(self.module, {}).pop(self.attribute, None)
+        if state is not None:
+            self.restore(state)
 
     def state(self) -> Any:
-        """What `restore` puts back, to the bit."""
-        if isinstance(self.module, Rated):
-            return self.module.keep_prob, self.module.p
-        return getattr(self.module, self.attribute or "p")
+        """What `restore` puts back, to the bit, also if the layer has another class by then."""
+        return self.keep_prob, getattr(self.module, self.attribute or "p")
 
     def restore(self, state: Any) -> None:
         if isinstance(self.module, Rated):
             self.module._hold(*state)
         else:
-            setattr(self.module, self.attribute or "p", state)
+            setattr(self.module, self.attribute or "p", state[1])
 
     @property
     def _keeps(self) -> bool:
         return bool(_KEPT.search(self.attribute))
+
+
+def check_keep_prob(keep_prob: Any) -> Rate:
+    """A keep probability.
+
+    Raises:
+        TypeError, ValueError: it is none.
+    """
+    if keep_prob is None or isinstance(keep_prob, bool):
+        raise TypeError(f"keep_prob must be a number or a tensor, got {type(keep_prob).__name__}")
+    checked, _ = read_rate(None, keep_prob)
+    return checked
 
 
 def unwrapped(model: Any) -> nn.Module:
@@ -106,18 +146,21 @@ def unwrapped(model: Any) -> nn.Module:
     return unwrapped(model._orig_mod) if isinstance(getattr(model, "_orig_mod", None), nn.Module) else model
 
 
-def is_compiled(model: nn.Module) -> bool:
-    """Whether the model or a part of it is compiled."""
-    return any(
-        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+def compiled_parts(model: nn.Module) -> list[nn.Module]:
+    """The modules in the model that are compiled, or the model itself."""
+    return [
+        module
         for module in model.modules()
-    )
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+    ]
 
 
 def names_of(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
     """Every module under all its names, which are those of the uncompiled model."""
     names: dict[nn.Module, tuple[str, ...]] = {}
     for name, module in unwrapped(model).named_modules(remove_duplicate=False):
+        if unwrapped(module) is not module:
+            continue  # what is compiled comes next, under the same name
         own = ".".join(part for part in name.split(".") if part != "_orig_mod")
         known = names.get(module, ())
         if own not in known:
@@ -130,41 +173,51 @@ def holders(model: nn.Module) -> list[Holder]:
     found = []
     for module, aliases in names_of(model).items():
         for attribute in _attributes(module):
-            plain = attribute and not isinstance(module, nn.RNNBase | nn.MultiheadAttention)
+            plain = attribute and not _is_own(module, attribute)
             full = tuple(f"{alias}.{attribute}".lstrip(".") for alias in aliases) if plain else aliases
             found.append(Holder(full[0], module, attribute, full))
     return found
 
 
+def _is_own(module: nn.Module, attribute: str) -> bool:
+    """Whether the attribute is the rate that torch.nn gives a module of this kind."""
+    return attribute == "dropout" and isinstance(module, nn.RNNBase | nn.MultiheadAttention)
+
+
 def _attributes(module: nn.Module) -> list[str]:
     """The names of the attributes that hold rates; "" stands for a dropout layer's own."""
-    if isinstance(module, _DropoutNd):
-        return [""]
-    if isinstance(module, nn.RNNBase | nn.MultiheadAttention):
-        return ["dropout"]
-    dropping = _DROPPING.search(type(module).__name__)
-    return [
+    is_layer = isinstance(module, _DropoutNd)
+    dropping = not is_layer and _DROPPING.search(type(module).__name__)
+    plain = [
         name
         for name, value in vars(module).items()
-        if type(value) is float
-        and 0.0 <= value <= 1.0
+        if type(value) in (int, float)
+        and 0 <= value <= 1
         and not name.startswith("_")
         and (_NAMED.search(name) or (dropping and name in _PLAIN))
     ]
+    return ["", *plain] if is_layer else plain
 
 
 def sizes(model: nn.Module, chosen: list[Holder]) -> list[LayerSize]:
     """What rules look at: the weights before each layer, in the order in which modules are registered."""
     before: dict[nn.Module, int | None] = {}
     weights: int | None = None
-    for module in names_of(model):
-        own = 0 if isinstance(module, nn.Embedding) else sum(p.numel() for p in _matrices(module))
-        weights = own or weights
+    last = -1
+    for at, module in enumerate(names_of(model)):
+        own = _weights(module)
+        weights, last = (own, at) if own else (weights, last)
         before[module] = weights
-    order = list(before)
-    last = max((at for at, m in enumerate(order) if _matrices(m) and not isinstance(m, nn.Embedding)), default=-1)
-    return [LayerSize(h.name, before[h.module], order.index(h.module) >= last >= 0) for h in chosen]
+    order = {module: at for at, module in enumerate(before)}
+    return [LayerSize(h.name, before[h.module], order[h.module] >= last >= 0) for h in chosen]
 
 
-def _matrices(module: nn.Module) -> list[torch.Tensor]:
-    return [parameter for parameter in module.parameters(recurse=False) if parameter.dim() >= 2]
+def _weights(module: nn.Module) -> int:
+    """How many elements the weight matrices of a module have; an embedding's rows are inputs."""
+    if isinstance(module, nn.Embedding | parametrize.ParametrizationList):
+        return 0
+    own = [*module.parameters(recurse=False)]
+    if parametrize.is_parametrized(module):
+        assert isinstance(module.parametrizations, nn.ModuleDict)
+        own += [getattr(module, name) for name in module.parametrizations]
+    return sum(tensor.numel() for tensor in own if tensor.dim() >= 2)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 Match = Callable[[str, str], bool]
-
-_WILD = frozenset("*?[")
 
 
 def parts_of(name: str) -> list[str]:
@@ -27,7 +26,11 @@ def matches(pattern: str, name: str) -> bool:
     >>> matches("features.*", "features.2"), matches("features", "features.2"), matches("feat", "features.2")
     (True, True, False)
     """
-    return any(fnmatch.fnmatchcase(part, pattern) for part in parts_of(name))
+    return any(_fits(part, pattern) for part in parts_of(name))
+
+
+def _fits(name: str, pattern: str) -> bool:
+    return name == pattern or fnmatch.fnmatchcase(name, pattern)  # a name may hold a glob's characters itself
 
 
 def matches_itself(pattern: str, name: str) -> bool:
@@ -37,7 +40,7 @@ def matches_itself(pattern: str, name: str) -> bool:
     (True, False)
     """
     parts, wanted = name.split("."), pattern.split(".")
-    return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
+    return name == pattern or (len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted)))
 
 
 def specificity(pattern: str, name: str) -> tuple[bool, int]:
@@ -46,7 +49,7 @@ def specificity(pattern: str, name: str) -> tuple[bool, int]:
     >>> specificity("fc1", "fc1") > specificity("fc*", "fc1") > specificity("*", "fc1")
     True
     """
-    return pattern == name, sum(character not in _WILD for character in pattern)
+    return pattern == name, len(re.sub(r"\[[^]]*\]|[*?]", "", pattern))
 
 
 def near(name: str, names: Iterable[str]) -> str:

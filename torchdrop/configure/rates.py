@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..layers._rate import Rate
 from ..schedules import Scaled, Schedule
-from .holders import Holder, holders, is_compiled, names_of, sizes, unwrapped
+from .holders import Holder, check_keep_prob, compiled_parts, holders, names_of, sizes, unwrapped
 from .names import check_patterns, winner
 from .silence import silenced
 
@@ -53,14 +53,15 @@ class KeepProbs(Mapping[str, Rate]):
     def __repr__(self) -> str:
         if not self.rows:
             return "no layer has a rate"
-        width = max(5, *(len(row["name"]) for row in self.rows))
-        kinds = max(4, *(len(row["kind"]) for row in self.rows))
-        lines = [f"{'layer':{width}}  {'kind':{kinds}}  keep_prob  mode"]
+        cells = [("layer", "kind", "keep_prob", "mode")]
         for row in self.rows:
-            name, mode = row["name"] or "(model)", "train" if row["training"] else "eval"
-            line = f"{name:{width}}  {row['kind']:{kinds}}  {shown(row['keep_prob']):9}  {mode}"
-            lines.append(f"{line}  number in .{row['attribute']}" if row["attribute"] else line)
-        return "\n".join(lines)
+            number = f"  number in .{row['attribute']}" if row["attribute"] else ""
+            mode = ("train" if row["training"] else "eval ") + number
+            cells.append((row["name"] or "(model)", row["kind"], shown(row["keep_prob"]), mode))
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
+        )
 
 
 def _dropping(keep_prob: Rate) -> Rate:
@@ -119,7 +120,7 @@ def chosen(model: nn.Module, patterns: Mapping[str, Any]) -> dict[str, list[Hold
         raise TypeError(f"give patterns and values as a mapping, {{'features.*': 0.9}}, got {type(patterns).__name__}")
     found = holders(model)
     names = {alias for holder in found for alias in holder.aliases}
-    others = {name for all_names in names_of(model).values() for name in all_names} - names
+    others = {name for all_names in names_of(model).values() for name in all_names if name} - names
     check_patterns(patterns, sorted(names), sorted(others), WHAT)
     result: dict[str, list[Holder]] = {pattern: [] for pattern in patterns}
     for holder in found:
@@ -162,27 +163,39 @@ def set_keep_prob(model: nn.Module, rates: Mapping[str, Any]) -> None:
     """
     wanted: list[tuple[Holder, Rate]] = []
     for pattern, of_pattern in chosen(model, rates).items():
-        value = rates[pattern]
-        if isinstance(value, Schedule | Scaled):
-            raise TypeError(
-                f"{pattern!r} has a schedule, {value!r}, which changes with the step: "
-                "use torchdrop.KeepProbScheduler(model, rates)"
-            )
-        values = value(sizes(model, of_pattern)) if callable(value) and of_pattern else [value] * len(of_pattern)
-        if len(values) != len(of_pattern):
-            raise ValueError(
-                f"the rule of {pattern!r} must give a keep_prob for each of {len(of_pattern)} layers, got {len(values)}"
-            )
+        values = _values(model, pattern, rates[pattern], of_pattern)
         wanted += [(holder, holder.check(one)) for holder, one in zip(of_pattern, values, strict=True)]
     for holder, value in wanted:
         holder.set(value)
 
 
+def _values(model: nn.Module, pattern: str, value: Any, of_pattern: list[Holder]) -> Sequence[Any]:
+    """What a pattern's value gives its layers."""
+    if isinstance(value, Schedule | Scaled):
+        raise TypeError(
+            f"{pattern!r} has a schedule, {value!r}, which changes with the step: "
+            "use torchdrop.KeepProbScheduler(model, rates)"
+        )
+    if not callable(value) or isinstance(value, nn.Module | Tensor):
+        if not of_pattern:  # other patterns are more specific, and it is wrong all the same
+            check_keep_prob(value)
+        return [value] * len(of_pattern)
+    if not of_pattern:
+        return []
+    values = value(sizes(model, of_pattern))
+    if not isinstance(values, Sequence) or len(values) != len(of_pattern):
+        got = len(values) if isinstance(values, Sequence) else type(values).__name__
+        wrong = ValueError if isinstance(values, Sequence) else TypeError
+        raise wrong(f"the rule of {pattern!r} must give a keep_prob for each of {len(of_pattern)} layers, got {got}")
+    return values
+
+
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Within the context every keep_prob in the model is 1, and afterwards what it was.
+    """Within the context every keep_prob in the model is 1, and afterwards what it was or was set to meanwhile.
 
-    To debug with the noise off while everything else stays in train mode. Functional dropout in the model, whose rate
+    To debug with the noise off while everything else stays in train mode. A rate that is set within, as by a
+    scheduler's step, holds from the end of the context on. Functional dropout in the model, whose rate
     has no name, is silenced as well; in a compiled model only the rates that `keep_probs` lists can be reached. Other
     random layers, such as those that draw with torch.rand, go on unless their rate is listed.
 
@@ -191,6 +204,8 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
     Raises:
         TypeError: `model` is no module.
+        RuntimeError: functional dropout runs under activation checkpointing, which would run it again in backward,
+            where it cannot be reached.
 
     Example:
         >>> import torch, torchdrop
@@ -200,14 +215,13 @@ def disabled(model: nn.Module) -> Iterator[None]:
         >>> torch.equal(y, x), torchdrop.keep_probs(model)["0"]
         (True, 0.5)
     """
-    found = holders(model)
-    states = [holder.state() for holder in found]
+    found = [holder for holder in holders(model) if not holder.is_disabled]  # of a context around this one
     original = unwrapped(model)
     try:
         for holder in found:
-            holder.set(1.0)
-        with nullcontext() if is_compiled(model) else silenced(original):
+            holder.disable()
+        with nullcontext() if compiled_parts(model) else silenced(original):
             yield
     finally:
-        for holder, state in zip(found, states, strict=True):
-            holder.restore(state)
+        for holder in found:
+            holder.enable()

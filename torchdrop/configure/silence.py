@@ -8,10 +8,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..layers import _rate
+from ..monte_carlo.mode import checkpointed
 from ..monte_carlo.sources import DESCRIBE, OPENED, RECURRENT
+from ..random import draw_key
+
+_transformed = torch._C._are_functorch_transforms_active
 
 _KEPT = RECURRENT | {F.rrelu, torch.rrelu, torch.rrelu_}
 """What goes on as it is: the rate of a recurrent layer has a name, and cuDNN's backward asks for its training flag;
@@ -21,36 +26,55 @@ random leaky ReLUs drop nothing."""
 class _Silence(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
-        self.running = 0
+        self._modules: list[nn.Module] = []
 
     def begin(self, module: nn.Module, args: Any) -> None:
-        self.running += 1
+        self._modules.append(module)
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.running -= 1
+        if module in self._modules:  # not so if a hook before `begin` has raised
+            while self._modules.pop() is not module:
+                pass
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not self.running or func in _KEPT:
+        if not self._modules or func in _KEPT:
             return func(*args, **kwargs)
         if func in OPENED:
             with self:
                 return OPENED[func](*args, **kwargs)
+        if func is _rate.apply:
+            return _undropped(*args)
         if func in DESCRIBE:
-            return DESCRIBE[func](self, func, *args, **kwargs).plain()
+            draw = DESCRIBE[func](self, func, *args, **kwargs)
+            if draw.on and not draw.flagged and checkpointed():
+                raise RuntimeError(
+                    f"activation checkpointing runs a functional {draw.kind} again in backward, where it cannot be "
+                    "disabled: switch checkpointing off in the model, or let the call pass training=self.training with "
+                    "an attribute of the module as its rate"
+                )
+            return draw.plain()
         return func(*args, **kwargs)
+
+
+def _undropped(
+    operator: Any, input: Tensor, law: Any, shape: Any, inplace: bool, generator: torch.Generator | None
+) -> Tensor:
+    """What torchdrop's layers do at keep_prob 1: a key is drawn, so that what else draws does not depend on it."""
+    if not _transformed():
+        draw_key(input.device, generator)
+    return input
 
 
 @contextmanager
 def silenced(model: nn.Module) -> Iterator[None]:
-    """Within it, dropout functions, and attention with dropout, drop nothing where a forward of the model "
-    "calls them."""
+    """Within it, dropout functions and attention drop nothing where a forward of the model calls them."""
     mode = _Silence()
     handles = []
-    for module in model.modules():
-        handles.append(module.register_forward_pre_hook(mode.begin, prepend=True))
-        handles.append(module.register_forward_hook(mode.end, always_call=True))
     try:
+        for module in model.modules():
+            handles.append(module.register_forward_pre_hook(mode.begin, prepend=True))
+            handles.append(module.register_forward_hook(mode.end, always_call=True))
         with mode:
             yield
     finally:

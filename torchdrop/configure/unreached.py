@@ -91,14 +91,15 @@ def functional_calls(kind: type[nn.Module]) -> list[str]:
 
 def _calls_in(function: types.FunctionType, seen: set[Any]) -> Iterator[str]:
     """Dropout functions that are named in a function's source, and in functions of the same package that it names."""
-    if function in seen:
+    function = inspect.unwrap(function)
+    if not isinstance(function, types.FunctionType) or function in seen:
         return
     seen.add(function)
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
         return
-    package = function.__module__.partition(".")[0]
+    package = (function.__module__ or "").partition(".")[0]
     for node in ast.walk(tree):
         if not isinstance(node, ast.Name | ast.Attribute):
             continue

@@ -1,6 +1,9 @@
-"""What a step of a schedule is to a trainer."""
+"""What the callbacks share: what a step of a schedule is, and the name that their state has in a checkpoint."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 
 def check_every(every: str) -> str:
@@ -12,3 +15,12 @@ def check_every(every: str) -> str:
     if every not in ("step", "epoch"):
         raise ValueError(f"every must be 'step' or 'epoch', got {every!r}")
     return every
+
+
+def state_key(rates: Mapping[str, Any], every: str) -> str:
+    """Another one for each callback of a trainer.
+
+    >>> state_key({"fc": 0.5, "conv*": 0.9}, "step")
+    "KeepProbCallback(['conv*', 'fc'], step)"
+    """
+    return f"KeepProbCallback({sorted(rates)}, {every})"

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..configure.holders import unwrapped
 from ..scheduler import KeepProbScheduler
-from .every import check_every
+from .every import check_every, state_key
 
 try:
     from transformers import TrainerCallback
@@ -40,8 +40,16 @@ class KeepProbCallback(TrainerCallback):
         self.scheduler: KeepProbScheduler | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        self.scheduler = KeepProbScheduler(unwrapped(model), self.rates)
+        if self.scheduler is None or self.scheduler.model is not unwrapped(model):
+            self.scheduler = KeepProbScheduler(model, self.rates)
+        saved = state.stateful_callbacks.get(state_key(self.rates, self.every))
+        if saved is not None:
+            self.scheduler.load_state_dict(saved)
         self._follow(state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.scheduler is not None:
+            state.stateful_callbacks[state_key(self.rates, self.every)] = self.scheduler.state_dict()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._follow(state)

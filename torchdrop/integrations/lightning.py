@@ -7,7 +7,7 @@ from typing import Any
 
 from ..configure.holders import unwrapped
 from ..scheduler import KeepProbScheduler
-from .every import check_every
+from .every import check_every, state_key
 
 try:
     import lightning.pytorch as pl
@@ -44,12 +44,24 @@ class KeepProbCallback(pl.Callback):
         super().__init__()
         self.rates, self.every, self.log = rates, check_every(every), log
         self.scheduler: KeepProbScheduler | None = None
+        self._loaded: dict[str, Any] = {}
+
+    @property
+    def state_key(self) -> str:
+        return state_key(self.rates, self.every)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.scheduler.state_dict() if self.scheduler is not None else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._loaded = state_dict  # before there is a scheduler
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.scheduler = KeepProbScheduler(unwrapped(pl_module), self.rates)
-        self._follow(trainer)
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.scheduler is None or self.scheduler.model is not unwrapped(pl_module):
+            self.scheduler = KeepProbScheduler(pl_module, self.rates)
+        if self._loaded:
+            self.scheduler.load_state_dict(self._loaded)
+            self._loaded = {}
         self._follow(trainer)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:

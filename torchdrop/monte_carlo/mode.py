@@ -120,7 +120,7 @@ def refuse_checkpoint() -> None:
     )
 
 
-def _checkpointed() -> bool:
+def checkpointed() -> bool:
     """Whether this call is made from within torch.utils.checkpoint."""
     frame: Any = sys._getframe(1)
     while frame is not None:
@@ -352,7 +352,7 @@ class Server(Watching):
             return draw.plain() if draw.flagged else self._pass(func, draw.plain)
         if self.prefix is not None:
             self.prefix.end()
-        if self.differentiated and _checkpointed():
+        if self.differentiated and checkpointed():
             refuse_checkpoint()
         source.served = True
         self.draws += draw.draws

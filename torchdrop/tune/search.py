@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -33,8 +33,8 @@ from .training import (
     mixed,
 )
 
-PARAMETERS, BYTES = 2**22, 2**28
-"""How many parameters are trained at once, over all models, and how much of what is saved for backward is held: more
+PARAMETERS, BYTES = 5 * 2**20, 2**28
+"""How many parameters are trained at once, over all models, and how many bytes may be saved for backward: on a CPU more
 models at once were measured to be no faster."""
 
 Folds = int | Iterable[tuple[Any, Any]]
@@ -129,10 +129,11 @@ def cross_validate(
         made = [Fold(i, *part, _built(build, mixed(seed, "model", i))) for i, part in enumerate(parts)]
         rates = rates_of(made[0].model, settings)
         _check_alike(made)
-        limit = at_once or _examined(made[0], rates[0], training)
+        by_size = _examined(made[0], rates[0], training)
         total = len(made) * len(settings) * epochs
         with optional("tqdm.auto", "tune").tqdm(total=total, unit="epoch") if progress else nullcontext() as bar:
-            scores, used, reason = _all_scores(made, rates, training, limit, bar.update if bar else lambda _: None)
+            advance = bar.update if bar is not None else lambda _: None
+            scores, used, reason = _all_scores(made, rates, training, at_once or by_size, advance)
     mean_keep_probs = [sum(float(torch.as_tensor(r).mean()) for r in own) / len(own) for own in rates]
     return SearchResult(settings, scores, mean_keep_probs, used, reason)
 
@@ -156,6 +157,11 @@ def _check_arguments(
         raise TypeError(f"settings must be a list of mappings from pattern to keep_prob, got {type(settings).__name__}")
     if not settings:
         raise ValueError("settings must have at least one setting, got none")
+    for number, setting in enumerate(settings):
+        if not isinstance(setting, Mapping):
+            raise TypeError(
+                f"settings[{number}] must be a mapping from pattern to keep_prob, got {type(setting).__name__}"
+            )
 
 
 def _built(build: Callable[[], nn.Module], seed: int) -> nn.Module:
