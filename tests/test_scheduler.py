@@ -301,10 +301,10 @@ class TestChangedModels:
             del model["body"].drop1
         elif change == "undone insertion":
             put.undo()
-            gone, near = "body.fc1.dropout_after", "body.fc1"
+            gone, near = "body.fc1.inserted.after", "body.fc1"
         else:
             model["body"] = nn.Sequential(OrderedDict(fc1=nn.Linear(4, 4), drop9=torchdrop.Dropout()))
-            gone, near = "body.fc1.dropout_after", "body.drop9|body.fc1"
+            gone, near = "body.fc1.inserted.after", "body.drop9|body.fc1"
         message = rf"layer '{gone}', scheduled by 'body.\*drop\*', is no longer in the model \(near misses: .*({near})"
         state = scheduler.state_dict()
         for act in (scheduler.step, lambda: scheduler.seek(0), lambda: scheduler.load_state_dict(state)):
