@@ -125,9 +125,7 @@ def _linspace_in_depth(layers: list[LayerSize], keep_prob: float) -> list[float]
     return [_raised(keep_prob, (gaps - layer) / gaps) for layer in range(len(layers))]
 
 
-def by_weight_size(
-    largest: float = 0.5, *, smallest: float = 1.0, input: float = 0.9, output: float = 1.0
-) -> Rule:
+def by_weight_size(largest: float = 0.5, *, smallest: float = 1.0, input: float = 0.9, output: float = 1.0) -> Rule:
     """Ng's advice: the larger the weight matrix, the lower the keep_prob; the input near 1, the output 1.
 
     A hidden layer whose units are fed by a matrix of n weights gets keep = smallest - (smallest - largest) n / max(n),
