@@ -20,6 +20,7 @@ from ..configure.holders import holders
 from ..kernels.law import law_tensor
 from ..layers._rate import Rate, Rated
 from .alone import with_rates
+from .graph import lean
 from .training import Fold, Masks, Training, first_stream
 
 ELEMENTWISE = (
@@ -174,7 +175,7 @@ class Stack:
         if changed:
             raise NotStackableError(f"the forward changes an attribute of the model, {changed[0]!r}")
         try:
-            graph: Gradients = make_fx(plain)(*self._arguments(first, _copied(self._buffers)))
+            graph: Gradients = lean(make_fx(plain)(*self._arguments(first, _copied(self._buffers))))
             found = self._found(graph, second)
         except Exception:
             return self._gradients
