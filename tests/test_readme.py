@@ -33,6 +33,8 @@ def test_examples_run() -> None:
     [
         ("speed", "dropout-cpu.json", "bench_dropout.py"),
         ("monte carlo", "monte-carlo-cpu.json", "bench_monte_carlo.py"),
+        ("search", "search-cpu.json", "bench_search.py"),
+        ("mnist", "mnist.json", "mnist.py"),
     ],
 )
 def test_tables_are_the_committed_runs(table: str, result: str, program: str) -> None:

@@ -37,7 +37,8 @@ def lean(graph: GraphModule) -> GraphModule:
 
 def _changes_nothing(node: Node) -> bool:
     if node.target is _aten.mul.Scalar:
-        return type(node.args[1]) in (int, float) and node.args[1] == 1 and _alike(node)
+        factor = node.args[1]
+        return isinstance(factor, int | float) and factor == 1 and _alike(node)
     return node.target in _SAME and _alike(node)
 
 
@@ -45,13 +46,9 @@ def _alike(node: Node) -> bool:
     """Whether a node's result has the shape, strides and dtype of its first argument."""
     first = node.args[0]
     now, before = node.meta.get("val"), first.meta.get("val") if isinstance(first, Node) else None
-    return (
-        isinstance(now, Tensor)
-        and isinstance(before, Tensor)
-        and now.shape == before.shape
-        and now.stride() == before.stride()
-        and now.dtype == before.dtype
-    )
+    if not isinstance(now, Tensor) or not isinstance(before, Tensor):
+        return False
+    return (now.shape, now.stride(), now.dtype) == (before.shape, before.stride(), before.dtype)
 
 
 def _keep_results(graph: GraphModule) -> None:

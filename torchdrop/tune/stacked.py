@@ -12,6 +12,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -28,6 +29,9 @@ ELEMENTWISE = (
 )  # fmt: skip
 """The optimisers of torch.optim that update each element by itself: on stacked parameters they do what they do for
 each model."""
+
+_STEPS = 32
+"""After how many steps what would soon be denormal is dropped."""
 
 Named = dict[str, Tensor]
 Gradients = Callable[[list[Tensor], Named, Tensor, Tensor, Tensor], tuple[Tensor, Sequence[Tensor | None]]]
@@ -93,6 +97,8 @@ class Stack:
             self._optimizer.step()
             for value in self._values:
                 value.grad = None
+            if number % _STEPS == 0:
+                _drop_denormals(self._optimizer)
             self.finite &= losses.isfinite()
             self._streams += 1
             if number % steps == 0:
@@ -231,6 +237,18 @@ def _stacked_rates(model: nn.Module, jobs: Sequence[Job]) -> list[list[Tensor]]:
             keep = torch.tensor([float(job.rates[at]) for job in jobs], dtype=torch.float64)
             result.append([keep, law_tensor(keep, holder.module._formula)])
     return result
+
+
+def _drop_denormals(optimizer: torch.optim.Optimizer) -> None:
+    """Sets what is left of momenta long without a gradient to 0, before it becomes denormal and slow.
+
+    Units that no longer fire have such momenta. They are some 2**40 times too small to move a parameter by a rounding.
+    """
+    for state in optimizer.state.values():
+        for name in ("exp_avg", "momentum_buffer"):
+            momentum = state.get(name)
+            if isinstance(momentum, Tensor) and momentum.is_floating_point():
+                momentum.copy_(F.hardshrink(momentum, 2.0**40 * torch.finfo(momentum.dtype).smallest_normal))
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
