@@ -12,13 +12,14 @@ deterministic pass is then compared with the mean over k stochastic passes (thei
 
 No setting was chosen with the test set. Learning rates come from trainings of 6 epochs on the first 50,000 training
 images, judged by the last 10,000, with momentum 0.95. Errors were 2.65, 1.80 and 1.69 % without dropout at 0.005, 0.02
-and 0.05; 2.43, 2.53 and 3.64 % with dropout at 0.02, 0.05 and 0.1, of whose first two, which chance may order, the larger
-was taken for the longer training. Max-norm has that rate and the bound 2 of their appendix B.1; in trainings of 16 epochs
-errors were 2.04 % without and 1.80 % with it. Reported are trainings on all 60,000 images, and of each its last
-evaluation, whatever earlier ones were. `--validation --epochs 6 --seed 1` repeats the trainings of the choice.
+and 0.05; 2.43, 2.53 and 3.64 % with dropout at 0.02, 0.05 and 0.1, of whose first two, which chance may order, the
+larger was taken for the longer training. Max-norm has that rate and the bound 2 of their appendix B.1; in trainings of
+16 epochs errors were 2.04 % without and 1.80 % with it. Reported are trainings on all 60,000 images, and of each its
+last evaluation, whatever earlier ones were. `--validation --epochs 6 --seed 1` repeats the trainings of the choice.
 
-The bound is one of the paper's weights, which are rescaled for the test; torchdrop rescales activations in training, so
-that the same network has weights and bounds that are keep_prob times theirs: 1.6 for the first layer and 1 for the rest.
+The bound is one of the paper's weights, which are rescaled for the test; torchdrop rescales activations in training,
+so that the same network has weights and bounds that are keep_prob times theirs: 1.6 for the first layer and 1 for the
+rest.
 
 FILE holds MNIST as x_train (60000, 28, 28), y_train (60000), x_test (10000, 28, 28) and y_test (10000), all uint8. This
 is Keras' mnist.npz, https://storage.googleapis.com/tensorflow/tf-keras-datasets/mnist.npz; the data are from
