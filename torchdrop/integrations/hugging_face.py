@@ -42,13 +42,13 @@ class KeepProbCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if self.scheduler is None or self.scheduler.model is not unwrapped(model):
             self.scheduler = KeepProbScheduler(model, self.rates)
-        saved = state.stateful_callbacks.get(state_key(self.rates, self.every))
+        saved = getattr(state, "stateful_callbacks", {}).get(state_key(self.rates, self.every))
         if saved is not None:
             self.scheduler.load_state_dict(saved)
         self._follow(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.scheduler is not None:
+        if self.scheduler is not None and hasattr(state, "stateful_callbacks"):
             state.stateful_callbacks[state_key(self.rates, self.every)] = self.scheduler.state_dict()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
