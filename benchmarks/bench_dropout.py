@@ -6,17 +6,15 @@ python benchmarks/bench_dropout.py --render FILE
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import checks
+import command
 import machine
 import memory
 import summary
@@ -44,8 +42,6 @@ OURS, STOCK, LIMIT = summary.OURS, summary.STOCK, summary.LIMIT
 COMPILED_STOCK, COMPILED_OURS = "torch.nn compiled", "torchdrop compiled"
 COLUMNS = [OURS, STOCK, COMPILED_STOCK, COMPILED_OURS, LIMIT]
 FORWARD, BOTH, BACKWARD = summary.FORWARD, summary.BOTH, summary.BACKWARD
-
-RESULTS = Path(__file__).resolve().parent / "results"
 
 Map = Callable[[Tensor], Tensor]
 
@@ -342,23 +338,14 @@ def render(report: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.parser(__doc__, "dropout-DEVICE.json", "fewer cells and rounds, no compiled contenders")
     parser.add_argument("--device", default="cpu", type=torch.device, help="cpu or cuda")
-    parser.add_argument("--threads", default=2, type=int, help="PyTorch's thread count")
-    parser.add_argument("--quick", action="store_true", help="fewer cells and rounds, no compiled contenders")
-    parser.add_argument("--output", type=Path, help="the JSON file; results/dropout-DEVICE.json, none with --quick")
-    parser.add_argument("--render", type=Path, metavar="FILE", help="print a JSON file as markdown and measure nothing")
     options = parser.parse_args(arguments)
-    if options.render:
-        print(render(json.loads(options.render.read_text())))
+    if command.rendered(options, render):
         return
     torch.set_num_threads(options.threads)
     report = run(options.device, options.quick)
-    output = options.output or (None if options.quick else RESULTS / f"dropout-{options.device.type}.json")
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(report, indent=1) + "\n")
-        print(f"\nwritten to {output.name}")
+    command.write(report, options, f"dropout-{options.device.type}.json", not options.quick)
 
 
 if __name__ == "__main__":

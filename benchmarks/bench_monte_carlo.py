@@ -6,15 +6,13 @@ python benchmarks/bench_monte_carlo.py --render FILE
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import time
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+import command
 import machine
 import memory
 import monte_carlo_summary
@@ -47,8 +45,6 @@ from monte_carlo_samplers import (
 from torch import Tensor, nn
 
 import torchdrop
-
-RESULTS = Path(__file__).resolve().parent / "results"
 
 Result = dict[str, Any]
 
@@ -245,24 +241,15 @@ def render(report: Result) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.parser(__doc__, "monte-carlo-DEVICE.json", "smaller models and fewer rounds")
     parser.add_argument("--device", default="cpu", type=torch.device, help="cpu or cuda")
-    parser.add_argument("--threads", default=2, type=int, help="PyTorch's thread count")
-    parser.add_argument("--quick", action="store_true", help="smaller models and fewer rounds")
-    parser.add_argument("--output", type=Path, help="the JSON file; results/monte-carlo-DEVICE.json, none with --quick")
-    parser.add_argument("--render", type=Path, metavar="FILE", help="print a JSON file as markdown and measure nothing")
     options = parser.parse_args(arguments)
-    if options.render:
-        print(render(json.loads(options.render.read_text())))
+    if command.rendered(options, render):
         return
     torch.set_num_threads(options.threads)
     report = run(options.device, options.quick)
     print(summary.markdown(report))
-    output = options.output or (None if options.quick else RESULTS / f"monte-carlo-{options.device.type}.json")
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(report, indent=1) + "\n")
-        print(f"\nwritten to {output.name}")
+    command.write(report, options, f"monte-carlo-{options.device.type}.json", not options.quick)
 
 
 if __name__ == "__main__":

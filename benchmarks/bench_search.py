@@ -10,15 +10,13 @@ torchdrop's layers, torch.optim.Adam with its defaults, one loop over folds and 
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
+import command
 import machine
 import summary
 import torch
@@ -30,8 +28,6 @@ import torchdrop
 from torchdrop.tune import SearchResult, cross_validate, draws
 from torchdrop.tune.folds import divide
 from torchdrop.tune.training import mixed
-
-RESULTS = Path(__file__).resolve().parent / "results"
 
 Result = dict[str, Any]
 Setting = dict[str, float]
@@ -306,23 +302,14 @@ def render(report: Result) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", default=2, type=int, help="PyTorch's thread count")
-    parser.add_argument("--quick", action="store_true", help="3 settings and 2 epochs; nothing is judged")
-    parser.add_argument("--output", type=Path, help="the JSON file; results/search-cpu.json, none with --quick")
-    parser.add_argument("--render", type=Path, metavar="FILE", help="print a JSON file as markdown and measure nothing")
+    parser = command.parser(__doc__, "search-cpu.json", "3 settings and 2 epochs; nothing is judged")
     options = parser.parse_args(arguments)
-    if options.render:
-        print(render(json.loads(options.render.read_text())))
+    if command.rendered(options, render):
         return
     torch.set_num_threads(options.threads)
     report = run(options.quick)
     print(summary.markdown(report))
-    output = options.output or (None if options.quick else RESULTS / "search-cpu.json")
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(report, indent=1) + "\n")
-        print(f"\nwritten to {output.name}")
+    command.write(report, options, "search-cpu.json", not options.quick)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import command
 import machine
 import numpy as np
 import summary
@@ -51,8 +52,6 @@ from torch import Tensor, nn
 import torchdrop
 
 T = TypeVar("T")
-
-RESULTS = Path(__file__).resolve().parent / "results"
 
 SOURCES = (
     "MNIST can be had as Keras' mnist.npz from https://storage.googleapis.com/tensorflow/tf-keras-datasets/mnist.npz, "
@@ -471,7 +470,7 @@ def plot(report: dict[str, Any], file: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.parser(__doc__, "mnist.json", "small networks on few images; judges and writes nothing")
     parser.add_argument("--data", type=Path, metavar="FILE", help="MNIST; see above for where to have it")
     parser.add_argument(
         "--budget", default=30.0, type=float, metavar="MINUTES", help="of training, for the three networks together"
@@ -479,21 +478,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=float, help="so many for each network, instead of a budget")
     parser.add_argument("--passes", type=int, help="of Monte Carlo, in all: 1000, or 20 with --quick")
     parser.add_argument("--seed", default=0, type=int, help="of weights, batches and masks")
-    parser.add_argument("--threads", default=2, type=int, help="PyTorch's thread count")
     parser.add_argument(
         "--validation", action="store_true",
         help="hold out the last 10,000 training images and leave the test images alone; judges and writes nothing",
     )  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="small networks on few images; judges and writes nothing")
-    parser.add_argument("--output", type=Path, help="the JSON file; results/mnist.json")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="a picture of both curves (needs matplotlib)")
-    parser.add_argument("--render", type=Path, metavar="FILE", help="print a JSON file as markdown and measure nothing")
     options = parser.parse_args(arguments)
-    if options.render:
-        report = json.loads(options.render.read_text())
-        print(render(report))
+    if command.rendered(options, render):
         if options.plot:
-            plot(report, options.plot)
+            plot(json.loads(options.render.read_text()), options.plot)
         return
     if options.data is None:
         parser.error(f"--data FILE is needed. {SOURCES}")
@@ -515,11 +508,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(render(report))
     if options.plot:
         plot(report, options.plot)
-    output = options.output or (None if options.quick or options.validation else RESULTS / "mnist.json")
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(report, indent=1) + "\n")
-        print(f"\nwritten to {output.name}")
+    command.write(report, options, "mnist.json", not (options.quick or options.validation))
 
 
 if __name__ == "__main__":

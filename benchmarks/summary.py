@@ -145,12 +145,15 @@ def text(report: Report) -> str:
     return f"{text_table(HEADER, _rows(report), left=4)}\n{last}"
 
 
-def markdown(report: Report) -> str:
-    facts = report["machine"]
+def where(facts: dict[str, Any]) -> str:
+    """The line that says what a result was measured on."""
     code = f"torchdrop {facts['torchdrop']}"
     if facts.get("commit"):
         code += f" at {facts['commit'][:10]}{' with changes' if facts['dirty'] else ''}"
-    where = [facts["cpu"], f"{facts['cores']} cores", f"{facts['threads']} threads", facts["os"]]
-    where += [facts["gpu"]] if "gpu" in facts else []
-    line = f"{', '.join(where)}; Python {facts['python']}, torch {facts['torch']}, {code}; {facts['date']}."
-    return f"{line}\n\n{markdown_table(HEADER, _rows(report))}"
+    parts = [facts["cpu"], f"{facts['cores']} cores", f"{facts['threads']} threads", facts["os"]]
+    parts += [facts["gpu"]] if "gpu" in facts else []
+    return f"{', '.join(parts)}; Python {facts['python']}, torch {facts['torch']}, {code}; {facts['date']}."
+
+
+def markdown(report: Report) -> str:
+    return f"{where(report['machine'])}\n\n{markdown_table(HEADER, _rows(report))}"

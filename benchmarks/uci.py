@@ -26,8 +26,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import command
 import machine
 import numpy as np
+import summary
 import torch
 from harness import Effort, compare, digits, factor, markdown_table, settle_allocator
 from torch import nn
@@ -48,8 +50,6 @@ from uci_networks import (
 import torchdrop
 
 AT_ONCE, SAME_CODE, SEQUENTIAL = "all splits at once", "one split at a time", "nn.Sequential, one at a time"
-
-RESULTS = Path(__file__).resolve().parent / "results"
 
 Loop = Callable[[Iterable[int]], Iterable[int]]
 
@@ -204,11 +204,7 @@ def speed_row(result: dict[str, Any]) -> list[str]:
 
 def render(report: dict[str, Any]) -> str:
     """A report as markdown: where and how it was measured, results, times."""
-    facts, settings = report["machine"], report["settings"]
-    code = f"torchdrop {facts['torchdrop']}"
-    if facts.get("commit"):
-        code += f" at {facts['commit'][:10]}{' with changes' if facts['dirty'] else ''}"
-    where = f"{facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}, {code}; {facts['date']}."
+    settings = report["settings"]
     how = (
         f"{settings['epochs']} epochs, {settings['samples']} Monte Carlo samples, a mean over the seeds "
         f"{', '.join(map(str, settings['seeds']))}. ok: not worse than published by more than one standard error of "
@@ -216,7 +212,7 @@ def render(report: dict[str, Any]) -> str:
     )
     results = report["data_sets"]
     tables = [(HEADER, [row(r) for r in results]), (SPEED_HEADER, [speed_row(r) for r in results])]
-    return "\n\n".join([where, how, *(markdown_table(*table) for table in tables)])
+    return "\n\n".join([summary.where(report["machine"]), how, *(markdown_table(*table) for table in tables)])
 
 
 def progress(name: str) -> Loop:
@@ -229,7 +225,7 @@ def progress(name: str) -> Loop:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.parser(__doc__, "uci.json")
     parser.add_argument(
         "--data", type=Path, metavar="DIR", help="the folder with the data; see above for where to have them"
     )
@@ -247,12 +243,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         type=int,
         help="of weights, orders and masks: a training for each",
     )
-    parser.add_argument("--threads", default=2, type=int, help="PyTorch's thread count")
-    parser.add_argument("--output", default=RESULTS / "uci.json", type=Path, help="the JSON file")
-    parser.add_argument("--render", type=Path, metavar="FILE", help="print a JSON file as markdown and measure nothing")
     options = parser.parse_args(arguments)
-    if options.render:
-        print(render(json.loads(options.render.read_text())))
+    if command.rendered(options, render):
         return
     if options.data is None:
         parser.error("--data DIR is needed: the folder with NAME.npz and NAME.published.json")
@@ -264,9 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "data_sets": [measure(name, options.data, options, progress(name)) for name in options.data_sets],
     }
     print(render(report))
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"\nwritten to {options.output.name}")
+    command.write(report, options, "uci.json")
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ def test_verdicts() -> None:
 
 
 def test_the_committed_result(capsys: pytest.CaptureFixture[str]) -> None:
-    file = bench_monte_carlo.RESULTS / "monte-carlo-cpu.json"
+    file = bench_monte_carlo.command.RESULTS / "monte-carlo-cpu.json"
     report = json.loads(file.read_text())
     assert report["summary"] == monte_carlo_summary.verdicts(report)
     assert not report["quick"]
