@@ -203,6 +203,12 @@ class TestPatterns:
             ({1: 0.5}, TypeError, r"a pattern must be a string, got int"),
             ({"*": rules.uniform(0.5)}, TypeError, r"'\*' has a rule over layers, uniform\(0.5\), and no schedule"),
             ({"*": rules.by_weight_size()}, TypeError, r"'\*' has a rule over layers.*set_keep_prob"),
+            (
+                {"drop1": schedules.linear},
+                TypeError,
+                r"'drop1' has linear\(start.*called with a step.*linear\(1.0",
+            ),
+            ({"drop1": lambda: 0.5}, TypeError, r"'drop1' has <lambda>\(\), which cannot be called with a step alone"),
             ({"drop1": "0.5"}, TypeError, r"must be a number, got '0.5', for the pattern 'drop1'"),
             ({"drop1": True}, TypeError, r"must be a number, got True, for the pattern 'drop1'"),
             ({"drop1": None}, TypeError, r"must be a number, got None, for the pattern 'drop1'"),

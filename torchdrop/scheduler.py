@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import numbers
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -255,10 +256,25 @@ def _readable(pattern: str, asked: Any) -> Any:
             f"{pattern!r} has a rule over layers, {asked!r}, and no schedule over steps: set it with "
             "torchdrop.set_keep_prob, and let schedules.scale(...) multiply the rates it gives"
         )
+    if callable(asked) and not _takes_a_step(asked):
+        raise TypeError(
+            f"{pattern!r} has {getattr(asked, '__name__', asked)}{inspect.signature(asked)}, which cannot be called "
+            "with a step alone: give what it makes, as in schedules.linear(1.0, 0.5, 1000), or a function of the step"
+        )
     try:
         return as_schedule(asked)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{error}, for the pattern {pattern!r}") from None
+
+
+def _takes_a_step(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind(0)
+    except TypeError:
+        return False
+    except ValueError:  # some builtin functions have no signature
+        pass
+    return True
 
 
 def _has_rate(holder: Holder) -> bool:
