@@ -17,7 +17,7 @@ from ..monte_carlo.activate import check_model
 from ..monte_carlo.inputs import Inputs
 from ..monte_carlo.state import flags, own_generators, random_state, undisturbed
 from .flow import Call, Flow, leaves
-from .share import mask_of_layer, measured
+from .share import Share, mask_of_layer, measured, zeroes
 
 _PROBE = 0.123456789
 """A rate that no one chooses, to see which calls follow the rates that have a name."""
@@ -176,7 +176,7 @@ def _with_layers(model: nn.Module, flow: Flow) -> list[Call]:
         input = flow.ran.get(layer)
         if not isinstance(layer, _DropoutNd) or input is None or isinstance(layer.p, Tensor):
             continue
-        share = measured(layer.forward, input, mask_of_layer(layer, input))
+        share = measured(layer.forward, input, mask_of_layer(layer, input)) if zeroes(layer) else Share(None, 0)
         own = [call for call in calls if call.module == name and not call.flagged]
         if not own:
             own = [Call(name, type(layer).__name__, True, layer.p, layer.p > 0, False, None)]

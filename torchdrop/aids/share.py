@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import _rate
-from ..layers.bernoulli import Dropout, mask_shape
+from ..layers.alpha import AlphaDropout, FeatureAlphaDropout
+from ..layers.bernoulli import Bernoulli, Dropout, mask_shape
 from ..layers.channel import Dropout1d, Dropout2d, Dropout3d
-from ..layers.gaussian import GaussianDropout
 
 _ENOUGH, _MOST = 20_000, 400
 """Draws after which a share is known well enough, and calls after which it has to be."""
@@ -79,14 +79,21 @@ def measured(drop: Callable[[Tensor], Tensor], input: Tensor, mask: tuple[int, .
     return Share(kept / calls, calls * each)
 
 
+def zeroes(layer: nn.Module) -> bool:
+    """Whether what a layer drops can be counted in its output: not so in torchdrop's layers with other mechanisms."""
+    return not type(layer).__module__.startswith("torchdrop.") or isinstance(layer, _COUNTED)
+
+
 def mask_of_layer(layer: nn.Module, input: Tensor) -> tuple[int, ...] | None:
     """The shape of the mask of a dropout layer of torch or torchdrop; None for one with code of its own."""
-    if not type(layer).__module__.startswith(("torch.", "torchdrop.")) or isinstance(layer, GaussianDropout):
+    if not type(layer).__module__.startswith(("torch.", "torchdrop.")):
         return None
     if isinstance(layer, Dropout):
         return tuple(mask_shape(input, layer.shared_axes, layer.noise_shape))
     return mask_of_function(_CHANNELS.get(type(layer).__name__, ""), input)
 
+
+_COUNTED = (Bernoulli, AlphaDropout, FeatureAlphaDropout)
 
 _CHANNELS = {
     **{kind.__name__: kind.__name__.lower() for kind in (Dropout1d, Dropout2d, Dropout3d)},
