@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..layers import _rate
+from ..layers import _noise, _rate
+from ..layers._rate import Rated
 from ..monte_carlo.mode import checkpointed
 from ..monte_carlo.sources import DESCRIBE, OPENED, RECURRENT
 from ..random import draw_key
@@ -45,16 +46,31 @@ class _Silence(TorchFunctionMode):
                 return OPENED[func](*args, **kwargs)
         if func is _rate.apply:
             return _undropped(*args)
+        if func is _noise.draw:  # a layer whose rate is set to 0
+            return func(*args)
+        if func is _noise.is_on:
+            return self._is_on(*args)
         if func in DESCRIBE:
             draw = DESCRIBE[func](self, func, *args, **kwargs)
             if draw.on and not draw.flagged and checkpointed():
-                raise RuntimeError(
-                    f"activation checkpointing runs a functional {draw.kind} again in backward, where it cannot be "
-                    "disabled: switch checkpointing off in the model, or let the call pass training=self.training with "
-                    "an attribute of the module as its rate"
-                )
+                _refuse(draw.kind)
             return draw.plain()
         return func(*args, **kwargs)
+
+    def _is_on(self, training: bool) -> bool:
+        if isinstance(self._modules[-1], Rated):
+            return training
+        if training and checkpointed():
+            _refuse("dropout of torchdrop")
+        return False
+
+
+def _refuse(kind: str) -> None:
+    raise RuntimeError(
+        f"activation checkpointing runs a functional {kind} again in backward, where it cannot be disabled: switch "
+        "checkpointing off in the model, or let the call pass training=self.training with an attribute of the module "
+        "as its rate"
+    )
 
 
 def _undropped(

@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..kernels import operators, reference
+from ..kernels import noise, operators
 from ..kernels.law import ONE, Law
+from ..kernels.masking import trailing
 
 _transformed = torch._C._are_functorch_transforms_active
 
@@ -161,8 +162,7 @@ class Pass:
     def words(self, seed: int, shape: Sequence[int], own: bool) -> Tensor:
         """The 32-bit draws of a source, int64 of shape ``key.shape[:-1] + shape``."""
         if self.hypercube is None:
-            key = self.key(seed, own)
-            return reference.draws(shape, key) if _transformed() else kernels.draws(shape, key)
+            return noise.draws(self.key(seed, own), shape)
         shift, choice = self.unit_keys(seed, own)
         first, member = kernels.draws(shape, shift), kernels.draws(shape, choice)
         table = self.offsets()
@@ -262,6 +262,16 @@ class Slot:
         else:
             out = self._back(_gaussian(arranged, run.words(self._seed, mask_shape, self._own), law))
         return written(x, out) if inplace else out
+
+    def numbers(self, numbers: noise.Numbers, shape: Sequence[int], law: Law | Tensor | None) -> Tensor:
+        """What one of `kernels.noise` gives, of this shape."""
+        words = self.words(shape)
+        if numbers is noise.draws:
+            return words
+        if numbers is noise.standard_normal:
+            return _normal(words)
+        assert law is not None
+        return words < trailing(law, words.device)[0]
 
     def words(self, shape: Sequence[int]) -> Tensor:
         """32-bit draws, int64 of this shape."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..layers import _rate
+from ..layers import _noise, _rate
 from .draw import Draw, Site
 from .masks import Layout, Pass, Slot, UnvectorisableError, find_layout, source_seed
 from .prefix import Prefix
@@ -158,6 +158,8 @@ class Watching(TorchFunctionMode):
             return self._meet(func, describe(self, func, *args, **kwargs))
         if func is _rate.turned_on:
             return self._turns_on()
+        if func is _noise.is_on:
+            return self._is_on(*args)
         if func in OPENED:
             with self:
                 return OPENED[func](*args, **kwargs)
@@ -187,6 +189,9 @@ class Watching(TorchFunctionMode):
 
     def _turns_on(self) -> bool:
         raise NotImplementedError
+
+    def _is_on(self, training: bool) -> bool:
+        return training or self._turns_on()
 
     def _meet(self, func: Any, draw: Draw) -> Any:
         raise NotImplementedError
@@ -324,6 +329,9 @@ class Server(Watching):
         if on:
             self._tracker.again(site)  # the layer comes next
         return on
+
+    def _is_on(self, training: bool) -> bool:
+        return self._turns_on()  # what is not active is off in a function that is always on, too
 
     def _pass(self, func: Any, call: Callable[[], Any]) -> Any:
         out = call() if self.prefix is None else self.prefix.run(func, call)

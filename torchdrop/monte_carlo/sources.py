@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import functional
-from ..kernels import operators
+from ..kernels import noise, operators
 from ..kernels.law import ONE, Law, law
-from ..layers import _rate
+from ..layers import _noise, _rate
 from . import tensors
 from .draw import Draw, Mode
 from .masks import Slot, written
@@ -90,6 +90,26 @@ def _layer(
         plain=lambda: input,
         served=lambda slot, _: slot.apply(operator, input, given, shape, inplace),
         mask=shape,
+    )
+
+
+def _numbers(
+    mode: Mode,
+    func: Any,
+    numbers: noise.Numbers,
+    like: Tensor,
+    shape: Sequence[int],
+    generator: torch.Generator | None,
+    given: Law | Tensor | None,
+) -> Draw:
+    """What a layer or function of torchdrop draws to make a mask of its own from. Whether it does, `is_on` has said."""
+    rate = 1.0 - given.threshold / ONE if isinstance(given, Law) else None
+
+    def original() -> Tensor:
+        return func(numbers, like, shape, generator, given)
+
+    return Draw(
+        "torchdrop", rate, rate != 0.0, shape, original, original, lambda slot, _: slot.numbers(numbers, shape, given)
     )
 
 
@@ -227,6 +247,7 @@ RECURRENT = frozenset((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu))
 
 DESCRIBE: dict[Any, Callable[..., Draw]] = {
     _rate.apply: _layer,
+    _noise.draw: _numbers,
     F.dropout: _dropout("dropout", functional.dropout),
     F.dropout1d: _dropout("dropout1d", functional.dropout1d),
     F.dropout2d: _dropout("dropout2d", functional.dropout2d),

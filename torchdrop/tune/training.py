@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..kernels.law import ONE, Law
-from ..layers import _rate
+from ..layers import _noise, _rate
 
 Loss = Callable[[Any, Tensor], Tensor]
 Score = Callable[[Any, Tensor], Any]
@@ -102,6 +102,11 @@ class Masks(TorchFunctionMode):
         return self
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _noise.is_on:
+            return args[0]
+        if func is _noise.draw:
+            numbers, like, shape, _, law = args
+            return numbers(self._key(like.device), shape, law)
         if func is not _rate.apply:
             return func(*args, **(kwargs or {}))
         operator, input, law, shape, inplace, _ = args
