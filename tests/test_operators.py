@@ -317,3 +317,16 @@ def test_vmap_equals_a_loop_over_keys(data: st.DataObject, randomness: str, dim:
         for i in range(x.shape[dim]):
             alone = operator(x.select(dim, i), key[i] if batched else key, laws[i], shape)
             assert torch.equal(got[i], alone)
+
+
+@pytest.mark.slow
+def test_a_rate_for_each_feature_in_code_compiled_for_any_size() -> None:
+    torch.compiler.reset()
+    layer = torchdrop.Dropout(keep_prob=torch.linspace(0.1, 0.9, 30))
+    compiled = torch.compile(layer, fullgraph=True)
+    x = torch.ones(5, 30)
+    torch._dynamo.maybe_mark_dynamic(x, 1)
+    torch.manual_seed(1)
+    eager = layer(x)
+    torch.manual_seed(1)
+    assert torch.equal(compiled(x), eager)

@@ -144,7 +144,7 @@ def law_for(keep_prob: Rate, formula: Formula, shape: Sequence[int]) -> Law | Te
         return law_tensor(keep_prob, formula)
     missing = len(shape) - keep_prob.dim()
     sizes = (1,) * missing + tuple(keep_prob.shape)
-    if missing < 0 or any(size not in (1, full) for size, full in zip(sizes, shape, strict=True)):
+    if missing < 0 or any(size != 1 and size != full for size, full in zip(sizes, shape, strict=True)):
         raise ValueError(
             f"keep_prob of shape {tuple(keep_prob.shape)} does not broadcast against the mask's shape {tuple(shape)}"
         )
