@@ -1,0 +1,182 @@
+"""Efficient stochastic depth: the residual branch is computed for the samples that keep it, and for no others.
+
+With k the keep probability, f a residual branch and B samples, a block computes
+
+    x + (B / n) f(x)_S   in training, S a random subset of n = round(B k) samples, the only ones that f sees
+    x + f(x)             in eval mode, and in expectation over the subsets (Oquab et al., 2023)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.law import inverted
+from ..kernels.masking import COMPUTE_DTYPE
+from . import _noise
+from ._rate import DEFAULT_P, Rate, Rated, law_for, read_rate, realised
+from .path import LawOf, row_shape
+
+Branch = Callable[[Tensor], Tensor]
+
+
+def check_counting(keep_prob: Rate, name: str) -> None:
+    """Refuses a rate that does not say how many are kept.
+
+    Raises:
+        TypeError: it is a tensor.
+        ValueError: it is 0.
+    """
+    if isinstance(keep_prob, Tensor):
+        raise TypeError(f"keep_prob must be a number for {name}, which keeps a fixed count of them, got a tensor")
+    if keep_prob <= 0.0:
+        raise ValueError(f"keep_prob must be in (0, 1] for {name}, got {keep_prob}: at least one must be kept")
+
+
+def subset(words: Tensor, count: int) -> Tensor:
+    """The places of the `count` smallest along the last dimension, in order: every subset is equally likely.
+
+    Equal words, of probability 2**-32 a pair, count as in order.
+    """
+    return words.argsort(dim=-1, stable=True)[..., :count].sort(dim=-1).values
+
+
+def _weighted_sum(input: Tensor, residual: Tensor, weight: Any) -> Tensor:
+    dtype = torch.promote_types(input.dtype, residual.dtype)
+    wide = COMPUTE_DTYPE.get(dtype, dtype)
+    return (input.to(wide) + residual.to(wide) * weight).to(dtype)
+
+
+def _residual(branch: Branch, part: Tensor) -> Tensor:
+    residual = branch(part)
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"branch must return a tensor, got {type(residual).__name__}")
+    if residual.shape != part.shape:
+        raise ValueError(
+            f"branch must keep the shape of its input, got {tuple(residual.shape)} for {tuple(part.shape)}"
+        )
+    return residual
+
+
+def _add_branch(
+    input: Tensor,
+    branch: Branch,
+    keep_prob: Rate,
+    law_of: LawOf,
+    training: bool,
+    generator: torch.Generator | None,
+) -> Tensor:
+    if not callable(branch):
+        raise TypeError(f"branch must be a module or function, got {type(branch).__name__}")
+    if not _noise.is_on(training):
+        return input + _residual(branch, input)
+    rows = row_shape(input, "efficient_stochastic_depth")
+    if not training:  # Monte Carlo inference: no row's samples may depend on the rows beside it
+        kept = _noise.keep_mask(input, law_of(rows[:1]), rows[:1], generator).reshape(rows)
+        residual = _residual(branch, input)
+        return _weighted_sum(input, torch.where(kept, residual, 0.0), 1.0 / realised(keep_prob))
+    count = min(rows[0], max(1, round(rows[0] * keep_prob)))  # type: ignore[arg-type]
+    chosen = subset(_noise.words(input, rows[:1], generator), count)
+    if count == rows[0]:
+        return input + _residual(branch, input)
+    part = input.index_select(0, chosen)
+    total = _weighted_sum(part, _residual(branch, part), rows[0] / count)
+    return input.to(total.dtype).index_put((chosen,), total)
+
+
+def efficient_stochastic_depth(
+    input: Tensor,
+    branch: Branch,
+    p: Any = DEFAULT_P,
+    training: bool = True,
+    *,
+    keep_prob: Any = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """The residual sum x + f(x) with f computed on a random subset of the samples alone, weighted by B / n.
+
+    ``y_b = x_b + (B / n) f(x)_b`` for b in S, ``y_b = x_b`` for the others. S is a subset of exactly n samples, n =
+    round(B k) (ties to the even number) but at least 1, all subsets equally likely: E[y] = x + f(x) exactly, over the
+    subsets, if f treats samples apart. f sees n rows, so its cost, forward and backward, is n / B of the whole; its
+    gradient comes from the subset alone. With n = B and in eval mode the output is x + f(x); k = 0 is refused.
+
+    Under Monte Carlo inference, in eval mode, each sample is kept on its own with probability k, as by `drop_path`, and
+    f sees all of them: what a row gets must not depend on the batch it is in. In compiled code a new n is a new shape,
+    which compiles anew.
+
+    Args:
+        input: x, (B, ...): float16, bfloat16, float32 or float64.
+        branch: f, from (n, ...) to the same shape: a module or function, with normalisation and layer scale in it.
+        p: probability of dropping a sample, in [0, 1), with k = 1 - p. Default: 0.5.
+        training: whether anything is dropped.
+        keep_prob: k, in place of `p`: a number.
+        generator: where the subset's key is drawn from; PyTorch's default generator of the device if None.
+
+    Returns:
+        A new tensor of the input's shape, and of the dtype of x + f(x).
+
+    Raises:
+        ValueError: a rate outside [0, 1], k = 0, an input without dimensions, or a branch that changes the shape.
+        TypeError: a rate that is no number, both names of the rate, or neither; a branch that cannot be called, or
+            that does not return a tensor.
+        RuntimeError: an integer tensor.
+
+    References:
+        Oquab et al., DINOv2: learning robust visual features without supervision, 2023 (arXiv:2304.07193): efficient
+        stochastic depth.
+
+    Example:
+        >>> import torch, torchdrop
+        >>> seen = []
+        >>> def branch(x):
+        ...     seen.append(len(x))
+        ...     return x
+        >>> y = torchdrop.functional.efficient_stochastic_depth(torch.ones(10, 3), branch, 0.6)
+        >>> seen, y[:, 0].sort().values.tolist()
+        ([4], [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 3.5, 3.5, 3.5, 3.5])
+    """
+    k, _ = read_rate(p, keep_prob)
+    check_counting(k, "efficient stochastic depth")
+    return _add_branch(input, branch, k, lambda shape: law_for(k, inverted, shape), training, generator)
+
+
+class EfficientStochasticDepth(Rated):
+    """Module of `efficient_stochastic_depth`, called with the input and the branch: ``x = self.drop(x, self.mlp)``.
+
+    It stands where ``x = x + self.drop_path(self.mlp(x))`` stood. The branch stays its owner's module, so nothing in
+    the state_dict changes.
+
+    Args:
+        p: probability of dropping a sample, in [0, 1), with k = 1 - p. Default: 0.5.
+        keep_prob: k, in place of `p`: a number.
+        generator: where the subsets' keys are drawn from; PyTorch's default generator of the device if None.
+
+    Shape:
+        Input and output: (B, ...). The branch: from (n, ...) to the same shape, n = round(B k) but at least 1.
+
+    Raises:
+        ValueError: a rate outside [0, 1], or k = 0.
+        TypeError: a rate that is no number, or both names of the rate.
+
+    Example:
+        >>> import torch, torchdrop
+        >>> mlp, drop = torch.nn.Linear(4, 4), torchdrop.EfficientStochasticDepth(0.25)
+        >>> x = torch.randn(8, 4)
+        >>> drop(x, mlp).shape, torch.equal(drop.eval()(x, mlp), x + mlp(x))
+        (torch.Size([8, 4]), True)
+    """
+
+    def __init__(self, p: Any = DEFAULT_P, *, keep_prob: Any = None, generator: torch.Generator | None = None) -> None:
+        super().__init__(p, keep_prob=keep_prob, generator=generator)
+
+    def _check_rate(self, keep_prob: Rate) -> None:
+        check_counting(keep_prob, "efficient stochastic depth")
+
+    def forward(self, input: Tensor, branch: Branch) -> Tensor:
+        return _add_branch(input, branch, self._keep_prob, self._law_for, self.training, self.generator)
+
+    def extra_repr(self) -> str:
+        return f"p={self._p}"
