@@ -1,0 +1,257 @@
+"""Multi-sample dropout: the head of a network trained under K dropout masks at once.
+
+With k the keep probability, h the head and m_1 ... m_K independent masks,
+
+    L = (1/K) sum_j loss(h(x m_j / k))   in training
+    L = loss(h(x))                       in eval mode
+
+The expectation of L and of its gradient is that of a single mask, and what the masks add to the gradient's variance
+falls as 1/K (Inoue, 2019). The K masks are one draw, and the head sees K B rows in one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._rate import DEFAULT_P, Rate, check_input, read_rate
+from .bernoulli import Dropout, dropout
+
+SAMPLES = 8
+
+Head = Callable[[Tensor], Tensor]
+
+
+def _check_samples(samples: Any) -> None:
+    if isinstance(samples, bool) or not isinstance(samples, int):
+        raise TypeError(f"samples must be an integer, got {samples!r}")
+    if samples < 1:
+        raise ValueError(f"samples must be positive, got {samples}")
+
+
+def _outputs(input: Tensor, head: Head, samples: int, training: bool, drop: Head) -> Tensor:
+    """What the head makes of the input under each mask, (samples, B, ...), from one call of it.
+
+    In eval mode, where `drop` gives its input back, it is (1, B, ...). Under Monte Carlo inference as well: one mask is
+    one sample. The dimension in front is there all the same, so that the rows are where they are in training.
+    """
+    if not callable(head):
+        raise TypeError(f"head must be a module or function, got {type(head).__name__}")
+    if training or not isinstance(input, Tensor):
+        check_input(input, "multi_sample_dropout")
+    if input.dim() == 0:
+        raise ValueError("input must have its samples in the first dimension, (B, ...), got a 0-d tensor")
+    if not training:
+        return _checked(head(drop(input.unsqueeze(0)).squeeze(0)), input.shape[0]).unsqueeze(0)
+    rows = input.shape[0]
+    output = head(drop(input.expand(samples, *input.shape)).flatten(0, 1))
+    return _checked(output, samples * rows).unflatten(0, (samples, rows))
+
+
+def _checked(output: Any, rows: int) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise TypeError(f"head must return a tensor, got {type(output).__name__}")
+    if output.shape[:1] != (rows,):
+        raise ValueError(f"head must give a row for each of {rows} rows, got {tuple(output.shape)}")
+    return output
+
+
+def _mean_loss(outputs: Tensor, loss: Head) -> Tensor:
+    losses = [loss(output) for output in outputs.unbind(0)]
+    if not isinstance(losses[0], Tensor):
+        raise TypeError(f"loss must return a tensor, got {type(losses[0]).__name__}")
+    return torch.stack(losses).mean(0)
+
+
+def multi_sample_dropout(
+    input: Tensor,
+    head: Head,
+    p: Any = DEFAULT_P,
+    training: bool = True,
+    *,
+    samples: int = SAMPLES,
+    keep_prob: Any = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """The mean of a head's outputs under K dropout masks, from one call of the head on K B rows.
+
+    ``y = (1/K) sum_j h(x m_j / k)``. Each term is `dropout` of x under a mask of its own, then the head. For a linear
+    head E[y] = h(x). The loss of this mean is not the method's: that is the mean of the losses, `multi_sample_loss`,
+    which is larger for a convex loss. In eval mode it is h(x); under Monte Carlo inference one mask is one sample. A
+    head that looks at the batch as a whole, such as one with batch normalisation, sees K B rows.
+
+    Args:
+        input: x, (B, ...): float16, bfloat16, float32 or float64.
+        head: h, from (R, ...) to a tensor with R rows for any number R: a module or function.
+        p: probability of dropping, in [0, 1]. Default: 0.5.
+        training: whether dropout is applied.
+        samples: K, at least 1. Default: 8.
+        keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against (K, *x.shape).
+        generator: where the masks' key is drawn from; PyTorch's default generator of the device if None.
+
+    Returns:
+        What the head gives for x, (B, ...).
+
+    Raises:
+        ValueError: a rate outside [0, 1], `samples` below 1, an input without dimensions, or a head that does not keep
+            the rows.
+        TypeError, RuntimeError: as `dropout`; a head that cannot be called, or that does not return a tensor.
+
+    References:
+        Inoue, Multi-sample dropout for accelerated training and better generalization, 2019 (arXiv:1905.09788).
+
+    Example:
+        >>> import torch, torchdrop
+        >>> head = torch.nn.Linear(16, 3)
+        >>> torchdrop.functional.multi_sample_dropout(torch.randn(5, 16), head, 0.3, samples=4).shape
+        torch.Size([5, 3])
+    """
+    return _under_masks(input, head, p, training, samples, keep_prob, generator).mean(0)
+
+
+def multi_sample_loss(
+    input: Tensor,
+    head: Head,
+    loss: Callable[[Tensor], Tensor],
+    p: Any = DEFAULT_P,
+    training: bool = True,
+    *,
+    samples: int = SAMPLES,
+    keep_prob: Any = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """The mean of a loss under K dropout masks before the head: multi-sample dropout as published.
+
+    ``L = (1/K) sum_j loss(h(x m_j / k))``. The head is called once, on K B rows; the loss, which costs little, once for
+    each mask, so that it may reduce as it likes. E[L] and E[grad L] are those of one mask, and the variance that the
+    masks give to the gradient is 1/K of it. With K = 1 it is dropout before the head, with the same mask under the same
+    seed. In eval mode it is loss(h(x)).
+
+    Args:
+        input, head, p, training, samples, keep_prob, generator: as `multi_sample_dropout`.
+        loss: from the head's output for B rows to a tensor of any shape, the same each time.
+
+    Returns:
+        The mean of what `loss` gives.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `multi_sample_dropout`.
+
+    References:
+        Inoue, Multi-sample dropout for accelerated training and better generalization, 2019 (arXiv:1905.09788).
+
+    Example:
+        >>> import torch, torchdrop
+        >>> import torch.nn.functional as F
+        >>> head, x, target = torch.nn.Linear(16, 3), torch.randn(5, 16), torch.tensor([0, 1, 2, 0, 1])
+        >>> loss = torchdrop.functional.multi_sample_loss(x, head, lambda y: F.cross_entropy(y, target), 0.3)
+        >>> loss.backward()
+        >>> loss.shape, head.weight.grad.shape
+        (torch.Size([]), torch.Size([3, 16]))
+    """
+    return _mean_loss(_under_masks(input, head, p, training, samples, keep_prob, generator), loss)
+
+
+def _under_masks(
+    input: Tensor,
+    head: Head,
+    p: Any,
+    training: bool,
+    samples: int,
+    keep_prob: Any,
+    generator: torch.Generator | None,
+) -> Tensor:
+    k, _ = read_rate(p, keep_prob)
+    _check_samples(samples)
+    return _outputs(
+        input, head, samples, training, lambda x: dropout(x, None, training, keep_prob=k, generator=generator)
+    )
+
+
+class MultiSampleDropout(nn.Module):
+    """Module of `multi_sample_dropout` and `multi_sample_loss`: a head, and the dropout before it.
+
+    Called with the features it gives the mean of the head's outputs, where ``head(dropout(x))`` stood; `loss` gives the
+    mean of the losses, which is the method as published. In eval mode it is the head.
+
+    Args:
+        head: the module that is trained under K masks, from (R, ...) to a tensor with R rows.
+        p: probability of dropping, in [0, 1]. Default: 0.5.
+        samples: K, at least 1. Default: 8.
+        keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against (K, *x.shape).
+        generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
+
+    Attributes:
+        head: the head; its parameters are the module's.
+        dropout: the `Dropout` that holds the rate, under whose name `keep_probs` lists it.
+
+    Raises:
+        ValueError: a rate outside [0, 1], or `samples` below 1.
+        TypeError: both names of the rate, something that is no number, or a head that is no module.
+
+    References:
+        Inoue, Multi-sample dropout for accelerated training and better generalization, 2019 (arXiv:1905.09788).
+
+    Example:
+        >>> import torch, torchdrop
+        >>> import torch.nn.functional as F
+        >>> classifier = torchdrop.MultiSampleDropout(torch.nn.Linear(16, 3), 0.3, samples=4)
+        >>> x, target = torch.randn(5, 16), torch.tensor([0, 1, 2, 0, 1])
+        >>> loss = classifier.loss(x, lambda y: F.cross_entropy(y, target))
+        >>> logits = classifier.eval()(x)
+        >>> loss.shape, torch.equal(logits, classifier.head(x)), list(classifier.state_dict())
+        (torch.Size([]), True, ['head.weight', 'head.bias'])
+    """
+
+    def __init__(
+        self,
+        head: nn.Module,
+        p: Any = DEFAULT_P,
+        samples: int = SAMPLES,
+        *,
+        keep_prob: Any = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(head, nn.Module):
+            raise TypeError(f"head must be a torch.nn.Module, got {type(head).__name__}")
+        _check_samples(samples)
+        self.dropout = Dropout(p, keep_prob=keep_prob, generator=generator)
+        self.head = head
+        self.samples = samples
+
+    @property
+    def keep_prob(self) -> Rate:
+        """The probability that an element is kept: that of `dropout`."""
+        return self.dropout.keep_prob
+
+    @keep_prob.setter
+    def keep_prob(self, value: Any) -> None:
+        self.dropout.keep_prob = value
+
+    @property
+    def p(self) -> Rate:
+        """The probability that an element is dropped: that of `dropout`."""
+        return self.dropout.p
+
+    @p.setter
+    def p(self, value: Any) -> None:
+        self.dropout.p = value
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _outputs(input, self.head, self.samples, self.training, self.dropout).mean(0)
+
+    def loss(self, input: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
+        """The mean of a loss of the head's outputs under K masks; in eval mode the loss of ``head(input)``.
+
+        Args:
+            input: the features, (B, ...).
+            loss: from the head's output for B rows to a tensor.
+        """
+        return _mean_loss(_outputs(input, self.head, self.samples, self.training, self.dropout), loss)
+
+    def extra_repr(self) -> str:
+        return f"samples={self.samples}"
