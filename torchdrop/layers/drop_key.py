@@ -1,0 +1,286 @@
+"""Dropout of keys in attention, before the softmax: `drop_key`, `drop_key_mask` and `DropKey`.
+
+    y = x where m, else -inf        m ~ Bernoulli(k) for each query and key, and one key of each query always stays
+
+What comes out of the softmax then still adds up to 1. `drop_head` in `attention` says how the one that stays is found.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.law import inverted
+from . import _noise
+from ._rate import DEFAULT_P, Rate, Rated, check_input, law_for, read_rate
+from .attention import LawOf, check_some, keeps_all, kept_of
+from .bernoulli import Axes, mask_shape
+
+_transformed = torch._C._are_functorch_transforms_active
+
+
+def _may_be_seen(logits: Tensor) -> Tensor:
+    """Keys that no mask rules out: neither -inf nor what masks made of the dtype's most negative number leave."""
+    return ~(logits <= torch.finfo(logits.dtype).min / 2)
+
+
+def _kept_keys(
+    like: Tensor,
+    sizes: Sequence[int],
+    law_of: LawOf,
+    allowed: Tensor | None,
+    shared_axes: Axes,
+    generator: torch.Generator | None,
+) -> Tensor | None:
+    """The mask of keys; None where all stay."""
+    shape = list(mask_shape(like.new_empty(()).expand(sizes), shared_axes, None))
+    if shape[-1] != sizes[-1]:
+        raise ValueError(f"shared_axes must leave the last dimension, the keys, to themselves, got {shared_axes}")
+    law = law_of(shape)
+    if keeps_all(law) and _transformed():
+        return None
+    words = _noise.words(like, shape, generator)
+    return None if keeps_all(law) else kept_of(words, law, -1, allowed)
+
+
+def _drop_keys(input: Tensor, law_of: LawOf, shared_axes: Axes, generator: torch.Generator | None) -> Tensor:
+    check_input(input, "drop_key")
+    if not input.dim():
+        raise ValueError("drop_key takes logits with the keys in the last dimension, got a 0-D tensor")
+    kept = _kept_keys(input, input.shape, law_of, _may_be_seen(input), shared_axes, generator)
+    return input if kept is None else torch.where(kept, input, -math.inf)
+
+
+def drop_key(
+    input: Tensor,
+    p: Any = DEFAULT_P,
+    training: bool = True,
+    *,
+    shared_axes: Axes = None,
+    keep_prob: Any = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Puts -inf in the place of attention logits, each with probability p, before the softmax.
+
+    ``y = x where m, else -inf`` with m ~ Bernoulli(k), k = 1 - p, for each query and key. After the softmax every row
+    adds up to 1: the weights of the keys that stay are those of attention among them alone. No row is masked in full:
+    of the keys that a query may see, the one with the smallest draw always stays. A key may be seen unless its logit is
+    -inf, or below half of the most negative number of the dtype (which is what masks with ``torch.finfo(dtype).min``
+    leave); other large negative numbers are logits like any other. A row in which no key may be seen stays as it is.
+
+    It is not unbiased: the expected attention weights are not those of eval mode, as a softmax of fewer keys is
+    sharper. With k = 1 and in eval mode the input itself is returned; k = 0 is refused. The gradient of a dropped
+    logit is 0.
+
+    Args:
+        input: logits (samples, heads, queries, keys), or any shape with the keys last, with masks already added, in
+            float16, bfloat16, float32 or float64.
+        p: probability of dropping a key, in [0, 1). Default: 0.5.
+        training: whether keys are dropped.
+        shared_axes: axes over which the draws are the same: ``-2`` drops the same keys for all queries, ``1`` for all
+            heads, ``(1, -2)`` for both.
+        keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against the mask.
+        generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
+
+    Returns:
+        A tensor of the input's shape and dtype; the input itself in eval mode and with k = 1.
+
+    Raises:
+        ValueError: a rate outside [0, 1], or k = 0; axes that do not fit, or that hold the keys' own.
+        TypeError: both names of the rate, or neither.
+        RuntimeError: an integer tensor.
+
+    References:
+        Li et al., "DropKey", CVPR 2023 (arXiv:2208.02646).
+
+    Example:
+        >>> import torch, torchdrop
+        >>> from torchdrop.functional import drop_key
+        >>> attention = drop_key(torch.zeros(2, 4, 3, 5), 0.4).softmax(-1)
+        >>> torch.allclose(attention.sum(-1), torch.ones(2, 4, 3))
+        True
+    """
+    k, _ = read_rate(p, keep_prob)
+    check_some(k, "drop_key", "key")
+    if not _noise.is_on(training):
+        return input
+    return _drop_keys(input, partial(law_for, k, inverted), shared_axes, generator)
+
+
+def _masked_by(mask: Tensor | None, other: Tensor) -> Tensor:
+    """A mask for attention, with False or -inf where `other` is False, too."""
+    if mask is None:
+        return other
+    return mask & other if mask.dtype is torch.bool else torch.where(other, mask, -math.inf)
+
+
+def _logits_shape(query: Tensor, key: Tensor) -> tuple[int, ...]:
+    """Of ``query @ key.mT``. Keys may have fewer heads than queries, as in grouped-query attention."""
+    own = (1,) * max(key.dim() - query.dim(), 0) + tuple(query.shape[:-2])
+    other = (1,) * (len(own) - key.dim() + 2) + tuple(key.shape[:-2])
+    batch = [of_key if size == 1 else size for size, of_key in zip(own, other, strict=True)]
+    return (*batch, query.shape[-2], key.shape[-2])
+
+
+def _attention_mask(query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor | None:
+    for name, tensor in (("query", query), ("key", key)):
+        if not isinstance(tensor, Tensor) or tensor.dim() < 2:
+            got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{name} must be a tensor of shape (..., time, features), got {got}")
+    if attn_mask is not None:
+        if not isinstance(attn_mask, Tensor):
+            raise TypeError(f"attn_mask must be a tensor or None, got {type(attn_mask).__name__}")
+        if not (attn_mask.dtype is torch.bool or attn_mask.is_floating_point()):
+            raise TypeError(
+                f"attn_mask must be bool, with True where a key may be seen, or floating point, got {attn_mask.dtype}"
+            )
+        shape = _logits_shape(query, key)
+        try:
+            attn_mask.expand(shape)
+        except RuntimeError:
+            raise ValueError(
+                f"attn_mask must broadcast against the logits' shape {shape}, got {tuple(attn_mask.shape)}"
+            ) from None
+    if not is_causal:
+        return attn_mask
+    sizes = (query.shape[-2], key.shape[-2])
+    return _masked_by(attn_mask, torch.ones(sizes, dtype=torch.bool, device=query.device).tril())
+
+
+def _drop_key_mask(
+    query: Tensor,
+    key: Tensor,
+    law_of: LawOf,
+    mask: Tensor | None,
+    shared_axes: Axes,
+    generator: torch.Generator | None,
+) -> Tensor | None:
+    check_input(query, "drop_key_mask")
+    allowed = mask if mask is None or mask.dtype is torch.bool else _may_be_seen(mask)
+    kept = _kept_keys(query, _logits_shape(query, key), law_of, allowed, shared_axes, generator)
+    return mask if kept is None else _masked_by(mask, kept)
+
+
+def drop_key_mask(
+    query: Tensor,
+    key: Tensor,
+    p: Any = DEFAULT_P,
+    training: bool = True,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    shared_axes: Axes = None,
+    keep_prob: Any = None,
+    generator: torch.Generator | None = None,
+) -> Tensor | None:
+    """`drop_key` as an `attn_mask` for torch.nn.functional.scaled_dot_product_attention, which makes its own logits.
+
+    The mask that `drop_key` would apply to the logits of this query and key, with `attn_mask` and the causal mask
+    worked in: no row loses the last key that these let it see.
+
+    Args:
+        query: (..., queries, features). Only its shape and device matter.
+        key: (..., keys, features), likewise.
+        p: probability of dropping a key, in [0, 1). Default: 0.5.
+        training: whether keys are dropped.
+        attn_mask: as for scaled_dot_product_attention: bool with True where a key may be seen, or what is added to the
+            logits.
+        is_causal: whether query i may see the keys 0 ... i alone. Leave it out in scaled_dot_product_attention then.
+        shared_axes: axes of the logits (..., queries, keys) over which the draws are the same.
+        keep_prob: probability of keeping, in place of `p`.
+        generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
+
+    Returns:
+        A mask of the kind of `attn_mask` (bool if that is None) that broadcasts against the logits. In eval mode and
+        with k = 1, `attn_mask` itself, or the causal mask.
+
+    Raises:
+        ValueError: as `drop_key`; an `attn_mask` that does not broadcast against the logits.
+        TypeError: an `attn_mask` of integers, or one that is no tensor.
+
+    Example:
+        >>> import torch, torchdrop
+        >>> from torchdrop.functional import drop_key_mask
+        >>> q, k, v = torch.randn(3, 2, 4, 7, 8).unbind()
+        >>> mask = drop_key_mask(q, k, 0.3, is_causal=True)
+        >>> mask.shape, mask.any(-1).all(), mask.triu(1).any()
+        (torch.Size([2, 4, 7, 7]), tensor(True), tensor(False))
+        >>> torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).isfinite().all()
+        tensor(True)
+    """
+    keep, _ = read_rate(p, keep_prob)
+    check_some(keep, "drop_key", "key")
+    mask = _attention_mask(query, key, attn_mask, is_causal)
+    if not _noise.is_on(training):
+        return mask
+    return _drop_key_mask(query, key, partial(law_for, keep, inverted), mask, shared_axes, generator)
+
+
+class DropKey(Rated):
+    """Module of `drop_key`: -inf in the place of logits; the input itself in eval mode. `attn_mask` gives it as a mask.
+
+    Args:
+        p: probability of dropping a key, in [0, 1). Default: 0.5.
+        shared_axes: axes over which the draws are the same: ``-2`` for all queries, ``1`` for all heads.
+        keep_prob: probability of keeping, in place of `p`.
+        generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
+
+    Raises:
+        ValueError: a rate outside [0, 1], or k = 0.
+
+    References:
+        Li et al., "DropKey", CVPR 2023 (arXiv:2208.02646).
+
+    Example:
+        >>> import torch, torchdrop
+        >>> from torchdrop import DropKey
+        >>> layer = DropKey(0.3)
+        >>> q, k, v = torch.randn(3, 2, 4, 7, 8).unbind()
+        >>> (layer(q @ k.mT / 8**0.5).softmax(-1) @ v).shape
+        torch.Size([2, 4, 7, 8])
+        >>> attention = torch.nn.functional.scaled_dot_product_attention
+        >>> attention(q, k, v, attn_mask=layer.attn_mask(q, k)).shape
+        torch.Size([2, 4, 7, 8])
+        >>> layer.eval().attn_mask(q, k) is None
+        True
+    """
+
+    def __init__(
+        self,
+        p: Any = DEFAULT_P,
+        *,
+        shared_axes: Axes = None,
+        keep_prob: Any = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(p, keep_prob=keep_prob, generator=generator)
+        self.shared_axes = shared_axes
+
+    def _check_rate(self, keep_prob: Rate) -> None:
+        check_some(keep_prob, "drop_key", "key")
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not _noise.is_on(self.training):
+            return input
+        return _drop_keys(input, self._law_for, self.shared_axes, self.generator)
+
+    def attn_mask(
+        self, query: Tensor, key: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor | None:
+        """What `drop_key_mask` gives for scaled_dot_product_attention, at this layer's rate and mode.
+
+        In Monte Carlo inference the draw belongs to the module that calls this, and `sources` name that one.
+        """
+        mask = _attention_mask(query, key, attn_mask, is_causal)
+        if not _noise.is_on(self.training):
+            return mask
+        return _drop_key_mask(query, key, self._law_for, mask, self.shared_axes, self.generator)
+
+    def extra_repr(self) -> str:
+        shared = "" if self.shared_axes is None else f", shared_axes={self.shared_axes}"
+        return f"{super().extra_repr().removesuffix(', inplace=False')}{shared}"
