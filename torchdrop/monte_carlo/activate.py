@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
+from ..layers.layer_drop import LayerDrop
 from .inputs import Inputs
 from .masks import Pass, source_seed
 from .mode import Recorder, Server, Tracker
@@ -144,8 +145,10 @@ class Activation:
                 "the whole of them"
             )
         two, three = inputs.first(2), inputs.first(3)
+        stacks = (m for m in self.model.modules() if isinstance(m, LayerDrop))
+        skippable = {inner for stack in stacks for inner in stack.modules()}
         recorded = self._train_forward(module, two)
-        if recorded is not None and recorded.branching:
+        if recorded is not None and (recorded.branching or skippable):
             for _ in range(_BRANCHES):  # a skipped layer is met another time
                 self._train_forward(module, two)
         modules = dict(self.model.named_modules())
@@ -161,7 +164,7 @@ class Activation:
             returned = self._forward_once(module, three)
         returned = self._keep_outputs(module, three, returned)
         for source in self.server.sources.values():
-            if source.active and not source.served:
+            if source.active and not source.served and modules[source.module] not in skippable:
                 source.active = False
                 source.reason = source.reason or "not reached with the model in eval mode"
         known = set(map(id, self.report.sources))

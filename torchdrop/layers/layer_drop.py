@@ -1,0 +1,224 @@
+"""Skipping whole layers of a stack: `LayerDrop`.
+
+With m_l ~ Bernoulli(k), one for each layer l of the stack, independently, in training
+
+    x_l = f_l(x_{l-1})  where m_l = 1,   x_{l-1}  where m_l = 0
+
+without scaling: what is trained are stacks of every depth, so that layers can be taken out later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from . import _noise
+from ._rate import DEFAULT_P, Rate, Rated
+from .attention import keeps_all
+
+_is_compiling = torch.compiler.is_compiling
+_transformed = torch._C._are_functorch_transforms_active
+
+
+def _all(layers: Iterable[nn.Module]) -> Iterable[nn.Module]:
+    """The modules of an iterable, of which none is skipped."""
+    return layers._modules.values() if isinstance(layers, LayerDrop) else layers
+
+
+class _Selected:
+    """A layer that runs in any case, and whose output is taken only where it is kept."""
+
+    def __init__(self, layer: nn.Module, kept: Tensor) -> None:
+        self.layer, self.kept = layer, kept
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        if not args:
+            raise TypeError(
+                "LayerDrop with keep_graph=True gives a dropped layer's first argument in the place of its output: "
+                f"give it by position, got {', '.join(kwargs) or 'none'} for {type(self.layer).__name__}"
+            )
+        input, output = args[0], self.layer(*args, **kwargs)
+        if not isinstance(input, Tensor) or not isinstance(output, Tensor):
+            raise TypeError(
+                "LayerDrop with keep_graph=True gives a dropped layer's first argument in the place of its output, so "
+                f"both must be tensors, got {type(input).__name__} and {type(output).__name__} from "
+                f"{type(self.layer).__name__}: use keep_graph=False, or let the layer return a tensor"
+            )
+        if output.shape != input.shape:
+            raise ValueError(
+                "LayerDrop with keep_graph=True gives a dropped layer's first argument in the place of its output, so "
+                f"both must have one shape, got {tuple(input.shape)} and {tuple(output.shape)} from "
+                f"{type(self.layer).__name__}"
+            )
+        return torch.where(self.kept.to(input.device), output, input)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.layer, name)
+
+
+class LayerDrop(Rated, nn.ModuleList):
+    """A torch.nn.ModuleList that skips layers when it is iterated over in training.
+
+    Each time it is iterated over (``for layer in layers``, ``list(layers)``, ``nn.Sequential(*layers)``), each layer is
+    left out with probability p, independently: the number that is left out is binomial. Nothing is scaled. In eval mode
+    all layers come. Only iteration skips: indexing, slicing, ``len``, ``in``, ``reversed``, ``+``, ``children()`` and
+    the state_dict are those of a ModuleList, with the same keys, so that it can stand where a ModuleList stood and
+    checkpoints load in both directions. A slice is a LayerDrop of the same rate. With p = 1 all layers are left out.
+
+    By default a layer that is dropped is not run: that saves its time, and its parameters get no gradient (None). Code
+    decides that, so a compiled model has a graph break there, and DistributedDataParallel needs
+    ``find_unused_parameters=True``. With ``keep_graph=True`` every layer is run, and where it is dropped its first
+    argument is selected in the place of its output, so that its parameters get zero gradients. That is for
+    DistributedDataParallel, ``torch.compile(fullgraph=True)`` and vmap; layers must return a tensor of their first
+    argument's shape then, while by default they can take and return anything.
+
+    What belongs to a layer goes astray if it is numbered along with the layers that come (``zip(layers, states)``,
+    ``enumerate(layers)``): with ``keep_graph=True`` all of them come, and the numbers are right.
+
+    Which layers are dropped is drawn on the CPU, once for each iteration, wherever the layers are. Processes that train
+    one model agree on it if their generators are equal: pass ``generator=torch.Generator().manual_seed(n)`` with the
+    same n in each, or call torch.manual_seed with the same number. Otherwise each process drops layers of its own.
+
+    In Monte Carlo inference the draws belong to the module that iterates, and all rows of a sample share them.
+
+    Args:
+        layers: an iterable of modules, such as a ModuleList. It comes first (fairseq has the rate first).
+        p: probability of dropping a layer, in [0, 1]. Default: 0.5; the paper trains with 0.2.
+        keep_prob: probability of keeping, in place of `p`: a number, or a tensor with one for each layer.
+        keep_graph: whether dropped layers are run and their parameters stay in the graph.
+        generator: a CPU generator that draws; PyTorch's default one if None.
+
+    Raises:
+        ValueError: a rate outside [0, 1].
+        TypeError: `layers` is no iterable of modules; both names of the rate, or neither.
+
+    References:
+        Fan, Grave and Joulin, "Reducing Transformer Depth on Demand with Structured Dropout", ICLR 2020
+        (arXiv:1909.11556).
+
+    Example:
+        >>> import torch, torchdrop
+        >>> from torch import nn
+        >>> from torchdrop import LayerDrop
+        >>> encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 6, enable_nested_tensor=False)
+        >>> encoder.layers = LayerDrop(encoder.layers, 0.2)
+        >>> encoder(torch.randn(3, 5, 8)).shape
+        torch.Size([3, 5, 8])
+        >>> torchdrop.keep_probs(encoder)["layers"]
+        0.8
+        >>> len(encoder.layers), len(list(encoder.layers)) <= 6, len(encoder.layers.pruned(2))
+        (6, True, 3)
+    """
+
+    def __init__(
+        self,
+        layers: Iterable[nn.Module] | None = None,
+        p: Any = DEFAULT_P,
+        *,
+        keep_prob: Any = None,
+        keep_graph: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if layers is not None and not isinstance(layers, Iterable):
+            raise TypeError(
+                f"layers must be an iterable of modules, got {type(layers).__name__}: the order is LayerDrop(layers, p)"
+            )
+        if not isinstance(keep_graph, bool):
+            raise TypeError(f"keep_graph must be True or False, got {keep_graph!r}")
+        super().__init__(p, keep_prob=keep_prob, generator=generator)
+        self.keep_graph = keep_graph
+        if layers is not None:
+            self.extend(layers)
+
+    def __iter__(self) -> Iterator[Any]:
+        layers = list(self._modules.values())
+        if not _noise.is_on(self.training):
+            return iter(layers)
+        shape = (len(layers),)
+        law = self._law_for(shape)
+        if keeps_all(law) and _transformed():
+            return iter(layers)
+        kept = _noise.keep_mask(torch.empty(0, device="cpu"), law, shape, self.generator)
+        if self.keep_graph:
+            return iter([_Selected(layer, kept[i]) for i, layer in enumerate(layers)])
+        if not _is_compiling() and torch._C._functorch.is_batchedtensor(kept):
+            raise RuntimeError(
+                "LayerDrop cannot skip layers under vmap, where each sample drops others: use keep_graph=True, or "
+                'randomness="same"'
+            )
+        return iter([layer for layer, stays in zip(layers, kept.tolist(), strict=True) if stays])
+
+    @overload
+    def __getitem__(self, idx: slice) -> LayerDrop: ...
+
+    @overload
+    def __getitem__(self, idx: int) -> nn.Module: ...
+
+    def __getitem__(self, idx: int | slice) -> nn.Module:
+        if not isinstance(idx, slice):
+            return super().__getitem__(idx)
+        return self._like_this(list(self._modules.values())[idx], self._rate_of(idx))
+
+    def __add__(self, other: Iterable[nn.Module]) -> LayerDrop:
+        return self._like_this([*self._modules.values(), *_all(other)], self._keep_prob)
+
+    def __radd__(self, other: Any) -> nn.ModuleList:
+        if not isinstance(other, nn.ModuleList):
+            return NotImplemented
+        return nn.ModuleList([*_all(other), *_all(self)])
+
+    def _rate_of(self, idx: slice) -> Rate:
+        each = isinstance(self._keep_prob, Tensor) and self._keep_prob.dim() == 1 and self._keep_prob.numel() > 1
+        at = list(range(len(self)))[idx]  # a tensor takes no negative step
+        return self._keep_prob[at] if each else self._keep_prob  # type: ignore[index]
+
+    def _like_this(self, layers: Iterable[nn.Module], keep_prob: Rate) -> LayerDrop:
+        other = LayerDrop(layers, keep_prob=keep_prob, keep_graph=self.keep_graph, generator=self.generator)
+        other.training = self.training  # its own flag alone: the layers keep theirs
+        return other
+
+    def extend(self, modules: Iterable[nn.Module]) -> LayerDrop:
+        """Appends modules from an iterable, as torch.nn.ModuleList.extend; of a LayerDrop, all of them."""
+        return super().extend(_all(modules))
+
+    def __contains__(self, module: Any) -> bool:
+        return any(module is layer for layer in self._modules.values())
+
+    def pruned(self, n: int) -> nn.ModuleList:
+        """The stack for inference without every n-th layer: layers n, 2n, 3n, ... are left out, counted from 1.
+
+        For the paper's rate of pruning p*, n is 1 / p* rounded down: 2 leaves out every other layer.
+
+        Args:
+            n: an integer between 2 and the number of layers.
+
+        Returns:
+            A new torch.nn.ModuleList of the layers that stay, the same modules as here.
+
+        Raises:
+            ValueError: n is out of range: 1 would leave out all layers, and above their number none is left out.
+            TypeError: n is no integer.
+
+        Example:
+            >>> from torch import nn
+            >>> from torchdrop import LayerDrop
+            >>> stack = LayerDrop([nn.Linear(2, 2) for _ in range(6)], 0.2)
+            >>> pruned = stack.pruned(3)
+            >>> [i for i in range(6) if stack[i] in list(pruned)]
+            [0, 1, 3, 4]
+        """
+        if isinstance(n, bool) or not isinstance(n, int):
+            raise TypeError(f"n must be an integer, got {type(n).__name__}")
+        if not 2 <= n <= len(self):
+            raise ValueError(f"n must be between 2 and the number of layers, {len(self)}, got {n}")
+        return nn.ModuleList(layer for at, layer in enumerate(self._modules.values(), 1) if at % n)
+
+    def __repr__(self) -> str:
+        return nn.Module.__repr__(self)
+
+    def extra_repr(self) -> str:
+        rate = super().extra_repr().removesuffix(", inplace=False")
+        return f"{rate}, keep_graph=True" if self.keep_graph else rate
