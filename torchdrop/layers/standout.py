@@ -1,0 +1,191 @@
+"""Standout, dropout with a probability for each unit that depends on the input: `standout` and `Standout`.
+
+A hidden layer h = f(W x) is thinned by masks whose probabilities come from a second layer. In the practical form that
+layer has the first one's own weights, scaled and shifted (Ba and Frey, NeurIPS 2013):
+
+    y = h m,   m ~ Bernoulli(pi),   pi = sigmoid(alpha W x + beta)        in training
+    y = h pi                                                              in eval mode
+
+Units that respond strongly are kept more often. Nothing is divided by pi: eval mode is the expectation of training.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.law import ONE
+from ..kernels.masking import COMPUTE_DTYPE
+from ..random import check_generator
+from . import _noise
+from ._rate import check_input, read_rate
+
+_transformed = torch._C._are_functorch_transforms_active
+
+_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def standout(
+    input: Tensor,
+    keep_prob: Any,
+    training: bool = True,
+    *,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Keeps each element with a probability of its own, without scaling; in eval mode, multiplies by it.
+
+    ``y = x m`` with m ~ Bernoulli(pi) in training and ``y = pi x`` in eval mode, which is E[x m] (to 2**-32, the grid
+    of the masks' probabilities): 0 where pi = 0 and x where pi = 1, in both. In training a dropped element is exactly
+    0, also where the input is infinite or NaN, and no gradient flows into pi, since a mask has none; in eval mode it
+    does. One byte an element stays for backward.
+
+    Args:
+        input: float16, bfloat16, float32 or float64, of any shape, strides and memory format.
+        keep_prob: pi, in [0, 1]: a tensor that broadcasts against the input, or a number.
+        training: whether masks are drawn.
+        generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
+
+    Returns:
+        A new tensor of the input's shape and dtype.
+
+    Raises:
+        ValueError: a probability outside [0, 1], or a tensor that does not broadcast against the input.
+        TypeError: a probability that is neither a number nor a tensor.
+        RuntimeError: an integer input.
+
+    References:
+        Ba and Frey, "Adaptive dropout for training deep neural networks", NeurIPS 2013, section 3.
+
+    Example:
+        >>> import torch, torchdrop
+        >>> x, pi = torch.ones(3), torch.tensor([0.0, 0.5, 1.0])
+        >>> torchdrop.functional.standout(x, pi, training=False)
+        tensor([0.0000, 0.5000, 1.0000])
+        >>> torchdrop.functional.standout(x, pi)[::2]
+        tensor([0., 1.])
+    """
+    if keep_prob is None:
+        raise TypeError("keep_prob must be a number or a tensor, got NoneType")
+    checked, _ = read_rate(None, keep_prob.detach() if isinstance(keep_prob, Tensor) else keep_prob)
+    check_input(input, "standout")
+    if isinstance(keep_prob, Tensor):
+        pi = keep_prob
+    else:
+        pi = torch.full((), float(checked), dtype=torch.float64, device=input.device)
+    return _thinned(input, pi, _noise.is_on(training), generator)
+
+
+def _thinned(input: Tensor, pi: Tensor, on: bool, generator: torch.Generator | None) -> Tensor:
+    """`standout` with a probability that has been checked, but for its shape."""
+    sizes = (1,) * (input.dim() - pi.dim()) + tuple(pi.shape)
+    if len(sizes) > input.dim() or any(n not in (1, full) for n, full in zip(sizes, input.shape, strict=True)):
+        raise ValueError(
+            f"keep_prob of shape {tuple(pi.shape)} does not broadcast against the input of {tuple(input.shape)}"
+        )
+    if not on:
+        dtype = COMPUTE_DTYPE[input.dtype]
+        return (input.to(dtype) * pi.to(dtype)).to(input.dtype)
+    dropped = _noise.words(input, input.shape, generator) >= _thresholds(pi.detach())  # not so where pi is NaN
+    return torch.where(_laid_out(dropped, input), 0.0, input)
+
+
+def _thresholds(pi: Tensor) -> Tensor:
+    """The thresholds that laws have, at a fifth of the cost of a law for each element."""
+    k = pi.to(torch.float64)
+    return torch.clamp((k * ONE).round(), (k > 0).to(k.dtype), ONE - (k < 1).to(k.dtype))
+
+
+def _laid_out(mask: Tensor, input: Tensor) -> Tensor:
+    """The mask in the memory format of images, if the input has it: torch.where follows its condition.
+
+    Under torch.func there may be no telling: vmap knows no memory formats.
+    """
+    memory_format = None if _transformed() else _FORMATS.get(input.dim())
+    if memory_format is None or not input.is_contiguous(memory_format=memory_format):
+        return mask
+    return mask.contiguous(memory_format=memory_format)
+
+
+class Standout(nn.Module):
+    """A layer with its activation, thinned by masks whose probabilities follow its own response.
+
+    ``a = layer(x)``, ``pi = sigmoid(alpha a + beta)``, ``y = activation(a) m`` with m ~ Bernoulli(pi) in training and
+    ``y = activation(a) pi``, its expectation, in eval mode. `alpha` and `beta` are numbers that are set, not learned:
+    the weights of pi are the layer's, which learn by way of the activation alone, as masks have no gradient. With
+    alpha = 0 this is dropout in its original formulation with keep_prob sigmoid(beta). Monte Carlo inference turns the
+    masks on in eval mode; `disabled` gives the form of eval mode. A response that is NaN is not dropped.
+
+    Args:
+        layer: an nn.Linear, a convolution or another module that returns one floating-point tensor, bias included.
+        alpha: the scale of the shared weights. Default: 1.
+        beta: the shift; positive values keep more. Default: 0.
+        activation: f, element by element. Default: torch.relu.
+        generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
+
+    Shape:
+        Those of the layer. The state_dict has the layer's entries after ``layer.``, and those of an activation that is
+        a module after ``activation.``; nothing of its own.
+
+    Raises:
+        TypeError: a layer that is no module, an activation that cannot be called, alpha or beta that is no number.
+        ValueError: alpha or beta that is not finite.
+
+    References:
+        Ba and Frey, "Adaptive dropout for training deep neural networks", NeurIPS 2013, section 3.
+
+    Example:
+        >>> import torch, torchdrop
+        >>> hidden = torchdrop.Standout(torch.nn.Linear(4, 100), beta=1.0)
+        >>> x = torch.randn(8, 4)
+        >>> hidden(x).shape
+        torch.Size([8, 100])
+        >>> a = hidden.layer(x)
+        >>> torch.equal(hidden.eval()(x), a.relu() * torch.sigmoid(a + 1.0))
+        True
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        alpha: float = 1.0,
+        beta: float = 0.0,
+        activation: Callable[[Tensor], Tensor] = torch.relu,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        check_generator(generator)
+        if not isinstance(layer, nn.Module):
+            raise TypeError(f"layer must be a torch.nn.Module, got {type(layer).__name__}")
+        if not callable(activation):
+            raise TypeError(f"activation must be a function or a module, got {type(activation).__name__}")
+        for name, value in (("alpha", alpha), ("beta", beta)):
+            if not isinstance(value, numbers.Real):
+                raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+            if not math.isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value}")
+        self.layer, self.alpha, self.beta, self.activation = layer, float(alpha), float(beta), activation
+        self.generator = generator
+
+    def forward(self, input: Tensor) -> Tensor:
+        a = self.layer(input)
+        if not isinstance(a, Tensor):
+            raise TypeError(f"layer must return one tensor, got {type(a).__name__} from {type(self.layer).__name__}")
+        check_input(a, "Standout")
+        on = _noise.is_on(self.training)
+        response = (a.detach() if on else a).to(COMPUTE_DTYPE[a.dtype])
+        pi = torch.sigmoid(self.alpha * response + self.beta)  # before an activation that works in place
+        return _thinned(self.activation(a), pi, on, self.generator)
+
+    def extra_repr(self) -> str:
+        name = "" if isinstance(self.activation, nn.Module) else f", activation={_name_of(self.activation)}"
+        return f"alpha={self.alpha:g}, beta={self.beta:g}{name}"
+
+
+def _name_of(function: Any) -> str:
+    return getattr(function, "__name__", repr(function))
