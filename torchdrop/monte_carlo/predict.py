@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._extras import optional
+from ..layers.compact import CompactSequential
 from .activate import ADVICE, Activation, check_masks, check_model, check_seed, check_sources, new_seed
 from .effort import ROUND, Effort
 from .inputs import Inputs, batches, picker
@@ -228,6 +229,8 @@ class _Job:
         order = [s for s in STRATEGIES if s != "repeated" or inputs.rows is not None]
         if not report.replayable:
             order = ["loop"]
+        elif any(isinstance(module, CompactSequential) for module in activation.model.modules()):
+            order.sort(key=["loop", "vectorised", "repeated"].index)  # one sample at a time has its units cut out
         elif share < _FEW:
             order.sort(key=["repeated", "vectorised", "loop"].index)
         for strategy in order if self._strategy == "auto" else [self._strategy]:
