@@ -347,3 +347,17 @@ def test_aten_draws_whole_masks_only() -> None:
 def test_more_dimensions_than_the_kernels_take() -> None:
     x = torch.zeros([1] * 63 + [2])
     assert torch.equal(kernels.masked(x, KEY, law(0.5), x.shape), x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.skipif(native.library is None, reason="no compiled kernels")
+@pytest.mark.parametrize("size", [1, 63, 64, 127, 128, 255, 256, 1000])
+def test_groups_short_and_long_are_those_of_the_reference(dtype: torch.dtype, size: int) -> None:
+    """Long ones that are dropped are set to zero without being read."""
+    x = torch.randn(40, size).to(dtype)
+    x[::3] = math.nan
+    for given in (law(0.4), law(0.4, alpha)):
+        ours, expected = (b.masked(x, KEY, given, (40, 1)) for b in (native, reference))
+        assert torch.equal(ours.isnan(), expected.isnan())
+        assert torch.equal(ours.nan_to_num(), expected.nan_to_num())
+        assert torch.equal(torch.signbit(ours.nan_to_num()), torch.signbit(expected.nan_to_num()))

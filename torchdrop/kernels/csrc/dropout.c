@@ -57,6 +57,7 @@
 #define TD_CHUNK 256                    /* elements decided at a time */
 #define TD_GRAIN 16384                  /* elements that are worth a thread */
 #define TD_BRIEF 2048                   /* elements up to which 256-bit vectors are the faster ones */
+#define TD_BLANK 512                    /* bytes from which on a group is set to zero by memset */
 #define TD_ONE (UINT64_C(1) << 32)      /* the threshold of keep_prob 1 */
 #define TD_PLANE (UINT64_C(1) << 61)
 
@@ -215,13 +216,19 @@ TD_EXPORT void td_masked_row(int kind, void *out, const void *in, int64_t length
 static void td_groups(const td_kernels *kernels, int kind, char *out, const char *in, int64_t from, int64_t to, int64_t size,
                       td_key key, const td_law *law) {
     const int64_t step = size * td_item_size[kind];
+    const int blank = law->fill == 0.0 && step >= TD_BLANK;
     char kept[TD_CHUNK];
     while (from < to) {
         const int64_t take = td_min(TD_CHUNK, to - from);
         kernels->masked[TD_KEEP](kept, NULL, (uint64_t)from, take, key, law);
-        for (int64_t g = 0; g < take; g++)
+        for (int64_t g = 0; g < take; g++) {
+            if (!kept[g] && blank) {
+                memset(out + (from + g) * step, 0, (size_t)step); /* what is dropped need not be read */
+                continue;
+            }
             kernels->spread[kind](out + (from + g) * step, in + (from + g) * step, (const uint8_t *)kept + g, size, 1, 1, 0,
                                   law);
+        }
         from += take;
     }
 }
