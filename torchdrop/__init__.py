@@ -1,14 +1,50 @@
 """torchdrop: dropout for PyTorch, exact, replayable and fast."""
 
-from . import functional, monte_carlo, rules, schedules, tune
+from . import functional, losses, monte_carlo, rules, schedules, tune
 from ._version import __version__ as __version__
 from .aids import audit, check_cost_decreases, equivalent_l2, feature_statistics, max_norm, max_norm_
 from .configure import disabled, insert, keep_probs, replace, set_keep_prob
 from .kernels import available_backends, use_backend
+from .layers._regulariser import regularisation
 from .layers.alpha import AlphaDropout, FeatureAlphaDropout
+from .layers.attention import DropHead
 from .layers.bernoulli import Dropout
+from .layers.block import DropBlock1d, DropBlock2d, DropBlock3d
 from .layers.channel import Dropout1d, Dropout2d, Dropout3d
+from .layers.compact import CompactSequential, compact
+from .layers.concrete import ConcreteDropout
+from .layers.concrete_layer import ConcreteLayer, concrete_regularisers
+from .layers.drop_key import DropKey
+from .layers.efficient_path import EfficientStochasticDepth
+from .layers.embedding import EmbeddingDropout
 from .layers.gaussian import GaussianDropout
+from .layers.graph import DropEdge, DropMessage, DropNode
+from .layers.layer_drop import LayerDrop
+from .layers.masksembles import Masksembles
+from .layers.mixout import Mixout, apply_mixout, remove_mixout
+from .layers.multi_sample import MultiSampleDropout
+from .layers.patch import PatchDropout
+from .layers.path import DropPath, StochasticDepth
+from .layers.recurrent import RecurrentDropoutGRU, RecurrentDropoutLSTM, ZoneoutGRU, ZoneoutLSTM
+from .layers.sequence import LockedDropout
+from .layers.sparse_variational import (
+    SparseVariationalConv1d,
+    SparseVariationalConv2d,
+    SparseVariationalConv3d,
+    SparseVariationalLinear,
+)
+from .layers.sparsity import sparsity
+from .layers.standout import Standout
+from .layers.targeted import (
+    TargetedDropout,
+    apply_targeted_dropout,
+    prune_targeted_dropout,
+    remove_targeted_dropout,
+)
+from .layers.variational import VariationalConv1d, VariationalConv2d, VariationalConv3d, VariationalLinear
+from .layers.weight import WeightDropout, apply_weight_dropout, remove_weight_dropout
+from .layers.word import WordDropout
+from .layers.zoneout import Zoneout
 from .monte_carlo import mc_dropout, mc_predict
 from .random import frozen_masks
 from .scheduler import KeepProbScheduler
@@ -16,16 +52,59 @@ from .schedules import linear
 
 __all__ = [
     "AlphaDropout",
+    "CompactSequential",
+    "ConcreteDropout",
+    "ConcreteLayer",
+    "DropBlock1d",
+    "DropBlock2d",
+    "DropBlock3d",
+    "DropEdge",
+    "DropHead",
+    "DropKey",
+    "DropMessage",
+    "DropNode",
+    "DropPath",
     "Dropout",
     "Dropout1d",
     "Dropout2d",
     "Dropout3d",
+    "EfficientStochasticDepth",
+    "EmbeddingDropout",
     "FeatureAlphaDropout",
     "GaussianDropout",
     "KeepProbScheduler",
+    "LayerDrop",
+    "LockedDropout",
+    "Masksembles",
+    "Mixout",
+    "MultiSampleDropout",
+    "PatchDropout",
+    "RecurrentDropoutGRU",
+    "RecurrentDropoutLSTM",
+    "SparseVariationalConv1d",
+    "SparseVariationalConv2d",
+    "SparseVariationalConv3d",
+    "SparseVariationalLinear",
+    "Standout",
+    "StochasticDepth",
+    "TargetedDropout",
+    "VariationalConv1d",
+    "VariationalConv2d",
+    "VariationalConv3d",
+    "VariationalLinear",
+    "WeightDropout",
+    "WordDropout",
+    "Zoneout",
+    "ZoneoutGRU",
+    "ZoneoutLSTM",
+    "apply_mixout",
+    "apply_targeted_dropout",
+    "apply_weight_dropout",
     "audit",
     "available_backends",
     "check_cost_decreases",
+    "compact",
+    "concrete_regularisers",
     "disabled",
     "equivalent_l2",
     "feature_statistics",
@@ -34,15 +113,22 @@ __all__ = [
     "insert",
     "keep_probs",
     "linear",
+    "losses",
     "max_norm",
     "max_norm_",
     "mc_dropout",
     "mc_predict",
     "monte_carlo",
+    "prune_targeted_dropout",
+    "regularisation",
+    "remove_mixout",
+    "remove_targeted_dropout",
+    "remove_weight_dropout",
     "replace",
     "rules",
     "schedules",
     "set_keep_prob",
+    "sparsity",
     "tune",
     "use_backend",
 ]

@@ -1,16 +1,69 @@
 """Every function of the package, in the argument order of its twin in torch.nn.functional where there is one."""
 
+from .layers._variational import local_reparameterization
 from .layers.alpha import alpha_dropout, feature_alpha_dropout
+from .layers.attention import drop_head
 from .layers.bernoulli import dropout
+from .layers.block import drop_block1d, drop_block2d, drop_block3d
 from .layers.channel import dropout1d, dropout2d, dropout3d
+from .layers.concrete import concrete_dropout
+from .layers.drop_key import drop_key, drop_key_mask
+from .layers.efficient_path import efficient_stochastic_depth
+from .layers.embedding import embedding_dropout
 from .layers.gaussian import gaussian_dropout
+from .layers.graph import drop_edge, drop_edge_weight, drop_message, drop_node
+from .layers.masksembles import masksembles, masksembles_masks, masksembles_predict
+from .layers.mixout import mixout
+from .layers.multi_sample import multi_sample_dropout, multi_sample_loss
+from .layers.patch import patch_dropout, patch_dropout_indices
+from .layers.path import drop_path, stochastic_depth
+from .layers.sequence import locked_dropout
+from .layers.sparse_variational import sparse_variational_kl
+from .layers.standout import standout
+from .layers.targeted import targeted_dropout
+from .layers.variational import variational_kl
+from .layers.weight import weight_dropout
+from .layers.word import word_dropout
+from .layers.zoneout import zoneout
 
 __all__ = [
     "alpha_dropout",
+    "concrete_dropout",
+    "drop_block1d",
+    "drop_block2d",
+    "drop_block3d",
+    "drop_edge",
+    "drop_edge_weight",
+    "drop_head",
+    "drop_key",
+    "drop_key_mask",
+    "drop_message",
+    "drop_node",
+    "drop_path",
     "dropout",
     "dropout1d",
     "dropout2d",
     "dropout3d",
+    "efficient_stochastic_depth",
+    "embedding_dropout",
     "feature_alpha_dropout",
     "gaussian_dropout",
+    "local_reparameterization",
+    "locked_dropout",
+    "masksembles",
+    "masksembles_masks",
+    "masksembles_predict",
+    "mixout",
+    "multi_sample_dropout",
+    "multi_sample_loss",
+    "patch_dropout",
+    "patch_dropout_indices",
+    "sparse_variational_kl",
+    "standout",
+    "stochastic_depth",
+    "targeted_dropout",
+    "variational_kl",
+    "weight_dropout",
+    "word_dropout",
+    "zoneout",
 ]

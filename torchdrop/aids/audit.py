@@ -13,6 +13,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
 
 from ..configure.holders import Holder, holders
+from ..layers.gaussian import GaussianDropout
 from ..monte_carlo.activate import check_model
 from ..monte_carlo.inputs import Inputs
 from ..monte_carlo.state import flags, own_generators, random_state, undisturbed
@@ -271,10 +272,14 @@ def _captured(calls: Iterable[Call], probed: Iterable[Call]) -> Iterator[Finding
 
 
 def _never_called(model: nn.Module, ran: Mapping[nn.Module, Any], probed: Iterable[Call]) -> Iterator[Finding]:
-    """Layers that no forward calls, and whose rate no function around them is given."""
+    """Layers that no forward calls, and whose rate no function around them is given.
+
+    Some variants are used by other methods than their forward, so only those are looked at that have no others.
+    """
     users = {call.module for call in probed if call.rate is not None and abs(call.rate - _PROBE) < 1e-6}
     for name, module in model.named_modules():
-        if isinstance(module, _DropoutNd) and module not in ran and name.rpartition(".")[0] not in users:
+        plain = isinstance(module, _DropoutNd) and (zeroes(module) or isinstance(module, GaussianDropout))
+        if plain and module not in ran and name.rpartition(".")[0] not in users:
             message = "A forward of this input did not call it. Is it left over, or skipped?"
             yield Finding("never called", name, message)
 

@@ -1,0 +1,237 @@
+"""What holds for every variant: seeds, eval mode, rates by name, frozen masks, Monte Carlo, half types, compilation."""
+
+from __future__ import annotations
+
+import ast
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import torchdrop
+from torchdrop import KeepProbScheduler, schedules
+
+from .family import VARIANTS, built, gradients, inputs, seeded
+
+LAYERS = Path(torchdrop.__file__).parent / "layers"
+
+every = pytest.mark.parametrize("name", VARIANTS)
+rated = pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.names])
+
+
+def same(left: Any, right: Any) -> bool:
+    return all(
+        a is b is None or torch.allclose(a, b, rtol=1e-5, atol=1e-6)  # type: ignore[arg-type]
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+@every
+def test_a_seed_replays_forward_and_backward(name: str) -> None:
+    model, x = built(name), inputs(VARIANTS[name])
+    first, again = seeded(model, x, 3), seeded(model, x, 3)
+    assert torch.equal(first, again)
+    assert same(gradients(model, first), gradients(model, again))
+    others = [seeded(model, x, seed) for seed in range(4, 12)]
+    assert name == "masksembles" or any(o.shape != first.shape or not torch.equal(o, first) for o in others)
+
+
+class Draws(TorchDispatchMode):
+    """The random operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags and "scaled_dot_product" not in func.__name__:
+            self.seen.append((func.__name__, tuple(args[0].shape) if args and isinstance(args[0], Tensor) else None))
+        return func(*args, **(kwargs or {}))
+
+
+@every
+def test_all_randomness_is_a_key_of_two_words(name: str) -> None:
+    model, x = built(name), inputs(VARIANTS[name])
+    with Draws() as draws:
+        model(x)
+    assert {shape for _, shape in draws.seen} <= {(2,)}
+    assert bool(draws.seen) == (name != "masksembles")
+    model.eval()
+    with Draws() as draws:
+        assert torch.equal(model(x), model(x))
+    assert not draws.seen
+
+
+def test_no_layer_calls_torchs_random_functions() -> None:
+    wrong = {"rand", "randn", "rand_like", "randn_like", "bernoulli", "bernoulli_", "uniform_", "normal_", "normal"}
+    wrong |= {"randperm", "randint", "multinomial", "exponential_", "Generator", "manual_seed"}
+    found = [
+        f"{path.name}:{node.lineno} {node.func.attr}"
+        for path in LAYERS.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in wrong
+    ]
+    assert found == []
+
+
+@rated
+def test_rates_go_by_name(name: str) -> None:
+    model, x = built(name), inputs(VARIANTS[name])
+    assert set(VARIANTS[name].names) <= set(torchdrop.keep_probs(model))
+    scheduler = KeepProbScheduler(model, {"*": schedules.linear(0.9, 0.5, 4)})
+    for step in range(1, 5):
+        scheduler.step()
+        assert all(rate == pytest.approx(0.9 - 0.1 * step) for rate in torchdrop.keep_probs(model).values())
+        model(x)
+
+
+@rated
+def test_keep_prob_1_and_disabled_are_the_model_without_dropout(name: str) -> None:
+    if not VARIANTS[name].whole:
+        pytest.skip("eval mode is another function")
+    model, x = built(name), inputs(VARIANTS[name])
+    whole = copy.deepcopy(model).eval()
+    torchdrop.set_keep_prob(whole, {"*": 1.0})
+    plain = whole(x)
+    with torchdrop.disabled(model):
+        assert torch.allclose(model(x), plain, atol=1e-6)
+    torchdrop.set_keep_prob(model, {"*": 1.0})
+    assert torch.allclose(model(x), plain, atol=1e-6)
+
+
+@every
+def test_frozen_masks_are_frozen(name: str) -> None:
+    model, x = built(name), inputs(VARIANTS[name])
+    with torchdrop.frozen_masks(model, seed=2) if name != "masksembles" else torch.no_grad():
+        assert torch.equal(model(x), model(x))
+
+
+@every
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_has_the_masks_of_forward(name: str, use_reentrant: bool) -> None:
+    model, x = built(name), inputs(VARIANTS[name])
+    direct = gradients(model, seeded(model, x))
+    if use_reentrant and not x.is_floating_point():
+        pytest.skip("reentrant checkpoints need an input with a gradient")
+    x = x.requires_grad_() if x.is_floating_point() else x
+    torch.manual_seed(0)
+    model.zero_grad()
+    checkpoint(model, x, use_reentrant=use_reentrant).square().sum().backward()
+    assert same(direct, [p.grad for p in model.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "masksembles"])
+def test_monte_carlo_fires_and_replays(name: str) -> None:
+    model, x = built(name).eval(), inputs(VARIANTS[name])
+    plain = model(x)
+    with torchdrop.mc_dropout(model, seed=1, batch_dim=None if name == "graph" else 0) as report:
+        outputs = [model(x) for _ in range(5)]
+    assert report.draws > 0
+    assert any(y.shape != plain.shape or not torch.equal(y, plain) for y in outputs)
+    with torchdrop.mc_dropout(model, seed=1, batch_dim=None if name == "graph" else 0):
+        again = [model(x) for _ in range(5)]
+    assert all(torch.equal(a, b) for a, b in zip(outputs, again, strict=True))
+    assert torch.equal(model(x), plain)
+
+
+@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.own_rows])
+def test_monte_carlo_masks_follow_the_row_and_not_the_batch(name: str) -> None:
+    model, x = built(name).eval(), inputs(VARIANTS[name])
+    with torchdrop.mc_dropout(model, seed=1) as report:
+        outputs = [model(x) for _ in range(3)]
+    assert report.replayable, report
+    with torchdrop.mc_dropout(model, seed=1):
+        fewer = [model(x[:4]) for _ in range(3)]
+    assert all(torch.allclose(a[:4], b, atol=1e-6) for a, b in zip(outputs, fewer, strict=True))
+
+
+@every
+def test_predictions_do_not_depend_on_the_strategy(name: str) -> None:
+    if name in ("graph", "masksembles", "patch"):
+        pytest.skip("rows that are one whole, no draws, or outputs without a fixed meaning")
+    model, x = built(name).eval(), inputs(VARIANTS[name])
+    means = [
+        torchdrop.mc_predict(model, x, samples=6, seed=1, task="regression", strategy=strategy).mean
+        for strategy in ("loop", "auto")
+    ]
+    assert torch.allclose(*means, atol=1e-5)
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_types_stay_finite_and_alive(name: str, dtype: torch.dtype) -> None:
+    model, x = built(name).to(dtype), inputs(VARIANTS[name])
+    x = x.to(dtype) if x.is_floating_point() else x
+    y = model(x)
+    assert y.dtype == dtype
+    assert y.isfinite().all()
+    assert (y != 0).any()
+    assert all(g is None or g.isfinite().all() for g in gradients(model, y))
+
+
+@every
+def test_copies_and_states(name: str) -> None:
+    model, x = built(name), inputs(VARIANTS[name])
+    twin = copy.deepcopy(model)
+    assert torch.equal(seeded(model, x), seeded(twin, x))
+    other = VARIANTS[name].make()
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.eval()(x), model.eval()(x))
+
+
+@every
+@pytest.mark.parametrize("randomness", ["same", "different"])
+def test_vmaps_randomness_modes(name: str, randomness: str) -> None:
+    if not VARIANTS[name].vmap:
+        pytest.skip("its shapes or its control flow follow from what is drawn")
+    model, x = built(name), inputs(VARIANTS[name])
+    out = vmap(lambda _: model(x), randomness=randomness)(torch.zeros(6))
+    assert out.shape[0] == 6
+    if name != "masksembles":
+        assert all(torch.equal(y, out[0]) for y in out[1:]) == (randomness == "same")
+
+
+@every
+def test_an_empty_batch(name: str) -> None:
+    if name == "graph":
+        pytest.skip("its edges name nodes")
+    if name == "weight_lstm":
+        pytest.skip("nn.LSTM refuses it")
+    model, x = built(name), inputs(VARIANTS[name])
+    assert model(x[:0]).shape[0] == 0
+
+
+@every
+def test_audit_is_quiet(name: str) -> None:
+    if name == "graph":
+        pytest.skip("it is for models of rows")
+    model = nn.Sequential(*built(name), nn.Tanh())
+    found = torchdrop.audit(model, inputs(VARIANTS[name]))
+    noise = {"realised rate", "active in eval mode", "ignores training", "never called", "rate captured elsewhere"}
+    assert [finding for finding in found.findings if finding.code in noise] == []
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.compiles])
+def test_compiled_in_one_piece_with_the_masks_of_eager_and_once_for_all_rates(name: str) -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    model, x = built(name), inputs(VARIANTS[name])
+    counter = CompileCounterWithBackend("aot_eager")
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    counted = not VARIANTS[name].names or name not in ("efficient_stochastic_depth", "patch")
+    for rate in (0.8, 0.6, 0.7) if counted else (0.6,):
+        if VARIANTS[name].names:
+            torchdrop.set_keep_prob(model, {"*": rate})
+        eager, ours = seeded(model, x), seeded(compiled, x)
+        assert torch.allclose(eager, ours, atol=1e-5)
+        assert same(gradients(model, eager), gradients(model, ours))
+    assert counter.frame_count == 1
