@@ -356,8 +356,8 @@ def test_groups_short_and_long_are_those_of_the_reference(dtype: torch.dtype, si
     """Long ones that are dropped are set to zero without being read."""
     x = torch.randn(40, size).to(dtype)
     x[::3] = math.nan
-    for given in (law(0.4), law(0.4, alpha)):
-        ours, expected = (b.masked(x, KEY, given, (40, 1)) for b in (native, reference))
+    for one in (law(0.4), law(0.4, alpha)):
+        ours, expected = (b.masked(x, KEY, one, (40, 1)) for b in (native, reference))
         assert torch.equal(ours.isnan(), expected.isnan())
         assert torch.equal(ours.nan_to_num(), expected.nan_to_num())
         assert torch.equal(torch.signbit(ours.nan_to_num()), torch.signbit(expected.nan_to_num()))
