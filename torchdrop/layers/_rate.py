@@ -220,6 +220,30 @@ class Rated(_DropoutNd):
         return f"p={p}, inplace={self.inplace}"
 
 
+class RateOfChild:
+    """`keep_prob` and `p` of a module whose rate is that of its child `dropout`, under whose name it is listed."""
+
+    dropout: Rated
+
+    @property
+    def keep_prob(self) -> Rate:
+        """The probability of keeping: that of `dropout`."""
+        return self.dropout.keep_prob
+
+    @keep_prob.setter
+    def keep_prob(self, value: Any) -> None:
+        self.dropout.keep_prob = value
+
+    @property
+    def p(self) -> Rate:
+        """The probability of dropping, 1 - keep_prob: that of `dropout`."""
+        return self.dropout.p
+
+    @p.setter
+    def p(self, value: Any) -> None:
+        self.dropout.p = value
+
+
 def turned_on() -> bool:
     """Whether a function mode wants a layer on that is in eval mode: Monte Carlo inference answers here."""
     return not _is_compiling() and _function_modes() > 0 and bool(handle_torch_function(turned_on, ()))

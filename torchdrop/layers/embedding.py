@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 from ..kernels.law import ONE, Law, inverted
 from ..kernels.masking import COMPUTE_DTYPE
 from . import _noise
-from ._rate import DEFAULT_P, Rate, Rated, check_input, law_for, read_rate
+from ._rate import DEFAULT_P, Rated, RateOfChild, check_input, law_for, read_rate
 
 _transformed = torch._C._are_functorch_transforms_active
 
@@ -161,7 +161,7 @@ class _Words(Rated):
         return super().extra_repr().partition(", inplace")[0] + own
 
 
-class EmbeddingDropout(nn.Embedding):
+class EmbeddingDropout(RateOfChild, nn.Embedding):
     """Module of `embedding_dropout`: torch.nn.Embedding, some of whose rows are dropped in training.
 
     Arguments and state dict are those of torch.nn.Embedding, which it also is. `from_embedding` makes one of an
@@ -291,21 +291,3 @@ class EmbeddingDropout(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         return self.dropout(super().forward(input), input, self.weight.shape[0], self.padding_idx)
-
-    @property
-    def keep_prob(self) -> Rate:
-        """The probability that a row is kept."""
-        return self.dropout.keep_prob
-
-    @keep_prob.setter
-    def keep_prob(self, value: Any) -> None:
-        self.dropout.keep_prob = value
-
-    @property
-    def p(self) -> Rate:
-        """The probability that a row is dropped: 1 - keep_prob."""
-        return self.dropout.p
-
-    @p.setter
-    def p(self, value: Any) -> None:
-        self.dropout.p = value

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._rate import DEFAULT_P, Rate, check_input, read_rate
+from ._rate import DEFAULT_P, RateOfChild, check_input, read_rate
 from .bernoulli import Dropout, dropout
 
 SAMPLES = 8
@@ -171,7 +171,7 @@ def _under_masks(
     )
 
 
-class MultiSampleDropout(nn.Module):
+class MultiSampleDropout(RateOfChild, nn.Module):
     """Module of `multi_sample_dropout` and `multi_sample_loss`: a head, and the dropout before it.
 
     Called with the features it gives the mean of the head's outputs, where ``head(dropout(x))`` stood; `loss` gives the
@@ -222,24 +222,6 @@ class MultiSampleDropout(nn.Module):
         self.dropout = Dropout(p, keep_prob=keep_prob, generator=generator)
         self.head = head
         self.samples = samples
-
-    @property
-    def keep_prob(self) -> Rate:
-        """The probability that an element is kept: that of `dropout`."""
-        return self.dropout.keep_prob
-
-    @keep_prob.setter
-    def keep_prob(self, value: Any) -> None:
-        self.dropout.keep_prob = value
-
-    @property
-    def p(self) -> Rate:
-        """The probability that an element is dropped: that of `dropout`."""
-        return self.dropout.p
-
-    @p.setter
-    def p(self, value: Any) -> None:
-        self.dropout.p = value
 
     def forward(self, input: Tensor) -> Tensor:
         return _outputs(input, self.head, self.samples, self.training, self.dropout).mean(0)
