@@ -239,7 +239,6 @@ def test_render(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(line.endswith("|") for line in shown.splitlines() if line.startswith("|"))
 
 
-@pytest.mark.skipif(not (command.RESULTS / bench_variants.RESULT).exists(), reason="no result is committed")
 def test_the_committed_result(capsys: pytest.CaptureFixture[str]) -> None:
     file = command.RESULTS / bench_variants.RESULT
     report = json.loads(file.read_text())

@@ -35,6 +35,11 @@ def test_examples_run() -> None:
         ("monte carlo", "monte-carlo-cpu.json", "bench_monte_carlo.py"),
         ("search", "search-cpu.json", "bench_search.py"),
         ("mnist", "mnist.json", "mnist.py"),
+        ("variants", "variants-cpu.json", "bench_variants.py"),
+        ("compact", "compact.json", "compact.py"),
+        ("concrete", "concrete.json", "concrete.py"),
+        ("sparsity", "sparsity.json", "sparsity.py"),
+        ("language", "language.json", "language.py"),
     ],
 )
 def test_tables_are_the_committed_runs(table: str, result: str, program: str) -> None:
