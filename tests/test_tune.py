@@ -97,6 +97,20 @@ def gaussian() -> nn.Module:
     ).double()
 
 
+class Noisy(nn.Module):
+    """Layers that draw masks and normal variates of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(FEATURES, 8), nn.Linear(8, 8)
+        self.zoneout, self.out = torchdrop.Zoneout(0.5), torchdrop.VariationalLinear(8, 2)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        old = torch.tanh(self.first(x))
+        return self.out(self.zoneout(torch.tanh(self.second(old)), old))
+
+
 MODELS: dict[str, tuple[Build, list[dict[str, float]]]] = {
     "rates per layer, 0 and 1": (mlp(), [{"0": 0.9, "4": 0.5}, {"*": 1.0}, {"0": 1.0, "4": 0.3}, {"4": 0.0}]),
     "batch norm": (mlp(lambda: nn.BatchNorm1d(8)), grid({"*": [0.5, 1.0]})),
@@ -105,6 +119,7 @@ MODELS: dict[str, tuple[Build, list[dict[str, float]]]] = {
     "convolution": (Convolution, [{"drop": 0.5, "alpha": 0.8}, {"*": 0.9}]),
     "permuted": (Permuted, grid({"*": [0.5, 0.9]})),
     "gaussian and original": (gaussian, grid({"*": [0.5, 0.9]})),
+    "numbers of their own": (Noisy, grid({"zoneout": [0.5, 0.9]})),
 }
 
 OPTIMIZERS: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
