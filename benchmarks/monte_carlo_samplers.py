@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
 import math
 import warnings
 from collections.abc import Callable
@@ -12,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from monte_carlo_models import everything_on
+from peers import Package
 from torch import Tensor, nn
 
 import torchdrop
@@ -100,38 +99,14 @@ def _baal(replicate: bool) -> Maker:
 
 
 @dataclass(frozen=True)
-class Peer:
+class Peer(Package):
     """Another package's Monte Carlo dropout.
 
     Args:
-        name: of the package, as in tables.
-        module: what is imported.
-        install: the argument of pip install.
         variants: its ways to run T samples, its default first.
     """
 
-    name: str
-    module: str
-    install: str
     variants: dict[str, Maker]
-
-    def missing(self) -> str:
-        """Why it cannot be used; "" if it can."""
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                importlib.import_module(self.module)
-        except ModuleNotFoundError as error:
-            return f"not installed: pip install {self.install} ({error})"
-        except Exception as error:  # what it imports may fail in any way
-            return f"n/a: its import fails ({type(error).__name__}: {str(error).splitlines()[0][:100]})"
-        return ""
-
-    def version(self) -> str | None:
-        try:
-            return importlib.metadata.version(self.module.partition(".")[0])
-        except importlib.metadata.PackageNotFoundError:
-            return None
 
 
 PEERS = [

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
 import sys
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import checks
 import torch
 import torch.nn.functional as F
+from peers import Package
 from torch import Tensor
 
 OURS, TORCHVISION, TIMM = "torchdrop", "torchvision", "timm"
@@ -23,19 +20,8 @@ _SCHEMAS = ("nms", "qnms")
 """Operators that torchvision's Python code expects of its compiled part."""
 
 
-@dataclass(frozen=True)
-class Peer:
-    """Another package.
-
-    Args:
-        name: of the package, as in tables.
-        module: what is imported.
-        install: the argument of pip install.
-    """
-
-    name: str
-    module: str
-    install: str
+class Peer(Package):
+    """A package that may be built for another torch."""
 
     def load(self) -> Any:
         """The module.
@@ -43,36 +29,18 @@ class Peer:
         torchvision's compiled part belongs to one build of torch. Beside another, the Python code that is compared here
         imports once the operators that it looks for have a schema.
         """
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                return importlib.import_module(self.module)
-            except RuntimeError as error:
-                if "torchvision::" not in str(error):
-                    raise
-                for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-                    del sys.modules[name]
-                for operator in _SCHEMAS:
-                    torch.library.define(
-                        f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-                    )
-                return importlib.import_module(self.module)
-
-    def missing(self) -> str:
-        """Why it cannot be used; "" if it can."""
         try:
-            self.load()
-        except ModuleNotFoundError as error:
-            return f"not installed: pip install {self.install} ({error})"
-        except Exception as error:  # what it imports may fail in any way
-            return f"n/a: its import fails ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]})"
-        return ""
-
-    def version(self) -> str | None:
-        try:
-            return importlib.metadata.version(self.module.partition(".")[0])
-        except importlib.metadata.PackageNotFoundError:
-            return None
+            return super().load()
+        except RuntimeError as error:
+            if "torchvision::" not in str(error):
+                raise
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        for operator in _SCHEMAS:
+            torch.library.define(
+                f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            )
+        return super().load()
 
 
 PEERS = [Peer(TORCHVISION, "torchvision.ops", TORCHVISION), Peer(TIMM, "timm.layers.drop", TIMM)]
