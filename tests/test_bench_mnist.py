@@ -118,24 +118,28 @@ def test_contenders_are_the_published_networks_from_the_same_weights() -> None:
 
 def test_training_is_gradient_descent_with_momentum_at_a_falling_rate(digits: mnist.Digits) -> None:
     network, plain = (mnist.build(PLAIN, HIDDEN, seed=1) for _ in range(2))
-    moments = list(mnist.train(network, PLAIN, digits, by_epochs(2.0), seed=4))
+    moments = []
     order, rows = torch.Generator().manual_seed(4), [128, 128, 128, 128, 88]
     velocity = [torch.zeros_like(p) for p in plain.parameters()]
     batches = [batch for _ in range(2) for batch in torch.randperm(ROWS, generator=order).split(rows)]
     seen = 0
-    for batch in batches:
-        loss = F.cross_entropy(plain(digits.images[batch]), digits.labels[batch])
+    for batch, moment in zip(batches, mnist.train(network, PLAIN, digits, by_epochs(2.0), seed=4), strict=True):
+        moments.append(moment)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = plain(digits.images[batch])
+        loss = F.cross_entropy(logits.float(), digits.labels[batch])
         gradients = torch.autograd.grad(loss, list(plain.parameters()))
         rate = PLAIN.learning_rate * (1 - seen / (2 * ROWS))
         for p, v, g in zip(plain.parameters(), velocity, gradients, strict=True):
             p.data -= rate * v.mul_(PLAIN.momentum).add_(g)
         seen += len(batch)
+        for a, b in zip(network.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+        plain.load_state_dict(network.state_dict())
     assert [moment.epoch for moment in moments] == pytest.approx(
         [n // 5 + sum(rows[: n % 5]) / ROWS for n in range(1, 11)]
     )
     assert [moment.share for moment in moments] == [moment.epoch / 2 for moment in moments]
-    for a, b in zip(network.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_time_is_that_of_training_alone_and_ends_it(digits: mnist.Digits, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,13 +180,13 @@ def test_norms_are_bounded_after_every_step_where_they_are_to_be(digits: mnist.D
             assert min(map(max, largest)) > 1.19
 
 
-def test_training_draws_masks_and_evaluation_does_not(digits: mnist.Digits) -> None:
+def test_training_draws_masks_in_bfloat16_and_evaluation_neither(digits: mnist.Digits) -> None:
     network = mnist.build(DROPOUT, HIDDEN, seed=1)
     modes = []
-    network.register_forward_hook(lambda module, *_: modes.append(module.training))
+    network.register_forward_hook(lambda module, _, out: modes.append((module.training, out.dtype)))
     for _ in mnist.train(network, DROPOUT, digits, by_epochs(0.5), 1):
         wrong = mnist.mistakes(network, digits.test_images, digits.test_labels)
-    assert modes == [True, False] * 3
+    assert modes == [(True, torch.bfloat16), (False, torch.float32)] * 3
     with torch.no_grad():
         assert torch.equal(wrong, network.eval()(digits.test_images).argmax(1) != digits.test_labels)
 
@@ -275,6 +279,7 @@ def report() -> dict[str, Any]:
         },
         "settings": {
             "budget": 30.0, "epochs": None, "seed": 0, "quick": False, "validation": False, "batch": 128,
+            "precision": "bfloat16",
             "training_images": 60000, "test_images": 10000,
         },
         "networks": networks,
@@ -292,7 +297,8 @@ def test_a_report_as_markdown() -> None:
         "| error in percent: a > b > c | this order; published 1.60, 1.25, 1.06 | 1.51, 1.22, 1.30 | short |"
         in rendered
     )
-    assert "30 min of training in all, batches of 128, seed 0, 60000 training images; errors on 10000 test" in rendered
+    assert "30 min of training in all, batches of 128, forward passes in bfloat16, seed 0, 60000 training" in rendered
+    assert "images; errors, all in float32, on 10000 test images" in rendered
     assert "| a | 1.60 | 1.51 ± 0.12 | 1.514 (5 evaluations) | 123.5 | 600 | 12 | 0.05 | 0.95 | - |" in rendered
     assert "| c | 1.06 | 1.30 ± 0.12 | 1.304 (5 evaluations) | 123.5 | 600 | 12 | 0.05 | 0.95 | 2 |" in rendered
     assert "| a - b | +0.29 ± 0.10 |\n| b - c | -0.08 ± 0.09 |" in rendered
@@ -301,7 +307,7 @@ def test_a_report_as_markdown() -> None:
     other = report()
     other["settings"] |= {"epochs": 8.0, "validation": True, "quick": True}
     assert "8 epochs each" in mnist.render(other)
-    assert "errors on 10000 held-out training images" in mnist.render(other)
+    assert "on 10000 held-out training images" in mnist.render(other)
     assert "its figures mean nothing" in mnist.render(other)
 
 
