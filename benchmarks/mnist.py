@@ -442,7 +442,7 @@ def render(report: dict[str, Any]) -> str:
     )
     tested_on = "held-out training" if settings["validation"] else "test"
     how = (
-        f"{length}, batches of {settings['batch']}, forward passes in {settings.get('precision', 'float32')}, seed "
+        f"{length}, batches of {settings['batch']}, forward passes in {settings['precision']}, seed "
         f"{settings['seed']}, {settings['training_images']} training images; errors, all in float32, on "
         f"{settings['test_images']} {tested_on} images. Evaluations are not in the "
         f"training's time, nor are the {averaged['seconds']:.0f} s of Monte Carlo. The order is judged by the last "
