@@ -53,24 +53,12 @@ def run_tests(library: Path) -> int:
     from torchdrop.layers import _short
 
     built = native._Library(library)
-    row = ctypes.PyDLL(str(library)).td_masked_row
-    row.argtypes = [
-        ctypes.c_int,
-        *[ctypes.c_void_p] * 2,
-        ctypes.c_int64,
-        ctypes.c_char_p,
-        ctypes.c_void_p,
-        ctypes.c_int,
-    ]
-    row.restype = None
-    built.masked_row = row
-    native.library, _short._row = built, row
-    chosen = (
-        "native or reference or threads or half or philox or part_of or short or in_place or kernels_take or stratified"
-    )
+    built.masked_row, built.fused = native.doors_by_ctypes(ctypes.PyDLL(str(library)))
+    native.library, _short._row, _short._fused = built, built.masked_row, built.fused
+    chosen = "native or reference or threads or half or philox or part_of or short or in_place or kernels_take or stratified or fused"
     tests = [
         str(ROOT / "tests" / name)
-        for name in ("test_kernels.py", "test_operators.py", "test_bernoulli.py", "test_mc_masks.py")
+        for name in ("test_kernels.py", "test_operators.py", "test_bernoulli.py", "test_mc_masks.py", "test_fused.py")
     ]
     deselected = ["--deselect=tests/test_kernels.py::test_this_build_has_threads_and_says_its_width"]
     options = [

@@ -16,7 +16,7 @@ import torchdrop
 from torchdrop import kernels
 from torchdrop.kernels import native, reference
 from torchdrop.kernels.law import ONE, Law, alpha, inverted, law, law_tensor, original
-from torchdrop.kernels.masking import apply_mask
+from torchdrop.kernels.masking import WHOLE, Part, apply_mask
 
 from .statistical import check_rate, draws_for
 from .strategies import DTYPES, keep_probs, keys, shared, tensors
@@ -79,9 +79,9 @@ def test_draws_are_those_of_an_independent_philox(block: int, seed: int, stream:
     halves = [[w >> 16 * half & 0xFFFF for w in plane for half in (0, 1)] for plane in (upper, lower)]
     expected = [high << 16 | low for high, low in zip(*halves, strict=True)]
     key = torch.tensor([signed(seed), signed(stream)])
-    assert reference.draws((8,), key, 8 * block).tolist() == expected
+    assert reference.draws((8,), key, Part(8 * block)).tolist() == expected
     if native.library is not None:
-        assert native.draws((8,), key, 8 * block).tolist() == expected
+        assert native.draws((8,), key, Part(8 * block)).tolist() == expected
 
 
 @needs_native
@@ -98,7 +98,7 @@ def test_native_equals_reference_bit_for_bit(
     assert torch.equal(got, expected)
     assert got.dtype == x.dtype
     assert got.stride() == torch.empty_like(x).stride()
-    again = native.masked(x, key, given_law, shape, 0, x.clone(memory_format=torch.preserve_format))
+    again = native.masked(x, key, given_law, shape, WHOLE, x.clone(memory_format=torch.preserve_format))
     assert torch.equal(again, expected)
     assert torch.equal(native.keep_mask(shape, key, given_law), reference.keep_mask(shape, key, given_law))
 
@@ -129,22 +129,26 @@ def test_batches_of_keys_and_laws_equal_the_reference(
 @example(data=None, start=2**62, n=300, k=0.3)
 def test_any_part_of_the_index_space_can_be_drawn(data: st.DataObject | None, start: int, n: int, k: float) -> None:
     key = KEY if data is None else data.draw(keys())
-    assert torch.equal(native.draws((n,), key, start), reference.draws((n,), key, start))
-    assert torch.equal(native.standard_normal((n,), key, start), reference.standard_normal((n,), key, start))
-    assert torch.equal(native.keep_mask((n,), key, law(k), start), reference.keep_mask((n,), key, law(k), start))
+    assert torch.equal(native.draws((n,), key, Part(start)), reference.draws((n,), key, Part(start)))
+    assert torch.equal(
+        native.standard_normal((n,), key, Part(start)), reference.standard_normal((n,), key, Part(start))
+    )
+    assert torch.equal(
+        native.keep_mask((n,), key, law(k), Part(start)), reference.keep_mask((n,), key, law(k), Part(start))
+    )
 
 
 @pytest.mark.parametrize("start", [0, 1, 7, 8, 2**32 - 5, 2**35 + 3])
 def test_a_part_is_the_part_of_the_whole(start: int) -> None:
-    whole = kernels.draws((1000,), KEY, start)
+    whole = kernels.draws((1000,), KEY, Part(start))
     for offset in (0, 1, 8, 255, 256, 999):
-        assert torch.equal(kernels.draws((1000 - offset,), KEY, start + offset), whole[offset:])
+        assert torch.equal(kernels.draws((1000 - offset,), KEY, Part(start + offset)), whole[offset:])
 
 
 def test_indices_beyond_2_to_the_32_do_not_repeat() -> None:
-    here = kernels.draws((4096,), KEY, 0)
+    here = kernels.draws((4096,), KEY)
     for start in (2**31, 2**32, 2**35, 2**48, 2**60):
-        assert not torch.equal(kernels.draws((4096,), KEY, start), here)
+        assert not torch.equal(kernels.draws((4096,), KEY, Part(start)), here)
 
 
 @needs_native
@@ -159,8 +163,8 @@ def test_threads_and_vector_width_do_not_change_a_bit(dtype: torch.dtype, k: flo
         for threads in (1, 2, 3, 7):
             out = torch.empty_like(x)
             native.library.masked(
-                native.KINDS[dtype], out.data_ptr(), x.data_ptr(), 1, x.numel(), 1, 0, KEY.data_ptr(), drawn.address, 0,
-                threads, width,
+                native.KINDS[dtype], out.data_ptr(), x.data_ptr(), 1, x.numel(), 1, 0, x.numel(), KEY.data_ptr(),
+                drawn.address, 0, threads, width,
             )  # fmt: skip
             assert torch.equal(out, expected), (width, threads)
 
@@ -172,8 +176,8 @@ def test_outputs_of_several_megabytes_are_the_same(dtype: torch.dtype, offset: i
     x = torch.randn(2**21 + 2**20 + 77).to(dtype)[offset:]
     out = torch.empty_like(x)
     expected = apply_mask(x, native.keep_mask(x.shape, KEY, law(0.9)), law(0.9))
-    assert torch.equal(native.masked(x, KEY, law(0.9), x.shape, 0, out), expected)
-    assert torch.equal(native.masked(x, KEY, law(0.9), x.shape, 0, x), expected)
+    assert torch.equal(native.masked(x, KEY, law(0.9), x.shape, WHOLE, out), expected)
+    assert torch.equal(native.masked(x, KEY, law(0.9), x.shape, WHOLE, x), expected)
 
 
 @needs_native
@@ -192,8 +196,8 @@ def test_every_half_value_is_scaled_and_rounded_as_pytorch_does(dtype: torch.dty
     for scale in (1.0, 4 / 3, 2.0**16, 0.3, 2.0**-9):
         out, drawn = torch.empty_like(x), Law(ONE, scale)
         native.library.masked(
-            native.KINDS[dtype], out.data_ptr(), x.data_ptr(), 1, x.numel(), 1, 0, KEY.data_ptr(), drawn.address, 0, 1,
-            width,
+            native.KINDS[dtype], out.data_ptr(), x.data_ptr(), 1, x.numel(), 1, 0, x.numel(), KEY.data_ptr(),
+            drawn.address, 0, 1, width,
         )  # fmt: skip
         expected = (x.float() * scale).to(dtype)
         assert torch.equal(out.isnan(), expected.isnan())
@@ -337,11 +341,11 @@ def test_a_forced_backend_that_cannot_serve_says_why_and_changes_nothing() -> No
 def test_aten_draws_whole_masks_only() -> None:
     with (
         pytest.raises(
-            ValueError, match="the aten backend draws whole masks: start must be 0, got 8; use another backend"
+            ValueError, match="the aten backend draws whole masks, got a part that starts at 8: use another backend"
         ),
         torchdrop.use_backend("aten"),
     ):
-        kernels.draws((8,), KEY, 8)
+        kernels.draws((8,), KEY, Part(8))
 
 
 def test_more_dimensions_than_the_kernels_take() -> None:

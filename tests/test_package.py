@@ -33,6 +33,7 @@ RANKS = {
     "losses": 0,
     "rules": 0,
     "schedules": 0,
+    "seeding": 1,
     "random": 1,
     "layers": 2,
     "functional": 3,
@@ -53,6 +54,7 @@ CLASS_TWINS = ["Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout",
 
 OF_A_CALL = {
     "input", "training", "x", "weight", "branch", "edge_index", "edge_weight", "num_nodes", "protected", "new", "old",
+    "residual", "bias",
 }  # fmt: skip
 """What a function is given at each call, and a layer in its forward."""
 
@@ -181,8 +183,9 @@ class TestPublicNames:
 
     def test_function_and_class_share_their_keywords(self) -> None:
         apart = set()
+        classes = {name.lower(): value for name, value in vars(torchdrop).items() if isinstance(value, type)}
         for name in torchdrop.functional.__all__:
-            layer = getattr(torchdrop, "".join(part.capitalize() for part in name.split("_")), None)
+            layer = classes.get(name.replace("_", ""))
             function = inspect.signature(getattr(torchdrop.functional, name)).parameters
             if layer is None or set(function) - OF_A_CALL != set(inspect.signature(layer).parameters):
                 apart.add(name)

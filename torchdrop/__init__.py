@@ -6,6 +6,7 @@ from .aids import audit, check_cost_decreases, equivalent_l2, feature_statistics
 from .configure import disabled, insert, keep_probs, replace, set_keep_prob
 from .kernels import available_backends, use_backend
 from .layers._regulariser import regularisation
+from .layers.activated import GELUDropout, ReLUDropout
 from .layers.alpha import AlphaDropout, FeatureAlphaDropout
 from .layers.attention import DropHead
 from .layers.bernoulli import Dropout
@@ -26,6 +27,7 @@ from .layers.multi_sample import MultiSampleDropout
 from .layers.patch import PatchDropout
 from .layers.path import DropPath, StochasticDepth
 from .layers.recurrent import RecurrentDropoutGRU, RecurrentDropoutLSTM, ZoneoutGRU, ZoneoutLSTM
+from .layers.residual import BiasDropoutAdd, DropoutAdd
 from .layers.sequence import LockedDropout
 from .layers.sparse_variational import (
     SparseVariationalConv1d,
@@ -52,6 +54,7 @@ from .schedules import linear
 
 __all__ = [
     "AlphaDropout",
+    "BiasDropoutAdd",
     "CompactSequential",
     "ConcreteDropout",
     "ConcreteLayer",
@@ -68,9 +71,11 @@ __all__ = [
     "Dropout1d",
     "Dropout2d",
     "Dropout3d",
+    "DropoutAdd",
     "EfficientStochasticDepth",
     "EmbeddingDropout",
     "FeatureAlphaDropout",
+    "GELUDropout",
     "GaussianDropout",
     "KeepProbScheduler",
     "LayerDrop",
@@ -79,6 +84,7 @@ __all__ = [
     "Mixout",
     "MultiSampleDropout",
     "PatchDropout",
+    "ReLUDropout",
     "RecurrentDropoutGRU",
     "RecurrentDropoutLSTM",
     "SparseVariationalConv1d",

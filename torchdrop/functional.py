@@ -1,6 +1,7 @@
 """Every function of the package, in the argument order of its twin in torch.nn.functional where there is one."""
 
 from .layers._variational import local_reparameterization
+from .layers.activated import gelu_dropout, relu_dropout
 from .layers.alpha import alpha_dropout, feature_alpha_dropout
 from .layers.attention import drop_head
 from .layers.bernoulli import dropout
@@ -17,6 +18,7 @@ from .layers.mixout import mixout
 from .layers.multi_sample import multi_sample_dropout, multi_sample_loss
 from .layers.patch import patch_dropout, patch_dropout_indices
 from .layers.path import drop_path, stochastic_depth
+from .layers.residual import bias_dropout_add, dropout_add
 from .layers.sequence import locked_dropout
 from .layers.sparse_variational import sparse_variational_kl
 from .layers.standout import standout
@@ -28,6 +30,7 @@ from .layers.zoneout import zoneout
 
 __all__ = [
     "alpha_dropout",
+    "bias_dropout_add",
     "concrete_dropout",
     "drop_block1d",
     "drop_block2d",
@@ -44,10 +47,12 @@ __all__ = [
     "dropout1d",
     "dropout2d",
     "dropout3d",
+    "dropout_add",
     "efficient_stochastic_depth",
     "embedding_dropout",
     "feature_alpha_dropout",
     "gaussian_dropout",
+    "gelu_dropout",
     "local_reparameterization",
     "locked_dropout",
     "masksembles",
@@ -58,6 +63,7 @@ __all__ = [
     "multi_sample_loss",
     "patch_dropout",
     "patch_dropout_indices",
+    "relu_dropout",
     "sparse_variational_kl",
     "standout",
     "stochastic_depth",

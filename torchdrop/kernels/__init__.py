@@ -1,12 +1,13 @@
 """One primitive, several backends.
 
-A backend is a module with five functions: ``unsupported_reasons(device, dtype)``, ``draws(shape, key, start)``,
-``standard_normal(shape, key, start)``, ``keep_mask(shape, key, law, start)`` and
-``masked(x, key, law, shape, start, out)``. The first one with no reasons against a tensor serves it.
+A backend is a module with five functions: ``unsupported_reasons(device, dtype)``, ``draws(shape, key, part)``,
+``standard_normal(shape, key, part)``, ``keep_mask(shape, key, law, part)`` and
+``masked(x, key, law, shape, part, out)``. The first one with no reasons against a tensor serves it. Some have kernels
+for what stands beside dropout as well: see `fused`.
 
 `key` is an int64 tensor with (seed, stream) in its last dimension; its other dimensions are a batch of keys, which
-comes before the mask's own `shape`. `start` is the index of the mask's first element, for one who holds only a
-part of it. `law` is a `Law`, or a float64 tensor that holds (threshold, scale, shift, fill) in its last dimension and
+comes before the mask's own `shape`. `part` tells which elements of a larger mask are meant, for one who holds only
+some of them. `law` is a `Law`, or a float64 tensor that holds (threshold, scale, shift, fill) in its last dimension and
 whose other dimensions broadcast against the mask.
 """
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from . import aten, native, reference
 from .law import ONE, Law
-from .masking import COMPUTE_DTYPE, apply_mask, apply_normal, trailing
+from .masking import COMPUTE_DTYPE, WHOLE, Part, apply_mask, apply_normal, trailing
 
 BACKENDS: tuple[ModuleType, ...] = (native, aten, reference)
 """In the order in which they are tried."""
@@ -101,20 +102,20 @@ def backend_for(device: torch.device, dtype: torch.dtype = torch.float32) -> Mod
 
 
 def masked(
-    x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int], start: int = 0, out: Tensor | None = None
+    x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int], part: Part = WHOLE, out: Tensor | None = None
 ) -> Tensor:
     """``x * scale + shift`` where an element's draw is below the law's threshold, ``fill`` elsewhere.
 
     `shape` is the mask's, without the keys' dimensions; it equals x's or has ones where the mask is shared.
     """
-    return backend_for(x.device, x.dtype).masked(x, key, law, shape, start, out)
+    return backend_for(x.device, x.dtype).masked(x, key, law, shape, part, out)
 
 
 def gaussian(
-    x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int], start: int = 0, out: Tensor | None = None
+    x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int], part: Part = WHOLE, out: Tensor | None = None
 ) -> Tensor:
     """``x * (1 + scale * z)`` with standard normal z of this shape, broadcast where it has ones."""
-    z = backend_for(x.device, x.dtype).standard_normal(shape, key, start)
+    z = backend_for(x.device, x.dtype).standard_normal(shape, key, part)
     return apply_normal(x, z, law, out)
 
 
@@ -128,9 +129,9 @@ def select(x: Tensor, kept: Tensor, law: Law | Tensor) -> Tensor:
     return apply_mask(x, kept, law, out)
 
 
-def keep_mask(shape: Sequence[int], key: Tensor, law: Law | Tensor, start: int = 0) -> Tensor:
+def keep_mask(shape: Sequence[int], key: Tensor, law: Law | Tensor, part: Part = WHOLE) -> Tensor:
     """The mask itself, as bools of shape ``key.shape[:-1] + shape``."""
-    return backend_for(key.device).keep_mask(shape, key, law, start)
+    return backend_for(key.device).keep_mask(shape, key, law, part)
 
 
 def stratified(shape: Sequence[int], shift: Tensor, choice: Tensor, offsets: Tensor, law: Law | Tensor) -> Tensor:
@@ -143,24 +144,26 @@ def stratified(shape: Sequence[int], shift: Tensor, choice: Tensor, offsets: Ten
     backend = backend_for(shift.device)
     if backend is native and isinstance(law, Law):
         return native.stratified(shape, shift, choice, offsets, law)
-    first, member = backend.draws(shape, shift, 0), backend.draws(shape, choice, 0) * offsets.shape[1] >> 32
+    first, member = backend.draws(shape, shift), backend.draws(shape, choice) * offsets.shape[1] >> 32
     return (first + offsets[:, member] & ONE - 1) < trailing(law, shift.device)[0]
 
 
-def draws(shape: Sequence[int], key: Tensor, start: int = 0) -> Tensor:
+def draws(shape: Sequence[int], key: Tensor, part: Part = WHOLE) -> Tensor:
     """The 32-bit draws that masks are decided by, as int64 of shape ``key.shape[:-1] + shape``."""
-    return backend_for(key.device).draws(shape, key, start)
+    return backend_for(key.device).draws(shape, key, part)
 
 
-def standard_normal(shape: Sequence[int], key: Tensor, start: int = 0) -> Tensor:
+def standard_normal(shape: Sequence[int], key: Tensor, part: Part = WHOLE) -> Tensor:
     """Standard normal variates, as float64 of shape ``key.shape[:-1] + shape``."""
-    return backend_for(key.device).standard_normal(shape, key, start)
+    return backend_for(key.device).standard_normal(shape, key, part)
 
 
 __all__ = [
     "BACKENDS",
     "COMPUTE_DTYPE",
+    "WHOLE",
     "Law",
+    "Part",
     "available_backends",
     "backend_for",
     "draws",

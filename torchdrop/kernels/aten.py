@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .law import ONE, Law
-from .masking import COMPUTE_DTYPE, apply_mask, trailing
+from .masking import COMPUTE_DTYPE, WHOLE, Part, apply_mask, trailing
 
 NAME = "aten"
 
@@ -38,26 +38,28 @@ def _for_each_key(key: Tensor, make: Callable[[torch.Generator], Tensor]) -> Ten
     return torch.stack(made).reshape((*key.shape[:-1], *made[0].shape))
 
 
-def _no_start(start: int) -> None:
-    if start:
-        raise ValueError(f"the aten backend draws whole masks: start must be 0, got {start}; use another backend")
+def _only_whole(part: Part) -> None:
+    if part != WHOLE:
+        raise ValueError(
+            f"the aten backend draws whole masks, got a part that starts at {part.start}: use another backend"
+        )
 
 
-def draws(shape: Sequence[int], key: Tensor, start: int = 0) -> Tensor:
-    _no_start(start)
+def draws(shape: Sequence[int], key: Tensor, part: Part = WHOLE) -> Tensor:
+    _only_whole(part)
     return _for_each_key(key, lambda g: torch.randint(ONE, tuple(shape), generator=g, device=key.device))
 
 
-def standard_normal(shape: Sequence[int], key: Tensor, start: int = 0) -> Tensor:
-    _no_start(start)
+def standard_normal(shape: Sequence[int], key: Tensor, part: Part = WHOLE) -> Tensor:
+    _only_whole(part)
     return _for_each_key(key, lambda g: torch.randn(tuple(shape), generator=g, dtype=torch.float64, device=key.device))
 
 
-def keep_mask(shape: Sequence[int], key: Tensor, law: Law | Tensor, start: int = 0) -> Tensor:
-    return draws(shape, key, start) < trailing(law, key.device)[0]
+def keep_mask(shape: Sequence[int], key: Tensor, law: Law | Tensor, part: Part = WHOLE) -> Tensor:
+    return draws(shape, key, part) < trailing(law, key.device)[0]
 
 
 def masked(
-    x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int], start: int = 0, out: Tensor | None = None
+    x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int], part: Part = WHOLE, out: Tensor | None = None
 ) -> Tensor:
-    return apply_mask(x, keep_mask(shape, key, law, start), law, out)
+    return apply_mask(x, keep_mask(shape, key, law, part), law, out)

@@ -1,6 +1,9 @@
-"""Applying masks and noise with PyTorch's own operations, where a backend has no kernel for the case at hand."""
+"""Which elements of a mask are wanted, and applying masks and noise with PyTorch's own operations, where a backend has
+no kernel for the case at hand."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +17,24 @@ COMPUTE_DTYPE = {
     torch.float64: torch.float64,
 }
 """The element types that are served, and the one each is computed in: half types are rounded once, at the end."""
+
+
+class Part(NamedTuple):
+    """Which elements of a larger mask: element e has the index ``start + (e // run) * pitch + e % run`` there.
+
+    So the part is made of rows of `run` neighbours, `pitch` apart. With a run of 0 it is one row.
+    """
+
+    start: int = 0
+    run: int = 0
+    pitch: int = 0
+
+    def rows(self, n: int) -> tuple[int, int, int]:
+        """How many rows n elements are, their length and their pitch."""
+        return (n // self.run, self.run, self.pitch) if self.run else (1, n, n)
+
+
+WHOLE = Part()
 
 
 def trailing(law: Law | Tensor, device: torch.device) -> tuple[float | Tensor, ...]:

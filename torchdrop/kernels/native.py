@@ -15,12 +15,18 @@ import torch
 from torch import Tensor
 
 from .law import Law
-from .masking import apply_mask, trailing
+from .masking import WHOLE, Part, apply_mask, trailing
 
 NAME = "native"
 
 KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _KEEP, _DRAWS, _NORMAL = 4, 5, 6
+RECTIFIED = 7
+"""What is added to an element type's kind where it is rectified first."""
+
+ADD, RELU_BACKWARD = 0, 1
+NO_KEY = bytes(16)
+"""For what draws nothing."""
 
 SERIAL = 2 * 16384
 """Below this many elements one thread does the work."""
@@ -28,7 +34,7 @@ SERIAL = 2 * 16384
 _SHORTEST_ROW = 64
 """A row of its own costs a chunk of draws; where a law changes more often than this, drawing first is cheaper."""
 
-_ANY_WIDTH = -1
+ANY_WIDTH = -1
 
 _LIBRARY = Path(__file__).with_name("_native.dll" if sys.platform == "win32" else "_native.so")
 
@@ -44,7 +50,7 @@ class _Library:
     def __init__(self, path: Path) -> None:
         lib = ctypes.CDLL(str(path))
         self.masked = _typed(
-            lib.td_masked, None, c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_uint64, c_void_p, c_void_p,
+            lib.td_masked, None, c_int, c_void_p, c_void_p, *[c_int64] * 3, c_uint64, c_int64, c_void_p, c_void_p,
             c_int64, c_int, c_int,
         )  # fmt: skip
         self.spread = _typed(lib.td_spread, c_int, c_int, *[c_void_p] * 3, c_int, *[c_void_p] * 5, c_int, c_int)
@@ -56,18 +62,40 @@ class _Library:
         )
         self.philox_block = _typed(lib.td_philox_block, None, c_uint64, c_void_p, c_void_p)
         self.width, self.openmp = _typed(lib.td_width, c_int), _typed(lib.td_openmp, c_int)
-        self.masked_row = _row_function(path)
+        self.masked_row, self.fused = _doors(path)
 
 
-def _row_function(path: Path) -> Callable[[int, int, int, int, bytes, int, int], None]:
-    """The door for one contiguous row: kind, out, in, length, 16 bytes of key, law, threads."""
+Doors = tuple[Callable[..., None], Callable[..., None]]
+"""For one contiguous row: kind, out, in, length, 16 bytes of key, law, threads. And td_fused, with its key as bytes."""
+
+
+def _doors(path: Path) -> Doors:
     try:
         from . import _native  # type: ignore[attr-defined]
 
-        return _native.masked_row
+        return _native.masked_row, _native.fused
     except ImportError:  # compiled without Python's headers
-        door = ctypes.CDLL(str(path)).td_masked_row
-        return _typed(door, None, c_int, c_void_p, c_void_p, c_int64, c_char_p, c_void_p, c_int)
+        return doors_by_ctypes(ctypes.CDLL(str(path)))
+
+
+def doors_by_ctypes(lib: ctypes.CDLL) -> Doors:
+    return (
+        _typed(lib.td_masked_row, None, c_int, c_void_p, c_void_p, c_int64, c_char_p, c_void_p, c_int),
+        _typed(
+            lib.td_fused,
+            None,
+            c_int,
+            c_int,
+            *[c_void_p] * 3,
+            c_int64,
+            c_void_p,
+            c_int64,
+            c_char_p,
+            c_void_p,
+            c_int,
+            c_int,
+        ),
+    )
 
 
 def _load() -> tuple[_Library | None, str]:
@@ -109,12 +137,17 @@ def unsupported_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
 
 
 def _rows(
-    kind: int, out: Tensor, x: Tensor | None, key: Tensor, law: Law | Tensor, shape: Sequence[int], start: int
+    kind: int, out: Tensor, x: Tensor | None, key: Tensor, law: Law | Tensor, shape: Sequence[int], part: Part
 ) -> None:
     """Contiguous elements of a mask of shape ``key.shape[:-1] + shape``, in rows that share a key and a law."""
     keys, full = len(key.shape) - 1, (*key.shape[:-1], *shape)
     split = max(keys, _law_dims(law))
-    rows, length = math.prod(full[:split]), math.prod(full[split:])
+    if split == keys:
+        rows_per_key, length, pitch = part.rows(math.prod(shape))
+    else:
+        rows_per_key, length = math.prod(full[keys:split]), math.prod(full[split:])
+        pitch = length
+    rows = math.prod(full[:keys]) * rows_per_key
     key = key.contiguous()
     if isinstance(law, Law):
         address, step = law.address, 0
@@ -124,10 +157,9 @@ def _rows(
     else:
         law = law.cpu()[(slice(None),) * split + (0,) * (len(full) - split)].expand(*full[:split], 4).contiguous()
         address, step = law.data_ptr(), 4
-    rows_per_key = max(math.prod(full[keys:split]), 1)
     library.masked(  # type: ignore[union-attr]
-        kind, out.data_ptr(), None if x is None else x.data_ptr(), rows, length, rows_per_key, start,
-        key.data_ptr(), address, step, threads(), _ANY_WIDTH,
+        kind, out.data_ptr(), None if x is None else x.data_ptr(), rows, length, max(rows_per_key, 1), part.start,
+        pitch, key.data_ptr(), address, step, threads(), ANY_WIDTH,
     )  # fmt: skip
 
 
@@ -138,8 +170,10 @@ def _law_dims(law: Law | Tensor) -> int:
     return max((d + 1 for d, size in enumerate(law.shape[:-1]) if size > 1), default=0)
 
 
-def _in_rows(law: Law | Tensor, key: Tensor, shape: Sequence[int]) -> bool:
+def _in_rows(law: Law | Tensor, key: Tensor, shape: Sequence[int], part: Part) -> bool:
     keys, dims = len(key.shape) - 1, _law_dims(law)
+    if part.run and dims > keys:
+        return False
     if isinstance(law, Tensor) and law.dim() > 1:
         full = (*key.shape[:-1], *shape)
         if any(size not in (1, whole) for size, whole in zip(law.shape[:-1], full, strict=True)):
@@ -147,26 +181,26 @@ def _in_rows(law: Law | Tensor, key: Tensor, shape: Sequence[int]) -> bool:
     return dims <= keys or math.prod(shape[dims - keys :]) >= _SHORTEST_ROW
 
 
-def draws(shape: Sequence[int], key: Tensor, start: int = 0) -> Tensor:
+def draws(shape: Sequence[int], key: Tensor, part: Part = WHOLE) -> Tensor:
     out = torch.empty((*key.shape[:-1], *shape), dtype=torch.int64)
-    _rows(_DRAWS, out, None, key, _NO_LAW, shape, start)
+    _rows(_DRAWS, out, None, key, _NO_LAW, shape, part)
     return out
 
 
-def standard_normal(shape: Sequence[int], key: Tensor, start: int = 0) -> Tensor:
+def standard_normal(shape: Sequence[int], key: Tensor, part: Part = WHOLE) -> Tensor:
     out = torch.empty((*key.shape[:-1], *shape), dtype=torch.float64)
-    _rows(_NORMAL, out, None, key, _NO_LAW, shape, start)
+    _rows(_NORMAL, out, None, key, _NO_LAW, shape, part)
     return out
 
 
 _NO_LAW = Law(0, 0.0)
 
 
-def keep_mask(shape: Sequence[int], key: Tensor, law: Law | Tensor, start: int = 0) -> Tensor:
-    if not _in_rows(law, key, shape):
-        return draws(shape, key, start) < trailing(law, key.device)[0]
+def keep_mask(shape: Sequence[int], key: Tensor, law: Law | Tensor, part: Part = WHOLE) -> Tensor:
+    if not _in_rows(law, key, shape, part):
+        return draws(shape, key, part) < trailing(law, key.device)[0]
     out = torch.empty((*key.shape[:-1], *shape), dtype=torch.bool)
-    _rows(_KEEP, out, None, key, law, shape, start)
+    _rows(_KEEP, out, None, key, law, shape, part)
     return out
 
 
@@ -176,20 +210,21 @@ def stratified(shape: Sequence[int], shift: Tensor, choice: Tensor, offsets: Ten
     shift, choice, offsets = shift.contiguous(), choice.contiguous(), offsets.to(torch.int32).contiguous()
     library.stratified(  # type: ignore[union-attr]
         out.data_ptr(), samples, math.prod(shift.shape[:-1]), math.prod(shape), shift.data_ptr(), choice.data_ptr(),
-        offsets.data_ptr(), family, law.address, threads(), _ANY_WIDTH,
+        offsets.data_ptr(), family, law.address, threads(), ANY_WIDTH,
     )  # fmt: skip
     return out
 
 
 def masked(
-    x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int], start: int = 0, out: Tensor | None = None
+    x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int], part: Part = WHOLE, out: Tensor | None = None
 ) -> Tensor:
     if out is None:
         out = torch.empty_like(x)
-    if (*key.shape[:-1], *shape) == x.shape and x.is_contiguous() and out.is_contiguous() and _in_rows(law, key, shape):
-        _rows(KINDS[x.dtype], out, x, key, law, shape, start)
+    contiguous = x.is_contiguous() and out.is_contiguous()
+    if (*key.shape[:-1], *shape) == x.shape and contiguous and _in_rows(law, key, shape, part):
+        _rows(KINDS[x.dtype], out, x, key, law, shape, part)
         return out
-    group = _group(x, key, law, shape) if start == 0 and out.is_contiguous() else 0
+    group = _group(x, key, law, shape) if part == WHOLE and contiguous else 0
     if group:
         if not isinstance(law, Law):
             law = law.cpu().contiguous()
@@ -198,7 +233,7 @@ def masked(
             law.address if isinstance(law, Law) else law.data_ptr(), threads(),
         )  # fmt: skip
         return out
-    kept = keep_mask(shape, key, law, start)
+    kept = keep_mask(shape, key, law, part)
     if _law_dims(law):
         return apply_mask(x, kept, law, out)
     _spread(x, kept.expand(x.shape), law, out)
@@ -207,7 +242,7 @@ def masked(
 
 def _group(x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int]) -> int:
     """How many neighbours of a contiguous x share a draw under one key and law; 0 where the mask has another form."""
-    if key.dim() != 1 or not key.is_contiguous() or not x.is_contiguous() or x.numel() == 0:
+    if key.dim() != 1 or not key.is_contiguous() or x.numel() == 0:
         return 0
     if not isinstance(law, Law) and law.dim() != 1:
         return 0
@@ -231,7 +266,49 @@ def _spread(x: Tensor, kept: Tensor, law: Law | Tensor, out: Tensor) -> None:
         law = law.cpu().reshape(4).contiguous()
     failed = library.spread(  # type: ignore[union-attr]
         KINDS[x.dtype], out.data_ptr(), x.data_ptr(), kept.data_ptr(), max(len(dims), 1), *columns,
-        law.address if isinstance(law, Law) else law.data_ptr(), threads(), _ANY_WIDTH,
+        law.address if isinstance(law, Law) else law.data_ptr(), threads(), ANY_WIDTH,
     )  # fmt: skip
     if failed:
         raise RuntimeError(f"torchdrop's native kernels take at most 64 dimensions, got {x.dim()}")
+
+
+def key_bytes(key: Tensor) -> bytes:
+    key = key.contiguous()
+    return ctypes.string_at(key.data_ptr(), 16)
+
+
+def _as_law(law: Law | Tensor) -> Law:
+    return law if isinstance(law, Law) else Law(*law.tolist())
+
+
+def dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor, key: Tensor, law: Law | Tensor) -> Tensor | None:
+    if not (x.is_contiguous() and residual.is_contiguous() and (bias is None or bias.is_contiguous())):
+        return None
+    held, out = _as_law(law), torch.empty_like(x)
+    library.fused(  # type: ignore[union-attr]
+        ADD, KINDS[x.dtype], out.data_ptr(), x.data_ptr(), None if bias is None else bias.data_ptr(),
+        1 if bias is None else bias.numel(), residual.data_ptr(), x.numel(), key_bytes(key), held.address, threads(),
+        ANY_WIDTH,
+    )  # fmt: skip
+    return out
+
+
+def activation_dropout(x: Tensor, key: Tensor, law: Law | Tensor, activation: str) -> Tensor | None:
+    if activation != "relu" or not x.is_contiguous():
+        return None
+    out = torch.empty_like(x)
+    _rows(KINDS[x.dtype] + RECTIFIED, out, x, key, law, x.shape, WHOLE)
+    return out
+
+
+def activation_dropout_backward(
+    grad: Tensor, kept: Tensor, key: Tensor, law: Law | Tensor, activation: str
+) -> Tensor | None:
+    if activation != "relu" or not (grad.is_contiguous() and kept.is_contiguous()):
+        return None
+    held, out = _as_law(law), torch.empty_like(grad)
+    library.fused(  # type: ignore[union-attr]
+        RELU_BACKWARD, KINDS[grad.dtype], out.data_ptr(), grad.data_ptr(), None, 1, kept.data_ptr(), grad.numel(),
+        NO_KEY, held.address, threads(), ANY_WIDTH,
+    )  # fmt: skip
+    return out

@@ -24,6 +24,7 @@ from torch.nn import Parameter
 
 from .. import kernels
 from .law import Law, linear
+from .masking import WHOLE, Part
 
 Runner = Callable[..., Tensor]
 Operator = Callable[..., Tensor]
@@ -54,11 +55,18 @@ def is_plain(x: Tensor) -> bool:
 
 
 def _batch(
-    batch_size: int, in_dims: Sequence[int | None], x: Tensor, key: Tensor, law: Tensor, shape: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    batch_size: int,
+    in_dims: Sequence[int | None],
+    x: Tensor,
+    key: Tensor,
+    law: Tensor,
+    shape: Sequence[int],
+    part: Sequence[int] = WHOLE,
+) -> tuple[Tensor, Tensor, Tensor, list[int], Sequence[int]]:
     """The arguments of one call that does what `batch_size` calls would, with the new dimension first.
 
-    A batched key gives every call its own mask; an unbatched one is shared, so the mask has a one there.
+    A batched key gives every call its own mask; an unbatched one is shared, so the mask has a one there. A part is one
+    of each key's mask, so it stays.
     """
     x_dim, key_dim, law_dim = in_dims[:3]
     shape = list(shape)
@@ -75,29 +83,30 @@ def _batch(
             law = law.reshape(batch_size, *[1] * (x.dim() - 1), law.shape[-1])
     elif law.dim() > 1:
         law = law.unsqueeze(0)
-    return x, key, law, shape
+    return x, key, law, shape, part
 
 
 def _define(name: str, run: Runner) -> Operator:
     qualified = f"torchdrop::{name}"
-    torch.library.define(qualified, "(Tensor x, Tensor key, Tensor law, SymInt[] shape) -> Tensor")
+    torch.library.define(qualified, "(Tensor x, Tensor key, Tensor law, SymInt[] shape, SymInt[] part=[]) -> Tensor")
     registered = getattr(torch.ops.torchdrop, name).default
 
     @torch.library.impl(qualified, "default")
-    def implementation(x: Tensor, key: Tensor, law: Tensor, shape: Sequence[int]) -> Tensor:
-        return run(x, key, law, tuple(shape))
+    def implementation(x: Tensor, key: Tensor, law: Tensor, shape: Sequence[int], part: Sequence[int] = ()) -> Tensor:
+        return run(x, key, law, tuple(shape), Part(*part))
 
     @torch.library.register_fake(qualified)
-    def fake(x: Tensor, key: Tensor, law: Tensor, shape: Sequence[int]) -> Tensor:
+    def fake(x: Tensor, key: Tensor, law: Tensor, shape: Sequence[int], part: Sequence[int] = ()) -> Tensor:
         return torch.empty_like(x)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, key, law, ctx.shape = inputs
+        _, key, law, ctx.shape, *part = inputs
+        ctx.part = part[0] if part else WHOLE
         ctx.save_for_backward(key, law)
 
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         key, law = ctx.saved_tensors
-        return registered(grad, key, linear(law), ctx.shape), None, None, None
+        return registered(grad, key, linear(law), ctx.shape, ctx.part), None, None, None, None
 
     def batched(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Tensor, int]:
         return registered(*_batch(info.batch_size, in_dims, *args)), 0
@@ -107,8 +116,8 @@ def _define(name: str, run: Runner) -> Operator:
 
     class Transformed(torch.autograd.Function):
         @staticmethod
-        def forward(x: Tensor, key: Tensor, law: Tensor, shape: Sequence[int]) -> Tensor:
-            return registered(x, key, law, shape)
+        def forward(x: Tensor, key: Tensor, law: Tensor, shape: Sequence[int], part: Sequence[int]) -> Tensor:
+            return registered(x, key, law, shape, part)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -116,24 +125,24 @@ def _define(name: str, run: Runner) -> Operator:
             ctx.save_for_forward(inputs[1], inputs[2])
 
         @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
             key, law = ctx.saved_tensors
-            return transformed(grad, key, cast(Tensor, linear(law)), ctx.shape), None, None, None
+            return transformed(grad, key, cast(Tensor, linear(law)), ctx.shape, ctx.part), None, None, None, None
 
         @staticmethod
         def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
             key, law = ctx.saved_tensors
-            return transformed(tangent, key, cast(Tensor, linear(law)), ctx.shape)
+            return transformed(tangent, key, cast(Tensor, linear(law)), ctx.shape, ctx.part)
 
         @staticmethod
         def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Tensor, int]:
             return transformed(*_batch(info.batch_size, in_dims, *args)), 0
 
-    def transformed(x: Tensor, key: Tensor, law: Tensor, shape: Sequence[int]) -> Tensor:
-        return Transformed.apply(x, key, law, shape)
+    def transformed(x: Tensor, key: Tensor, law: Tensor, shape: Sequence[int], part: Sequence[int]) -> Tensor:
+        return Transformed.apply(x, key, law, shape, part)
 
-    def written(x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int]) -> Tensor:
-        run(x, key, law, shape, 0, x)
+    def written(x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int], part: Part) -> Tensor:
+        run(x, key, law, shape, part, x)
         if not x.is_inference():
             increment_version(x)  # a kernel writes through an address, unseen by autograd
         return x
@@ -142,41 +151,45 @@ def _define(name: str, run: Runner) -> Operator:
         """The lean one: 16 bytes of key and a law stay for backward, as plain attributes."""
 
         @staticmethod
-        def forward(ctx: Any, x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int], inplace: bool) -> Tensor:
-            ctx.key, ctx.law, ctx.shape = key, law, shape
+        def forward(
+            ctx: Any, x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int], inplace: bool, part: Part
+        ) -> Tensor:
+            ctx.key, ctx.law, ctx.shape, ctx.part = key, law, shape, part
             if inplace:
                 ctx.mark_dirty(x)
-                return written(x, key, law, shape)
-            return run(x, key, law, shape)
+                return written(x, key, law, shape, part)
+            return run(x, key, law, shape, part)
 
         @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-            return call(grad, ctx.key, linear(ctx.law), ctx.shape), None, None, None, None
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+            return call(grad, ctx.key, linear(ctx.law), ctx.shape, False, ctx.part), None, None, None, None, None
 
     # Function.apply looks for transforms first; `is_plain` has seen that there are none.
     record = super(torch.autograd.Function, Recorded).apply
 
-    def call(x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int], inplace: bool = False) -> Tensor:
+    def call(
+        x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int], inplace: bool = False, part: Part = WHOLE
+    ) -> Tensor:
         if not _is_compiling() and is_plain(x):
             if x.requires_grad and torch.is_grad_enabled():
-                return record(x, key, law, shape, inplace)
-            return written(x, key, law, shape) if inplace else run(x, key, law, shape)
+                return record(x, key, law, shape, inplace, part)
+            return written(x, key, law, shape, part) if inplace else run(x, key, law, shape, part)
         if isinstance(law, Law):
             law = law.tensor()
         road = registered if _is_compiling() or not (_transformed() or forward_ad._current_level >= 0) else transformed
-        out = road(x, key, law, shape)
+        out = road(x, key, law, shape, part)
         return x.copy_(out) if inplace else out
 
     return call
 
 
 masked = _define("masked", kernels.masked)
-"""``masked(x, key, law, shape, inplace=False)``: ``x * scale + shift`` where kept, `fill` elsewhere.
+"""``masked(x, key, law, shape, inplace=False, part=WHOLE)``: ``x * scale + shift`` where kept, `fill` elsewhere.
 
 Differentiable in x. A law given as a tensor gets no gradient.
 """
 
 gaussian = _define("gaussian", kernels.gaussian)
-"""``gaussian(x, key, law, shape, inplace=False)``: ``x * (1 + scale * z)`` with z standard normal.
+"""``gaussian(x, key, law, shape, inplace=False, part=WHOLE)``: ``x * (1 + scale * z)`` with z standard normal.
 
 Differentiable in x."""

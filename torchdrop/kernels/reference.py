@@ -14,13 +14,13 @@ Every other backend that claims the same masks is held to this file bit for bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .law import Law
-from .masking import COMPUTE_DTYPE, apply_mask, trailing
+from .masking import COMPUTE_DTYPE, WHOLE, Part, apply_mask, trailing
 
 NAME = "reference"
 
@@ -47,31 +47,47 @@ def philox(block: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return c0, c1, c2, c3
 
 
+def _words(first: int, last: int, plane: int, key: Tensor) -> Tensor:
+    """Blocks first to last - 1, four words each, in the last two dimensions."""
+    block = torch.arange(first, last, device=key.device) + plane
+    return torch.stack(torch.broadcast_tensors(*philox(block, key.unsqueeze(-2))), -1)
+
+
 def _halves(first: int, last: int, plane: int, key: Tensor) -> Tensor:
     """The 16-bit values of blocks first to last - 1, in order, in the last dimension."""
-    block = torch.arange(first, last, device=key.device) + plane
-    words = torch.stack(torch.broadcast_tensors(*philox(block, key.unsqueeze(-2))), -1)
+    words = _words(first, last, plane, key)
     return torch.stack([words & 0xFFFF, words >> 16], -1).flatten(-3)
 
 
-def draws(shape: Sequence[int], key: Tensor, start: int = 0) -> Tensor:
-    """The 32-bit draws of elements start, start + 1, ... as int64, of shape ``key.shape[:-1] + shape``."""
-    n = math.prod(shape)
-    first, last, skip = start // 8, -(-(start + n) // 8), start % 8
-    draw = _halves(first, last, 0, key) << 16 | _halves(first, last, _SECOND_PLANE, key)
-    return draw[..., skip : skip + n].reshape((*key.shape[:-1], *shape))
+def _of_part(row: Callable[[int, int], Tensor], shape: Sequence[int], key: Tensor, part: Part) -> Tensor:
+    """The rows of a part, each from `row`, which takes an index and a length."""
+    count, length, pitch = part.rows(math.prod(shape))
+    rows = [row(part.start + r * pitch, length) for r in range(count)]
+    out = torch.stack(rows, -2) if count else row(part.start, 0)
+    return out.reshape((*key.shape[:-1], *shape))
 
 
-def keep_mask(shape: Sequence[int], key: Tensor, law: Law | Tensor, start: int = 0) -> Tensor:
+def draws(shape: Sequence[int], key: Tensor, part: Part = WHOLE) -> Tensor:
+    """The 32-bit draws of the part's elements as int64, of shape ``key.shape[:-1] + shape``."""
+
+    def row(start: int, n: int) -> Tensor:
+        first, last, skip = start // 8, -(-(start + n) // 8), start % 8
+        draw = _halves(first, last, 0, key) << 16 | _halves(first, last, _SECOND_PLANE, key)
+        return draw[..., skip : skip + n]
+
+    return _of_part(row, shape, key, part)
+
+
+def keep_mask(shape: Sequence[int], key: Tensor, law: Law | Tensor, part: Part = WHOLE) -> Tensor:
     """True where the draw is below the law's threshold, of shape ``key.shape[:-1] + shape``."""
-    return draws(shape, key, start) < trailing(law, key.device)[0]
+    return draws(shape, key, part) < trailing(law, key.device)[0]
 
 
 def masked(
-    x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int], start: int = 0, out: Tensor | None = None
+    x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int], part: Part = WHOLE, out: Tensor | None = None
 ) -> Tensor:
     """`x` under the law and a mask of this shape, broadcast where it has ones."""
-    return apply_mask(x, keep_mask(shape, key, law, start), law, out)
+    return apply_mask(x, keep_mask(shape, key, law, part), law, out)
 
 
 def _log(u: Tensor) -> Tensor:
@@ -102,14 +118,16 @@ def _circle(word: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where((quadrant == 1) | (quadrant == 2), -x, x), torch.where(quadrant >= 2, -y, y)
 
 
-def standard_normal(shape: Sequence[int], key: Tensor, start: int = 0) -> Tensor:
-    """Standard normal variates start, start + 1, ... as float64, of shape ``key.shape[:-1] + shape``."""
-    n = math.prod(shape)
-    block = torch.arange(start // 4, -(-(start + n) // 4), device=key.device) + _NORMAL_PLANE
-    words = torch.stack(torch.broadcast_tensors(*philox(block, key.unsqueeze(-2))), -1)
-    first, second = words[..., 0::2], words[..., 1::2]
-    square = -2.0 * _log((first.to(torch.float64) + 0.5) * 2.0**-32)
-    radius = square * square.rsqrt()  # sqrt() may go to a vector library that does not round exactly
-    cosine, sine = _circle(second)
-    pairs = torch.stack([radius * cosine, radius * sine], -1).flatten(-3)
-    return pairs[..., start % 4 : start % 4 + n].reshape((*key.shape[:-1], *shape))
+def standard_normal(shape: Sequence[int], key: Tensor, part: Part = WHOLE) -> Tensor:
+    """Standard normal variates of the part's elements as float64, of shape ``key.shape[:-1] + shape``."""
+
+    def row(start: int, n: int) -> Tensor:
+        words = _words(start // 4, -(-(start + n) // 4), _NORMAL_PLANE, key)
+        first, second = words[..., 0::2], words[..., 1::2]
+        square = -2.0 * _log((first.to(torch.float64) + 0.5) * 2.0**-32)
+        radius = square * square.rsqrt()  # sqrt() may go to a vector library that does not round exactly
+        cosine, sine = _circle(second)
+        pairs = torch.stack([radius * cosine, radius * sine], -1).flatten(-3)
+        return pairs[..., start % 4 : start % 4 + n]
+
+    return _of_part(row, shape, key, part)

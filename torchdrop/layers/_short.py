@@ -1,7 +1,8 @@
-"""The short road: inverted dropout of a contiguous CPU tensor in eager mode. Python's overhead is what small ones cost.
+"""The short roads: dropout of contiguous CPU tensors in eager mode. Python's overhead is what small ones cost.
 
-It gives what the general road gives (a test compares them) with fewer calls: the key is drawn as 16 bytes instead of a
-tensor, and the kernel is called with addresses. All that stays for backward is those bytes and the law.
+They give what the general roads give (tests compare them) with fewer calls: the key is drawn as 16 bytes instead of a
+tensor, and the kernel is called with addresses. All that stays for backward is those bytes and the law, and the output
+of a rectifier.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from .. import kernels, random
-from ..kernels import native, operators
+from ..kernels import fused, native, operators
 from ..kernels.law import ONE, Law
 
 _empty_like = torch.empty_like
@@ -28,12 +29,15 @@ _threads = native.threads
 _SERIAL = native.SERIAL
 _kind_of = native.KINDS.get
 _row: Any = native.library.masked_row if native.library is not None else None
+_fused: Any = native.library.fused if native.library is not None else None
+_RECTIFIED, _ADD, _RELU_BACKWARD = native.RECTIFIED, native.ADD, native.RELU_BACKWARD
+_ANY_WIDTH = native.ANY_WIDTH
 
 State = tuple[int, int, bytes, int, Law]
 
 
-def short(x: Tensor, law: Law) -> Tensor | None:
-    """Inverted dropout of x, or None where this road does not lead there."""
+def _kind(x: Tensor) -> int | None:
+    """The kind of a tensor that lies in its memory as a row; None where this road does not lead there."""
     kind = type(x)
     if (
         (kind is not Tensor and kind is not Parameter)
@@ -50,8 +54,16 @@ def short(x: Tensor, law: Law) -> Tensor | None:
         or _tracing() is not None
     ):
         return None
-    code, n, source = _kind_of(x.dtype), x.numel(), x.data_ptr()
-    if code is None or not source:
+    return _kind_of(x.dtype)
+
+
+def short(x: Tensor, law: Law) -> Tensor | None:
+    """Inverted dropout of x, or None where this road does not lead there."""
+    code = _kind(x)
+    if code is None:
+        return None
+    n, source = x.numel(), x.data_ptr()
+    if not source:
         return None
     _key.draw()
     if law.threshold == ONE:
@@ -61,6 +73,89 @@ def short(x: Tensor, law: Law) -> Tensor | None:
         return _record(x, (code, n, key, law.address, law))
     out = _empty_like(x)
     _row(code, out.data_ptr(), source, n, key, law.address, 1 if n < _SERIAL else _threads())
+    return out
+
+
+def short_add(x: Tensor, bias: Tensor | None, residual: Tensor, law: Law) -> Tensor | None:
+    """Dropout with a residual added after it and a bias before it, or None where this road does not lead there."""
+    code = _kind(x)
+    if (
+        code is None
+        or not isinstance(residual, Tensor)
+        or residual.dtype != x.dtype
+        or residual.shape != x.shape
+        or _kind(residual) is None
+        or not x.data_ptr()
+        or not residual.data_ptr()
+    ):
+        return None
+    if bias is not None and (
+        not isinstance(bias, Tensor) or bias.dtype != x.dtype or bias.shape != x.shape[-1:] or _kind(bias) is None
+    ):
+        return None
+    _key.draw()
+    if law.threshold == ONE:
+        return fused.composed_add(x, bias, residual, lambda whole: whole)
+    state = (code, x.numel(), _key.memory.raw, law.address, law)
+    wanted = x.requires_grad or residual.requires_grad or (bias is not None and bias.requires_grad)
+    return _record_add(x, bias, residual, state) if wanted and _is_grad_enabled() else _added(x, bias, residual, state)
+
+
+def short_relu(x: Tensor, law: Law) -> Tensor | None:
+    """A rectifier and inverted dropout of x, or None where this road does not lead there."""
+    code = _kind(x)
+    if code is None or not x.data_ptr():
+        return None
+    _key.draw()
+    if law.threshold == ONE:
+        return torch.relu(x)
+    state = (code, x.numel(), _key.memory.raw, law.address, law)
+    return _record_relu(x, state) if x.requires_grad and _is_grad_enabled() else _rectified(x, state)
+
+
+def _again(grad: Tensor, state: State) -> Tensor:
+    """The derivative's map, which is forward's under the law's linear part."""
+    code, n, key, address, law = state
+    if _is_row(grad):
+        out = _empty_like(grad)
+        _row(code, out.data_ptr(), grad.data_ptr(), n, key, address, 1 if n < _SERIAL else _threads())
+        return out
+    return operators.masked(grad, random.key_tensor(key), law, grad.shape)
+
+
+def _is_row(grad: Tensor) -> bool:
+    """Whether a gradient lies in its memory as a row, and nothing watches."""
+    if (
+        type(grad) is not Tensor
+        or not grad.is_contiguous()
+        or grad.is_neg()
+        or _is_grad_enabled()
+        or _transformed()
+        or _dispatch_modes()
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    try:
+        return grad.data_ptr() != 0
+    except RuntimeError:  # the batched gradients of autograd.grad have no memory
+        return False
+
+
+def _added(x: Tensor, bias: Tensor | None, residual: Tensor, state: State) -> Tensor:
+    code, n, key, address, _ = state
+    out = _empty_like(x)
+    _fused(
+        _ADD, code, out.data_ptr(), x.data_ptr(), None if bias is None else bias.data_ptr(),
+        1 if bias is None else bias.numel(), residual.data_ptr(), n, key, address, 1 if n < _SERIAL else _threads(),
+        _ANY_WIDTH,
+    )  # fmt: skip
+    return out
+
+
+def _rectified(x: Tensor, state: State) -> Tensor:
+    code, n, key, address, _ = state
+    out = _empty_like(x)
+    _row(code + _RECTIFIED, out.data_ptr(), x.data_ptr(), n, key, address, 1 if n < _SERIAL else _threads())
     return out
 
 
@@ -75,28 +170,50 @@ class _Short(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _again(grad, ctx.state), None
+
+
+class _ShortAdd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, residual: Tensor, state: State) -> Tensor:
+        ctx.state, ctx.bias = state, None if bias is None else bias.shape
+        return _added(x, bias, residual, state)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        of_x, of_bias, of_residual = ctx.needs_input_grad[:3]
+        dropped = _again(grad, ctx.state) if of_x or of_bias else None
+        summed = dropped.sum_to_size(ctx.bias) if of_bias and dropped is not None else None
+        return dropped if of_x else None, summed, grad if of_residual else None, None
+
+
+class _ShortReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, state: State) -> Tensor:
+        ctx.state = state
+        out = _rectified(x, state)
+        ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (y,) = ctx.saved_tensors
         code, n, key, address, law = ctx.state
-        if (
-            type(grad) is Tensor
-            and grad.is_contiguous()
-            and not grad.is_neg()
-            and not _is_grad_enabled()
-            and not _transformed()
-            and not _dispatch_modes()
-            and forward_ad._current_level < 0
-        ):
-            try:
-                source = grad.data_ptr()
-            except RuntimeError:  # the batched gradients of autograd.grad have no memory
-                source = 0
-            if source:
-                out = _empty_like(grad)
-                _row(code, out.data_ptr(), source, n, key, address, 1 if n < _SERIAL else _threads())
-                return out, None
-        return operators.masked(grad, random.key_tensor(key), law, grad.shape), None
+        if not _is_row(grad):
+            return fused.gradient(grad, y, random.key_tensor(key), law, "relu"), None
+        out = _empty_like(grad)
+        _fused(
+            _RELU_BACKWARD, code, out.data_ptr(), grad.data_ptr(), None, 1, y.data_ptr(), n, key, address,
+            1 if n < _SERIAL else _threads(), _ANY_WIDTH,
+        )  # fmt: skip
+        return out, None
 
 
-# Two detours left out: Function.apply looks for transforms, and `short` has seen that there are none; the node's apply
-# looks up which of backward and vjp is defined.
-_record = super(torch.autograd.Function, _Short).apply
-_Short._backward_cls.apply = _Short.backward  # type: ignore[attr-defined]
+def _lean(function: Any) -> Any:
+    """`apply` without two detours: Function.apply looks for transforms, and `_kind` has seen that there are none; the
+    node's apply looks up which of backward and vjp is defined."""
+    function._backward_cls.apply = function.backward
+    return super(torch.autograd.Function, function).apply
+
+
+_record, _record_add, _record_relu = map(_lean, (_Short, _ShortAdd, _ShortReLU))

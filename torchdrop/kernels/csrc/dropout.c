@@ -77,14 +77,19 @@ typedef void (*td_spread_fn)(char *out, const char *in, const uint8_t *kept, int
 typedef void (*td_stratified_fn)(char *out, int64_t step, int64_t samples, uint64_t index, int64_t n, td_key shift,
                                  td_key choice, const uint32_t *offsets, int64_t family, uint64_t threshold);
 
-/* Kinds 0 to 3 are element types, float32, float64, bfloat16 and float16; the others make something from the mask. */
-enum { TD_KEEP = 4, TD_DRAWS = 5, TD_NORMAL = 6, TD_KINDS = 7 };
-static const int64_t td_item_size[TD_KINDS] = {4, 8, 2, 2, 1, 8, 8};
+typedef void (*td_fused_fn)(char *out, const char *in, const char *bias, int64_t columns, const char *other, int64_t index,
+                            int64_t n, td_key key, const td_law *law);
+
+/* Kinds 0 to 3 are element types, float32, float64, bfloat16 and float16; 4 to 6 make something from the mask; 7 to 10
+ * are the element types again, rectified first. */
+enum { TD_KEEP = 4, TD_DRAWS = 5, TD_NORMAL = 6, TD_KINDS = 11 };
+static const int64_t td_item_size[TD_KINDS] = {4, 8, 2, 2, 1, 8, 8, 4, 8, 2, 2};
 
 typedef struct {
     td_masked_fn masked[TD_KINDS];
     td_spread_fn spread[4];
     td_stratified_fn stratified;
+    td_fused_fn fused[2][4];
 } td_kernels;
 
 static inline int64_t td_min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -105,15 +110,12 @@ static inline TD_INLINE void td_store_halves(uint16_t *draws, const uint32_t *wo
 #include "normal.h"
 
 #define TD_ISA 0
-#include "philox.h"
-#include "rows.h"
+#include "kernels.h"
 #ifdef TD_X86
 #define TD_ISA 2
-#include "philox.h"
-#include "rows.h"
+#include "kernels.h"
 #define TD_ISA 512
-#include "philox.h"
-#include "rows.h"
+#include "kernels.h"
 #endif
 
 static const td_kernels *td_best(void) {
@@ -159,14 +161,15 @@ static td_key td_read_key(const void *p) {
 }
 
 /* Elements [from, to) of `rows` rows laid end to end. Row r belongs to key r / rows_per_key and starts at index
- * start + (r % rows_per_key) * length of that key's mask. */
+ * start + (r % rows_per_key) * pitch of that key's mask. */
 static void td_span(const td_kernels *kernels, int kind, char *out, const char *in, int64_t from, int64_t to, int64_t length,
-                    int64_t rows_per_key, uint64_t start, const int64_t *keys, const double *laws, int64_t law_step) {
+                    int64_t rows_per_key, uint64_t start, int64_t pitch, const int64_t *keys, const double *laws,
+                    int64_t law_step) {
     const int64_t size = td_item_size[kind];
     while (from < to) {
         const int64_t row = from / length, column = from % length, take = td_min(length - column, to - from);
         const td_law law = td_read_law(laws + row * law_step);
-        const uint64_t index = start + (uint64_t)(row % rows_per_key) * (uint64_t)length + (uint64_t)column;
+        const uint64_t index = start + (uint64_t)(row % rows_per_key) * (uint64_t)pitch + (uint64_t)column;
         kernels->masked[kind](out + from * size, in ? in + from * size : NULL, index, take,
                               td_read_key(keys + 2 * (row / rows_per_key)), &law);
         from += take;
@@ -175,11 +178,13 @@ static void td_span(const td_kernels *kernels, int kind, char *out, const char *
 
 /* out[i] = kept(i) ? in[i] * scale + shift : fill for contiguous `out` and `in`, or what the kind makes of the draws.
  *
+ * Rows of `length` elements that share a key are `pitch` apart in its mask, and the first begins at `start`.
  * keys: two words for every rows_per_key rows. laws: threshold, scale, shift and fill, one set for all rows
  * (law_step 0) or one a row (law_step 4). out may be in.
  */
 TD_EXPORT void td_masked(int kind, void *out, const void *in, int64_t rows, int64_t length, int64_t rows_per_key,
-                         uint64_t start, const int64_t *keys, const double *laws, int64_t law_step, int threads, int width) {
+                         uint64_t start, int64_t pitch, const int64_t *keys, const double *laws, int64_t law_step,
+                         int threads, int width) {
     const td_kernels *kernels = td_table(width);
     const int64_t total = rows * length;
     if (total <= 0) return;
@@ -190,12 +195,12 @@ TD_EXPORT void td_masked(int kind, void *out, const void *in, int64_t rows, int6
 #pragma omp parallel for num_threads(team) schedule(static)
         for (int64_t g = 0; g < grains; g++)
             td_span(kernels, kind, out, in, g * TD_GRAIN, td_min((g + 1) * TD_GRAIN, total), length, rows_per_key, start,
-                    keys, laws, law_step);
+                    pitch, keys, laws, law_step);
         return;
     }
 #endif
     (void)threads;
-    td_span(kernels, kind, out, in, 0, total, length, rows_per_key, start, keys, laws, law_step);
+    td_span(kernels, kind, out, in, 0, total, length, rows_per_key, start, pitch, keys, laws, law_step);
 }
 
 /* One row, one key, from index 0, with fewer arguments: small tensors feel each of them. A short burst of 512-bit
@@ -205,7 +210,7 @@ TD_EXPORT void td_masked_row(int kind, void *out, const void *in, int64_t length
     if (threads > 1 && length >= 2 * TD_GRAIN) {
         int64_t words[2];
         memcpy(words, key, sizeof words);
-        td_masked(kind, out, in, 1, length, 1, 0, words, law, 0, threads, -1);
+        td_masked(kind, out, in, 1, length, 1, 0, length, words, law, 0, threads, -1);
     } else if (length > 0) {
         const td_law read = td_read_law(law);
         td_table(length <= TD_BRIEF ? 2 : -1)->masked[kind](out, in, 0, length, td_read_key(key), &read);
@@ -288,6 +293,30 @@ TD_EXPORT void td_stratified(void *out, int64_t samples, int64_t rows, int64_t l
 #endif
     (void)threads;
     td_strata(kernels, out, 0, total, samples, rows, length, shifts, choices, offsets, family, threshold);
+}
+
+/* Operation 0: out = other + (kept ? (in + bias) * scale : 0). Operation 1: out = not other <= 0 ? in * scale : 0.
+ *
+ * n contiguous elements under one key, from index 0; `bias` has `columns` elements, or is NULL. Operation 1 draws
+ * nothing. */
+TD_EXPORT void td_fused(int operation, int kind, void *out, const void *in, const void *bias, int64_t columns,
+                        const void *other, int64_t n, const void *key, const double *laws, int threads, int width) {
+    const td_fused_fn kernel = td_table(width)->fused[operation][kind];
+    const td_law law = td_read_law(laws);
+    const td_key read = td_read_key(key);
+    if (n <= 0) return;
+#ifdef _OPENMP
+    if (threads > 1 && n >= 2 * TD_GRAIN) {
+        const int64_t grains = (n + TD_GRAIN - 1) / TD_GRAIN;
+        const int team = (int)td_min(threads, grains);
+#pragma omp parallel for num_threads(team) schedule(static)
+        for (int64_t g = 0; g < grains; g++)
+            kernel(out, in, bias, columns, other, g * TD_GRAIN, td_min(TD_GRAIN, n - g * TD_GRAIN), read, &law);
+        return;
+    }
+#endif
+    (void)threads;
+    kernel(out, in, bias, columns, other, 0, n, read, &law);
 }
 
 #define TD_MAX_DIMS 64

@@ -232,30 +232,3 @@ TD_TARGET static void TD_NAME(normal)(char *out, const char *in, uint64_t index,
         n -= take;
     }
 }
-
-static const td_kernels TD_NAME(kernels) = {
-    {TD_NAME(masked_f32), TD_NAME(masked_f64), TD_NAME(masked_bf16), TD_NAME(masked_f16), TD_NAME(keep), TD_NAME(draws),
-     TD_NAME(normal)},
-    {TD_NAME(spread_f32), TD_NAME(spread_f64), TD_NAME(spread_bf16), TD_NAME(spread_f16)},
-    TD_NAME(stratified),
-};
-
-#undef TD_ISA
-#undef TD_TARGET
-#undef TD_NAME
-#undef TD_LANES
-#undef TD_VECTORS
-#undef TD_STEP
-#undef TD_VEC
-#undef TD_SPLAT
-#undef TD_MUL
-#undef TD_HIGH
-#undef TD_XOR3
-#undef TD_PACK
-#undef TD_COUNT
-#undef TD_ADD
-#undef TD_SHIFT
-#undef TD_WEAVE
-#undef TD_STORE
-#undef TD_SCALE_HALVES
-#undef TD_HALVES_AT_ONCE

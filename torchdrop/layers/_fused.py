@@ -1,0 +1,62 @@
+"""What layers share that fuse dropout with what stands beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import operators
+from ..kernels.fused import Drop
+from ..kernels.law import ONE, Law
+from ..random import draw_key
+from ._rate import DEFAULT_P, Rated, apply, turned_on
+
+_is_compiling = torch.compiler.is_compiling
+_transformed = torch._C._are_functorch_transforms_active
+_function_modes = torch._C._len_torch_function_stack
+
+
+def unchanged(x: Tensor) -> Tensor:
+    return x
+
+
+def dropped(
+    input: Tensor,
+    law: Law | Tensor,
+    generator: torch.Generator | None,
+    fuse: Callable[[Tensor], Tensor],
+    compose: Callable[[Drop], Tensor],
+) -> Tensor:
+    """With a new key, from one kernel or from plain parts.
+
+    Monte Carlo inference and its like put their own keys in place of those of `apply`, so they get the parts.
+    """
+    if not _is_compiling() and _function_modes():
+        return compose(lambda x: apply(operators.masked, x, law, x.shape, False, generator))
+    keeps_all = isinstance(law, Law) and law.threshold == ONE
+    if keeps_all and _transformed():
+        return compose(unchanged)
+    key = draw_key(input.device, generator)
+    return compose(unchanged) if keeps_all else fuse(key)
+
+
+class Fused(Rated):
+    """A rate and a generator."""
+
+    def __init__(self, p: Any = DEFAULT_P, *, keep_prob: Any = None, generator: torch.Generator | None = None) -> None:
+        super().__init__(p, keep_prob=keep_prob, generator=generator)
+
+    @property
+    def _short_law(self) -> Law | None:
+        """The law for the short road, if that may lead there."""
+        return self._law if self.training and self.generator is None and not _is_compiling() else None
+
+    @property
+    def _on(self) -> bool:
+        return self.training or turned_on()
+
+    def extra_repr(self) -> str:
+        return super().extra_repr().removesuffix(", inplace=False")

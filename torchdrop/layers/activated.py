@@ -1,0 +1,224 @@
+"""An activation and dropout together: `relu_dropout`, `gelu_dropout`.
+
+With k the keep probability and m a mask whose elements are 1 with probability k, independently,
+
+    y = m f(x) / k      in training, so E[y] = f(x), with f the rectifier or GELU
+    y = f(x)            in eval mode
+
+Under one key they are what the plain parts give one after another, with one rounding at the end for half types.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels import fused
+from ..kernels.law import Law, inverted, law
+from ._fused import Fused, dropped
+from ._rate import DEFAULT_P, check_input, law_for, read_rate, turned_on
+from ._short import short_relu
+
+_is_compiling = torch.compiler.is_compiling
+
+_GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
+
+
+def _activate(input: Tensor, law: Law | Tensor, generator: torch.Generator | None, activation: str) -> Tensor:
+    return dropped(
+        input,
+        law,
+        generator,
+        lambda key: fused.activation_dropout(input, key, law, activation),
+        lambda drop: fused.composed_activation(input, activation, drop),
+    )
+
+
+def _gelu(approximate: Any) -> str:
+    """Raises ValueError for a form that torch's GELU does not have."""
+    if approximate not in _GELUS:
+        raise ValueError(f"approximate must be 'none' or 'tanh', got {approximate!r}")
+    return _GELUS[approximate]
+
+
+def relu_dropout(
+    input: Tensor,
+    p: Any = DEFAULT_P,
+    training: bool = True,
+    *,
+    keep_prob: Any = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """A rectifier and dropout in one pass: ``y = m max(input, 0) / k``, with E[y] = max(input, 0).
+
+    m ~ Bernoulli(k), k = keep_prob = 1 - p, as in `dropout`, with the same mask under the same key. In eval mode and
+    with k = 1 it is the rectifier alone, with k = 0 it is 0. Kept for backward is the output alone, which the layer
+    after it keeps in any case: it is zero just where the gradient is.
+
+    Args:
+        input: float16, bfloat16, float32 or float64, of any shape.
+        p: probability of dropping, in [0, 1]. Default: 0.5.
+        training: whether dropout is applied.
+        keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against the input.
+        generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
+
+    Returns:
+        A new tensor of the input's shape and dtype. A NaN that is kept stays one.
+
+    Raises:
+        ValueError: a rate outside [0, 1].
+        TypeError: both names of the rate, or something that is no number.
+        RuntimeError: an integer tensor.
+
+    References:
+        Nair and Hinton, ICML 2010; Srivastava et al., JMLR 15, 2014.
+
+    Example:
+        >>> import torch, torchdrop
+        >>> torchdrop.functional.relu_dropout(torch.tensor([-1.0, 2.0]), 0.0)
+        tensor([0., 2.])
+    """
+    k, _ = read_rate(p, keep_prob)
+    if training and generator is None and not isinstance(k, Tensor) and not _is_compiling():
+        out = short_relu(input, law(k))
+        if out is not None:
+            return out
+    check_input(input, "relu_dropout")
+    if not (training or turned_on()):
+        return torch.relu(input)
+    return _activate(input, law_for(k, inverted, input.shape), generator, "relu")
+
+
+def gelu_dropout(
+    input: Tensor,
+    p: Any = DEFAULT_P,
+    training: bool = True,
+    *,
+    approximate: str = "none",
+    keep_prob: Any = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """GELU and dropout together: ``y = m GELU(input) / k``, with E[y] = GELU(input) = input Phi(input).
+
+    m ~ Bernoulli(k), k = keep_prob = 1 - p, as in `dropout`, with the same mask under the same key. In eval mode and
+    with k = 1 it is GELU alone, with k = 0 it is 0. Kept for backward are the input, as by GELU alone, and the key.
+
+    Args:
+        input: float16, bfloat16, float32 or float64, of any shape.
+        p: probability of dropping, in [0, 1]. Default: 0.5.
+        training: whether dropout is applied.
+        approximate: "none", or "tanh" for torch.nn.GELU's approximation of that name.
+        keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against the input.
+        generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
+
+    Returns:
+        A new tensor of the input's shape and dtype.
+
+    Raises:
+        ValueError: a rate outside [0, 1], or another approximation.
+        TypeError: both names of the rate, or something that is no number.
+        RuntimeError: an integer tensor.
+
+    References:
+        Hendrycks and Gimpel, Gaussian error linear units, 2016 (arXiv:1606.08415).
+
+    Example:
+        >>> import torch, torchdrop
+        >>> x = torch.randn(8)
+        >>> y = torchdrop.functional.gelu_dropout(x, 0.0, approximate="tanh")
+        >>> torch.allclose(y, torch.nn.functional.gelu(x, approximate="tanh"))
+        True
+    """
+    k, _ = read_rate(p, keep_prob)
+    activation = _gelu(approximate)
+    check_input(input, "gelu_dropout")
+    if not (training or turned_on()):
+        return F.gelu(input, approximate=approximate)
+    return _activate(input, law_for(k, inverted, input.shape), generator, activation)
+
+
+class ReLUDropout(Fused):
+    """Module of `relu_dropout`: ``y = m max(input, 0) / k`` in training, the rectifier alone in eval mode.
+
+    Args:
+        p: probability of dropping an element, in [0, 1]. Default: 0.5.
+        keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against the input.
+        generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
+
+    Shape:
+        Input and output: any shape. No parameters, no buffers, nothing in the state_dict.
+
+    Raises:
+        ValueError: a rate outside [0, 1].
+        TypeError: both names of the rate, neither, or something that is no number.
+
+    References:
+        See `relu_dropout`.
+
+    Example:
+        >>> import torch, torchdrop
+        >>> layer = torchdrop.ReLUDropout(0.5)  # in place of torch.nn.ReLU() and torch.nn.Dropout(0.5)
+        >>> layer(torch.ones(100)).unique(), layer.eval()(torch.tensor([-1.0, 1.0]))
+        (tensor([0., 2.]), tensor([0., 1.]))
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        short_law = self._short_law
+        if short_law is not None:
+            out = short_relu(input, short_law)
+            if out is not None:
+                return out
+        check_input(input, "relu_dropout")
+        if not self._on:
+            return torch.relu(input)
+        return _activate(input, self._law_for(input.shape), self.generator, "relu")
+
+
+class GELUDropout(Fused):
+    """Module of `gelu_dropout`: ``y = m GELU(input) / k`` in training, GELU alone in eval mode.
+
+    Args:
+        p: probability of dropping an element, in [0, 1]. Default: 0.5.
+        approximate: "none", or "tanh" for torch.nn.GELU's approximation of that name.
+        keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against the input.
+        generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
+
+    Shape:
+        Input and output: any shape. No parameters, no buffers, nothing in the state_dict.
+
+    Raises:
+        ValueError: a rate outside [0, 1], or another approximation.
+        TypeError: both names of the rate, neither, or something that is no number.
+
+    References:
+        See `gelu_dropout`.
+
+    Example:
+        >>> import torch, torchdrop
+        >>> torchdrop.GELUDropout(0.1, approximate="tanh")
+        GELUDropout(p=0.1, approximate='tanh')
+    """
+
+    def __init__(
+        self,
+        p: Any = DEFAULT_P,
+        *,
+        approximate: str = "none",
+        keep_prob: Any = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        _gelu(approximate)
+        super().__init__(p, keep_prob=keep_prob, generator=generator)
+        self.approximate = approximate
+
+    def forward(self, input: Tensor) -> Tensor:
+        check_input(input, "gelu_dropout")
+        if not self._on:
+            return F.gelu(input, approximate=self.approximate)
+        return _activate(input, self._law_for(input.shape), self.generator, _gelu(self.approximate))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, approximate={self.approximate!r}"
