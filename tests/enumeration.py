@@ -10,14 +10,14 @@ from torch import Tensor
 
 from torchdrop import kernels
 from torchdrop.kernels.law import ONE, law
-from torchdrop.layers import _fused, _noise, _rate, _short
+from torchdrop.layers import _noise, _rate, _short
 
 KEYS = torch.stack([torch.arange(20_000), torch.full((20_000,), 7)], -1)
 
 
 def force(patch: pytest.MonkeyPatch, key: Tensor) -> None:
     """From now on every layer draws this key."""
-    for module in (_rate, _noise, _fused):
+    for module in (_rate, _noise):
         patch.setattr(module, "draw_key", lambda *_: key)
     patch.setattr(_short, "_row", None)  # the short roads draw theirs as bytes
 

@@ -349,6 +349,10 @@ class OwnForward(nn.Linear):
         ),
         ([torchdrop.Dropout(noise_shape=(1, None)), nn.Linear(6, 9)], "noise_shape must be None in compact dropout"),
         (
+            [torchdrop.Dropout(shard=torchdrop.Shard(1, 0, 9)), nn.Linear(6, 9)],
+            "shard must be None in compact dropout",
+        ),
+        (
             [nn.Linear(6, 9), nn.ReLU(), torchdrop.Dropout(), nn.Linear(8, 3)],
             "Linear '3' must take as many inputs as Linear '0' gives, got 8 and 9",
         ),

@@ -280,7 +280,7 @@ class TestStratified:
         offsets = Hypercube(6).offsets(torch.arange(6))
         with kernels.use_backend("reference"):
             expected = kernels.stratified((777,), shift, choice, offsets, law(0.7))
-        monkeypatch.setattr(native, "_ANY_WIDTH", width)
+        monkeypatch.setattr(native, "ANY_WIDTH", width)
         assert torch.equal(kernels.stratified((777,), shift, choice, offsets, law(0.7)), expected)
 
     def test_threads_change_nothing(self) -> None:

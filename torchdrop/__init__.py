@@ -6,6 +6,7 @@ from .aids import audit, check_cost_decreases, equivalent_l2, feature_statistics
 from .configure import disabled, insert, keep_probs, replace, set_keep_prob
 from .kernels import available_backends, use_backend
 from .layers._regulariser import regularisation
+from .layers._shard import Shard
 from .layers.activated import GELUDropout, ReLUDropout
 from .layers.alpha import AlphaDropout, FeatureAlphaDropout
 from .layers.attention import DropHead
@@ -51,6 +52,7 @@ from .monte_carlo import mc_dropout, mc_predict
 from .random import frozen_masks
 from .scheduler import KeepProbScheduler
 from .schedules import linear
+from .seeding import seeded
 
 __all__ = [
     "AlphaDropout",
@@ -87,6 +89,7 @@ __all__ = [
     "ReLUDropout",
     "RecurrentDropoutGRU",
     "RecurrentDropoutLSTM",
+    "Shard",
     "SparseVariationalConv1d",
     "SparseVariationalConv2d",
     "SparseVariationalConv3d",
@@ -133,6 +136,7 @@ __all__ = [
     "replace",
     "rules",
     "schedules",
+    "seeded",
     "set_keep_prob",
     "sparsity",
     "tune",

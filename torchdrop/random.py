@@ -143,7 +143,7 @@ class _Frozen:
 
     def __init__(self, model: nn.Module, seed: int) -> None:
         self.served = 0
-        self._seeds = {id(module): _mixed(seed, name) for name, module in model.named_modules()}
+        self._seeds = {id(module): mixed(seed, name) for name, module in model.named_modules()}
         self._outside: set[bytes] = set()
         self._forward = _Forward()
 
@@ -156,11 +156,11 @@ class _Frozen:
             return
         forward = self._forward
         if not forward.modules:
-            states, digest = _states()
+            before, digest = states()
             again = torch._C._current_graph_task_id() != -1
             if not again or digest in self._outside:
                 self._outside.add(digest)
-                forward.before = states
+                forward.before = before
                 torch.manual_seed(self._seeds.get(id(module), 0))
         forward.modules.append(module)
 
@@ -176,16 +176,13 @@ class _Frozen:
         self._forward.modules.clear()
         before, self._forward.before = self._forward.before, None
         if before is not None:
-            cpu, cuda = before
-            torch.set_rng_state(cpu)
-            if cuda:
-                torch.cuda.set_rng_state_all(cuda)
+            put_back(before)
 
 
 _States = tuple[Tensor, list[Tensor]]
 
 
-def _states() -> tuple[_States, bytes]:
+def states() -> tuple[_States, bytes]:
     """The states of PyTorch's generators, and a digest of the CPU's."""
     with temporarily_clear_interpreter_stack():  # plain tensors, also under torch.func
         cpu = torch.get_rng_state()
@@ -193,8 +190,16 @@ def _states() -> tuple[_States, bytes]:
         return (cpu, cuda), hashlib.blake2b(ctypes.string_at(cpu.data_ptr(), cpu.numel()), digest_size=16).digest()
 
 
-def _mixed(seed: int, name: str) -> int:
-    """A seed for each module: PyTorch's CPU generator takes 32 bits."""
+def put_back(states: _States) -> None:
+    """PyTorch's generators as they were."""
+    cpu, cuda = states
+    torch.set_rng_state(cpu)
+    if cuda:
+        torch.cuda.set_rng_state_all(cuda)
+
+
+def mixed(seed: int, name: str) -> int:
+    """A seed for each name: PyTorch's CPU generator takes 32 bits."""
     return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=4).digest(), "little")
 
 

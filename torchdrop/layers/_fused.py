@@ -10,12 +10,11 @@ from torch import Tensor
 
 from ..kernels import operators
 from ..kernels.fused import Drop
-from ..kernels.law import ONE, Law
-from ..random import draw_key
-from ._rate import DEFAULT_P, Rated, apply, turned_on
+from ..kernels.law import Law
+from ._rate import DEFAULT_P, Rated, apply, new_key, turned_on
+from ._shard import is_dtensor
 
 _is_compiling = torch.compiler.is_compiling
-_transformed = torch._C._are_functorch_transforms_active
 _function_modes = torch._C._len_torch_function_stack
 
 
@@ -32,15 +31,13 @@ def dropped(
 ) -> Tensor:
     """With a new key, from one kernel or from plain parts.
 
-    Monte Carlo inference and its like put their own keys in place of those of `apply`, so they get the parts.
+    Monte Carlo inference and its like put their own keys in place of those of `apply`, which also knows what to do with
+    a DTensor, so they get the parts.
     """
-    if not _is_compiling() and _function_modes():
+    if (not _is_compiling() and _function_modes()) or (type(input) is not Tensor and is_dtensor(input)):
         return compose(lambda x: apply(operators.masked, x, law, x.shape, False, generator))
-    keeps_all = isinstance(law, Law) and law.threshold == ONE
-    if keeps_all and _transformed():
-        return compose(unchanged)
-    key = draw_key(input.device, generator)
-    return compose(unchanged) if keeps_all else fuse(key)
+    key = new_key(input, law, generator)
+    return compose(unchanged) if key is None else fuse(key)
 
 
 class Fused(Rated):

@@ -13,9 +13,10 @@ from torch.overrides import handle_torch_function
 
 from .. import kernels
 from ..kernels.law import ONE, Formula, Law, inverted, law, law_tensor
-from ..kernels.masking import COMPUTE_DTYPE
+from ..kernels.masking import COMPUTE_DTYPE, WHOLE
 from ..kernels.operators import Operator
 from ..random import check_generator, draw_key
+from ._shard import Cut, apply_to_dtensor, apply_to_whole, is_dtensor, watched
 
 _is_compiling = torch.compiler.is_compiling
 _transformed = torch._C._are_functorch_transforms_active
@@ -69,6 +70,10 @@ def _outside(name: str, value: Any) -> str:
 
 
 def _checked_tensor(name: str, value: Tensor) -> Tensor:
+    if type(value) is not Tensor and is_dtensor(value):
+        raise TypeError(
+            f"{name} must be a plain tensor, the whole of it on every rank, got a DTensor: pass full_tensor()"
+        )
     if not value.is_floating_point():
         raise ValueError(f"{name} must be a floating-point tensor, got {value.dtype}")
     if value.requires_grad:
@@ -256,19 +261,39 @@ def apply(
     shape: Sequence[int],
     inplace: bool,
     generator: torch.Generator | None,
+    cut: Cut | None = None,
 ) -> Tensor:
     """A checked `input` under an operator and a law, with a new key. The input itself where nothing is dropped.
 
-    A key is drawn then, too: what the layers after this one draw must not depend on its rate. Compiled code, which
-    cannot see the rate, does the same. Only vmap, where drawing may be forbidden, is spared it. Function modes see the
-    call, so that Monte Carlo inference can put its own key in place of a drawn one.
+    Function modes see the call, so that Monte Carlo inference can put its own key in place of a drawn one.
+
+    Of a DTensor, `shape` is the whole mask's. Of a plain tensor that is a part of a larger one, `cut` says which part.
     """
+    if type(input) is not Tensor and is_dtensor(input):
+        if inplace:
+            check_inplace(input)
+        return apply_to_dtensor(apply, operator, input, law, shape, inplace, generator)
     if not _is_compiling() and _function_modes():
-        return handle_torch_function(apply, (input,), operator, input, law, shape, inplace, generator)
+        args = (operator, input, law, shape, inplace, generator)
+        if cut is None or (isinstance(law, Law) and law.threshold == ONE):
+            return handle_torch_function(apply, (input,), *args)
+        if not watched():
+            return handle_torch_function(apply, (input,), *args, cut)
+        return apply_to_whole(apply, *args, cut)
     if inplace:
         check_inplace(input)
+    key = new_key(input, law, generator)
+    if key is None:
+        return input
+    return operator(input, key, law, shape, inplace, WHOLE if cut is None else cut.part)
+
+
+def new_key(input: Tensor, law: Law | Tensor, generator: torch.Generator | None) -> Tensor | None:
+    """None where nothing is dropped. A key is drawn then, too: what the layers after this one draw must not depend on
+    its rate. Compiled code, which cannot see the rate, does the same. Only vmap, where drawing may be forbidden, is
+    spared it."""
     keeps_all = isinstance(law, Law) and law.threshold == ONE
     if keeps_all and _transformed():
-        return input
+        return None
     key = draw_key(input.device, generator)
-    return input if keeps_all else operator(input, key, law, shape, inplace)
+    return None if keeps_all else key

@@ -20,6 +20,7 @@ from ..kernels import operators
 from ..kernels.law import Formula, law, original
 from ..kernels.law import inverted as inverted_formula
 from ._rate import DEFAULT_P, Rate, Rated, apply, check_input, law_for, read_rate, realised, turned_on
+from ._shard import Cut, Shards, cut_by, shards
 from ._short import short
 
 _is_compiling = torch.compiler.is_compiling
@@ -67,6 +68,18 @@ def mask_shape(input: Tensor, shared_axes: Axes, noise_shape: NoiseShape) -> Seq
     return tuple(size if noise is None else noise for noise, size in zip(noise_shape, sizes, strict=True))
 
 
+def _cut(shard: Shards, input: Tensor, shape: Sequence[int], shared_axes: Axes, noise_shape: NoiseShape) -> Cut | None:
+    """Where the mask of an input, whose shape this is, lies in that of the whole tensor; None without shards."""
+    if shard is None:
+        return None
+    if noise_shape is not None:
+        shared = {dim for dim, noise in enumerate(noise_shape) if noise == 1}
+    else:
+        axes = () if shared_axes is None else (shared_axes,) if isinstance(shared_axes, int) else shared_axes
+        shared = {axis % input.dim() for axis in axes}
+    return cut_by(shard, input, shape, shared)
+
+
 def formula_of(inverted: bool) -> Formula:
     return inverted_formula if inverted else original
 
@@ -91,6 +104,7 @@ def dropout(
     keep_prob: Any = None,
     shared_axes: Axes = None,
     noise_shape: NoiseShape = None,
+    shard: Shards = None,
     generator: torch.Generator | None = None,
     inverted: bool = True,
 ) -> Tensor:
@@ -102,6 +116,9 @@ def dropout(
     0, also where the input is infinite or NaN. The gradient is that of a multiplication by m / k with the same mask;
     the mask is not stored.
 
+    A DTensor that is placed by Shard or Replicate keeps its placements. Its mask does not depend on them, provided that
+    all ranks draw the same key, as they do within ``torchdrop.seeded(seed, rank=0)``.
+
     Args:
         input: float16, bfloat16, float32 or float64, of any shape, strides and memory format.
         p: probability of dropping, in [0, 1]. Default: 0.5.
@@ -110,6 +127,8 @@ def dropout(
         keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against the mask.
         shared_axes: the axes over which the mask is the same, for example the time axis.
         noise_shape: the mask's shape, with 1 where it is shared (None stands for the input's size).
+        shard: of which larger tensor the input is which part, a `torchdrop.Shard` or several: the mask is then that
+            part of the larger tensor's mask.
         generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
         inverted: False for the original formulation: no scaling in training, and k times the input in eval mode.
 
@@ -117,9 +136,10 @@ def dropout(
         A tensor of the input's shape, dtype and memory format; the input itself in eval mode, with k = 1 and in place.
 
     Raises:
-        ValueError: a rate outside [0, 1], or axes or shapes that do not fit.
+        ValueError: a rate outside [0, 1], or axes, shapes or shards that do not fit.
         TypeError: both names of the rate, neither, or something that is no number.
         RuntimeError: an integer tensor, or one that must not be written to.
+        NotImplementedError: shards along two dimensions of which neither is the outermost one.
 
     References:
         Hinton et al., 2012; Srivastava et al., JMLR 15, 2014, sections 4 and 10.
@@ -141,6 +161,7 @@ def dropout(
         and generator is None
         and shared_axes is None
         and noise_shape is None
+        and shard is None
         and not isinstance(k, Tensor)
     ):
         out = short(input, law(k))
@@ -148,7 +169,8 @@ def dropout(
             return out
     check_input(input, "dropout")
     shape = mask_shape(input, shared_axes, noise_shape)
-    return apply(operators.masked, input, law_for(k, formula_of(inverted), shape), shape, inplace, generator)
+    cut = _cut(shard, input, shape, shared_axes, noise_shape)
+    return apply(operators.masked, input, law_for(k, formula_of(inverted), shape), shape, inplace, generator, cut)
 
 
 class Bernoulli(Rated):
@@ -184,6 +206,7 @@ class Dropout(Bernoulli, nn.Dropout):
         keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against the mask.
         shared_axes: the axes over which the mask is the same.
         noise_shape: the mask's shape, with 1 where it is shared (None stands for the input's size).
+        shard: of which larger tensor the inputs are which part, a `torchdrop.Shard` or several.
         generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
         inverted: False for the original formulation: no scaling in training, k times the input in eval mode.
 
@@ -192,7 +215,7 @@ class Dropout(Bernoulli, nn.Dropout):
 
     Raises:
         ValueError: a rate outside [0, 1].
-        TypeError: both names of the rate, neither, or something that is no number.
+        TypeError: both names of the rate, neither, or something that is no number or no shard.
 
     References:
         Hinton et al., 2012; Srivastava et al., JMLR 15, 2014, sections 4 and 10.
@@ -218,14 +241,17 @@ class Dropout(Bernoulli, nn.Dropout):
         keep_prob: Any = None,
         shared_axes: Axes = None,
         noise_shape: NoiseShape = None,
+        shard: Shards = None,
         generator: torch.Generator | None = None,
         inverted: bool = True,
     ) -> None:
         super().__init__(p, inplace, keep_prob=keep_prob, generator=generator, inverted=inverted)
         if shared_axes is not None and noise_shape is not None:
             raise TypeError("give shared_axes or noise_shape, not both")
+        shards(shard)
         self.shared_axes = shared_axes
         self.noise_shape = noise_shape
+        self.shard = shard
 
     def forward(self, input: Tensor) -> Tensor:
         if not (self.training or turned_on()):
@@ -237,14 +263,16 @@ class Dropout(Bernoulli, nn.Dropout):
             and self.generator is None
             and self.shared_axes is None
             and self.noise_shape is None
+            and self.shard is None
         ):
             out = short(input, self._law)
             if out is not None:
                 return out
         check_input(input, "dropout")
         shape = mask_shape(input, self.shared_axes, self.noise_shape)
-        return apply(operators.masked, input, self._law_for(shape), shape, self.inplace, self.generator)
+        cut = _cut(self.shard, input, shape, self.shared_axes, self.noise_shape)
+        return apply(operators.masked, input, self._law_for(shape), shape, self.inplace, self.generator, cut)
 
     def extra_repr(self) -> str:
-        shared = {"shared_axes": self.shared_axes, "noise_shape": self.noise_shape}
-        return super().extra_repr() + "".join(f", {k}={v}" for k, v in shared.items() if v is not None)
+        given = {"shared_axes": self.shared_axes, "noise_shape": self.noise_shape, "shard": self.shard}
+        return super().extra_repr() + "".join(f", {k}={v}" for k, v in given.items() if v is not None)

@@ -105,7 +105,7 @@ def _check_feed(modules: _Named, source: int, dropouts: Sequence[int], linear: i
         raise ValueError(f"Linear {name!r} is not initialised: run the model once before it is made compact")
     for position in dropouts:
         module = modules[position][1]
-        for attribute in ("shared_axes", "noise_shape"):
+        for attribute in ("shared_axes", "noise_shape", "shard"):
             if getattr(module, attribute, None) is not None:
                 raise ValueError(
                     f"{attribute} must be None in compact dropout, whose mask is over the units alone, got "
@@ -232,7 +232,7 @@ class CompactSequential(nn.Sequential):
 
     Raises:
         ValueError: a Dropout before a Linear that cannot be cut, since something else lies between; one with
-            `shared_axes` or `noise_shape`; two Linear layers that do not fit; one that is not initialised.
+            `shared_axes`, `noise_shape` or `shard`; two Linear layers that do not fit; one that is not initialised.
 
     References:
         Graham, Reizenstein and Robinson, "Efficient batchwise dropout training using submatrices", 2015

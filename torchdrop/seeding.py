@@ -1,0 +1,91 @@
+"""Seeds for a block of code, in one process or in many: `seeded`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from .random import mixed, put_back, states
+
+
+@contextmanager
+def seeded(seed: int, rank: int | None = None) -> Iterator[None]:
+    """What is drawn inside the context follows from `seed` and `rank` alone, and nothing outside notices.
+
+    PyTorch's default generators, the CPU's and those of all CUDA devices, start from a hash of (seed, rank), so that
+    neighbouring seeds and ranks have nothing in common; on leaving, also by an exception, they go on from where they
+    were. All that draws from them is governed, torch.nn's layers and torchdrop's alike; a layer with a `generator` of
+    its own follows that. Activation checkpointing finds its masks wherever backward runs, contexts nest, and compiled
+    code draws what eager code draws. As a decorator (``@torchdrop.seeded(7)``) it begins anew with every call.
+
+    Without it masks follow each process's own generator, as those of torch.nn do: processes that have all called
+    torch.manual_seed with one number draw the same masks as long as they draw alike, and processes that have not
+    draw masks of their own. So for each kind of parallelism:
+
+    - Data-parallel processes (DistributedDataParallel, FSDP) see different samples and should draw different masks:
+      ``seeded(seed)``, even where all have called torch.manual_seed with one number to get the same parameters.
+    - Processes that hold parts of one tensor (`torchdrop.Shard`, DTensor), replicas of one tensor, or stacks that must
+      skip the same layers (`torchdrop.LayerDrop`) have to draw the same: ``seeded(seed, rank=0)``, or with the rank
+      within the data-parallel mesh, which is the same number for all of them, in the place of 0.
+
+    The context starts from the same state each time: in a training loop, enter it once around all steps, or give each
+    step a seed of its own. Enter it outside of compiled functions, where it would break the graph. Threads share
+    PyTorch's generators, so one at a time can use it.
+
+    Args:
+        seed: any integer.
+        rank: a number for this process, from 0 on; processes that give the same number draw the same. If None, the rank
+            of this process in torch.distributed's default group on entering, and 0 where there is none.
+
+    Raises:
+        TypeError: `seed` or `rank` is no integer.
+        ValueError: `rank` is negative.
+
+    Warns:
+        UserWarning: at the end, if CUDA was initialised inside: its generators did not exist on entering.
+
+    Example:
+        >>> import torch, torchdrop
+        >>> layer, x = torchdrop.Dropout(0.5), torch.ones(100)
+        >>> with torchdrop.seeded(7, rank=0):
+        ...     y = layer(x)
+        >>> with torchdrop.seeded(7, rank=1):
+        ...     other = layer(x)
+        >>> with torchdrop.seeded(7, rank=0):
+        ...     again = layer(x)
+        >>> torch.equal(y, again), torch.equal(y, other)
+        (True, False)
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
+    if rank is None:
+        rank = _own_rank()
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise TypeError(f"rank must be an integer or None, got {type(rank).__name__}")
+    if rank < 0:
+        raise ValueError(f"rank must not be negative, got {rank}")
+    before, _ = states()
+    cuda = torch.cuda.is_initialized()
+    number = mixed(seed, f"rank {rank}")
+    torch.default_generator.manual_seed(number)
+    if cuda:
+        torch.cuda.manual_seed_all(number)
+    try:
+        yield
+    finally:
+        put_back(before)
+        if torch.cuda.is_initialized() and not cuda:
+            warnings.warn(
+                "seeded: CUDA was initialised inside the context, so what was drawn there does not follow from the "
+                "seed. Enter the context after the model was moved there, or call torch.cuda.init() before",
+                UserWarning,
+                stacklevel=3,
+            )
+
+
+def _own_rank() -> int:
+    distributed = torch.distributed
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
