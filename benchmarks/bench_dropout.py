@@ -343,6 +343,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if command.rendered(options, render):
         return
+    if options.device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no CUDA device here, or this build of torch cannot use it")
     torch.set_num_threads(options.threads)
     report = run(options.device, options.quick)
     command.write(report, options, f"dropout-{options.device.type}.json", not options.quick)

@@ -151,8 +151,15 @@ def where(facts: dict[str, Any]) -> str:
     if facts.get("commit"):
         code += f" at {facts['commit'][:10]}{' with changes' if facts['dirty'] else ''}"
     parts = [facts["cpu"], f"{facts['cores']} cores", f"{facts['threads']} threads", facts["os"]]
-    parts += [facts["gpu"]] if "gpu" in facts else []
-    return f"{', '.join(parts)}; Python {facts['python']}, torch {facts['torch']}, {code}; {facts['date']}."
+    parts += [_card(facts)] if "gpu" in facts else []
+    versions = [f"Python {facts['python']}", f"torch {facts['torch']}"]
+    versions += [f"triton {facts['triton']}"] if facts.get("triton") else []
+    return f"{', '.join(parts)}; {', '.join(versions)}, {code}; {facts['date']}."
+
+
+def _card(facts: dict[str, Any]) -> str:
+    behind = [f"{name} {facts[key]}" for name, key in (("driver", "driver"), ("CUDA", "cuda")) if facts.get(key)]
+    return facts["gpu"] + (f" ({', '.join(behind)})" if behind else "")
 
 
 def markdown(report: Report) -> str:

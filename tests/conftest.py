@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 
 import hypothesis
 import numpy  # noqa: F401  (before torch, which warns once where it is missing)
 import pytest
 import torch
+
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+"""Where tests run that hold on any device."""
+
+if "cuda" not in DEVICES:
+    # Triton's kernels then run in its interpreter. Triton reads this when it is imported, which is later.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    collect_ignore = ["test_cuda.py"]
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # there is a newer way, without a word for recurrent layers
+    torch.backends.cudnn.allow_tf32 = False  # what is compared in float32 is computed in float32 on CUDA, too
 
 hypothesis.settings.register_profile("default", deadline=None, max_examples=60)
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=60, derandomize=True)
@@ -20,19 +33,27 @@ def _two_threads() -> Iterator[None]:
     """Two threads, a fixed seed, and PyTorch's random state as it was."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(0)
         yield
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=["native", "aten", "reference"])
+@pytest.fixture(params=DEVICES, scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device in turn. It lives as long as the session, so that hypothesis' tests can have it, too."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(params=["native", "triton", "aten", "reference"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each backend in turn, forced."""
+    """Each backend in turn, forced, on the CPU."""
     import torchdrop
 
     reasons = torchdrop.available_backends()[request.param]
     if reasons:
         pytest.skip(f"{request.param}: {'; '.join(reasons)}")
+    if request.param == "triton" and request.node.get_closest_marker("slow"):
+        pytest.skip("triton: its interpreter takes minutes under the thousands of keys that statistics need")
     with torchdrop.use_backend(request.param):
         yield request.param

@@ -33,6 +33,20 @@ class Branch(Residual):
         return self.drop(x, self.body)
 
 
+class Added(nn.Module):
+    """x + drop(f(x)), in one operator; f's bias in it too, or not."""
+
+    def __init__(self, drop: nn.Module, with_bias: bool) -> None:
+        super().__init__()
+        self.body, self.drop, self.bias = nn.Linear(12, 12), drop, None
+        if with_bias:
+            self.bias = nn.Parameter(torch.linspace(-1.0, 1.0, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.body(x))
+        return self.drop(y, x) if self.bias is None else self.drop(y, self.bias, x)
+
+
 class Attention(nn.Module):
     """Two heads of six features, with dropout of heads or keys."""
 
@@ -75,7 +89,7 @@ class Graph(nn.Module):
         self.messages, self.linear = torchdrop.DropMessage(0.3), nn.Linear(12, 12)
 
     def forward(self, x: Tensor) -> Tensor:
-        edges, weight = self.edges(EDGES)
+        edges, weight = self.edges(EDGES.to(x.device))
         x = self.nodes(self.linear(x))
         messages = self.messages(x[edges[0]])
         if weight is not None:
@@ -156,6 +170,10 @@ FIRST_WEIGHT = "0.parametrizations.weight.0"
 VARIANTS: dict[str, Variant] = {
     "dropout": Variant(lambda: between(torchdrop.Dropout(0.3)), names=("2",)),
     "gaussian": Variant(lambda: between(torchdrop.GaussianDropout(0.3)), names=("2",)),
+    "dropout_add": Variant(lambda: nn.Sequential(Added(torchdrop.DropoutAdd(0.3), False)), names=("0.drop",)),
+    "bias_dropout_add": Variant(lambda: nn.Sequential(Added(torchdrop.BiasDropoutAdd(0.3), True)), names=("0.drop",)),
+    "relu_dropout": Variant(lambda: between(torchdrop.ReLUDropout(0.3)), names=("2",)),
+    "gelu_dropout": Variant(lambda: between(torchdrop.GELUDropout(0.3)), names=("2",)),
     "drop_path": Variant(lambda: nn.Sequential(Residual(torchdrop.DropPath(0.3))), names=("0.drop",)),
     "stochastic_depth": Variant(
         lambda: nn.Sequential(Residual(torchdrop.StochasticDepth(0.3, "row"))), names=("0.drop",)
@@ -246,18 +264,20 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
-def inputs(variant: Variant, rows: int | None = None) -> Tensor:
+CPU = torch.device("cpu")
+
+
+def inputs(variant: Variant, device: torch.device = CPU) -> Tensor:
     generator = torch.Generator().manual_seed(5)
-    shape = variant.shape if rows is None else (rows, *variant.shape[1:])
     if variant.ids:
-        return torch.randint(2, variant.ids, shape, generator=generator)
-    return torch.randn(shape, generator=generator)
+        return torch.randint(2, variant.ids, variant.shape, generator=generator).to(device)
+    return torch.randn(variant.shape, generator=generator).to(device)
 
 
-def built(name: str) -> nn.Module:
+def built(name: str, device: torch.device = CPU) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(11)
-        return VARIANTS[name].make()
+        return VARIANTS[name].make().to(device)
 
 
 def seeded(model: nn.Module, x: Tensor, seed: int = 0) -> Tensor:

@@ -62,3 +62,10 @@ def _filled(shape: object, dtype: torch.dtype, generator: torch.Generator) -> Te
 def shared(draw: st.DrawFn, shape: tuple[int, ...]) -> tuple[int, ...]:
     """A mask's shape for an input of this shape: some axes are shared."""
     return tuple(1 if draw(st.booleans()) else size for size in shape)
+
+
+def on(device: torch.device, x: Tensor) -> Tensor:
+    """x on a device, with its strides; itself if it is there."""
+    if x.device.type == device.type:
+        return x
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)

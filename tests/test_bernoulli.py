@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 import torchdrop
 from torchdrop import functional as TF
-from torchdrop.kernels import native, operators
-from torchdrop.kernels.law import ONE, Law, inverted, law, original
+from torchdrop import kernels
+from torchdrop.kernels import native, operators, reference
+from torchdrop.kernels.law import ONE, Law, alpha, inverted, law, original
 from torchdrop.kernels.masking import apply_mask
 
 from .statistical import check_rate, draws_for
-from .strategies import DTYPES, tensors
+from .strategies import DTYPES, keep_probs, keys, on, shared, tensors
 
 RANKS = {
     "Dropout": range(7),
@@ -76,16 +77,32 @@ def test_with_the_stock_layers_mask_output_and_gradient_are_the_stock_layers(x: 
 
 @settings(max_examples=100)
 @given(tensors(), st.floats(0.0, 1.0), st.integers(0, 2**32))
-def test_backward_uses_the_mask_of_forward(x: Tensor, k: float, seed: int) -> None:
+def test_backward_uses_the_mask_of_forward(device: torch.device, x: Tensor, k: float, seed: int) -> None:
+    x = on(device, x)
     leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
     torch.manual_seed(seed)
     y = TF.dropout(leaf, keep_prob=k)
-    g = torch.where(torch.randn(x.shape) < 0, -1.5, 0.75).to(x.dtype)
+    g = torch.where(torch.randn(x.shape) < 0, -1.5, 0.75).to(x)
     (grad,) = torch.autograd.grad(y, leaf, g)
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
     kept = y != 0 if k else torch.zeros_like(y, dtype=torch.bool)
     assert torch.equal(grad, torch.where(kept, (g.to(wide) * law(k).scale).to(x.dtype), 0))
     assert torch.equal(y, torch.where(kept, (x.to(wide) * law(k).scale).to(x.dtype), 0))
+
+
+@given(st.data(), tensors(), keep_probs, st.sampled_from([inverted, original, alpha]))
+def test_masks_and_outputs_do_not_depend_on_the_device(
+    device: torch.device, data: st.DataObject, x: Tensor, k: float, formula: Any
+) -> None:
+    key, shape = data.draw(keys()), data.draw(shared(tuple(x.shape)))
+    there = key.to(device)
+    for drawn in (law(k, formula), law(k, formula).tensor()):
+        kept = kernels.keep_mask(shape, there, drawn)
+        assert kept.device.type == device.type
+        assert torch.equal(kept.cpu(), reference.keep_mask(shape, key, drawn))
+        y = kernels.masked(on(device, x), there, drawn, shape)
+        assert y.device.type == device.type
+        assert torch.equal(y.cpu(), reference.masked(x, key, drawn, shape))
 
 
 def enumerate_masks(k: float, n: int) -> list[tuple[Tensor, float]]:
@@ -122,10 +139,10 @@ def test_linear_regression_gets_the_published_l2_penalty(k: float) -> None:
 
 
 @pytest.mark.parametrize("k", [0.2, 0.5, 0.95])
-def test_the_layer_draws_each_mask_as_often_as_enumeration_says(k: float) -> None:
+def test_the_layer_draws_each_mask_as_often_as_enumeration_says(k: float, device: torch.device) -> None:
     """Joint distribution of three neighbours, bounded error rates."""
     n = max(draws_for(w, 0.2 * w) for _, w in enumerate_masks(k, 3) if w > 0.005)
-    kept = (TF.dropout(torch.ones(n, 3), keep_prob=k) != 0).double()
+    kept = (TF.dropout(torch.ones(n, 3, device=device), keep_prob=k) != 0).double().cpu()
     for mask, w in enumerate_masks(k, 3):
         if w > 0.005:
             check_rate(int((kept == mask).all(1).sum()), n, w, 0.2 * w)
@@ -167,8 +184,8 @@ def test_ranks_warnings_and_errors_are_those_of_torch_nn(name: str, train: bool,
 
 @pytest.mark.parametrize("rank", range(2, 7))
 @pytest.mark.parametrize("name", ["Dropout1d", "Dropout2d", "Dropout3d", "FeatureAlphaDropout"])
-def test_channels_share_a_mask_over_the_same_axes_as_torch_nn(name: str, rank: int) -> None:
-    x = torch.ones([11, 12, 3, 2, 2, 2][:rank])
+def test_channels_share_a_mask_over_the_same_axes_as_torch_nn(name: str, rank: int, device: torch.device) -> None:
+    x = torch.ones([11, 12, 3, 2, 2, 2][:rank], device=device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -184,7 +201,10 @@ def test_channels_share_a_mask_over_the_same_axes_as_torch_nn(name: str, rank: i
 
 
 @given(st.data(), tensors(st.lists(st.integers(1, 6), min_size=1, max_size=4).map(tuple)))
-def test_shared_axes_are_constant_and_noise_shape_says_the_same(data: st.DataObject, x: Tensor) -> None:
+def test_shared_axes_are_constant_and_noise_shape_says_the_same(
+    device: torch.device, data: st.DataObject, x: Tensor
+) -> None:
+    x = on(device, x)
     axes = data.draw(st.lists(st.integers(-x.dim(), x.dim() - 1), unique_by=lambda a: a % x.dim()))
     torch.manual_seed(1)
     y = TF.dropout(x, 0.5, shared_axes=axes)
@@ -198,23 +218,26 @@ def test_shared_axes_are_constant_and_noise_shape_says_the_same(data: st.DataObj
     assert torch.equal(torchdrop.Dropout(0.5, shared_axes=axes)(x), y)
 
 
-def test_masks_are_independent_across_what_is_not_shared() -> None:
-    kept = TF.dropout(torch.ones(40, 30, 20), 0.5, shared_axes=1)[:, 0] != 0
+def test_masks_are_independent_across_what_is_not_shared(device: torch.device) -> None:
+    kept = TF.dropout(torch.ones(40, 30, 20, device=device), 0.5, shared_axes=1)[:, 0] != 0
     assert len({tuple(row.tolist()) for row in kept}) == 40
-    check_rate(int(TF.dropout(torch.ones(100_000, 2), 0.5, shared_axes=1)[:, 0].ne(0).sum()), 100_000, 0.5, 0.05)
+    kept = TF.dropout(torch.ones(100_000, 2, device=device), 0.5, shared_axes=1)[:, 0] != 0
+    check_rate(int(kept.sum()), 100_000, 0.5, 0.05)
 
 
 @pytest.mark.parametrize("shape", [(5000,), (3, 5000), (5000, 3)])
-def test_a_tensor_of_rates_broadcasts_and_each_element_has_its_own(shape: tuple[int, ...]) -> None:
-    x = torch.ones(shape, requires_grad=True)
-    rates = torch.rand(shape, dtype=torch.float64)
+def test_a_tensor_of_rates_broadcasts_and_each_element_has_its_own(
+    shape: tuple[int, ...], device: torch.device
+) -> None:
+    x = torch.ones(shape, requires_grad=True, device=device)
+    rates = torch.rand(shape, dtype=torch.float64).to(device)
     for k in (rates, rates[..., :1], rates[:1], rates[:1].flatten()[: shape[-1]], torch.tensor(0.25), rates.float()):
         if k.dim() == 1 and len(shape) == 2 and k.shape[0] not in (1, shape[1]):
             continue
         torch.manual_seed(5)
         y = torchdrop.Dropout(keep_prob=k)(x)
-        full = k.double().expand(shape)
-        expected = torch.tensor([law(q).scale for q in full.flatten().tolist()]).reshape(shape)
+        full = k.double().to(device).expand(shape)
+        expected = torch.tensor([law(q).scale for q in full.flatten().tolist()], device=device).reshape(shape)
         kept = y != 0
         assert torch.equal(y, torch.where(kept, expected, 0))
         assert torch.equal(torch.autograd.grad(y.sum(), x)[0], y.detach())
@@ -223,9 +246,9 @@ def test_a_tensor_of_rates_broadcasts_and_each_element_has_its_own(shape: tuple[
         assert torch.equal(kept & everywhere, torch.where(full < 0.5, kept, everywhere))
 
 
-def test_a_rate_for_each_channel_or_sample_of_channel_dropout() -> None:
-    x = torch.ones(4096, 4, 2, 2, requires_grad=True)
-    channels = torch.tensor([0.0, 0.25, 0.5, 1.0])
+def test_a_rate_for_each_channel_or_sample_of_channel_dropout(device: torch.device) -> None:
+    x = torch.ones(4096, 4, 2, 2, requires_grad=True, device=device)
+    channels = torch.tensor([0.0, 0.25, 0.5, 1.0], device=device)
     y = torchdrop.Dropout2d(keep_prob=channels.reshape(4, 1, 1))(x)
     assert torch.equal(y, y[..., :1, :1].expand_as(y))
     kept = y[..., 0, 0] != 0
@@ -235,14 +258,15 @@ def test_a_rate_for_each_channel_or_sample_of_channel_dropout() -> None:
     assert kept[:, 3].all()
     assert y[:, 1].unique().tolist() == [0.0, 4.0]
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], y)
-    samples = torch.linspace(0, 1, 4096).reshape(4096, 1, 1, 1)
+    samples = torch.linspace(0, 1, 4096, device=device).reshape(4096, 1, 1, 1)
     z = torchdrop.functional.dropout2d(x, keep_prob=samples)
     assert not z[0].any()
     assert z[-1].eq(1).all()
 
 
-def test_rates_zero_and_one_within_a_tensor() -> None:
-    y = TF.dropout(torch.full((3, 1000), math.nan), keep_prob=torch.tensor([[0.0], [1.0], [0.5]]))
+def test_rates_zero_and_one_within_a_tensor(device: torch.device) -> None:
+    k = torch.tensor([[0.0], [1.0], [0.5]], device=device)
+    y = TF.dropout(torch.full((3, 1000), math.nan, device=device), keep_prob=k)
     assert y[0].eq(0).all()
     assert y[1].isnan().all()
     assert 300 < y[2].isnan().sum() < 700
@@ -275,8 +299,8 @@ def test_eval_mode_and_keep_prob_one_return_the_input_itself() -> None:
         assert not torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_layers_rate_does_not_change_the_masks_of_the_next() -> None:
-    x = torch.ones(2, 100)
+def test_a_layers_rate_does_not_change_the_masks_of_the_next(device: torch.device) -> None:
+    x = torch.ones(2, 100, device=device)
     following = []
     for k in (0.2, 1.0):
         torch.manual_seed(0)
@@ -287,9 +311,9 @@ def test_a_layers_rate_does_not_change_the_masks_of_the_next() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [100, 50_000])
-def test_in_place_writes_what_out_of_place_returns(dtype: torch.dtype, n: int) -> None:
+def test_in_place_writes_what_out_of_place_returns(dtype: torch.dtype, n: int, device: torch.device) -> None:
     for layer in (torchdrop.Dropout, torchdrop.AlphaDropout, torchdrop.GaussianDropout):
-        x = torch.randn(n).to(dtype)
+        x = torch.randn(n).to(device, dtype)
         torch.manual_seed(1)
         expected = layer(0.3)(x)  # type: ignore[attr-defined]
         torch.manual_seed(1)
@@ -473,9 +497,9 @@ def test_what_must_not_be_written_to_is_left_alone(layer: nn.Module, n: int) -> 
             nn.Dropout(0.5, True)(x)
 
 
-def test_an_overwritten_tensor_that_backward_needs_is_noticed() -> None:
+def test_an_overwritten_tensor_that_backward_needs_is_noticed(device: torch.device) -> None:
     for grad_enabled in (True, False):
-        a = torch.randn(10, requires_grad=True)
+        a = torch.randn(10, requires_grad=True, device=device)
         y = a.exp()
         with torch.set_grad_enabled(grad_enabled):
             torchdrop.Dropout(0.5, inplace=True)(y)
@@ -502,8 +526,8 @@ def test_layers_are_found_by_those_who_look_for_torch_nns(name: str) -> None:
     assert not layer.state_dict()
 
 
-def test_memory_formats_are_kept() -> None:
-    x = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+def test_memory_formats_are_kept(device: torch.device) -> None:
+    x = torch.randn(2, 3, 4, 5, device=device).contiguous(memory_format=torch.channels_last)
     for layer in (torchdrop.Dropout(), torchdrop.Dropout2d(), torchdrop.AlphaDropout(), torchdrop.GaussianDropout()):
         torch.manual_seed(0)
         y = layer(x)
@@ -512,12 +536,11 @@ def test_memory_formats_are_kept() -> None:
         assert torch.equal(layer(x.contiguous()), y)
 
 
-def test_the_key_alone_decides_the_mask() -> None:
-    x, key = torch.randn(64, 33), torch.tensor([5, 6])
+def test_the_key_alone_decides_the_mask(device: torch.device) -> None:
+    x, key = torch.randn(64, 33, device=device), torch.tensor([5, 6], device=device)
     y = operators.masked(x, key, law(0.5, inverted), x.shape)
-    state = torch.get_rng_state()
-    torch.rand(7)
+    torch.rand(7, device=device)
     assert torch.equal(operators.masked(x, key.clone(), law(0.5, inverted), x.shape), y)
-    torch.set_rng_state(state)
     for step in ([1, 0], [0, 1]):
-        assert not torch.equal(operators.masked(x, key + torch.tensor(step), law(0.5, inverted), x.shape), y)
+        other = key + torch.tensor(step, device=device)
+        assert not torch.equal(operators.masked(x, other, law(0.5, inverted), x.shape), y)

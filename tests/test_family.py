@@ -33,8 +33,8 @@ def same(left: Any, right: Any) -> bool:
 
 
 @every
-def test_a_seed_replays_forward_and_backward(name: str) -> None:
-    model, x = built(name), inputs(VARIANTS[name])
+def test_a_seed_replays_forward_and_backward(name: str, device: torch.device) -> None:
+    model, x = built(name, device), inputs(VARIANTS[name], device)
     first, again = seeded(model, x, 3), seeded(model, x, 3)
     assert torch.equal(first, again)
     assert same(gradients(model, first), gradients(model, again))
@@ -43,21 +43,23 @@ def test_a_seed_replays_forward_and_backward(name: str) -> None:
 
 
 class Draws(TorchDispatchMode):
-    """The random operators that run."""
+    """The random operators that run, without those that could have dropout of their own and are not asked to."""
+
+    others = ("scaled_dot_product", "_cudnn_rnn")
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[tuple[str, Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags and "scaled_dot_product" not in func.__name__:
+        if torch.Tag.nondeterministic_seeded in func.tags and not any(name in func.__name__ for name in self.others):
             self.seen.append((func.__name__, tuple(args[0].shape) if args and isinstance(args[0], Tensor) else None))
         return func(*args, **(kwargs or {}))
 
 
 @every
-def test_all_randomness_is_a_key_of_two_words(name: str) -> None:
-    model, x = built(name), inputs(VARIANTS[name])
+def test_all_randomness_is_a_key_of_two_words(name: str, device: torch.device) -> None:
+    model, x = built(name, device), inputs(VARIANTS[name], device)
     with Draws() as draws:
         model(x)
     assert {shape for _, shape in draws.seen} <= {(2,)}
@@ -81,8 +83,8 @@ def test_no_layer_calls_torchs_random_functions() -> None:
 
 
 @rated
-def test_rates_go_by_name(name: str) -> None:
-    model, x = built(name), inputs(VARIANTS[name])
+def test_rates_go_by_name(name: str, device: torch.device) -> None:
+    model, x = built(name, device), inputs(VARIANTS[name], device)
     assert set(VARIANTS[name].names) <= set(torchdrop.keep_probs(model))
     scheduler = KeepProbScheduler(model, {"*": schedules.linear(0.9, 0.5, 4)})
     for step in range(1, 5):
@@ -92,10 +94,10 @@ def test_rates_go_by_name(name: str) -> None:
 
 
 @rated
-def test_keep_prob_1_and_disabled_are_the_model_without_dropout(name: str) -> None:
+def test_keep_prob_1_and_disabled_are_the_model_without_dropout(name: str, device: torch.device) -> None:
     if not VARIANTS[name].whole:
         pytest.skip("eval mode is another function")
-    model, x = built(name), inputs(VARIANTS[name])
+    model, x = built(name, device), inputs(VARIANTS[name], device)
     whole = copy.deepcopy(model).eval()
     torchdrop.set_keep_prob(whole, {"*": 1.0})
     plain = whole(x)
@@ -106,16 +108,16 @@ def test_keep_prob_1_and_disabled_are_the_model_without_dropout(name: str) -> No
 
 
 @every
-def test_frozen_masks_are_frozen(name: str) -> None:
-    model, x = built(name), inputs(VARIANTS[name])
+def test_frozen_masks_are_frozen(name: str, device: torch.device) -> None:
+    model, x = built(name, device), inputs(VARIANTS[name], device)
     with torchdrop.frozen_masks(model, seed=2) if name != "masksembles" else torch.no_grad():
         assert torch.equal(model(x), model(x))
 
 
 @every
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointing_has_the_masks_of_forward(name: str, use_reentrant: bool) -> None:
-    model, x = built(name), inputs(VARIANTS[name])
+def test_checkpointing_has_the_masks_of_forward(name: str, device: torch.device, use_reentrant: bool) -> None:
+    model, x = built(name, device), inputs(VARIANTS[name], device)
     direct = gradients(model, seeded(model, x))
     if use_reentrant and not x.is_floating_point():
         pytest.skip("reentrant checkpoints need an input with a gradient")
@@ -127,8 +129,8 @@ def test_checkpointing_has_the_masks_of_forward(name: str, use_reentrant: bool) 
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name != "masksembles"])
-def test_monte_carlo_fires_and_replays(name: str) -> None:
-    model, x = built(name).eval(), inputs(VARIANTS[name])
+def test_monte_carlo_fires_and_replays(name: str, device: torch.device) -> None:
+    model, x = built(name, device).eval(), inputs(VARIANTS[name], device)
     plain = model(x)
     with torchdrop.mc_dropout(model, seed=1, batch_dim=None if name == "graph" else 0) as report:
         outputs = [model(x) for _ in range(5)]
@@ -140,9 +142,21 @@ def test_monte_carlo_fires_and_replays(name: str) -> None:
     assert torch.equal(model(x), plain)
 
 
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "masksembles"])
+def test_monte_carlo_masks_depend_on_neither_device_nor_backend(name: str, device: torch.device) -> None:
+    def output(where: torch.device) -> Tensor:
+        model = built(name, where).eval()
+        with torchdrop.mc_dropout(model, seed=1, batch_dim=None if name == "graph" else 0):
+            return model(inputs(VARIANTS[name], where)).cpu()
+
+    with torchdrop.use_backend("reference"):
+        expected = output(torch.device("cpu"))
+    assert torch.allclose(output(device), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.own_rows])
-def test_monte_carlo_masks_follow_the_row_and_not_the_batch(name: str) -> None:
-    model, x = built(name).eval(), inputs(VARIANTS[name])
+def test_monte_carlo_masks_follow_the_row_and_not_the_batch(name: str, device: torch.device) -> None:
+    model, x = built(name, device).eval(), inputs(VARIANTS[name], device)
     with torchdrop.mc_dropout(model, seed=1) as report:
         outputs = [model(x) for _ in range(3)]
     assert report.replayable, report
@@ -152,10 +166,10 @@ def test_monte_carlo_masks_follow_the_row_and_not_the_batch(name: str) -> None:
 
 
 @every
-def test_predictions_do_not_depend_on_the_strategy(name: str) -> None:
+def test_predictions_do_not_depend_on_the_strategy(name: str, device: torch.device) -> None:
     if name in ("graph", "masksembles", "patch"):
         pytest.skip("rows that are one whole, no draws, or outputs without a fixed meaning")
-    model, x = built(name).eval(), inputs(VARIANTS[name])
+    model, x = built(name, device).eval(), inputs(VARIANTS[name], device)
     means = [
         torchdrop.mc_predict(model, x, samples=6, seed=1, task="regression", strategy=strategy).mean
         for strategy in ("loop", "auto")
@@ -165,8 +179,8 @@ def test_predictions_do_not_depend_on_the_strategy(name: str) -> None:
 
 @every
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_types_stay_finite_and_alive(name: str, dtype: torch.dtype) -> None:
-    model, x = built(name).to(dtype), inputs(VARIANTS[name])
+def test_half_types_stay_finite_and_alive(name: str, device: torch.device, dtype: torch.dtype) -> None:
+    model, x = built(name, device).to(dtype), inputs(VARIANTS[name], device)
     x = x.to(dtype) if x.is_floating_point() else x
     y = model(x)
     assert y.dtype == dtype
@@ -176,21 +190,21 @@ def test_half_types_stay_finite_and_alive(name: str, dtype: torch.dtype) -> None
 
 
 @every
-def test_copies_and_states(name: str) -> None:
-    model, x = built(name), inputs(VARIANTS[name])
+def test_copies_and_states(name: str, device: torch.device) -> None:
+    model, x = built(name, device), inputs(VARIANTS[name], device)
     twin = copy.deepcopy(model)
     assert torch.equal(seeded(model, x), seeded(twin, x))
-    other = VARIANTS[name].make()
+    other = VARIANTS[name].make().to(device)
     other.load_state_dict(model.state_dict())
     assert torch.equal(other.eval()(x), model.eval()(x))
 
 
 @every
 @pytest.mark.parametrize("randomness", ["same", "different"])
-def test_vmaps_randomness_modes(name: str, randomness: str) -> None:
+def test_vmaps_randomness_modes(name: str, device: torch.device, randomness: str) -> None:
     if not VARIANTS[name].vmap:
         pytest.skip("its shapes or its control flow follow from what is drawn")
-    model, x = built(name), inputs(VARIANTS[name])
+    model, x = built(name, device), inputs(VARIANTS[name], device)
     out = vmap(lambda _: model(x), randomness=randomness)(torch.zeros(6))
     assert out.shape[0] == 6
     if name != "masksembles":
@@ -198,21 +212,21 @@ def test_vmaps_randomness_modes(name: str, randomness: str) -> None:
 
 
 @every
-def test_an_empty_batch(name: str) -> None:
+def test_an_empty_batch(name: str, device: torch.device) -> None:
     if name == "graph":
         pytest.skip("its edges name nodes")
     if name == "weight_lstm":
         pytest.skip("nn.LSTM refuses it")
-    model, x = built(name), inputs(VARIANTS[name])
+    model, x = built(name, device), inputs(VARIANTS[name], device)
     assert model(x[:0]).shape[0] == 0
 
 
 @every
-def test_audit_is_quiet(name: str) -> None:
+def test_audit_is_quiet(name: str, device: torch.device) -> None:
     if name == "graph":
         pytest.skip("it is for models of rows")
-    model = nn.Sequential(*built(name), nn.Tanh())
-    found = torchdrop.audit(model, inputs(VARIANTS[name]))
+    model = nn.Sequential(*built(name, device), nn.Tanh())
+    found = torchdrop.audit(model, inputs(VARIANTS[name], device))
     noise = {"realised rate", "active in eval mode", "ignores training", "never called", "rate captured elsewhere"}
     assert [finding for finding in found.findings if finding.code in noise] == []
 
@@ -220,10 +234,10 @@ def test_audit_is_quiet(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")
 @pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.compiles])
-def test_compiled_in_one_piece_with_the_masks_of_eager_and_once_for_all_rates(name: str) -> None:
+def test_compiled_in_one_piece_with_the_masks_of_eager_and_once_for_all_rates(name: str, device: torch.device) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    model, x = built(name), inputs(VARIANTS[name])
+    model, x = built(name, device), inputs(VARIANTS[name], device)
     counter = CompileCounterWithBackend("aot_eager")
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend=counter)

@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import cuda_summary
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -36,6 +40,7 @@ def test_examples_run() -> None:
         ("search", "search-cpu.json", "bench_search.py"),
         ("mnist", "mnist.json", "mnist.py"),
         ("variants", "variants-cpu.json", "bench_variants.py"),
+        ("fused", "fused-cpu.json", "bench_fused.py"),
         ("compact", "compact.json", "compact.py"),
         ("concrete", "concrete.json", "concrete.py"),
         ("sparsity", "sparsity.json", "sparsity.py"),
@@ -63,3 +68,8 @@ def test_the_test_command_is_what_ci_runs() -> None:
     (command,) = re.findall(r"<!-- tests -->\n```bash\n(.*)\n```", README)
     for part in ("torch==2.13.0", "-e '.[test]'", "ruff check", "mypy", "pytest"):
         assert part in command
+
+
+def test_the_cuda_table_is_the_committed_run_or_says_why_there_is_none() -> None:
+    shown = README.partition(cuda_summary.MARKERS[0])[2].partition(cuda_summary.MARKERS[1])[0]
+    assert shown.strip() == cuda_summary.committed(ROOT / "benchmarks" / "results" / "cuda.json")

@@ -34,13 +34,15 @@ def draw_key(device: torch.device, generator: torch.Generator | None = None) -> 
     Raises:
         ValueError: the generator belongs to another device.
         TypeError: it is no torch.Generator.
+        RuntimeError: it is compiled under a budget of memory, whose backward would draw another key.
     """
     if generator is not None:
         return _from_generator(device, generator)
     if _is_compiling():
+        call = _call_number()
         if _transformed():  # the form for which vmap has its randomness modes
             return torch.randint(2**63 - 1, (2,), device=device)
-        return torch.ops.torchdrop.draw_key(_call_number(), device=device)
+        return torch.ops.torchdrop.draw_key(call, device=device)
     return _from_default(device)
 
 
@@ -112,6 +114,18 @@ _numbers = itertools.count()
 
 @torch.compiler.assume_constant_result
 def _call_number() -> int:
+    """The number of a call, found while it is compiled.
+
+    Raises:
+        RuntimeError: what forward draws would be drawn anew in backward.
+    """
+    budget = torch._functorch.config.activation_memory_budget
+    if budget < 1.0 and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"torch._functorch.config.activation_memory_budget is {budget}: below 1 the compiler draws random numbers "
+            "anew for backward (PyTorch issue 190717), so gradients would have other masks than the forward pass. "
+            "Set it to 1 and recompute with torch.utils.checkpoint, under which masks are repeated"
+        )
     return next(_numbers)
 
 

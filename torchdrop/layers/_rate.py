@@ -141,7 +141,8 @@ def law_for(keep_prob: Rate, formula: Formula, shape: Sequence[int]) -> Law | Te
     """
     if not isinstance(keep_prob, Tensor):
         if _is_compiling():
-            return law_tensor(torch.full((), keep_prob, dtype=torch.float64), formula)
+            # A product is what the compiler makes code of for any number; a number given to torch.full is a constant.
+            return law_tensor(torch.ones((), dtype=torch.float64) * keep_prob, formula)
         return law(keep_prob, formula)
     if keep_prob.dim() == 0:
         if keep_prob.is_cpu and not (_is_compiling() or _transformed()) and type(keep_prob) is Tensor:
