@@ -304,7 +304,7 @@ def test_the_grid_of_normals_has_mean_zero_and_variance_one() -> None:
 
 def test_backends_are_listed_with_their_reasons() -> None:
     listed = torchdrop.available_backends()
-    assert list(listed) == ["native", "aten", "reference"]
+    assert list(listed) == ["native", "triton", "aten", "reference"]
     assert listed["reference"] == []
     assert torchdrop.available_backends("cuda")["native"][-1] == "it works on CPU tensors, not on cuda"
     assert torchdrop.available_backends(dtype=torch.int32)["aten"][0].startswith("it takes torch.float16")
@@ -332,7 +332,7 @@ def test_a_forced_backend_that_cannot_serve_says_why_and_changes_nothing() -> No
     assert str(error.value) == "the native backend cannot serve this: it works on CPU tensors, not on meta"
     assert torch.equal(torch.get_rng_state(), state)
     with (
-        pytest.raises(ValueError, match="backend must be one of 'native', 'aten', 'reference', got 'cuda'"),
+        pytest.raises(ValueError, match="backend must be one of 'native', 'triton', 'aten', 'reference', got 'cuda'"),
         torchdrop.use_backend("cuda"),
     ):
         pass

@@ -20,11 +20,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import aten, native, reference
+from . import aten, native, reference, triton
 from .law import ONE, Law
 from .masking import COMPUTE_DTYPE, WHOLE, Part, apply_mask, apply_normal, trailing
 
-BACKENDS: tuple[ModuleType, ...] = (native, aten, reference)
+BACKENDS: tuple[ModuleType, ...] = (native, triton, aten, reference)
 """In the order in which they are tried."""
 
 _forced: ModuleType | None = None
@@ -52,7 +52,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Within the context, for all threads, this backend serves every mask or raises with its reasons.
 
     Args:
-        name: "native", "aten" or "reference". See `available_backends`.
+        name: "native", "triton", "aten" or "reference". See `available_backends`.
 
     Raises:
         ValueError: no backend has this name.
@@ -68,8 +68,7 @@ def use_backend(name: str) -> Iterator[None]:
     """
     global _forced
     backend = _named(name)
-    if backend is native and native.library is None:
-        _refuse(backend, torch.device("cpu"), torch.float32)
+    _refuse_absent(backend)
     before, _forced = _forced, backend
     try:
         yield
@@ -77,10 +76,17 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def _refuse(backend: ModuleType, device: torch.device, dtype: torch.dtype) -> None:
-    reasons = backend.unsupported_reasons(device, dtype)
+def _refuse(backend: ModuleType, reasons: Sequence[str]) -> None:
     if reasons:
         raise RuntimeError(f"the {backend.NAME} backend cannot serve this: {'; '.join(reasons)}")
+
+
+def _refuse_absent(backend: ModuleType) -> None:
+    """Refuses a backend that can serve no device, for the reasons that hold on all of them."""
+    reasons = backend.unsupported_reasons(torch.device("cpu"), torch.float32)
+    if reasons:
+        elsewhere = backend.unsupported_reasons(torch.device("cuda"), torch.float32)
+        _refuse(backend, [reason for reason in reasons if reason in elsewhere])
 
 
 def backend_for(device: torch.device, dtype: torch.dtype = torch.float32) -> ModuleType:
@@ -90,12 +96,15 @@ def backend_for(device: torch.device, dtype: torch.dtype = torch.float32) -> Mod
         RuntimeError: the forced backend cannot serve them, or none can; with the reasons.
     """
     if _forced is not None:
-        _refuse(_forced, device, dtype)
+        _refuse(_forced, _forced.unsupported_reasons(device, dtype))
         return _forced
     if device.type == "cpu" and dtype in native.KINDS and native.library is not None:
         return native
+    if device.type == "cuda" and (device.index, dtype) in triton.served:
+        return triton
     for backend in BACKENDS:
-        if not backend.unsupported_reasons(device, dtype):
+        interpreted = backend is triton and device.type == "cpu"  # for tests, which force it
+        if not interpreted and not backend.unsupported_reasons(device, dtype):
             return backend
     why = "; ".join(f"{b.NAME}: {', '.join(b.unsupported_reasons(device, dtype))}" for b in BACKENDS)
     raise RuntimeError(f"no backend serves {dtype} on {device}: {why}")

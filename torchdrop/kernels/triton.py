@@ -1,0 +1,329 @@
+"""Triton kernels for CUDA: the masks of the reference, bit for bit, in one pass over memory.
+
+Keys are read in the kernels, from the device's memory, and a `Law` goes in by value: a launch copies nothing and waits
+for nothing, so it can be captured in a CUDA graph. Triton itself is imported when a tensor is there that it can serve.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from . import native, reference
+from .law import ONE, Law
+from .masking import COMPUTE_DTYPE, WHOLE, Part, apply_mask, trailing
+
+NAME = "triton"
+
+_WARPS, _VECTORS = 4, 256
+"""A program's warps, and the vectors of 16 bytes that it serves: two for a thread."""
+
+_BRIEF = 32
+"""The vectors of a program of one warp, for rows that are no longer than that."""
+
+_INTERPRETED = 4096
+"""The vectors of a program in the interpreter, which takes as long for many as for few."""
+
+_TILES = ((16, 128), (64, 32), (256, 8))
+"""Neighbours of a group, and groups, that a program serves where they share draws."""
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    from . import triton_kernels
+
+    return triton_kernels
+
+
+@functools.cache
+def _interpreted() -> bool:
+    """Whether Triton's interpreter is on, for which triton is not imported where nothing asks for it."""
+    return "TRITON_INTERPRET" in os.environ and _kernels().INTERPRETED
+
+
+@functools.cache
+def _failure(index: int, dtype: torch.dtype) -> str:
+    """Why kernels cannot be compiled and launched on this CUDA device, found by trying one; "" if they can."""
+    device = torch.device("cuda", index)
+    try:
+        with _disable_current_modes(), torch.inference_mode(False):
+            x, key = torch.ones(64, dtype=dtype, device=device), torch.zeros(2, dtype=torch.int64, device=device)
+            half = Law(ONE // 2, 2.0)
+            expected = reference.masked(x, key, half, x.shape)
+            if not all(torch.equal(masked(x, key, half, x.shape), expected) for _ in range(2)):
+                raise RuntimeError("masks are not those of the reference")
+    except Exception as error:  # compilers, drivers and libraries fail in ways of their own
+        why = f"{type(error).__name__}: {error}"
+        warnings.warn(
+            f"torchdrop's Triton kernels do not take {dtype} on {device}: masks for it come from another backend "
+            f"there, and may be others than those of the same seed elsewhere ({why})",
+            UserWarning,
+            stacklevel=2,
+        )
+        return why
+    return ""
+
+
+served: set[tuple[int | None, torch.dtype]] = set()
+"""The CUDA devices and element types for which a kernel has run."""
+
+
+def unsupported_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
+    if device.type == "cuda" and (device.index, dtype) in served:
+        return []
+    reasons = [] if dtype in COMPUTE_DTYPE else [f"it takes {', '.join(map(str, COMPUTE_DTYPE))}, not {dtype}"]
+    if not _installed():
+        reasons.append("the package triton is not installed: it comes with PyTorch's CUDA builds for Linux")
+    elif device.type == "cuda":
+        why = "" if reasons else _why_not(device, dtype)
+        if why:
+            reasons.append(why)
+    elif device.type != "cpu" or not _interpreted():
+        reasons.append(
+            f"it works on CUDA tensors, not on {device.type}; for tests, Triton's interpreter takes CPU tensors: set "
+            "TRITON_INTERPRET=1 in the environment before Python starts"
+        )
+    return reasons
+
+
+def _why_not(device: torch.device, dtype: torch.dtype) -> str:
+    if not torch.cuda.is_available():
+        return "PyTorch finds no CUDA device"
+    if torch.cuda.is_current_stream_capturing():
+        return ""  # no time for a trial
+    index = torch.cuda.current_device() if device.index is None else device.index
+    why = _failure(index, dtype)
+    if why:
+        return f"its kernels do not work on this machine: {why}"
+    served.add((index, dtype))
+    return ""
+
+
+def _numbers(law: Law | Tensor) -> tuple[Tensor | None, tuple[int, int, float, float, float], bool]:
+    """A law as a kernel takes it: where it is read from; or its threshold in two halves, scale, shift and fill.
+
+    The upper half has 16 bits, so the lower one of 2**32 has 17. And whether something may be added to what is kept, or
+    put in the place of what is not.
+    """
+    if isinstance(law, Tensor):
+        if law.numel() != 4 or not law.is_cpu:
+            return law.contiguous(), (0, 0, 0.0, 0.0, 0.0), True
+        threshold, scale, shift, fill = law.reshape(4).tolist()
+        law = Law(int(min(max(threshold, 0.0), ONE)), scale, shift, fill)
+    high = min(law.threshold >> 16, 0xFFFF)
+    shift, fill = law.shift, law.fill
+    return None, (high, law.threshold - (high << 16), law.scale, shift, fill), bool(shift or fill)
+
+
+@functools.cache
+def _vectors() -> int:
+    return _INTERPRETED if _kernels().INTERPRETED else _VECTORS
+
+
+def _lanes(out: Tensor) -> int:
+    """The elements of a vector. A Philox block decides eight."""
+    return min(16 // out.element_size(), 8)
+
+
+_compiled: dict[Any, Any] = {}
+"""Kernels by all that they are compiled for. Triton's own search takes longer than all else that a launch does."""
+
+
+def _launch(
+    name: str,
+    programs: int,
+    tensors: tuple[Tensor | None, ...],
+    values: tuple[int | float, ...],
+    constants: tuple[Any, ...],
+    warps: int = _WARPS,
+) -> None:
+    """Runs a kernel. `tensors` are of one element type, but for the key and the law that are among them."""
+    out = cast(Tensor, tensors[0])
+    device = out.device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            _launch(name, programs, tensors, values, constants, warps)
+        return
+    places = tuple([None if tensor is None else tensor.data_ptr() % 16 for tensor in tensors])
+    variant = (name, device.index, out.dtype, places, constants, warps)
+    compiled = _compiled.get(variant)
+    if compiled is not None:
+        compiled[(programs, 1, 1)](*tensors, *values, *constants)
+        return
+    # Multiplication and addition stay apart: fused, they would round otherwise than the reference does.
+    kernel = getattr(_kernels(), name)[(programs,)]
+    compiled = kernel(*tensors, *values, *constants, num_warps=warps, enable_fp_fusion=False)
+    if compiled is not None:  # the interpreter compiles nothing
+        _compiled[variant] = compiled
+
+
+def _rows(
+    makes: str, out: Tensor, x: Tensor | None, key: Tensor, law: Law | Tensor, shape: Sequence[int], part: Part
+) -> None:
+    """Contiguous elements of a mask of shape ``key.shape[:-1] + shape``, in rows that share a key and a law."""
+    keys, dims, full = key.dim() - 1, native._law_dims(law), (*key.shape[:-1], *shape)
+    split = max(keys, dims)
+    if split == keys:
+        rows_per_key, length, pitch = part.rows(math.prod(shape))
+    else:
+        rows_per_key, length = math.prod(full[keys:split]), math.prod(full[split:])
+        pitch = length
+    rows = math.prod(full[:keys]) * rows_per_key
+    if rows * length == 0:
+        return
+    law_of = "all"
+    if dims:
+        law_of = "key" if split == keys else "row"
+        law = law[(slice(None),) * split + (0,) * (len(full) - split)].expand(*full[:split], 4)  # type: ignore[index]
+        law = law.to(out.device).contiguous()
+    lanes = _lanes(out)
+    aligned = part.start % lanes == 0 and (
+        rows == 1 or (length % lanes == 0 and (rows_per_key == 1 or pitch % lanes == 0))
+    )
+    skip = 0 if aligned else part.start % lanes if rows == 1 else lanes - 1
+    brief = skip + length <= _BRIEF * lanes and rows > 1
+    vectors = _BRIEF if brief else _vectors()
+    chunks = -(-(skip + length) // (vectors * lanes))
+    laws, values, affine = _numbers(law)
+    _launch(
+        "rows", rows * chunks, (out, x, key.contiguous(), laws),
+        (*values, part.start, length, pitch, rows_per_key, chunks),
+        (makes, affine, law_of, rows == 1, aligned, vectors, lanes),
+        1 if brief else _WARPS,
+    )  # fmt: skip
+
+
+def _row(out: Tensor, x: Tensor, key: Tensor, law: Law) -> None:
+    """What `_rows` does for a whole tensor under one key and law, in less time."""
+    n, lanes, vectors = x.numel(), _lanes(out), _vectors()
+    if n:
+        _, values, affine = _numbers(law)
+        programs = -(-n // (vectors * lanes))
+        constants = ("product", affine, "all", True, True, vectors, lanes)
+        _launch("rows", programs, (out, x, key.contiguous(), None), (*values, 0, n, n, 1, programs), constants)
+
+
+_NO_LAW = Law(0, 0.0)
+
+
+def draws(shape: Sequence[int], key: Tensor, part: Part = WHOLE) -> Tensor:
+    out = torch.empty((*key.shape[:-1], *shape), dtype=torch.int64, device=key.device)
+    _rows("draws", out, None, key, _NO_LAW, shape, part)
+    return out
+
+
+standard_normal = reference.standard_normal
+
+
+def keep_mask(shape: Sequence[int], key: Tensor, law: Law | Tensor, part: Part = WHOLE) -> Tensor:
+    if not native._in_rows(law, key, shape, part):
+        return draws(shape, key, part) < trailing(law, key.device)[0]
+    out = torch.empty((*key.shape[:-1], *shape), dtype=torch.bool, device=key.device)
+    _rows("mask", out, None, key, law, shape, part)
+    return out
+
+
+def masked(
+    x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int], part: Part = WHOLE, out: Tensor | None = None
+) -> Tensor:
+    if out is None:
+        out = torch.empty_like(x)
+    contiguous = x.is_contiguous() and out.is_contiguous()
+    if contiguous and part == WHOLE and type(law) is Law and key.dim() == 1 and tuple(shape) == x.shape:
+        _row(out, x, key, law)
+        return out
+    in_rows = (*key.shape[:-1], *shape) == x.shape and native._in_rows(law, key, shape, part)
+    width = 0 if in_rows or part.run else _width(x, key, law, shape)
+    if not (in_rows or width):
+        return apply_mask(x, keep_mask(shape, key, law, part), law, out)
+    if not contiguous:
+        return out.copy_(masked(x.contiguous(), key, law, shape, part))
+    if in_rows:
+        _rows("product", out, x, key, law, shape, part)
+    else:
+        _groups(out, x, key, law, part.start, width)
+    return out
+
+
+def _width(x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int]) -> int:
+    """How many neighbours of x, once contiguous, share a draw under one law; 0 where the mask has another form."""
+    keys, split = key.dim() - 1, len(shape)
+    if native._law_dims(law) or x.numel() == 0:
+        return 0
+    while split and shape[split - 1] == 1:
+        split -= 1
+    full = (*key.shape[:-1], *shape[:split])
+    return math.prod(x.shape[keys + split :]) if full == x.shape[: keys + split] else 0
+
+
+def _groups(out: Tensor, x: Tensor, key: Tensor, law: Law | Tensor, start: int, width: int) -> None:
+    keys = math.prod(key.shape[:-1])
+    count = x.numel() // (keys * width)
+    tile_width, tile_groups = next((tile for tile in _TILES if width <= tile[0]), _TILES[-1])
+    tiles, chunks = -(-(start % 8 + count) // tile_groups), -(-width // tile_width)
+    laws, values, affine = _numbers(law)
+    _launch(
+        "groups", keys * tiles * chunks, (out, x, key.contiguous(), laws),
+        (*values, start, count, width, tiles, chunks), (affine, width % 8 == 0, tile_groups, tile_width),
+    )  # fmt: skip
+
+
+def dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor, key: Tensor, law: Law | Tensor) -> Tensor | None:
+    if not (x.is_contiguous() and residual.is_contiguous() and (bias is None or bias.is_contiguous())):
+        return None
+    width = 0 if bias is None else bias.numel()
+    if width >= 2**30:
+        return None
+    out, lanes, vectors = torch.empty_like(x), _lanes(x), _vectors()
+    if x.numel():
+        laws, values, affine = _numbers(law)
+        _launch(
+            "add", -(-x.numel() // (vectors * lanes)), (out, x, bias, residual, key.contiguous(), laws),
+            (*values, x.numel(), width), (affine, width % lanes == 0, vectors, lanes),
+        )  # fmt: skip
+    return out
+
+
+def activation_dropout(x: Tensor, key: Tensor, law: Law | Tensor, activation: str) -> Tensor | None:
+    return _activation(x, None, key, law, activation) if x.is_contiguous() else None
+
+
+def _activation(x: Tensor, grad: Tensor | None, key: Tensor, law: Law | Tensor, activation: str) -> Tensor:
+    out, lanes, vectors = torch.empty_like(x), _lanes(x), _vectors()
+    if x.numel():
+        laws, values, affine = _numbers(law)
+        _launch(
+            "activation", -(-x.numel() // (vectors * lanes)), (out, x, grad, key.contiguous(), laws),
+            (*values, x.numel()), (affine, activation, vectors, lanes),
+        )  # fmt: skip
+    return out
+
+
+def activation_dropout_backward(
+    grad: Tensor, kept: Tensor, key: Tensor, law: Law | Tensor, activation: str
+) -> Tensor | None:
+    if not (grad.is_contiguous() and kept.is_contiguous()):
+        return None
+    if activation != "relu":
+        return _activation(kept, grad, key, law, activation)
+    out, elements = torch.empty_like(grad), _vectors() * _lanes(grad)
+    if grad.numel():
+        laws, values, _ = _numbers(law)
+        programs = -(-grad.numel() // elements)
+        _launch("relu_backward", programs, (out, grad, kept, laws), (values[2], values[4], grad.numel()), (elements,))
+    return out
