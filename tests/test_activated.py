@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -108,6 +109,27 @@ def test_a_key_is_drawn_at_every_rate_but_not_from_the_default_where_one_is_give
 
 
 @every_form
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("default", [None, "cpu"])
+def test_one_tensor_is_kept_for_backward_with_a_default_device_too(form: str, p: float, default: str | None) -> None:
+    function, x, saved = FORMS[form][0], torch.randn(6, 8, dtype=torch.bfloat16, requires_grad=True), []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append((tensor.dtype, tensor.data_ptr()))
+        return tensor
+
+    expected = seeded(1, function, x, p)
+    with torch.device(default) if default else contextlib.nullcontext():
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            y = seeded(1, function, x, p)
+        assert torch._C._len_torch_function_stack() == (default is not None)
+    assert saved == [(torch.bfloat16, y.data_ptr() if form == "relu" else x.data_ptr())]
+    assert torch.equal(y, expected)
+    for ours, theirs in zip(*(torch.autograd.grad(out, x, torch.ones_like(x)) for out in (y, expected)), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@every_form
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing_finds_its_mask_again(form: str, use_reentrant: bool) -> None:
     layer, x = FORMS[form][1](0.5), torch.randn(200, requires_grad=True)
@@ -178,6 +200,8 @@ def test_vmap_has_its_randomness_modes(form: str) -> None:
         (lambda: TF.relu_dropout(3.0), TypeError, "must be Tensor, not float"),
         (lambda: TF.relu_dropout(torch.ones(3), 2.0), ValueError, "has to be between 0 and 1, but got 2.0"),
         (lambda: TF.gelu_dropout(torch.ones(3), approximate="erf"), ValueError, "must be 'none' or 'tanh', got 'erf'"),
+        (lambda: TF.relu_dropout(torch.eye(3).to_mkldnn()), TypeError, "takes strided tensors, got the layout"),
+        (lambda: TF.gelu_dropout(torch.ones(3), approximate=["tanh"]), ValueError, r"'none' or 'tanh', got \['tanh'\]"),
         (lambda: torchdrop.GELUDropout(approximate=True), ValueError, "must be 'none' or 'tanh', got True"),
         (lambda: torchdrop.ReLUDropout(keep_prob=float("nan")), ValueError, r"keep_prob must be in \[0, 1\], got nan"),
         (lambda: torchdrop.ReLUDropout(0.5, keep_prob=0.5), TypeError, "not both"),

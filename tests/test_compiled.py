@@ -264,6 +264,57 @@ def test_a_budget_of_memory_is_refused_where_gradients_would_have_other_masks(de
         assert torch.equal(torch.compile(nn.Sequential(torchdrop.Dropout()).eval())(x), x)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "instead"),
+    [("aggressive_recomputation", True, False), ("ban_recompute_not_in_allowlist", False, True)],
+)
+def test_other_settings_that_recompute_masks_are_refused(name: str, value: bool, instead: bool) -> None:
+    model, x = Squared(), torch.ones(16, 9, 11, requires_grad=True)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    message = rf"torch\._functorch\.config\.{name} is {value}: .* other masks .* Set it to {instead} and recompute"
+    with torch._functorch.config.patch({name: value}), pytest.raises(RuntimeError, match=message):
+        compiled(x)
+
+
+def test_a_region_with_a_budget_is_refused() -> None:
+    model, x = Squared(), torch.ones(16, 9, 11, requires_grad=True)
+    region = torch.autograd.graph.region_activation_memory_budget
+
+    def half(x: Tensor) -> Tensor:
+        with region(0.5):
+            return model(x)
+
+    def whole(x: Tensor) -> Tensor:
+        with region(1.0):
+            return model(x)
+
+    with pytest.raises(RuntimeError, match=r"region_activation_memory_budget is 0\.5: below 1 .* Set it to 1 and"):
+        torch.compile(half, fullgraph=True, backend="aot_eager")(x)
+    y = torch.compile(whole, fullgraph=True, backend="aot_eager")(x)
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], 2 * y)
+
+
+@compilers
+def test_a_region_that_is_compiled_once_draws_anew_in_each_call(compiler: str) -> None:
+    layer, x = torchdrop.Dropout(0.5), torch.ones(16, 9, 11, requires_grad=True)
+
+    def model(x: Tensor) -> Tensor:
+        h = layer(x)
+        return TF.dropout(h * h)
+
+    region = torch.compiler.nested_compile_region(model)
+
+    def run(x: Tensor, region: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        return region(x), region(x)
+
+    torch.manual_seed(1)
+    y, z = torch.compile(run, fullgraph=True, backend=compiler)(x, region)
+    torch.manual_seed(1)
+    assert all(torch.equal(a, b) for a, b in zip((y, z), run(x, model), strict=True))
+    assert not torch.equal(y, z)
+    assert torch.equal(torch.autograd.grad(y.sum() + z.sum(), x)[0], 2 * (y + z))
+
+
 def test_captured_graphs_draw_new_masks(device: torch.device) -> None:
     """On CUDA, calls after the first ones replay a graph."""
     model, x = Squared(), torch.ones(16, 9, 11, device=device, requires_grad=True)

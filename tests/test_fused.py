@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -221,6 +222,30 @@ def test_opcheck_of_the_addition(biased: bool) -> None:
     torch.library.opcheck(torch.ops.torchdrop.dropout_add.default, (x, bias, residual, KEY, law(0.6).tensor()))
 
 
+def layouts(shape: tuple[int, int, int, int]) -> list[Tensor]:
+    """Tensors of one shape, contiguous and not."""
+    return [
+        torch.randn(shape),
+        torch.randn(shape).contiguous(memory_format=torch.channels_last),
+        torch.randn(shape[::-1]).permute(3, 2, 1, 0),
+        torch.randn(*shape[:-1], 1).expand(shape),
+        torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2],
+    ]
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 1, 4, 5), (1, 3, 1, 1)])
+def test_strides_are_those_that_compiled_code_is_told(shape: tuple[int, int, int, int]) -> None:
+    """It refuses others at run time: of a network in channels_last, the gradient that comes from ``flatten``."""
+    ops, drawn = torch.ops.torchdrop, HALF.tensor()
+    for x, other in itertools.product(layouts(shape), repeat=2):
+        promised = torch.empty_like(x).stride()
+        for bias in (None, torch.randn(shape[-1]), torch.randn(shape)):
+            assert ops.dropout_add(x, bias, other, KEY, drawn).stride() == promised
+        for name in ACTIVATIONS:
+            assert ops.activation_dropout(x, KEY, drawn, name).stride() == promised
+            assert ops.activation_dropout_backward(x, other, KEY, drawn, name).stride() == promised
+
+
 def kept_for_backward(f: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
     saved: list[Tensor] = []
 
@@ -314,7 +339,12 @@ def test_the_short_roads_give_what_the_general_ones_give(n: int, k: float, twice
             lambda: _short.short_add(x, bias, residual, law(k)),
             lambda: TF.bias_dropout_add(x, bias, residual, keep_prob=k),
         ),
-        (lambda: _short.short_relu(x, law(k)), lambda: TF.relu_dropout(x, keep_prob=k)),
+        (lambda: _short.short_activation(x, law(k), "relu"), lambda: TF.relu_dropout(x, keep_prob=k)),
+        (lambda: _short.short_activation(x, law(k), "gelu"), lambda: TF.gelu_dropout(x, keep_prob=k)),
+        (
+            lambda: _short.short_activation(x, law(k), "gelu_tanh"),
+            lambda: TF.gelu_dropout(x, keep_prob=k, approximate="tanh"),
+        ),
     ]
     for short, general in roads:
         found = []
@@ -337,7 +367,8 @@ def test_the_short_roads_are_not_taken_where_something_watches() -> None:
     roads = [
         lambda x: _short.short_add(x, None, x, half),
         lambda x: _short.short_add(x, bias, x, half),
-        lambda x: _short.short_relu(x, half),
+        lambda x: _short.short_activation(x, half, "relu"),
+        lambda x: _short.short_activation(x, half, "gelu"),
     ]
     for road in roads:
         assert (road(x) is None) == (native.library is None)

@@ -275,6 +275,60 @@ def test_compiled_functions_with_a_rate_as_tensor_and_in_place() -> None:
     written = torch.compile(lambda z: dropout(z, 0.5, True, True), fullgraph=True)(z)
     assert torch.equal(written, z)
     assert set(z.unique().tolist()) == {0.0, 2.0}
+    layer = torchdrop.Dropout(0.5, inplace=True)
+
+    def hidden(x: Tensor) -> Tensor:
+        return layer(torch.sin(x))
+
+    same_masks(torch.compile(hidden, fullgraph=True), hidden, 1, x)
+    with pytest.raises(RuntimeError, match="a view of a leaf Variable that requires grad is being used in an in-place"):
+        torch.compile(lambda x: layer(x.view(30, 100)))(x)
+
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "dropout": lambda x: dropout(x, 0.4),
+    "a rate for each feature": lambda x: dropout(x, keep_prob=torch.linspace(0.1, 0.9, 8)),
+    "shard": lambda x: dropout(x, 0.4, shard=torchdrop.Shard(-1, 3, 12)),
+    "alpha": lambda x: torchdrop.functional.alpha_dropout(x, 0.4),
+    "gaussian": lambda x: torchdrop.functional.gaussian_dropout(x, 0.4),
+    "relu": lambda x: torchdrop.functional.relu_dropout(x, 0.4),
+}
+TRANSFORMS: dict[str, Callable[..., Any]] = {
+    "grad": lambda f, x: torch.func.grad(lambda x: f(x).square().sum())(x),
+    "grad of grad": lambda f, x: torch.func.grad(
+        lambda x: torch.func.grad(lambda x: (f(x) ** 3).sum())(x).square().sum()
+    )(x),
+    "jvp": lambda f, x: torch.func.jvp(lambda x: f(x).square(), (x,), (torch.cos(x),))[1],
+    "vmap of grad": lambda f, x: torch.func.vmap(
+        torch.func.grad(lambda x: f(x).square().sum()), randomness="different"
+    )(x),
+    "grad of vmap": lambda f, x: torch.func.grad(
+        lambda x: torch.func.vmap(f, randomness="different")(x).square().sum()
+    )(x),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", TRANSFORMS)
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.skipif(native.library is None, reason="the aten backend, serving the CPU then, draws whole masks")
+def test_transforms_inside_compiled_code(name: str, how: str) -> None:
+    torch.compiler.reset()
+    x = torch.randn(5, 4, 8, requires_grad=True)
+
+    def f(x: Tensor) -> Tensor:
+        return TRANSFORMS[how](FUNCTIONS[name], x)
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    for seed in (1, 2):
+        same_masks(compiled, f, seed, x)
+
+
+@pytest.mark.slow
+def test_inductor_draws_what_eager_draws_under_a_derivative() -> None:
+    torch.compiler.reset()
+    f = torch.func.grad(lambda x: dropout(x, 0.4).square().sum())
+    same_masks(torch.compile(f, fullgraph=True), f, 1, torch.randn(5, 8, requires_grad=True))
 
 
 @pytest.mark.slow

@@ -198,6 +198,11 @@ def test_vmap_has_its_randomness_modes() -> None:
 X = torch.randn(4, 6)
 
 
+def under_autocast(f: Any, *args: Any) -> Any:
+    with torch.autocast("cpu", torch.bfloat16):
+        return f(*args)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -209,6 +214,21 @@ X = torch.randn(4, 6)
             r"dropout_add: residual must have the input's dtype torch.float32, got torch.float64: convert one of them",
         ),
         (lambda: TF.dropout_add(X, 1.0), TypeError, "residual must be a tensor, got float"),
+        (
+            lambda: TF.dropout_add(X, X.to_sparse()),
+            TypeError,
+            "dropout_add: residual must be a strided tensor, got the layout torch.sparse_coo",
+        ),
+        (lambda: TF.bias_dropout_add(X, X.to_mkldnn(), X), TypeError, "bias must be a strided tensor, got the layout"),
+        (lambda: TF.dropout_add(X.to_mkldnn(), X), TypeError, "dropout_add takes strided tensors, got the layout"),
+        *[
+            (
+                lambda dtype=dtype: under_autocast(TF.dropout_add, X, X.to(dtype)),
+                ValueError,
+                rf"residual must have the input's dtype torch.float32, got {dtype}: convert it with residual.to\(",
+            )
+            for dtype in (torch.complex64, torch.int64, torch.bool)
+        ],
         (lambda: TF.dropout_add([1.0], X), TypeError, "must be Tensor, not list"),
         (lambda: TF.dropout_add(X.int(), X.int()), RuntimeError, "result type Float can't be cast"),
         (

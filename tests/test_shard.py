@@ -66,6 +66,15 @@ def test_a_part_has_the_elements_of_the_block_and_is_refused_only_where_there_is
         assert indices(Part(expected[0]), n) != expected
 
 
+@pytest.mark.parametrize("run", [5, 7, 20, -3])
+def test_a_part_is_whole_rows(run: int) -> None:
+    message = f"^the run of a part must divide its number of elements, got a run of {run} and 12$"
+    key, law = torch.tensor([1, 2]), torch.tensor([2.0**31, 2.0, 0.0, 0.0], dtype=torch.float64)
+    for name in ("native", "reference"):
+        with torchdrop.use_backend(name), pytest.raises(ValueError, match=message):
+            torch.ops.torchdrop.masked(torch.ones(12), key, law, [12], [0, run, 30])
+
+
 @st.composite
 def cuts(draw: st.DrawFn, size: int) -> Bounds:
     """Where a dimension is cut, into up to four parts of which some may be empty."""
@@ -250,6 +259,15 @@ class TestRoads:
         assert torch.equal(torch.cat(parts, dim + 1), y)
         assert (len({tuple(row.flatten().tolist()) for row in y != 0}) == 1) == (randomness == "same")
 
+    def test_vmap_over_rates(self, device: torch.device) -> None:
+        x, k = torch.randn(5, 4, 8, device=device), torch.rand(5)
+
+        def each(x: Tensor, shard: Shard | None) -> Tensor:
+            f = vmap(lambda x, k: F.dropout(x, keep_prob=k, shard=shard), randomness="different")
+            return seeded(7, f, x, k)
+
+        assert torch.equal(each(of_last(x), LAST), of_last(each(x, None)))
+
     def test_meta_tensors(self) -> None:
         assert F.dropout(torch.ones(6, 3, device="meta"), shard=LAST).shape == (6, 3)
 
@@ -298,6 +316,13 @@ class TestValues:
             assert twin.shard == LAST
             assert repr(twin) == shown
         assert list(layer.state_dict()) == []
+
+    def test_a_layer_that_was_pickled_before_there_were_shards(self) -> None:
+        layer = torchdrop.Dropout(0.4)
+        del vars(layer)["shard"]
+        layer = pickle.loads(pickle.dumps(layer))
+        assert torch.equal(seeded(7, layer, torch.ones(6, 8)), drop(torch.ones(6, 8)))
+        assert repr(layer) == "Dropout(p=0.4, inplace=False)"
 
     @pytest.mark.parametrize("wrong", [1.0, "1", True, None, torch.tensor(1)])
     @pytest.mark.parametrize("name", ["dim", "offset", "size"])

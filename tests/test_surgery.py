@@ -225,6 +225,7 @@ class TestReplace:
             (Dropout(generator=torch.Generator()), "a generator"),
             (Dropout(shared_axes=0), "shared_axes"),
             (Dropout(noise_shape=(1, None)), "noise_shape"),
+            (Dropout(shard=torchdrop.Shard(0, 0, 4)), "a shard"),
             (torchdrop.Dropout2d(inverted=False), "inverted=False"),
         ],
     )

@@ -34,13 +34,13 @@ def draw_key(device: torch.device, generator: torch.Generator | None = None) -> 
     Raises:
         ValueError: the generator belongs to another device.
         TypeError: it is no torch.Generator.
-        RuntimeError: it is compiled under a budget of memory, whose backward would draw another key.
+        RuntimeError: it is compiled under settings with which backward would draw another key.
     """
     if generator is not None:
         return _from_generator(device, generator)
     if _is_compiling():
         call = _call_number()
-        if _transformed():  # the form for which vmap has its randomness modes
+        if _transformed() and _vmapped():  # the form for which vmap has its randomness modes
             return torch.randint(2**63 - 1, (2,), device=device)
         return torch.ops.torchdrop.draw_key(call, device=device)
     return _from_default(device)
@@ -62,6 +62,7 @@ def _drawn(device: torch.device, generator: torch.Generator | None) -> Tensor:
     return torch.empty((2,), dtype=torch.int64, device=device).random_(generator=generator)
 
 
+@torch.compiler.assume_constant_result
 def _vmapped() -> bool:
     stack = torch._C._functorch.get_interpreter_stack() or []
     return any(interpreter.key() == torch._C._functorch.TransformType.Vmap for interpreter in stack)
@@ -119,14 +120,34 @@ def _call_number() -> int:
     Raises:
         RuntimeError: what forward draws would be drawn anew in backward.
     """
-    budget = torch._functorch.config.activation_memory_budget
-    if budget < 1.0 and torch.is_grad_enabled():
-        raise RuntimeError(
-            f"torch._functorch.config.activation_memory_budget is {budget}: below 1 the compiler draws random numbers "
-            "anew for backward (PyTorch issue 190717), so gradients would have other masks than the forward pass. "
-            "Set it to 1 and recompute with torch.utils.checkpoint, under which masks are repeated"
-        )
+    if torch.is_grad_enabled():
+        _refuse_recomputation()
     return next(_numbers)
+
+
+def _refuse_recomputation() -> None:
+    """Refuses the settings under which the partitioner recomputes whatever it likes, our draws with it."""
+    config = torch._functorch.config
+    where, instead = "torch._functorch.config.activation_memory_budget", "Set it to 1"
+    budget = torch.fx.traceback.current_meta.get("custom", {}).get("_region_activation_memory_budget")
+    if budget is not None:
+        where = "the budget of torch.autograd.graph.region_activation_memory_budget"
+    else:
+        budget = config.activation_memory_budget
+    setting = f"{where} is {budget}: below 1"
+    if budget >= 1.0:
+        if config.aggressive_recomputation:
+            name, wanted = "aggressive_recomputation", False
+        elif not config.ban_recompute_not_in_allowlist:
+            name, wanted = "ban_recompute_not_in_allowlist", True
+        else:
+            return
+        setting, instead = f"torch._functorch.config.{name} is {not wanted}: with that", f"Set it to {wanted}"
+    raise RuntimeError(
+        f"{setting} the compiler draws random numbers anew for backward (PyTorch issue 190717), so gradients would "
+        f"have other masks than the forward pass. {instead} and recompute with torch.utils.checkpoint, under which "
+        "masks are repeated"
+    )
 
 
 @torch.library.impl("torchdrop::draw_key", "default")

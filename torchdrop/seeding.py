@@ -19,7 +19,8 @@ def seeded(seed: int, rank: int | None = None) -> Iterator[None]:
     neighbouring seeds and ranks have nothing in common; on leaving, also by an exception, they go on from where they
     were. All that draws from them is governed, torch.nn's layers and torchdrop's alike; a layer with a `generator` of
     its own follows that. Activation checkpointing finds its masks wherever backward runs, contexts nest, and compiled
-    code draws what eager code draws. As a decorator (``@torchdrop.seeded(7)``) it begins anew with every call.
+    code draws what eager code draws, save that a torch.func.vmap within it has draws of its own. As a decorator
+    (``@torchdrop.seeded(7)``) it begins anew with every call; not of generators and coroutines, which run after it.
 
     Without it masks follow each process's own generator, as those of torch.nn do: processes that have all called
     torch.manual_seed with one number draw the same masks as long as they draw alike, and processes that have not

@@ -179,6 +179,7 @@ def _counterpart(layer: nn.Module, name: str) -> nn.Module:
         "a generator": layer.generator is not None,
         "shared_axes": getattr(layer, "shared_axes", None) is not None,
         "noise_shape": getattr(layer, "noise_shape", None) is not None,
+        "a shard": getattr(layer, "shard", None) is not None,
         "inverted=False": not getattr(layer, "inverted", True),
     }
     reasons = [reason for reason, holds in special.items() if holds]

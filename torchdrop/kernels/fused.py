@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import kernels
-from . import native
+from . import native, triton
 from .law import Law, linear
 from .masking import COMPUTE_DTYPE, WHOLE
 from .operators import is_plain, masked
@@ -32,7 +32,7 @@ _transformed = torch._C._are_functorch_transforms_active
 Drop = Callable[[Tensor], Tensor]
 """What masks a tensor and scales it, or leaves it as it is."""
 
-FUSED = (native,)
+FUSED = (native, triton)
 """The backends with kernels for these operators."""
 
 
@@ -93,13 +93,19 @@ def _kernel(x: Tensor) -> Any:
     return backend if backend in FUSED else None
 
 
+def _laid_out_as(x: Tensor, out: Tensor) -> Tensor:
+    """`out` with the strides that compiled code was told, those of ``empty_like(x)``: its parts' may be the other's."""
+    promised = torch.empty_like(x, device="meta").stride()
+    return out if out.stride() == promised else torch.empty_like(x).copy_(out)
+
+
 def _add(x: Tensor, bias: Tensor | None, residual: Tensor, key: Tensor, law: Law | Tensor) -> Tensor:
     if x.numel() == 0:
         return torch.empty_like(x)
     backend = _kernel(x)
     by_column = bias is None or bias.shape == x.shape[-1:]
     out = backend.dropout_add(x, bias, residual, key, law) if backend is not None and by_column else None
-    return out if out is not None else composed_add(x, bias, residual, _fresh(key, law))
+    return out if out is not None else _laid_out_as(x, composed_add(x, bias, residual, _fresh(key, law)))
 
 
 def _activation(x: Tensor, key: Tensor, law: Law | Tensor, activation: str) -> Tensor:
@@ -107,7 +113,7 @@ def _activation(x: Tensor, key: Tensor, law: Law | Tensor, activation: str) -> T
         return torch.empty_like(x)
     backend = _kernel(x)
     out = backend.activation_dropout(x, key, law, activation) if backend is not None else None
-    return out if out is not None else composed_activation(x, activation, _written(key, law))
+    return out if out is not None else _laid_out_as(x, composed_activation(x, activation, _written(key, law)))
 
 
 def _activation_backward(grad: Tensor, kept: Tensor, key: Tensor, law: Law | Tensor, activation: str) -> Tensor:
@@ -115,7 +121,7 @@ def _activation_backward(grad: Tensor, kept: Tensor, key: Tensor, law: Law | Ten
         return torch.empty_like(grad)
     backend = _kernel(grad)
     out = backend.activation_dropout_backward(grad, kept, key, law, activation) if backend is not None else None
-    return out if out is not None else _composed_gradient(grad, kept, activation, _fresh(key, law))
+    return out if out is not None else _laid_out_as(grad, _composed_gradient(grad, kept, activation, _fresh(key, law)))
 
 
 # The registered operators: what compiled and exported code calls.

@@ -18,6 +18,9 @@ COMPUTE_DTYPE = {
 }
 """The element types that are served, and the one each is computed in: half types are rounded once, at the end."""
 
+SERVED = frozenset(COMPUTE_DTYPE)
+"""The element types alone. Compiled regions within compiled code cannot ask a dictionary what it contains."""
+
 
 class Part(NamedTuple):
     """Which elements of a larger mask: element e has the index ``start + (e // run) * pitch + e % run`` there.
@@ -30,8 +33,16 @@ class Part(NamedTuple):
     pitch: int = 0
 
     def rows(self, n: int) -> tuple[int, int, int]:
-        """How many rows n elements are, their length and their pitch."""
-        return (n // self.run, self.run, self.pitch) if self.run else (1, n, n)
+        """How many rows n elements are, their length and their pitch.
+
+        Raises:
+            ValueError: they are not whole rows.
+        """
+        if not self.run:
+            return 1, n, n
+        if self.run < 0 or n % self.run:
+            raise ValueError(f"the run of a part must divide its number of elements, got a run of {self.run} and {n}")
+        return n // self.run, self.run, self.pitch
 
 
 WHOLE = Part()

@@ -155,7 +155,10 @@ def _rows(
         law = law.cpu().contiguous()
         address, step = law.data_ptr(), 0
     else:
-        law = law.cpu()[(slice(None),) * split + (0,) * (len(full) - split)].expand(*full[:split], 4).contiguous()
+        law = law.cpu()[(slice(None),) * split + (0,) * (len(full) - split)].expand(*full[:split], 4)
+        if split == keys:  # a key's rows are under one law
+            law = law.unsqueeze(-2).expand(*full[:split], rows_per_key, 4)
+        law = law.contiguous()
         address, step = law.data_ptr(), 4
     library.masked(  # type: ignore[union-attr]
         kind, out.data_ptr(), None if x is None else x.data_ptr(), rows, length, max(rows_per_key, 1), part.start,

@@ -24,7 +24,7 @@ from torch.nn import Parameter
 
 from .. import kernels
 from .law import Law, linear
-from .masking import WHOLE, Part
+from .masking import COMPUTE_DTYPE, WHOLE, Part, apply_mask
 
 Runner = Callable[..., Tensor]
 Operator = Callable[..., Tensor]
@@ -86,7 +86,22 @@ def _batch(
     return x, key, law, shape, part
 
 
-def _define(name: str, run: Runner) -> Operator:
+Composed = Callable[[Callable[..., Tensor], Tensor, Tensor], Tensor]
+"""An operator in operations that have derivatives, from a function of tensors and laws that has none, x and the law."""
+
+
+def _mask_composed(drawn: Callable[..., Tensor], x: Tensor, law: Tensor) -> Tensor:
+    threshold = law[..., :1]
+    kept = drawn(torch.ones_like(x), torch.cat([threshold, torch.ones_like(threshold), law[..., 2:] * 0], -1)) != 0
+    return apply_mask(x, kept, law)
+
+
+def _normal_composed(drawn: Callable[..., Tensor], x: Tensor, law: Tensor) -> Tensor:
+    dtype = COMPUTE_DTYPE[x.dtype]
+    return (x.to(dtype) * drawn(torch.ones_like(x, dtype=dtype), law)).to(x.dtype)
+
+
+def _define(name: str, run: Runner, composed: Composed) -> Operator:
     qualified = f"torchdrop::{name}"
     torch.library.define(qualified, "(Tensor x, Tensor key, Tensor law, SymInt[] shape, SymInt[] part=[]) -> Tensor")
     registered = getattr(torch.ops.torchdrop, name).default
@@ -176,20 +191,24 @@ def _define(name: str, run: Runner) -> Operator:
             return written(x, key, law, shape, part) if inplace else run(x, key, law, shape, part)
         if isinstance(law, Law):
             law = law.tensor()
-        road = registered if _is_compiling() or not (_transformed() or forward_ad._current_level >= 0) else transformed
-        out = road(x, key, law, shape, part)
+        if not (_transformed() or (not _is_compiling() and forward_ad._current_level >= 0)):
+            out = registered(x, key, law, shape, part)
+        elif _is_compiling():  # neither Dynamo nor a registered derivative goes with torch.func's
+            out = composed(lambda ones, law: registered(ones, key, law, shape, part), x, law)
+        else:
+            out = transformed(x, key, law, shape, part)
         return x.copy_(out) if inplace else out
 
     return call
 
 
-masked = _define("masked", kernels.masked)
+masked = _define("masked", kernels.masked, _mask_composed)
 """``masked(x, key, law, shape, inplace=False, part=WHOLE)``: ``x * scale + shift`` where kept, `fill` elsewhere.
 
 Differentiable in x. A law given as a tensor gets no gradient.
 """
 
-gaussian = _define("gaussian", kernels.gaussian)
+gaussian = _define("gaussian", kernels.gaussian, _normal_composed)
 """``gaussian(x, key, law, shape, inplace=False, part=WHOLE)``: ``x * (1 + scale * z)`` with z standard normal.
 
 Differentiable in x."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import _pop_mode_temporarily
 
 from ..kernels import operators
 from ..kernels.fused import Drop
 from ..kernels.law import Law
 from ._rate import DEFAULT_P, Rated, apply, new_key, turned_on
-from ._shard import is_dtensor
+from ._shard import is_dtensor, watched
 
 _is_compiling = torch.compiler.is_compiling
 _function_modes = torch._C._len_torch_function_stack
@@ -20,6 +22,14 @@ _function_modes = torch._C._len_torch_function_stack
 
 def unchanged(x: Tensor) -> Tensor:
     return x
+
+
+@contextmanager
+def _without_modes() -> Iterator[None]:
+    with ExitStack() as stack:
+        while _function_modes():
+            stack.enter_context(_pop_mode_temporarily())
+        yield
 
 
 def dropped(
@@ -32,8 +42,11 @@ def dropped(
     """With a new key, from one kernel or from plain parts.
 
     Monte Carlo inference and its like put their own keys in place of those of `apply`, which also knows what to do with
-    a DTensor, so they get the parts.
+    a DTensor, so they get the parts. The mode of a default device has no say here: every device is named.
     """
+    if not _is_compiling() and _function_modes() and not watched():
+        with _without_modes():
+            return dropped(input, law, generator, fuse, compose)
     if (not _is_compiling() and _function_modes()) or (type(input) is not Tensor and is_dtensor(input)):
         return compose(lambda x: apply(operators.masked, x, law, x.shape, False, generator))
     key = new_key(input, law, generator)

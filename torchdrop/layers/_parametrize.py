@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from ..kernels.masking import COMPUTE_DTYPE
+from ..kernels.masking import COMPUTE_DTYPE, SERVED
 from ._rate import DEFAULT_P, Rated
 from .bernoulli import Axes, mask_shape
 
@@ -179,7 +179,7 @@ def _made(place: Place, make: Callable[[Tensor], OfWeight]) -> OfWeight:
     weight = place.value()
     if is_lazy(weight):
         raise ValueError(f"{place.path} has no shape yet, its layer is lazy: run the model once first")
-    if weight.dtype not in COMPUTE_DTYPE:
+    if weight.dtype not in SERVED:
         served = ", ".join(str(dtype).removeprefix("torch.") for dtype in COMPUTE_DTYPE)
         raise ValueError(
             f"{place.path} must be a {served} tensor, got {weight.dtype}: choose other parameters by `names`"

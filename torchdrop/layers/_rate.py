@@ -13,7 +13,7 @@ from torch.overrides import handle_torch_function
 
 from .. import kernels
 from ..kernels.law import ONE, Formula, Law, inverted, law, law_tensor
-from ..kernels.masking import COMPUTE_DTYPE, WHOLE
+from ..kernels.masking import COMPUTE_DTYPE, SERVED, WHOLE
 from ..kernels.operators import Operator
 from ..random import check_generator, draw_key
 from ._shard import Cut, apply_to_dtensor, apply_to_whole, is_dtensor, watched
@@ -96,7 +96,7 @@ def check_input(input: Any, name: str) -> None:
     if not isinstance(input, Tensor):
         raise TypeError(f"{name}(): argument 'input' (position 1) must be Tensor, not {type(input).__name__}")
     dtype = input.dtype
-    if dtype not in COMPUTE_DTYPE:
+    if dtype not in SERVED:
         served = ", ".join(str(d).removeprefix("torch.") for d in COMPUTE_DTYPE)
         if not (dtype.is_floating_point or dtype.is_complex):
             kind = (
@@ -116,7 +116,8 @@ def check_input(input: Any, name: str) -> None:
 
 
 def check_inplace(input: Tensor) -> None:
-    """Refuses what must not be written to, with PyTorch's words, before it is.
+    """Refuses what must not be written to, with PyTorch's words, before it is. Views under compilation, where they
+    cannot be told, are PyTorch's to refuse.
 
     Raises:
         RuntimeError: a leaf that wants a gradient, a view of one, or a tensor whose elements share memory.
@@ -124,7 +125,8 @@ def check_inplace(input: Tensor) -> None:
     if torch.is_grad_enabled() and input.requires_grad:
         if input.is_leaf:
             raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
-        if input._is_view() and input._base is not None and input._base.is_leaf and input._base.requires_grad:
+        base = input._base if not _is_compiling() and input._is_view() else None
+        if base is not None and base.is_leaf and base.requires_grad:
             raise RuntimeError("a view of a leaf Variable that requires grad is being used in an in-place operation.")
     if any(stride == 0 and size > 1 for size, stride in zip(input.shape, input.stride(), strict=True)):
         raise RuntimeError(

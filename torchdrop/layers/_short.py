@@ -19,6 +19,7 @@ from ..kernels import fused, native, operators
 from ..kernels.law import ONE, Law
 
 _empty_like = torch.empty_like
+_strided = torch.strided
 _is_grad_enabled = torch.is_grad_enabled
 _transformed = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -33,6 +34,8 @@ _fused: Any = native.library.fused if native.library is not None else None
 _RECTIFIED, _ADD, _RELU_BACKWARD = native.RECTIFIED, native.ADD, native.RELU_BACKWARD
 _ANY_WIDTH = native.ANY_WIDTH
 
+_WIDE = (torch.float32, torch.float64)
+
 State = tuple[int, int, bytes, int, Law]
 
 
@@ -41,6 +44,7 @@ def _kind(x: Tensor) -> int | None:
     kind = type(x)
     if (
         (kind is not Tensor and kind is not Parameter)
+        or x.layout is not _strided
         or x.is_neg()
         or not x.is_cpu
         or not x.is_contiguous()
@@ -101,16 +105,19 @@ def short_add(x: Tensor, bias: Tensor | None, residual: Tensor, law: Law) -> Ten
     return _record_add(x, bias, residual, state) if wanted and _is_grad_enabled() else _added(x, bias, residual, state)
 
 
-def short_relu(x: Tensor, law: Law) -> Tensor | None:
-    """A rectifier and inverted dropout of x, or None where this road does not lead there."""
+def short_activation(x: Tensor, law: Law, activation: str) -> Tensor | None:
+    """An activation and inverted dropout of x, or None where this road does not lead there."""
     code = _kind(x)
-    if code is None or not x.data_ptr():
+    if code is None or not x.data_ptr() or (activation != "relu" and x.dtype not in _WIDE):
         return None
     _key.draw()
     if law.threshold == ONE:
-        return torch.relu(x)
+        return fused.ACTIVATIONS[activation].function(x)
     state = (code, x.numel(), _key.memory.raw, law.address, law)
-    return _record_relu(x, state) if x.requires_grad and _is_grad_enabled() else _rectified(x, state)
+    recorded = x.requires_grad and _is_grad_enabled()
+    if activation == "relu":
+        return _record_relu(x, state) if recorded else _rectified(x, state)
+    return _record_gelu(x, state, activation) if recorded else _gelu(x, state, activation)
 
 
 def _again(grad: Tensor, state: State) -> Tensor:
@@ -156,6 +163,14 @@ def _rectified(x: Tensor, state: State) -> Tensor:
     code, n, key, address, _ = state
     out = _empty_like(x)
     _row(code + _RECTIFIED, out.data_ptr(), x.data_ptr(), n, key, address, 1 if n < _SERIAL else _threads())
+    return out
+
+
+def _gelu(x: Tensor, state: State, activation: str) -> Tensor:
+    """Masked where it lies."""
+    code, n, key, address, _ = state
+    out = fused.ACTIVATIONS[activation].function(x)
+    _row(code, out.data_ptr(), out.data_ptr(), n, key, address, 1 if n < _SERIAL else _threads())
     return out
 
 
@@ -209,6 +224,22 @@ class _ShortReLU(torch.autograd.Function):
         return out, None
 
 
+class _ShortGELU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, state: State, activation: str) -> Tensor:
+        ctx.state, ctx.activation = state, activation
+        ctx.save_for_backward(x)
+        return _gelu(x, state, activation)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        if _is_row(grad):
+            return fused.ACTIVATIONS[ctx.activation].gradient(_again(grad, ctx.state), x), None, None
+        _, _, key, _, law = ctx.state
+        return fused.gradient(grad, x, random.key_tensor(key), law, ctx.activation), None, None
+
+
 def _lean(function: Any) -> Any:
     """`apply` without two detours: Function.apply looks for transforms, and `_kind` has seen that there are none; the
     node's apply looks up which of backward and vjp is defined."""
@@ -216,4 +247,4 @@ def _lean(function: Any) -> Any:
     return super(torch.autograd.Function, function).apply
 
 
-_record, _record_add, _record_relu = map(_lean, (_Short, _ShortAdd, _ShortReLU))
+_record, _record_add, _record_relu, _record_gelu = map(_lean, (_Short, _ShortAdd, _ShortReLU, _ShortGELU))

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ..kernels import fused
 from ..kernels.law import Law, inverted, law
-from ._fused import Fused, dropped
+from ._fused import Fused, dropped, unchanged
 from ._rate import DEFAULT_P, check_input, law_for, read_rate, turned_on
-from ._short import short_relu
+from ._short import short_activation
 
 _is_compiling = torch.compiler.is_compiling
 
@@ -28,18 +28,17 @@ _GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
 
 
 def _activate(input: Tensor, law: Law | Tensor, generator: torch.Generator | None, activation: str) -> Tensor:
-    return dropped(
-        input,
-        law,
-        generator,
-        lambda key: fused.activation_dropout(input, key, law, activation),
-        lambda drop: fused.composed_activation(input, activation, drop),
-    )
+    def compose(drop: fused.Drop) -> Tensor:
+        if drop is unchanged:
+            return fused.ACTIVATIONS[activation].function(input)
+        return fused.composed_activation(input, activation, drop)
+
+    return dropped(input, law, generator, lambda key: fused.activation_dropout(input, key, law, activation), compose)
 
 
 def _gelu(approximate: Any) -> str:
     """Raises ValueError for a form that torch's GELU does not have."""
-    if approximate not in _GELUS:
+    if not isinstance(approximate, str) or approximate not in _GELUS:
         raise ValueError(f"approximate must be 'none' or 'tanh', got {approximate!r}")
     return _GELUS[approximate]
 
@@ -83,7 +82,7 @@ def relu_dropout(
     """
     k, _ = read_rate(p, keep_prob)
     if training and generator is None and not isinstance(k, Tensor) and not _is_compiling():
-        out = short_relu(input, law(k))
+        out = short_activation(input, law(k), "relu")
         if out is not None:
             return out
     check_input(input, "relu_dropout")
@@ -134,6 +133,10 @@ def gelu_dropout(
     """
     k, _ = read_rate(p, keep_prob)
     activation = _gelu(approximate)
+    if training and generator is None and not isinstance(k, Tensor) and not _is_compiling():
+        out = short_activation(input, law(k), activation)
+        if out is not None:
+            return out
     check_input(input, "gelu_dropout")
     if not (training or turned_on()):
         return F.gelu(input, approximate=approximate)
@@ -168,7 +171,7 @@ class ReLUDropout(Fused):
     def forward(self, input: Tensor) -> Tensor:
         short_law = self._short_law
         if short_law is not None:
-            out = short_relu(input, short_law)
+            out = short_activation(input, short_law, "relu")
             if out is not None:
                 return out
         check_input(input, "relu_dropout")
@@ -215,6 +218,11 @@ class GELUDropout(Fused):
         self.approximate = approximate
 
     def forward(self, input: Tensor) -> Tensor:
+        short_law = self._short_law
+        if short_law is not None:
+            out = short_activation(input, short_law, _gelu(self.approximate))
+            if out is not None:
+                return out
         check_input(input, "gelu_dropout")
         if not self._on:
             return F.gelu(input, approximate=self.approximate)

@@ -233,6 +233,8 @@ class Dropout(Bernoulli, nn.Dropout):
         True
     """
 
+    shard: Shards = None  # of a layer that was pickled before there were shards
+
     def __init__(
         self,
         p: Any = DEFAULT_P,

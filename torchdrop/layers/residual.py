@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..kernels import fused
 from ..kernels.law import Law, inverted, law
+from ..kernels.masking import SERVED
 from ._fused import Fused, dropped, unchanged
 from ._rate import DEFAULT_P, check_input, law_for, read_rate, turned_on
 from ._short import short_add
@@ -29,16 +30,23 @@ def _check_beside(name: str, role: str, tensor: Any, input: Tensor) -> None:
     """Refuses a tensor that cannot be added to the input.
 
     Raises:
-        TypeError: it is no tensor.
+        TypeError: it is no tensor, or has another layout than strided.
         RuntimeError: it is on another device; torch's class and leading text.
-        ValueError: it has another dtype, and autocast is off.
+        ValueError: it has another dtype, and autocast is off or knows none that is wider.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: {role} must be a tensor, got {type(tensor).__name__}")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name}: {role} must be a strided tensor, got the layout {tensor.layout}")
     if tensor.device != input.device:
         raise RuntimeError(
             f"Expected all tensors to be on the same device, but {name} got {role} on {tensor.device} for an input on "
             f"{input.device}: move it with {role}.to({str(input.device)!r})"
+        )
+    if tensor.dtype not in SERVED:
+        raise ValueError(
+            f"{name}: {role} must have the input's dtype {input.dtype}, got {tensor.dtype}: convert it with "
+            f"{role}.to({input.dtype})"
         )
     if tensor.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
         raise ValueError(
