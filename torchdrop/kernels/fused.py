@@ -6,8 +6,9 @@ With m a mask of x's shape and k its keep probability, the operators are
     activation_dropout  m f(x) / k, with f the rectifier or GELU
 
 Each is one kernel where the backend has one for the case at hand, and is composed of its plain parts otherwise, with
-the same result: of half types the arithmetic is in float32, rounded once at the end. Backward draws the mask again from
-the key. A rectifier keeps its output as well, zero where either of the two made it zero, and GELU its input, as alone.
+the same result: of half types the arithmetic is in float32, rounded once at the end (but for GELU's parts, which round
+each their own). Backward draws the mask again from the key. A rectifier keeps its output as well, zero where either of
+the two made it zero, and GELU its input, as alone.
 """
 
 from __future__ import annotations
@@ -65,13 +66,12 @@ def composed_add(x: Tensor, bias: Tensor | None, residual: Tensor, drop: Drop) -
 
 
 def composed_activation(x: Tensor, activation: str, drop: Drop) -> Tensor:
-    """``drop(f(x))``, rounded once."""
-    return drop(ACTIVATIONS[activation].function(x.to(COMPUTE_DTYPE[x.dtype]))).to(x.dtype)
+    """``drop(f(x))``. GELU rounds its own result, so half types are rounded twice there."""
+    return drop(ACTIVATIONS[activation].function(x))
 
 
 def _composed_gradient(grad: Tensor, kept: Tensor, activation: str, drop: Drop) -> Tensor:
-    wide = COMPUTE_DTYPE[grad.dtype]
-    return ACTIVATIONS[activation].gradient(drop(grad.to(wide)), kept.to(wide)).to(grad.dtype)
+    return ACTIVATIONS[activation].gradient(drop(grad), kept)
 
 
 def _written(key: Tensor, law: Law | Tensor) -> Drop:

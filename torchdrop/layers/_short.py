@@ -34,8 +34,6 @@ _fused: Any = native.library.fused if native.library is not None else None
 _RECTIFIED, _ADD, _RELU_BACKWARD = native.RECTIFIED, native.ADD, native.RELU_BACKWARD
 _ANY_WIDTH = native.ANY_WIDTH
 
-_WIDE = (torch.float32, torch.float64)
-
 State = tuple[int, int, bytes, int, Law]
 
 
@@ -108,7 +106,7 @@ def short_add(x: Tensor, bias: Tensor | None, residual: Tensor, law: Law) -> Ten
 def short_activation(x: Tensor, law: Law, activation: str) -> Tensor | None:
     """An activation and inverted dropout of x, or None where this road does not lead there."""
     code = _kind(x)
-    if code is None or not x.data_ptr() or (activation != "relu" and x.dtype not in _WIDE):
+    if code is None or not x.data_ptr():
         return None
     _key.draw()
     if law.threshold == ONE:

@@ -5,7 +5,8 @@ With k the keep probability and m a mask whose elements are 1 with probability k
     y = m f(x) / k      in training, so E[y] = f(x), with f the rectifier or GELU
     y = f(x)            in eval mode
 
-Under one key they are what the plain parts give one after another, with one rounding at the end for half types.
+Under one key they are what the plain parts give one after another. On CUDA both are one pass over memory; on the CPU
+the rectifier is, and GELU is torch's, masked where its result lies.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ..kernels import fused
 from ..kernels.law import Law, inverted, law
-from ._fused import Fused, dropped, unchanged
+from ._fused import Fused, dropped
 from ._rate import DEFAULT_P, check_input, law_for, read_rate, turned_on
 from ._short import short_activation
 
@@ -28,12 +29,13 @@ _GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
 
 
 def _activate(input: Tensor, law: Law | Tensor, generator: torch.Generator | None, activation: str) -> Tensor:
-    def compose(drop: fused.Drop) -> Tensor:
-        if drop is unchanged:
-            return fused.ACTIVATIONS[activation].function(input)
-        return fused.composed_activation(input, activation, drop)
-
-    return dropped(input, law, generator, lambda key: fused.activation_dropout(input, key, law, activation), compose)
+    return dropped(
+        input,
+        law,
+        generator,
+        lambda key: fused.activation_dropout(input, key, law, activation),
+        lambda drop: fused.composed_activation(input, activation, drop),
+    )
 
 
 def _gelu(approximate: Any) -> str:
@@ -114,7 +116,8 @@ def gelu_dropout(
         generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
 
     Returns:
-        A new tensor of the input's shape and dtype.
+        A new tensor of the input's shape and dtype. Of half types the CPU rounds GELU and the product each, as separate
+        layers do, CUDA the product alone.
 
     Raises:
         ValueError: a rate outside [0, 1], or another approximation.
