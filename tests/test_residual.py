@@ -34,10 +34,12 @@ def seeded(seed: int, f: Any, *args: Any, **kwargs: Any) -> Any:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("biased", [False, True])
-def test_it_is_the_composition_of_the_parts_under_the_same_seed(dtype: torch.dtype, biased: bool) -> None:
+def test_it_is_the_composition_of_the_parts_under_the_same_seed(
+    dtype: torch.dtype, biased: bool, device: torch.device
+) -> None:
     """Of half types, in float32 with one rounding."""
     wide = kernels.COMPUTE_DTYPE[dtype]
-    x, residual, bias = (torch.randn(s).to(dtype).requires_grad_() for s in ((50, 33), (50, 33), (33,)))
+    x, residual, bias = (torch.randn(s).to(device, dtype).requires_grad_() for s in ((50, 33), (50, 33), (33,)))
     y = seeded(3, add, x, residual, bias if biased else None, p=0.3)
     whole = x.to(wide) + bias.to(wide) if biased else x.to(wide)
     assert torch.equal(y, (residual.to(wide) + seeded(3, TF.dropout, whole, 0.3)).to(dtype))
@@ -78,8 +80,8 @@ def test_rates_zero_and_one_and_eval_mode(p: float) -> None:
         assert torch.equal(biased.train()(x, bias, residual), residual)
 
 
-def test_a_dropped_element_is_the_residual_whatever_it_was() -> None:
-    x, residual = torch.tensor([math.inf, math.nan] * 500), torch.randn(1000)
+def test_a_dropped_element_is_the_residual_whatever_it_was(device: torch.device) -> None:
+    x, residual = torch.tensor([math.inf, math.nan] * 500, device=device), torch.randn(1000, device=device)
     y = TF.dropout_add(x, residual)
     dropped = y.isfinite()
     assert 300 < dropped.sum() < 700
@@ -129,8 +131,8 @@ def test_under_autocast_all_are_brought_to_the_widest_dtype(biased: bool) -> Non
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointing_finds_its_mask_again(use_reentrant: bool) -> None:
-    layer, x = torchdrop.DropoutAdd(0.5), torch.randn(200, requires_grad=True)
+def test_checkpointing_finds_its_mask_again(use_reentrant: bool, device: torch.device) -> None:
+    layer, x = torchdrop.DropoutAdd(0.5), torch.randn(200, device=device, requires_grad=True)
 
     def segment(x: Tensor) -> Tensor:
         return torch.tanh(layer(x.sin(), x)).cos()

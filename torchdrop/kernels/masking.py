@@ -61,7 +61,9 @@ def apply_mask(x: Tensor, kept: Tensor, law: Law | Tensor, out: Tensor | None = 
     _, scale, shift, fill = (v.to(dtype) if isinstance(v, Tensor) else v for v in trailing(law, x.device))
     value = x.to(dtype) * scale
     if not isinstance(law, Law) or law.shift or law.fill:
-        value = torch.where(kept, value + shift, torch.as_tensor(fill, dtype=dtype, device=x.device))
+        if not isinstance(fill, Tensor):
+            fill = torch.full((), fill, dtype=dtype, device=x.device)  # not a copy, for which CUDA would be waited for
+        value = torch.where(kept, value + shift, fill)
     else:
         value = torch.where(kept, value, torch.zeros((), dtype=dtype, device=x.device))
     if out is None:
