@@ -22,6 +22,7 @@ INTERPRETED = not isinstance(tl.zeros, triton.JITFunction)
 """Whether kernels run in Triton's interpreter, for which TRITON_INTERPRET=1 asks when triton is imported."""
 
 _BY_HAND = tl.constexpr(INTERPRETED)
+_SIGN = tl.constexpr(-(2**63))
 _RUNTIME = ["key", "laws", "high", "low", "start", "length", "pitch", "rows_per_key", "chunks", "tiles", "width"]
 
 
@@ -60,7 +61,7 @@ def _halves(vector, a, b, c, d, lanes: tl.constexpr):
 def _has_half(word, twice):
     """Not 0 where one of the word's halves is that of `twice`, whose halves are the same."""
     other = word ^ twice
-    return (other - 0x00010001) & ~other & 0x80008000
+    return (other - 0x00010001) & (other ^ 0xFFFFFFFF) & 0x80008000  # the interpreter fails at ~ of unsigned numbers
 
 
 @triton.jit
@@ -104,7 +105,8 @@ def _law(laws, high, low, scale, shift, fill, wide: tl.constexpr):
         high = tl.minimum(threshold >> 16, 0xFFFF)
         high, low = high.to(tl.int32), (threshold - (high << 16)).to(tl.int32)
         scale, shift, fill = tl.load(laws + 1), tl.load(laws + 2), tl.load(laws + 3)
-        shift = tl.where((shift == 0.0) & (fill == 0.0), tl.full([], -0.0, tl.float64), shift)
+        negative_zero = tl.full([], _SIGN, tl.int64).to(tl.float64, bitcast=True)  # a -0.0 would be taken for 0
+        shift = tl.where((shift == 0.0) & (fill == 0.0), negative_zero, shift)
     return high, low, tl.full([], scale, wide), tl.full([], shift, wide), tl.full([], fill, wide)
 
 
