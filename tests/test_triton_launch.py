@@ -16,7 +16,7 @@ from torch import Tensor
 import torchdrop
 from torchdrop.kernels import reference
 from torchdrop.kernels import triton as backend
-from torchdrop.kernels.law import law
+from torchdrop.kernels.law import alpha, law
 
 from .strategies import DTYPES
 from .triton_kernels import (  # noqa: F401
@@ -137,7 +137,10 @@ class Elsewhere:
     dtype = torch.float32
 
     def __init__(self, index: int) -> None:
-        self.device = torch.device("cuda", index)
+        self.index = index
+
+    def get_device(self) -> int:
+        return self.index
 
     def data_ptr(self) -> int:
         return 4096
@@ -147,8 +150,8 @@ def test_a_launch_goes_to_the_tensors_own_device_and_is_searched_for_once(monkey
     current, launched = [0], []
 
     class Guard:
-        def __init__(self, device: torch.device) -> None:
-            self.index = device.index
+        def __init__(self, index: int) -> None:
+            self.index = index
 
         def __enter__(self) -> None:
             current.append(self.index)
@@ -156,20 +159,20 @@ def test_a_launch_goes_to_the_tensors_own_device_and_is_searched_for_once(monkey
         def __exit__(self, *_: object) -> None:
             current.pop()
 
-    class Compiled:
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            return lambda *arguments: launched.append(("known", current[-1], grid, arguments))
-
     class Kernel:
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Compiled]:
-            def search(*arguments: Any, **options: Any) -> Compiled:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., str]:
+            def search(*arguments: Any, **options: Any) -> str:
                 launched.append(("searched", current[-1], grid, arguments, options))
-                return Compiled()
+                return "compiled"
 
             return search
 
-    monkeypatch.setattr(backend, "_compiled", {})
-    monkeypatch.setattr(backend, "_kernels", lambda: types.SimpleNamespace(rows=Kernel()))
+    def starter(kernel: str, index: int) -> Callable[..., None]:
+        assert kernel == "compiled"
+        return lambda *arguments: launched.append(("known", current[-1], index, arguments))
+
+    monkeypatch.setattr(backend, "_starters", {})
+    monkeypatch.setattr(backend, "_kernels", lambda: types.SimpleNamespace(rows=Kernel(), starter=starter))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
     monkeypatch.setattr(torch.cuda, "device", Guard)
     options = {"num_warps": 4, "enable_fp_fusion": False}
@@ -180,10 +183,87 @@ def test_a_launch_goes_to_the_tensors_own_device_and_is_searched_for_once(monkey
         backend._launch("rows", 7, (out, out), (), ("all",))
         assert launched == [
             ("searched", index, (7,), (out, None, 1, 2.0, "all"), options),
-            ("known", index, (7, 1, 1), (out, None, 3, 4.0, "all")),
+            ("known", index, index, (7, out, None, 3, 4.0, "all")),
             ("searched", index, (7,), (out, out, "all"), options),
         ]
         launched.clear()
+
+
+def test_a_row_that_is_ready_is_started_on_its_own_device_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    current, started, launched = [1], [], []
+    starters: dict[Any, Any] = {(1, torch.float32): (lambda *arguments: started.append(arguments), 4, ("constant",))}
+
+    class Row(Elsewhere):
+        shift = 0
+
+        def numel(self) -> int:
+            return 9
+
+        def element_size(self) -> int:
+            return 4
+
+        def data_ptr(self) -> int:
+            return 4096 + self.shift
+
+    monkeypatch.setattr(backend, "_ready", starters)
+    monkeypatch.setattr(backend, "_current_device", lambda: current[0])
+    monkeypatch.setattr(backend, "_vectors", lambda: 2)
+    monkeypatch.setattr(backend, "_launch", lambda *arguments: launched.append(arguments))
+    half, (x, out, key, other, aside) = law(0.5), [Row(1), Row(1), Row(1), Row(0), Row(1)]
+    aside.shift = 8
+    row: Any = backend.masked_row
+    assert row(x, key, half, out) is out
+    values = (2**15, 0, 2.0, 0.0, 0.0)
+    assert started == [(3, out, x, key, None, *values, 0, 9, 9, 1, 3, "constant")]
+    launch = ("rows", 2, (out, x, key, None), (*values, 0, 9, 9, 1, 2))
+    row(aside, key, half, out)
+    row(x, key, half, aside)
+    row(x, aside, half, out)
+    row(x, key, law(0.5, alpha), out)
+    current[0] = 0
+    row(x, key, half, out)
+    row(other, key, half, out)
+    assert len(started) == 1
+    assert len(launched) == 6
+    assert launched[4] == (*launch, ("product", False, "all", True, True, 2, 4))
+    assert [arguments[4][1] for arguments in launched] == [False, False, False, True, False, False]
+
+
+@needs_kernels
+def test_profilers_hear_of_launches_and_without_them_triton_is_passed_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton import knobs
+
+    from torchdrop.kernels import triton_kernels
+
+    calls: list[Any] = []
+
+    class Compiled:
+        function, packed_metadata = "function", "metadata"
+
+        def run(self, *arguments: Any) -> None:
+            calls.append(arguments)
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *arguments: calls.append((grid, *arguments))
+
+    active = types.SimpleNamespace(get_current_stream=lambda index: f"stream of {index}")
+    monkeypatch.setattr(triton_kernels, "driver", types.SimpleNamespace(active=active))
+    start = triton_kernels.starter(Compiled(), 3)
+    straight = (5, 1, 1, "stream of 3", "function", "metadata", None, None, None, 1, "a")
+    start(5, 1, "a")
+    for hook in ("launch_enter_hook", "launch_exit_hook"):
+        with monkeypatch.context() as patch:
+            patch.setattr(knobs.runtime, hook, None)
+            start(5, 1, "a")
+            patch.setattr(knobs.runtime, hook, print)
+            start(5, 1, "a")
+        chain = getattr(knobs.runtime, hook)
+        chain.add(print)
+        start(5, 1, "a")
+        chain.remove(print)
+        start(5, 1, "a")
+    watched = ((5, 1, 1), 1, "a")
+    assert calls == [straight, *[straight, watched, watched, straight] * 2]
 
 
 def test_the_kernels_are_not_imported_for_cpu_tensors() -> None:

@@ -11,7 +11,7 @@ import importlib.util
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, cast
 
@@ -114,20 +114,26 @@ def _why_not(device: torch.device, dtype: torch.dtype) -> str:
     return ""
 
 
-def _numbers(law: Law | Tensor) -> tuple[Tensor | None, tuple[int, int, float, float, float], bool]:
-    """A law as a kernel takes it: where it is read from; or its threshold in two halves, scale, shift and fill.
+Values = tuple[int, int, float, float, float]
+"""A law as a kernel takes it: its threshold in two halves, scale, shift and fill. The upper half has 16 bits, so the
+lower one of 2**32 has 17."""
 
-    The upper half has 16 bits, so the lower one of 2**32 has 17. And whether something may be added to what is kept, or
-    put in the place of what is not.
-    """
+
+@functools.lru_cache(maxsize=4096)
+def _values(law: Law) -> Values:
+    high = min(law.threshold >> 16, 0xFFFF)
+    return high, law.threshold - (high << 16), law.scale, law.shift, law.fill
+
+
+def _numbers(law: Law | Tensor) -> tuple[Tensor | None, Values, bool]:
+    """Where a kernel reads a law from, or its values. And whether something may be added to what is kept, or put in the
+    place of what is not."""
     if isinstance(law, Tensor):
         if law.numel() != 4 or not law.is_cpu:
             return law.contiguous(), (0, 0, 0.0, 0.0, 0.0), True
         threshold, scale, shift, fill = law.reshape(4).tolist()
         law = Law(int(min(max(threshold, 0.0), ONE)), scale, shift, fill)
-    high = min(law.threshold >> 16, 0xFFFF)
-    shift, fill = law.shift, law.fill
-    return None, (high, law.threshold - (high << 16), law.scale, shift, fill), bool(shift or fill)
+    return None, _values(law), bool(law.shift or law.fill)
 
 
 @functools.cache
@@ -140,8 +146,10 @@ def _lanes(out: Tensor) -> int:
     return min(16 // out.element_size(), 8)
 
 
-_compiled: dict[Any, Any] = {}
-"""Kernels by all that they are compiled for. Triton's own search takes longer than all else that a launch does."""
+_Starter = Callable[..., None]
+
+_starters: dict[Any, _Starter] = {}
+"""What launches a kernel, by all that it is compiled for. Triton's own search takes longer than all else."""
 
 
 def _launch(
@@ -151,25 +159,29 @@ def _launch(
     values: tuple[int | float, ...],
     constants: tuple[Any, ...],
     warps: int = _WARPS,
-) -> None:
-    """Runs a kernel. `tensors` are of one element type, but for the key and the law that are among them."""
+) -> _Starter | None:
+    """Runs a kernel. `tensors` are of one element type, but for the key and the law that are among them.
+
+    Returns what launches the same kernel again; None in the interpreter, which compiles nothing.
+    """
     out = cast(Tensor, tensors[0])
-    device = out.device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            _launch(name, programs, tensors, values, constants, warps)
-        return
+    index = out.get_device()
+    if index >= 0 and index != torch.cuda.current_device():
+        with torch.cuda.device(index):
+            return _launch(name, programs, tensors, values, constants, warps)
     places = tuple([None if tensor is None else tensor.data_ptr() % 16 for tensor in tensors])
-    variant = (name, device.index, out.dtype, places, constants, warps)
-    compiled = _compiled.get(variant)
-    if compiled is not None:
-        compiled[(programs, 1, 1)](*tensors, *values, *constants)
-        return
+    variant = (name, index, out.dtype, places, constants, warps)
+    start = _starters.get(variant)
+    if start is not None:
+        start(programs, *tensors, *values, *constants)
+        return start
     # Multiplication and addition stay apart: fused, they would round otherwise than the reference does.
     kernel = getattr(_kernels(), name)[(programs,)]
     compiled = kernel(*tensors, *values, *constants, num_warps=warps, enable_fp_fusion=False)
-    if compiled is not None:  # the interpreter compiles nothing
-        _compiled[variant] = compiled
+    if compiled is None:
+        return None
+    start = _starters[variant] = _kernels().starter(compiled, index)
+    return start
 
 
 def _rows(
@@ -208,14 +220,36 @@ def _rows(
     )  # fmt: skip
 
 
-def _row(out: Tensor, x: Tensor, key: Tensor, law: Law) -> None:
-    """What `_rows` does for a whole tensor under one key and law, in less time."""
-    n, lanes, vectors = x.numel(), _lanes(out), _vectors()
-    if n:
-        _, values, affine = _numbers(law)
-        programs = -(-n // (vectors * lanes))
-        constants = ("product", affine, "all", True, True, vectors, lanes)
-        _launch("rows", programs, (out, x, key.contiguous(), None), (*values, 0, n, n, 1, programs), constants)
+_ready: dict[tuple[int, torch.dtype], tuple[_Starter, int, tuple[Any, ...]]] = {}
+"""For a device and element type: what launches the kernel of `masked_row` for aligned tensors and laws that only scale,
+the elements that a program serves, and the kernel's constants."""
+
+_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+
+
+def masked_row(x: Tensor, key: Tensor, law: Law, out: Tensor | None = None) -> Tensor:
+    """What `masked` does for a whole contiguous tensor under one key, itself contiguous, and one law: in less time."""
+    if out is None:
+        out = torch.empty_like(x)
+    n = x.numel()
+    if not n:
+        return out
+    index, dtype, affine = x.get_device(), x.dtype, bool(law.shift or law.fill)
+    aligned = not (affine or (out.data_ptr() | x.data_ptr() | key.data_ptr()) & 15)
+    ready = _ready.get((index, dtype)) if aligned else None
+    if ready is not None and (index < 0 or index == _current_device()):
+        start, elements, constants = ready
+        programs = -(-n // elements)
+        start(programs, out, x, key, None, *_values(law), 0, n, n, 1, programs, *constants)
+        return out
+    lanes, vectors = _lanes(out), _vectors()
+    elements = vectors * lanes
+    programs = -(-n // elements)
+    constants = ("product", affine, "all", True, True, vectors, lanes)
+    found = _launch("rows", programs, (out, x, key, None), (*_values(law), 0, n, n, 1, programs), constants)
+    if aligned and found is not None:
+        _ready[index, dtype] = found, elements, constants
+    return out
 
 
 _NO_LAW = Law(0, 0.0)
@@ -245,8 +279,7 @@ def masked(
         out = torch.empty_like(x)
     contiguous = x.is_contiguous() and out.is_contiguous()
     if contiguous and part == WHOLE and type(law) is Law and key.dim() == 1 and tuple(shape) == x.shape:
-        _row(out, x, key, law)
-        return out
+        return masked_row(x, key.contiguous(), law, out)
     in_rows = (*key.shape[:-1], *shape) == x.shape and native._in_rows(law, key, shape, part)
     width = 0 if in_rows or part.run else _width(x, key, law, shape)
     if not (in_rows or width):

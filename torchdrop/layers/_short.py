@@ -1,8 +1,8 @@
-"""The short roads: dropout of contiguous CPU tensors in eager mode. Python's overhead is what small ones cost.
+"""The short roads: dropout of contiguous tensors in eager mode. Python's overhead is what small ones cost.
 
-They give what the general roads give (tests compare them) with fewer calls: the key is drawn as 16 bytes instead of a
-tensor, and the kernel is called with addresses. All that stays for backward is those bytes and the law, and the output
-of a rectifier.
+They give what the general roads give (tests compare them) with fewer calls. On the CPU the key is drawn as 16 bytes
+instead of a tensor, and the kernel is called with addresses; on CUDA it stays a tensor in the device's memory. All that
+is held for backward is the key and the law, and the output of a rectifier.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from .. import kernels, random
-from ..kernels import fused, native, operators
+from ..kernels import fused, native, operators, triton
 from ..kernels.law import ONE, Law
 
 _empty_like = torch.empty_like
@@ -37,8 +37,21 @@ _ANY_WIDTH = native.ANY_WIDTH
 State = tuple[int, int, bytes, int, Law]
 
 
+def _watched() -> bool:
+    """Whether a setting, transform, mode or trace has to see what is done."""
+    return (
+        bool(random._frozen)
+        or kernels._forced is not None
+        or _transformed()
+        or _dispatch_modes() > 0
+        or _function_modes() > 0
+        or forward_ad._current_level >= 0
+        or _tracing() is not None
+    )
+
+
 def _kind(x: Tensor) -> int | None:
-    """The kind of a tensor that lies in its memory as a row; None where this road does not lead there."""
+    """The kind of a CPU tensor that lies in its memory as a row; None where this road does not lead there."""
     kind = type(x)
     if (
         (kind is not Tensor and kind is not Parameter)
@@ -47,23 +60,32 @@ def _kind(x: Tensor) -> int | None:
         or not x.is_cpu
         or not x.is_contiguous()
         or _row is None
-        or random._frozen
-        or kernels._forced is not None
-        or _transformed()
-        or _dispatch_modes()
-        or _function_modes()
-        or forward_ad._current_level >= 0
-        or _tracing() is not None
+        or _watched()
     ):
         return None
     return _kind_of(x.dtype)
+
+
+def _is_served_row(x: Tensor) -> bool:
+    """Whether it is a CUDA tensor that lies in its memory as a row, of a type for which kernels have run there."""
+    kind = type(x)
+    return (
+        (kind is Tensor or kind is Parameter)
+        and x.is_cuda
+        and (x.get_device(), x.dtype) in triton.served
+        and x.layout is _strided
+        and not x.is_neg()
+        and x.is_contiguous()
+        and x.data_ptr() != 0
+        and not _watched()
+    )
 
 
 def short(x: Tensor, law: Law) -> Tensor | None:
     """Inverted dropout of x, or None where this road does not lead there."""
     code = _kind(x)
     if code is None:
-        return None
+        return _short_on_cuda(x, law) if _is_served_row(x) else None
     n, source = x.numel(), x.data_ptr()
     if not source:
         return None
@@ -76,6 +98,15 @@ def short(x: Tensor, law: Law) -> Tensor | None:
     out = _empty_like(x)
     _row(code, out.data_ptr(), source, n, key, law.address, 1 if n < _SERIAL else _threads())
     return out
+
+
+def _short_on_cuda(x: Tensor, law: Law) -> Tensor:
+    key = random.cuda_key(x.get_device())
+    if law.threshold == ONE:
+        return x
+    if x.requires_grad and _is_grad_enabled():
+        return _record_on_cuda(x, key, law)
+    return triton.masked_row(x, key, law)
 
 
 def short_add(x: Tensor, bias: Tensor | None, residual: Tensor, law: Law) -> Tensor | None:
@@ -186,6 +217,19 @@ class _Short(torch.autograd.Function):
         return _again(grad, ctx.state), None
 
 
+class _ShortOnCUDA(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, key: Tensor, law: Law) -> Tensor:
+        ctx.key, ctx.law = key, law
+        return triton.masked_row(x, key, law)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        if _is_row(grad):
+            return triton.masked_row(grad, ctx.key, ctx.law), None, None
+        return operators.masked(grad, ctx.key, ctx.law, grad.shape), None, None
+
+
 class _ShortAdd(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, residual: Tensor, state: State) -> Tensor:
@@ -245,4 +289,6 @@ def _lean(function: Any) -> Any:
     return super(torch.autograd.Function, function).apply
 
 
-_record, _record_add, _record_relu, _record_gelu = map(_lean, (_Short, _ShortAdd, _ShortReLU, _ShortGELU))
+_record, _record_on_cuda, _record_add, _record_relu, _record_gelu = map(
+    _lean, (_Short, _ShortOnCUDA, _ShortAdd, _ShortReLU, _ShortGELU)
+)
