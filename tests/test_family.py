@@ -70,6 +70,20 @@ def test_all_randomness_is_a_key_of_two_words(name: str, device: torch.device) -
     assert not draws.seen
 
 
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in ("layer_drop", "graph")])
+def test_no_device_is_waited_for_and_none_meets_another(name: str) -> None:
+    """On a device whose numbers cannot be read, and which takes no other's tensors. Two read theirs: LayerDrop that
+    skips layers, to know which, and DropEdge, to know how many edges are left."""
+    model, x = built(name, torch.device("meta")), inputs(VARIANTS[name], torch.device("meta"))
+    y = model(x)
+    assert y.is_meta
+    assert all(g is None or g.is_meta for g in gradients(model, y))
+    assert model.eval()(x).is_meta
+    if name not in ("masksembles", "mixout"):  # buffers, which are compared, so that a survey leaves them as they were
+        with torchdrop.mc_dropout(model, seed=1):
+            assert model(x).is_meta
+
+
 def test_no_layer_calls_torchs_random_functions() -> None:
     wrong = {"rand", "randn", "rand_like", "randn_like", "bernoulli", "bernoulli_", "uniform_", "normal_", "normal"}
     wrong |= {"randperm", "randint", "multinomial", "exponential_", "Generator", "manual_seed"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import torchdrop
 from torchdrop import kernels
 from torchdrop.kernels import native, reference
 from torchdrop.kernels.law import ONE, Law, alpha, inverted, law, law_tensor, original
-from torchdrop.kernels.masking import WHOLE, Part, apply_mask
+from torchdrop.kernels.masking import WHOLE, Part, apply_mask, held, trailing
 
 from .statistical import check_rate, draws_for
 from .strategies import DTYPES, keep_probs, keys, shared, tensors
@@ -365,3 +366,54 @@ def test_groups_short_and_long_are_those_of_the_reference(dtype: torch.dtype, si
         assert torch.equal(ours.isnan(), expected.isnan())
         assert torch.equal(ours.nan_to_num(), expected.nan_to_num())
         assert torch.equal(torch.signbit(ours.nan_to_num()), torch.signbit(expected.nan_to_num()))
+
+
+class TestLawsOnOtherDevices:
+    """A copy of a law from the host's memory to a device is waited for."""
+
+    @pytest.mark.parametrize("dims", [0, 2])
+    def test_one_law_is_taken_by_its_numbers(self, dims: int) -> None:
+        given_law = law(0.3, alpha)
+        tensor = given_law.tensor().reshape(*[1] * dims, 4)
+        assert repr(held(tensor)) == repr(given_law)
+        assert held(given_law) is given_law
+
+    def test_a_threshold_out_of_range_is_clipped(self) -> None:
+        for value, below in ((-1.0, 0), (2.0**33, ONE)):
+            found = held(torch.tensor([value, 2.0, 0.0, 0.0], dtype=torch.float64))
+            assert isinstance(found, Law)
+            assert found.threshold == below
+
+    def test_several_laws_and_those_of_a_device_stay_where_they_are(self) -> None:
+        several, elsewhere = law_tensor(torch.tensor([0.3, 0.6])), law(0.3).tensor().to("meta")
+        assert held(several) is several
+        assert held(elsewhere) is elsewhere
+
+    def test_the_scalars_of_one_law_are_not_copied(self) -> None:
+        meta, tensor = torch.device("meta"), law(0.3, alpha).tensor()
+        scalars = trailing(tensor, meta)
+        assert [v.item() for v in scalars if isinstance(v, Tensor) and v.is_cpu] == tensor.tolist()
+        assert all(isinstance(v, Tensor) and v.is_meta for v in trailing(tensor.expand(3, 4), meta))
+        batched = torch.func.vmap(lambda one: trailing(one, meta)[1])(tensor.expand(3, 4))
+        assert batched.is_meta
+
+    @pytest.mark.parametrize("run", [kernels.masked, kernels.gaussian])
+    def test_backends_are_given_numbers(self, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen: list[Any] = []
+
+        class Backend:
+            @staticmethod
+            def masked(x: Tensor, key: Tensor, given_law: Any, *rest: Any) -> Tensor:
+                seen.append(given_law)
+                return x
+
+            @staticmethod
+            def standard_normal(shape: Any, key: Tensor, part: Part) -> Tensor:
+                return torch.zeros(shape, dtype=torch.float64, device=key.device)
+
+        monkeypatch.setattr(kernels, "backend_for", lambda *_: Backend)
+        monkeypatch.setattr(kernels, "apply_normal", lambda x, z, given_law, out: seen.append(given_law) or x)
+        for device, kind in (("meta", Law), ("cpu", Tensor)):
+            x = torch.ones(5, device=device)
+            run(x, KEY.to(device), law(0.3).tensor(), x.shape)
+            assert isinstance(seen.pop(), kind)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import aten, native, reference, triton
 from .law import ONE, Law
-from .masking import COMPUTE_DTYPE, WHOLE, Part, apply_mask, apply_normal, trailing
+from .masking import COMPUTE_DTYPE, WHOLE, Part, apply_mask, apply_normal, held, trailing
 
 BACKENDS: tuple[ModuleType, ...] = (native, triton, aten, reference)
 """In the order in which they are tried."""
@@ -117,7 +117,7 @@ def masked(
 
     `shape` is the mask's, without the keys' dimensions; it equals x's or has ones where the mask is shared.
     """
-    return backend_for(x.device, x.dtype).masked(x, key, law, shape, part, out)
+    return backend_for(x.device, x.dtype).masked(x, key, law if x.is_cpu else held(law), shape, part, out)
 
 
 def gaussian(
@@ -125,7 +125,7 @@ def gaussian(
 ) -> Tensor:
     """``x * (1 + scale * z)`` with standard normal z of this shape, broadcast where it has ones."""
     z = backend_for(x.device, x.dtype).standard_normal(shape, key, part)
-    return apply_normal(x, z, law, out)
+    return apply_normal(x, z, law if x.is_cpu else held(law), out)
 
 
 def select(x: Tensor, kept: Tensor, law: Law | Tensor) -> Tensor:

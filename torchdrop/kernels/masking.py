@@ -8,7 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .law import Law
+from .law import ONE, Law
+
+_transformed = torch._C._are_functorch_transforms_active
 
 COMPUTE_DTYPE = {
     torch.float16: torch.float32,
@@ -48,10 +50,23 @@ class Part(NamedTuple):
 WHOLE = Part()
 
 
+def held(law: Law | Tensor) -> Law | Tensor:
+    """The law itself, or the numbers of one that lies in the host's memory: a copy to a device would be waited for.
+
+    For what runs, and is not traced.
+    """
+    if isinstance(law, Law) or law.numel() != 4 or not law.is_cpu:
+        return law
+    threshold, scale, shift, fill = law.reshape(4).tolist()
+    return Law(int(min(max(threshold, 0.0), ONE)), scale, shift, fill)
+
+
 def trailing(law: Law | Tensor, device: torch.device) -> tuple[float | Tensor, ...]:
-    """Threshold, scale, shift and fill of a law, on `device` where they are tensors."""
+    """Threshold, scale, shift and fill of a law: numbers, or tensors that go with those of `device`."""
     if isinstance(law, Law):
         return law.threshold, law.scale, law.shift, law.fill
+    if law.dim() == 1 and law.is_cpu and not _transformed():
+        return law.unbind(-1)  # scalars of the host go with any device
     return law.to(device).unbind(-1)
 
 

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from . import native, reference
 from .law import ONE, Law
-from .masking import COMPUTE_DTYPE, WHOLE, Part, apply_mask, trailing
+from .masking import COMPUTE_DTYPE, WHOLE, Part, apply_mask, held, trailing
 
 NAME = "triton"
 
@@ -128,11 +128,9 @@ def _values(law: Law) -> Values:
 def _numbers(law: Law | Tensor) -> tuple[Tensor | None, Values, bool]:
     """Where a kernel reads a law from, or its values. And whether something may be added to what is kept, or put in the
     place of what is not."""
+    law = held(law)
     if isinstance(law, Tensor):
-        if law.numel() != 4 or not law.is_cpu:
-            return law.contiguous(), (0, 0, 0.0, 0.0, 0.0), True
-        threshold, scale, shift, fill = law.reshape(4).tolist()
-        law = Law(int(min(max(threshold, 0.0), ONE)), scale, shift, fill)
+        return law.contiguous(), (0, 0, 0.0, 0.0, 0.0), True
     return None, _values(law), bool(law.shift or law.fill)
 
 
