@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
 Map = Callable[[Tensor], Tensor]
@@ -180,12 +180,14 @@ def saved_bytes(function: Map, x: Tensor) -> Saved:
     x wants a gradient. It is not counted, and neither is what the module itself owns before the call.
     """
 
-    def graph() -> Any:
-        return function(x).grad_fn
+    def graph() -> GradientEdge:
+        return get_gradient_edge(function(x))
 
     graph()
     gc.collect()
-    hooks, held = _seen_by_hooks(function, x), graph_bytes(graph(), [x])
+    edge = graph()
+    hooks, held = _seen_by_hooks(function, x), graph_bytes(edge.node, [x])
+    del edge
     if x.is_cuda:
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated(x.device)
