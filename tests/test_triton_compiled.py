@@ -80,6 +80,7 @@ def exact_cases(dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
     """Every kernel, in each of its forms, and what it has to give bit for bit."""
     shape, some, affine = (3, 40, 33), law(0.37), law(0.6, alpha)
     x, residual, bias = (torch.randn(size).to(dtype) for size in (shape, shape, shape[-1:]))
+    x[0, 0, :8], x[0, 0, 8:10] = -0.0, torch.tensor([torch.inf, -torch.inf])
     yield "whole", masked(x, KEY, some, shape)
     yield "several programs", masked(*[torch.randn(5001).to(dtype), KEY, law(0.5), (5001,)])
     yield "affine", masked(x, KEY, affine, shape)
@@ -112,6 +113,15 @@ def exact_cases(dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
             lambda: added(wide, bias[:32], wide, some),
         ),
     )
+
+
+def equal_cases(dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
+    """Where the reference adds a shift of 0, or PyTorch rectifies: there zeros have other signs."""
+    shape, some = (3, 40, 33), law(0.37)
+    x, residual = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    x[0, 0, :8] = -0.0
+    yield "laws by key", masked(x, KEYS, law_tensor(torch.rand(3, 1, 1)), (40, 33))
+    yield "laws by row", masked(x.reshape(40, 99), KEY, law_tensor(torch.rand(40, 1)), (40, 99))
     y = reference.masked(torch.relu(x), KEY, some, shape)
     yield "relu", (lambda: backend.activation_dropout(x, KEY, some, "relu"), lambda: y)
     yield (
@@ -121,13 +131,6 @@ def exact_cases(dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
             lambda: torch.where(y > 0, reference.masked(residual, KEY, Law(ONE, some.scale), shape), 0),
         ),
     )
-
-
-def equal_cases(dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
-    """Where the reference adds a shift of 0, and zeros lose their signs."""
-    x = torch.randn(3, 40, 33).to(dtype)
-    yield "laws by key", masked(x, KEYS, law_tensor(torch.rand(3, 1, 1)), (40, 33))
-    yield "laws by row", masked(x.reshape(40, 99), KEY, law_tensor(torch.rand(40, 1)), (40, 99))
 
 
 def close_cases(dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
