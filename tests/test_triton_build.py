@@ -202,14 +202,21 @@ def both_roads() -> list[bool]:
     return same
 
 
-@pytest.fixture(scope="module", params=[80, 90], ids=["sm_80", "sm_90"])
-def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def apart(module: str, cache: Path, *arguments: str) -> Any:
+    """What a module of the tests prints, in a process where Triton's interpreter is off and no GPU is to be seen: the
+    stand-in for its driver must not meet kernels that were launched on it."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    command = [sys.executable, "-m", "tests.test_triton_build", str(request.param)]
+    environment |= {"TRITON_CACHE_DIR": str(cache), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module", params=[80, 90], ids=["sm_80", "sm_90"])
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    found: dict[str, Any] = apart("tests.test_triton_build", tmp_path_factory.mktemp("triton"), str(request.param))
+    return found
 
 
 def named(built: dict[str, Any], *dtypes: torch.dtype, without: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:

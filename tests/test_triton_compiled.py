@@ -8,8 +8,6 @@ happens in a process of its own, where Triton's interpreter is off.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +23,7 @@ from torchdrop.kernels.law import ONE, Law, alpha, law, law_tensor
 from torchdrop.kernels.masking import WHOLE, Part
 
 from . import ptx
-from .test_triton_build import ROOT, Driver, missing
+from .test_triton_build import Driver, apart, missing
 from .triton_kernels import KEY, added, identical
 
 pytestmark = [pytest.mark.skipif(bool(missing), reason=missing), pytest.mark.slow]
@@ -211,12 +209,7 @@ def main(architecture: int, dtypes: list[torch.dtype]) -> None:
 
 @pytest.mark.parametrize(("dtypes", "count"), [(("bfloat16", "float16"), 35), (("float32", "float64"), 50)])
 def test_compiled_kernels_give_the_references_bits(dtypes: tuple[str, ...], count: int, tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, "-m", "tests.test_triton_compiled", "90", *dtypes]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = apart("tests.test_triton_compiled", tmp_path, "90", *dtypes)
     assert len(found) == count
     assert {name: why for name, why in found.items() if why} == {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,17 +38,17 @@ pytestmark = [needs_kernels, quiet]
 def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
     """What the kernels are given on this road."""
     rows: list[Tensor] = []
-    masked_row = backend.masked_row
 
-    def watched(x: Tensor, *rest: Any) -> Tensor:
+    def masked_row(x: Tensor, *rest: Any) -> Tensor:
         rows.append(x)
-        return masked_row(x, *rest)
+        return backend.masked_row(x, *rest)
 
     if DEVICE.type == "cpu":
         monkeypatch.setattr(_short, "_kind", lambda x: None)
         monkeypatch.setitem(torchdrop.random._keys, -1, torch.empty(2, dtype=torch.int64))
         monkeypatch.setattr(_short, "_is_served_row", lambda x: x.is_contiguous() and not _short._watched())
-    monkeypatch.setattr(_short.triton, "masked_row", watched)
+    # Not in the backend itself, where the general road leads, too.
+    monkeypatch.setattr(_short, "triton", types.SimpleNamespace(masked_row=masked_row, served=backend.served))
     for dtype in DTYPES:
         assert kernels.available_backends(DEVICE, dtype)["triton"] == []  # where it is CUDA, that is when it is tried
     yield rows
