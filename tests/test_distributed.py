@@ -16,16 +16,12 @@ from torch import Tensor, nn
 import torchdrop
 import torchdrop.functional as F
 from torchdrop import Shard
-from torchdrop.kernels import native
 
 from .seeding import seeded
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed"),
-    pytest.mark.skipif(
-        native.library is None, reason="no native kernels, and the aten backend, serving the CPU then, has no parts"
-    ),
 ]
 
 WORLD = 2

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import torchdrop
 from torchdrop import kernels
-from torchdrop.kernels import native, reference
+from torchdrop.kernels import aten, native, reference
 from torchdrop.kernels.law import ONE, Law, alpha, inverted, law, law_tensor, original
 from torchdrop.kernels.masking import WHOLE, Part, apply_mask, held, trailing
 
@@ -23,6 +23,7 @@ from .statistical import check_rate, draws_for
 from .strategies import DTYPES, keep_probs, keys, shared, tensors
 
 needs_native = pytest.mark.skipif(native.library is None, reason="the C kernels are not built")
+made_fast = pytest.mark.parametrize("fast", [pytest.param(native, marks=needs_native), aten], ids=["native", "aten"])
 
 KEY = torch.tensor([0x0123456789ABCDEF, -0x0FEDCBA987654321])
 
@@ -80,34 +81,33 @@ def test_draws_are_those_of_an_independent_philox(block: int, seed: int, stream:
     halves = [[w >> 16 * half & 0xFFFF for w in plane for half in (0, 1)] for plane in (upper, lower)]
     expected = [high << 16 | low for high, low in zip(*halves, strict=True)]
     key = torch.tensor([signed(seed), signed(stream)])
-    assert reference.draws((8,), key, Part(8 * block)).tolist() == expected
-    if native.library is not None:
-        assert native.draws((8,), key, Part(8 * block)).tolist() == expected
+    for backend in (reference, aten, *([native] if native.library is not None else [])):
+        assert backend.draws((8,), key, Part(8 * block)).tolist() == expected
 
 
-@needs_native
+@made_fast
 @given(st.data(), tensors(), keep_probs, st.sampled_from([inverted, original, alpha]), st.booleans())
-def test_native_equals_reference_bit_for_bit(
-    data: st.DataObject, x: Tensor, k: float, formula: object, as_tensor: bool
+def test_fast_backends_equal_the_reference_bit_for_bit(
+    fast: Any, data: st.DataObject, x: Tensor, k: float, formula: object, as_tensor: bool
 ) -> None:
     key = data.draw(keys())
     shape = data.draw(shared(tuple(x.shape)))
     drawn = law(k, formula)  # type: ignore[arg-type]
     given_law = drawn.tensor() if as_tensor else drawn
     expected = reference.masked(x, key, given_law, shape)
-    got = native.masked(x, key, given_law, shape)
+    got = fast.masked(x, key, given_law, shape)
     assert torch.equal(got, expected)
     assert got.dtype == x.dtype
     assert got.stride() == torch.empty_like(x).stride()
-    again = native.masked(x, key, given_law, shape, WHOLE, x.clone(memory_format=torch.preserve_format))
+    again = fast.masked(x, key, given_law, shape, WHOLE, x.clone(memory_format=torch.preserve_format))
     assert torch.equal(again, expected)
-    assert torch.equal(native.keep_mask(shape, key, given_law), reference.keep_mask(shape, key, given_law))
+    assert torch.equal(fast.keep_mask(shape, key, given_law), reference.keep_mask(shape, key, given_law))
 
 
-@needs_native
+@made_fast
 @given(st.data(), st.sampled_from([(3,), (2, 3), (1, 3)]), st.sampled_from([(5, 130), (4, 3), (200,), ()]))
 def test_batches_of_keys_and_laws_equal_the_reference(
-    data: st.DataObject, batch: tuple[int, ...], rest: tuple[int, ...]
+    fast: Any, data: st.DataObject, batch: tuple[int, ...], rest: tuple[int, ...]
 ) -> None:
     key = data.draw(keys(batch))
     shape = data.draw(shared(rest))
@@ -117,25 +117,25 @@ def test_batches_of_keys_and_laws_equal_the_reference(
     x = torch.randn((2, *full[1:]) if full[0] == 1 else full)
     for given_law in (laws, law(0.7)):
         expected = reference.masked(x, key, given_law, shape)
-        assert torch.equal(native.masked(x, key, given_law, shape), expected)
+        assert torch.equal(fast.masked(x, key, given_law, shape), expected)
     for index in np.ndindex(*batch):
         alone = reference.masked(x[index], key[index], law(0.7), shape)
-        assert torch.equal(native.masked(x, key, law(0.7), shape)[index], alone)
+        assert torch.equal(fast.masked(x, key, law(0.7), shape)[index], alone)
 
 
-@needs_native
+@made_fast
 @given(st.data(), st.integers(0, 2**62), st.integers(0, 700), keep_probs)
 @example(data=None, start=2**32 - 3, n=300, k=0.3)
 @example(data=None, start=2**40 - 1, n=17, k=0.9)
 @example(data=None, start=2**62, n=300, k=0.3)
-def test_any_part_of_the_index_space_can_be_drawn(data: st.DataObject | None, start: int, n: int, k: float) -> None:
+def test_any_part_of_the_index_space_can_be_drawn(
+    fast: Any, data: st.DataObject | None, start: int, n: int, k: float
+) -> None:
     key = KEY if data is None else data.draw(keys())
-    assert torch.equal(native.draws((n,), key, Part(start)), reference.draws((n,), key, Part(start)))
+    assert torch.equal(fast.draws((n,), key, Part(start)), reference.draws((n,), key, Part(start)))
+    assert torch.equal(fast.standard_normal((n,), key, Part(start)), reference.standard_normal((n,), key, Part(start)))
     assert torch.equal(
-        native.standard_normal((n,), key, Part(start)), reference.standard_normal((n,), key, Part(start))
-    )
-    assert torch.equal(
-        native.keep_mask((n,), key, law(k), Part(start)), reference.keep_mask((n,), key, law(k), Part(start))
+        fast.keep_mask((n,), key, law(k), Part(start)), reference.keep_mask((n,), key, law(k), Part(start))
     )
 
 
@@ -240,8 +240,6 @@ def test_masks_have_their_rate_along_elements_streams_and_seeds(backend: str, k:
     error = 0.05 * min(k, 1 - k)
     n = draws_for(k, error)
     check_rate(int(kernels.keep_mask((n,), KEY, law(k)).sum()), n, k, error)
-    if backend == "aten":
-        return
     many = torch.stack([torch.arange(n // 8 + 1), torch.full((n // 8 + 1,), 5)], -1)
     for key in (many, many.flip(-1)):
         kept = kernels.keep_mask((8,), key, law(k))
@@ -311,6 +309,44 @@ def test_backends_are_listed_with_their_reasons() -> None:
     assert torchdrop.available_backends(dtype=torch.int32)["aten"][0].startswith("it takes torch.float16")
 
 
+@pytest.mark.parametrize("size", [8 * aten.FEW - 3, 8 * aten.FEW + 9, 8 * aten.PIECE + 77])
+@pytest.mark.parametrize("k", [0.5, 0.9])
+def test_large_masks_of_pytorchs_operations_are_those_of_the_reference(size: int, k: float) -> None:
+    for key in (KEY, torch.stack([KEY, KEY.flip(-1), -KEY])):
+        for part in (WHOLE, Part(5), Part(2**40 + 3, size, size)):
+            found = aten.keep_mask((size,), key, law(k), part)
+            assert torch.equal(found, reference.keep_mask((size,), key, law(k), part))
+
+
+def test_elements_whose_upper_bits_do_not_decide_are_decided_by_the_lower_ones() -> None:
+    """At this rate each of them is on the threshold's upper 16 bits with probability 2**-16, so some hundred are."""
+    n = 2**23
+    k = law(0.3)
+    drawn = native.draws((n,), KEY) if native.library is not None else reference.draws((n,), KEY)
+    tied = drawn >> 16 == k.threshold >> 16
+    assert tied.sum() > 64
+    found = aten.keep_mask((n,), KEY, k)
+    assert torch.equal(found, drawn < k.threshold)
+    assert found[tied].any()
+    assert not found[tied].all()
+
+
+def test_every_bit_of_a_key_matters(backend: str) -> None:
+    """In all 128 places: the masks of random keys, and of those that differ from them in one bit, are all different."""
+    count = 8 if backend == "triton" else 100
+    base = torch.randint(-(2**63), 2**63 - 1, (count, 1, 2), generator=torch.Generator().manual_seed(5))
+    bits = torch.tensor([1 << bit if bit < 63 else -(2**63) for bit in range(64)])
+    one_off = torch.cat([torch.zeros(1, 2, dtype=torch.int64), torch.stack([bits, bits * 0], -1)])
+    one_off = torch.cat([one_off, torch.stack([bits * 0, bits], -1)])
+    kept = kernels.keep_mask((64,), base ^ one_off, law(0.5))
+    numbers = (kept.to(torch.int64) << torch.arange(64)).sum(-1)
+    assert numbers.numel() == count * 129
+    # Two fair masks of 64 elements are equal with probability 2**-64, so that none of these are.
+    assert len(numbers.unique()) == numbers.numel()
+    alone = kernels.keep_mask((64,), base[0, 0], law(0.5))
+    assert torch.equal(alone, kept[0, 0])
+
+
 def test_a_backend_is_forced_and_let_go() -> None:
     x = torch.randn(100)
     torch.manual_seed(3)
@@ -320,7 +356,8 @@ def test_a_backend_is_forced_and_let_go() -> None:
         assert torch.equal(torchdrop.functional.dropout(x), expected)
         with torchdrop.use_backend("aten"):
             torch.manual_seed(3)
-            assert not torch.equal(torchdrop.functional.dropout(x), expected)
+            assert torch.equal(torchdrop.functional.dropout(x), expected)
+            assert kernels.backend_for(x.device) is aten
         assert kernels.backend_for(x.device) is reference
     assert kernels._forced is None
 
@@ -337,16 +374,6 @@ def test_a_forced_backend_that_cannot_serve_says_why_and_changes_nothing() -> No
         torchdrop.use_backend("cuda"),
     ):
         pass
-
-
-def test_aten_draws_whole_masks_only() -> None:
-    with (
-        pytest.raises(
-            ValueError, match="the aten backend draws whole masks, got a part that starts at 8: use another backend"
-        ),
-        torchdrop.use_backend("aten"),
-    ):
-        kernels.draws((8,), KEY, Part(8))
 
 
 def test_more_dimensions_than_the_kernels_take() -> None:

@@ -127,6 +127,20 @@ class TestOneResult:
 
     @pytest.mark.parametrize("name", MODELS)
     @pytest.mark.parametrize("sampling", ["iid", "latin"])
+    def test_backends(self, name: str, sampling: str, backend: str) -> None:
+        if backend == "triton" and name != "masks":
+            pytest.skip("triton: its interpreter takes a second for a model's layer")
+        model = MODELS[name]().eval()
+        served = predict(model, data(4), 4, sampling=sampling)
+        assert served.std.max() > 0
+        with torchdrop.use_backend("reference"):
+            reference = predict(model, data(4), 4, sampling=sampling)
+        assert close(served, reference)
+        if name == "masks":
+            assert torch.equal(served.samples, reference.samples)
+
+    @pytest.mark.parametrize("name", MODELS)
+    @pytest.mark.parametrize("sampling", ["iid", "latin"])
     @pytest.mark.parametrize("size", [1, 7, 64])
     def test_batch_sizes_and_ragged_last_batches(self, name: str, sampling: str, size: int) -> None:
         model, x = MODELS[name]().eval(), data(66)

@@ -311,7 +311,6 @@ TRANSFORMS: dict[str, Callable[..., Any]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("how", TRANSFORMS)
 @pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.skipif(native.library is None, reason="the aten backend, serving the CPU then, draws whole masks")
 def test_transforms_inside_compiled_code(name: str, how: str) -> None:
     torch.compiler.reset()
     x = torch.randn(5, 4, 8, requires_grad=True)

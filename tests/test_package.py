@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 import torchdrop
+from torchdrop.kernels import native
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "torchdrop"
@@ -229,9 +230,17 @@ def copy_of_package(to: Path) -> Path:
 
 
 WITHOUT_NATIVE = """
-import json, torch, torchdrop
+import json, torch, torchdrop, warnings
 from torchdrop import kernels
 x = torch.ones(50_000, requires_grad=True)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    torchdrop.available_backends()
+    with torchdrop.use_backend("aten"):
+        torchdrop.Dropout()(x)
+    quiet = not caught
+    torchdrop.Dropout()(x), torchdrop.Dropout()(x)
+told = [str(warning.message) for warning in caught]
 served = kernels.backend_for(x.device, x.dtype).NAME
 layers = [torchdrop.Dropout(), torchdrop.AlphaDropout(), torchdrop.GaussianDropout()]
 equal = []
@@ -252,7 +261,7 @@ with torchdrop.use_backend("reference"):
     reference = torchdrop.Dropout()(x).unique().tolist()
 print(json.dumps([
     torchdrop.__file__, torchdrop.available_backends(), served, all(equal), y.unique().tolist(), torch.equal(y, slope),
-    y.mean().item(), refused, reference,
+    y.mean().item(), refused, reference, quiet, told,
 ]))
 """
 
@@ -267,11 +276,14 @@ class TestWithoutNativeKernels:
             (package / "kernels" / name).write_bytes(b"no library")
         run = python("-W", "error", "-c", WITHOUT_NATIVE, cwd=tmp_path, PYTHONPATH=str(tmp_path))
         assert run.returncode == 0, run.stderr
-        file, reasons, served, replays, values, linear, mean, refused, reference = json.loads(run.stdout)
+        file, reasons, served, replays, values, linear, mean, refused, reference, quiet, told = json.loads(run.stdout)
         assert Path(file).resolve() == (package / "__init__.py").resolve()
         (why,) = reasons["native"]
         assert ("could not be loaded" if broken else "its C kernels were not built") in why
-        assert "reinstall torchdrop" in why
+        assert "pip install --no-cache-dir --force-reinstall --no-deps torchdrop" in why
+        assert quiet
+        assert len(told) == 1
+        assert told[0].endswith(f"The reason: {why}")
         assert reasons["aten"] == reasons["reference"] == []
         assert served == "aten"
         assert replays
@@ -279,6 +291,18 @@ class TestWithoutNativeKernels:
         assert values == reference == [0.0, 2.0]
         assert abs(mean - 1.0) < 0.05
         assert refused == f"the native backend cannot serve this: {why}"
+
+
+@pytest.mark.parametrize(
+    ("said", "named"),
+    [
+        ("libgomp.so.1: cannot open shared object file: No such file or directory", "OpenMP runtime libgomp.so.1"),
+        ("Library not loaded: @rpath/libomp.dylib", "OpenMP runtime libomp.dylib"),
+        ("/home/libgomp-x/_native.so: invalid ELF header", "could not be loaded"),
+    ],
+)
+def test_a_missing_openmp_runtime_is_named(said: str, named: str) -> None:
+    assert named in native._unloaded(OSError(said))
 
 
 def build(tree: Path, *command: str, **environment: str) -> Path:

@@ -20,7 +20,6 @@ from torch.func import vmap
 import torchdrop
 import torchdrop.functional as F
 from torchdrop import Shard
-from torchdrop.kernels import native
 from torchdrop.kernels.masking import Part
 from torchdrop.layers._shard import part_of
 
@@ -28,9 +27,6 @@ from .seeding import seeded
 from .strategies import on, tensors
 
 pytestmark = [
-    pytest.mark.skipif(
-        native.library is None, reason="no native kernels, and the aten backend, serving the CPU then, has no parts"
-    ),
     # What PyTorch itself does at the first use of forward mode and of the compiler.
     pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning"),
 ]
@@ -149,7 +145,7 @@ def test_large_tensors_cut_evenly(
     assert torch.equal(torch.cat(ours, dim), y)
 
 
-@pytest.mark.parametrize("name", ["native", "triton", "reference"])
+@pytest.mark.parametrize("name", ["native", "triton", "aten", "reference"])
 @pytest.mark.parametrize("dim", [0, 1, 2])
 def test_every_backend(name: str, dim: int) -> None:
     reasons = torchdrop.available_backends()[name]
@@ -160,20 +156,6 @@ def test_every_backend(name: str, dim: int) -> None:
     with torchdrop.use_backend(name):
         ours = [drop(x.narrow(dim, i, 1), Shard(dim, i, x.shape[dim])) for i in range(x.shape[dim])]
     assert torch.equal(torch.cat(ours, dim), y)
-
-
-@pytest.mark.parametrize("offset", [0, 2])
-def test_aten_draws_whole_masks(offset: int) -> None:
-    x, state = torch.ones(2, 3), torch.get_rng_state()
-    message = (
-        r"^the aten backend draws whole masks, not the part of shape \(2, 3\) of one of shape \(2, 8\): use another"
-    )
-    with torchdrop.use_backend("aten"), pytest.raises(ValueError, match=message):
-        F.dropout(x, shard=Shard(1, offset, 8))
-    assert torch.equal(torch.get_rng_state(), state)
-    with torchdrop.use_backend("aten"):
-        assert F.dropout(x, shard=[Shard(0, 0, 2), Shard(1, 0, 3)]).shape == x.shape
-        assert F.dropout(x[:, :0], shard=Shard(1, 3, 3)).shape == (2, 0)
 
 
 LAST = Shard(-1, 2, 8)

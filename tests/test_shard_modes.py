@@ -12,14 +12,9 @@ from torch import Tensor, nn
 import torchdrop
 import torchdrop.functional as F
 from torchdrop import Shard
-from torchdrop.kernels import native
 from torchdrop.layers import _rate
 
 from .seeding import seeded
-
-pytestmark = pytest.mark.skipif(
-    native.library is None, reason="no native kernels, and the aten backend, serving the CPU then, has no parts"
-)
 
 LAST = Shard(-1, 2, 8)
 """Of a tensor with 8 columns, those from the third on."""

@@ -13,6 +13,7 @@ whose other dimensions broadcast against the mask.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
@@ -28,6 +29,7 @@ BACKENDS: tuple[ModuleType, ...] = (native, triton, aten, reference)
 """In the order in which they are tried."""
 
 _forced: ModuleType | None = None
+_told = False
 
 
 def _named(name: str) -> ModuleType:
@@ -105,9 +107,24 @@ def backend_for(device: torch.device, dtype: torch.dtype = torch.float32) -> Mod
     for backend in BACKENDS:
         interpreted = backend is triton and device.type == "cpu"  # for tests, which force it
         if not interpreted and not backend.unsupported_reasons(device, dtype):
+            if backend is aten and device.type == "cpu" and native.library is None:
+                _tell_of_absence()
             return backend
     why = "; ".join(f"{b.NAME}: {', '.join(b.unsupported_reasons(device, dtype))}" for b in BACKENDS)
     raise RuntimeError(f"no backend serves {dtype} on {device}: {why}")
+
+
+def _tell_of_absence() -> None:
+    """Warns, once, that an installation has no compiled kernels."""
+    global _told
+    if not _told:
+        _told = True
+        warnings.warn(
+            "torchdrop works without its compiled kernels here: the masks are the same, and take many times as long. "
+            f"The reason: {native.why_not}",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def masked(

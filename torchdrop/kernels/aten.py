@@ -1,65 +1,189 @@
-"""For devices with no kernel of their own: PyTorch's random numbers, from a generator that the key seeds.
+"""PyTorch's own operations, for devices and installations without a kernel: the masks of the reference, made faster.
 
-Masks are exact in rate, and the same key gives the same mask on one device and version of PyTorch, so nothing is kept
-for backward here either. They are not the masks of the other backends. Reading the key costs accelerators a
-synchronisation.
+The ten rounds of Philox run on both halves of many counters at a time, in place, in pieces that stay in cache. A mask
+looks at the upper 16 bits of its draws first, and at the lower ones of those elements alone that they do not decide. A
+few blocks under one key are worked out by Python's long integers, in which each block has 64 bits of its own: that
+takes a third of the time that operations on small tensors take.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .law import ONE, Law
-from .masking import COMPUTE_DTYPE, WHOLE, Part, apply_mask, trailing
+from . import reference
+from .law import Law
+from .masking import COMPUTE_DTYPE, WHOLE, Part, apply_mask
+from .reference import NORMAL_PLANE, SECOND_PLANE
 
 NAME = "aten"
 
-_MIX = 0x9E3779B97F4A7C15
+_WORD = 0xFFFFFFFF
+_MULTIPLIERS, _STEPS = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+
+PIECE = 2**16
+"""So many blocks are worked on at a time."""
+
+FEW = 512
+"""Up to so many blocks, Python's integers are faster."""
 
 
 def unsupported_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
-    reasons = [] if dtype in COMPUTE_DTYPE else [f"it takes {', '.join(map(str, COMPUTE_DTYPE))}, not {dtype}"]
-    try:
-        torch.Generator(device=device)
-    except RuntimeError:
-        reasons.append(f"PyTorch has no random generator for {device.type}")
-    return reasons
+    return [] if dtype in COMPUTE_DTYPE else [f"it takes {', '.join(map(str, COMPUTE_DTYPE))}, not {dtype}"]
 
 
-def _for_each_key(key: Tensor, make: Callable[[torch.Generator], Tensor]) -> Tensor:
-    made = []
-    for seed, stream in key.reshape(-1, 2).tolist():
-        generator = torch.Generator(device=key.device)
-        generator.manual_seed((seed ^ (stream * _MIX)) % 2**63)
-        made.append(make(generator))
-    return torch.stack(made).reshape((*key.shape[:-1], *made[0].shape))
+def _words(first: int, last: int, key: Tensor) -> Tensor:
+    """The four words of blocks first to last - 1, as int32 of shape ``key.shape[:-1] + (last - first, 4)``."""
+    if key.dim() == 1 and key.is_cpu and last - first <= FEW:
+        return _few_words(first, last - first, *key.tolist())
+    block = torch.arange(first, last, device=key.device)
+    return words_of(block, key.reshape(-1, 2)).reshape((*key.shape[:-1], last - first, 4))
 
 
-def _only_whole(part: Part) -> None:
-    if part != WHOLE:
-        raise ValueError(
-            f"the aten backend draws whole masks, got a part that starts at {part.start}: use another backend"
-        )
+def words_of(block: Tensor, key: Tensor) -> Tensor:
+    """The words of blocks (n,) under each of the keys (k, 2), as int32 (k, n, 4)."""
+    out = torch.empty((len(key), len(block), 4), dtype=torch.int32, device=key.device)
+    _fill(out, block, key)
+    return out
+
+
+def _fill(out: Tensor, block: Tensor, key: Tensor) -> None:
+    keys, blocks = out.shape[:2]
+    if keys * blocks > PIECE:
+        dim = 0 if keys > 1 else 1
+        half = out.shape[dim] // 2
+        for part in (slice(0, half), slice(half, None)):
+            if dim:
+                _fill(out[:, part], block[part], key)
+            else:
+                _fill(out[part], block, key[part])
+        return
+    # Counter words 0 and 2 lie in `even`, 1 and 3 in `odd`. The products of a round are made twice, one pair after the
+    # other, so that the middle two are those of words 2 and 0: the order in which the round swaps them.
+    device = key.device
+    room = torch.empty((12, keys, blocks), dtype=torch.int64, device=device)
+    even, first, second, odd = room.split((2, 4, 4, 2))
+    for counter, number in ((0, block), (1, key[:, 1:])):
+        even[counter], odd[counter] = number & _WORD, number >> 32
+    constants = torch.tensor((_MULTIPLIERS, _STEPS), device=device)
+    multipliers = constants[0].reshape(2, 1, 1)
+    rounds = torch.arange(_ROUNDS, device=device).reshape(-1, 1, 1, 1)
+    seeds = torch.stack([key[:, :1], key[:, :1] >> 32]).bitwise_and_(_WORD)
+    seeds = (constants[1].reshape(2, 1, 1) * rounds + seeds).bitwise_and_(_WORD)
+    twice = even.expand(2, 2, keys, blocks)
+    products = [(p.view(2, 2, keys, blocks), p[1:3]) for p in (first, second)]
+    for i, seed in enumerate(seeds.unbind()):
+        product, swapped = products[i % 2]
+        torch.mul(twice, multipliers, out=product)
+        torch.bitwise_right_shift(swapped, 32, out=even)
+        even.bitwise_xor_(odd).bitwise_xor_(seed).bitwise_and_(_WORD)
+        odd = swapped  # with whatever is above its 32 bits
+    pairs = out.unflatten(-1, (2, 2))
+    pairs[..., 0], pairs[..., 1] = even.movedim(0, -1), odd.movedim(0, -1)
+
+
+@functools.lru_cache(maxsize=64)
+def _lanes(n: int) -> tuple[int, int]:
+    """1 and i in the i-th of n groups of 64 bits."""
+    ones = ((1 << 64 * n) - 1) // ((1 << 64) - 1)
+    return ones, int.from_bytes(b"".join(i.to_bytes(8, "little") for i in range(n)), "little")
+
+
+def _few_words(first: int, n: int, seed: int, stream: int) -> Tensor:
+    ones, numbers = _lanes(n)
+    low = ones * _WORD
+    block = ones * (first % 2**64) + numbers
+    c0, c1, c2, c3 = block & low, block >> 32 & low, ones * (stream & _WORD), ones * (stream >> 32 & _WORD)
+    k0, k1 = seed & _WORD, seed >> 32 & _WORD
+    for _ in range(_ROUNDS):
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (p1 >> 32 & low) ^ c1 ^ ones * k0, p1 & low, (p0 >> 32 & low) ^ c3 ^ ones * k1, p0 & low
+        k0, k1 = k0 + _STEPS[0] & _WORD, k1 + _STEPS[1] & _WORD
+    pairs = [bytearray((even | odd << 32).to_bytes(8 * n, "little")) for even, odd in ((c0, c1), (c2, c3))]
+    if not n:
+        return torch.empty((0, 4), dtype=torch.int32)
+    words = [torch.frombuffer(pair, dtype=torch.int32) for pair in pairs]
+    if sys.byteorder == "big":
+        words = [torch.frombuffer(pair, dtype=torch.uint8).reshape(-1, 4).flip(-1).view(torch.int32) for pair in pairs]
+    return torch.stack([pair.reshape(n, 2) for pair in words], 1).reshape(n, 4)
+
+
+def _halves(first: int, last: int, plane: int, key: Tensor) -> Tensor:
+    """The 16-bit values of blocks first to last - 1, in order in the last dimension, with the sign of int16."""
+    words = _words(first + plane, last + plane, key)
+    halves = words.view(torch.int16)
+    if sys.byteorder == "big":
+        halves = halves.unflatten(-1, (4, 2)).flip(-1).flatten(-2)
+    return halves.flatten(-2)
+
+
+def _plane(shape: Sequence[int], key: Tensor, part: Part, plane: int) -> Tensor:
+    """Each element's 16 bits of a plane, as int16."""
+
+    def row(start: int, n: int) -> Tensor:
+        return _halves(start // 8, -(-(start + n) // 8), plane, key)[..., start % 8 : start % 8 + n]
+
+    return reference.of_part(row, shape, key, part)
 
 
 def draws(shape: Sequence[int], key: Tensor, part: Part = WHOLE) -> Tensor:
-    _only_whole(part)
-    return _for_each_key(key, lambda g: torch.randint(ONE, tuple(shape), generator=g, device=key.device))
-
-
-def standard_normal(shape: Sequence[int], key: Tensor, part: Part = WHOLE) -> Tensor:
-    _only_whole(part)
-    return _for_each_key(key, lambda g: torch.randn(tuple(shape), generator=g, dtype=torch.float64, device=key.device))
+    upper, lower = (_plane(shape, key, part, plane).to(torch.int64) & 0xFFFF for plane in (0, SECOND_PLANE))
+    return upper << 16 | lower
 
 
 def keep_mask(shape: Sequence[int], key: Tensor, law: Law | Tensor, part: Part = WHOLE) -> Tensor:
-    return draws(shape, key, part) < trailing(law, key.device)[0]
+    upper = _plane(shape, key, part, 0).to(torch.int32) & 0xFFFF
+    if isinstance(law, Law):
+        below: int | Tensor = law.threshold
+        kept, open_ = upper < below >> 16, below & 0xFFFF != 0
+    else:
+        below = law[..., 0].to(torch.int64).to(key.device)
+        kept, open_ = upper < below >> 16, True
+    if not open_:
+        return kept
+    tied = upper == below >> 16
+    if isinstance(below, Tensor):
+        tied &= below & 0xFFFF != 0
+    places = tied.nonzero()
+    if len(places):
+        lower = _lower(places, shape, key, part)
+        limit = below & 0xFFFF
+        if isinstance(limit, Tensor):
+            limit = limit.expand(tied.shape)[tied]
+        kept[tied] = lower < limit
+    return kept
+
+
+def _lower(places: Tensor, shape: Sequence[int], key: Tensor, part: Part) -> Tensor:
+    """The lower 16 bits of the draws of these elements, one a row of their indices."""
+    keys = key.dim() - 1
+    element = torch.zeros_like(places[:, 0])
+    for dim, size in enumerate(shape):
+        element = element * size + places[:, keys + dim]
+    if part.run:
+        element = element // part.run * part.pitch + element % part.run
+    element = element + part.start
+    own = key[tuple(places[:, :keys].unbind(-1))] if keys else key
+    words = torch.stack(torch.broadcast_tensors(*reference.philox(element // 8 + SECOND_PLANE, own)), -1)
+    word = words.gather(-1, (element % 8 // 2).unsqueeze(-1)).squeeze(-1)
+    return word >> 16 * (element % 2) & 0xFFFF
 
 
 def masked(
     x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int], part: Part = WHOLE, out: Tensor | None = None
 ) -> Tensor:
     return apply_mask(x, keep_mask(shape, key, law, part), law, out)
+
+
+def standard_normal(shape: Sequence[int], key: Tensor, part: Part = WHOLE) -> Tensor:
+    def row(start: int, n: int) -> Tensor:
+        words = _words(start // 4 + NORMAL_PLANE, -(-(start + n) // 4) + NORMAL_PLANE, key)
+        wide = words.to(torch.int64).bitwise_and_(_WORD)
+        return reference.normals(wide)[..., start % 4 : start % 4 + n]
+
+    return reference.of_part(row, shape, key, part)

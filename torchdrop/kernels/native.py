@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from ctypes import c_char_p, c_int, c_int64, c_uint64, c_void_p
@@ -98,16 +99,30 @@ def doors_by_ctypes(lib: ctypes.CDLL) -> Doors:
     )
 
 
+_REINSTALL = "`pip install --no-cache-dir --force-reinstall --no-deps torchdrop` (pip keeps the wheel it has built)"
+
+
 def _load() -> tuple[_Library | None, str]:
     if not _LIBRARY.exists():
-        return None, "its C kernels were not built: install a C compiler (gcc or clang), then reinstall torchdrop"
+        return None, f"its C kernels were not built: install a C compiler (gcc or clang), then run {_REINSTALL}"
     try:
         return _Library(_LIBRARY), ""
     except (OSError, AttributeError) as error:
-        return None, f"{_LIBRARY.name} could not be loaded ({error}): reinstall torchdrop"
+        return None, _unloaded(error)
 
 
-library, _why_not = _load()
+def _unloaded(error: Exception) -> str:
+    runtime = re.search(r"\blib[gi]?omp[\w-]*\.(?:so|dylib|dll)[\w.]*", str(error))
+    if runtime:
+        return (
+            f"the OpenMP runtime {runtime[0]}, which {_LIBRARY.name} needs, is missing ({error}): install it (package "
+            "libgomp1 on Debian and Ubuntu, libgomp on Fedora and Alpine)"
+        )
+    return f"{_LIBRARY.name} could not be loaded ({error}): run {_REINSTALL}"
+
+
+library, why_not = _load()
+"""The compiled kernels, or None and the reason."""
 
 _forked = False
 
@@ -128,7 +143,7 @@ def threads() -> int:
 
 
 def unsupported_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
-    reasons = [_why_not] if library is None else []
+    reasons = [why_not] if library is None else []
     if device.type != "cpu":
         reasons.append(f"it works on CPU tensors, not on {device.type}")
     if dtype not in KINDS:

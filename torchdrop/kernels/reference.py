@@ -25,7 +25,7 @@ from .masking import COMPUTE_DTYPE, WHOLE, Part, apply_mask, trailing
 NAME = "reference"
 
 _WORD = 0xFFFFFFFF
-_SECOND_PLANE, _NORMAL_PLANE = 2**61, 2**62
+SECOND_PLANE, NORMAL_PLANE = 2**61, 2**62
 
 
 def unsupported_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -59,7 +59,7 @@ def _halves(first: int, last: int, plane: int, key: Tensor) -> Tensor:
     return torch.stack([words & 0xFFFF, words >> 16], -1).flatten(-3)
 
 
-def _of_part(row: Callable[[int, int], Tensor], shape: Sequence[int], key: Tensor, part: Part) -> Tensor:
+def of_part(row: Callable[[int, int], Tensor], shape: Sequence[int], key: Tensor, part: Part) -> Tensor:
     """The rows of a part, each from `row`, which takes an index and a length."""
     count, length, pitch = part.rows(math.prod(shape))
     rows = [row(part.start + r * pitch, length) for r in range(count)]
@@ -72,10 +72,10 @@ def draws(shape: Sequence[int], key: Tensor, part: Part = WHOLE) -> Tensor:
 
     def row(start: int, n: int) -> Tensor:
         first, last, skip = start // 8, -(-(start + n) // 8), start % 8
-        draw = _halves(first, last, 0, key) << 16 | _halves(first, last, _SECOND_PLANE, key)
+        draw = _halves(first, last, 0, key) << 16 | _halves(first, last, SECOND_PLANE, key)
         return draw[..., skip : skip + n]
 
-    return _of_part(row, shape, key, part)
+    return of_part(row, shape, key, part)
 
 
 def keep_mask(shape: Sequence[int], key: Tensor, law: Law | Tensor, part: Part = WHOLE) -> Tensor:
@@ -118,16 +118,20 @@ def _circle(word: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where((quadrant == 1) | (quadrant == 2), -x, x), torch.where(quadrant >= 2, -y, y)
 
 
+def normals(words: Tensor) -> Tensor:
+    """The variates of blocks whose words lie in the last dimension, in order in the last dimension."""
+    first, second = words[..., 0::2], words[..., 1::2]
+    square = -2.0 * _log((first.to(torch.float64) + 0.5) * 2.0**-32)
+    radius = square * square.rsqrt()  # sqrt() may go to a vector library that does not round exactly
+    cosine, sine = _circle(second)
+    return torch.stack([radius * cosine, radius * sine], -1).flatten(-3)
+
+
 def standard_normal(shape: Sequence[int], key: Tensor, part: Part = WHOLE) -> Tensor:
     """Standard normal variates of the part's elements as float64, of shape ``key.shape[:-1] + shape``."""
 
     def row(start: int, n: int) -> Tensor:
-        words = _words(start // 4, -(-(start + n) // 4), _NORMAL_PLANE, key)
-        first, second = words[..., 0::2], words[..., 1::2]
-        square = -2.0 * _log((first.to(torch.float64) + 0.5) * 2.0**-32)
-        radius = square * square.rsqrt()  # sqrt() may go to a vector library that does not round exactly
-        cosine, sine = _circle(second)
-        pairs = torch.stack([radius * cosine, radius * sine], -1).flatten(-3)
-        return pairs[..., start % 4 : start % 4 + n]
+        words = _words(start // 4, -(-(start + n) // 4), NORMAL_PLANE, key)
+        return normals(words)[..., start % 4 : start % 4 + n]
 
-    return _of_part(row, shape, key, part)
+    return of_part(row, shape, key, part)

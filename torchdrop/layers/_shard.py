@@ -16,8 +16,6 @@ from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack, handle_torch_function
 from torch.utils._device import DeviceContext
 
-from .. import kernels
-from ..kernels import aten
 from ..kernels.law import Law
 from ..kernels.masking import Part
 from ..kernels.operators import Operator
@@ -100,22 +98,15 @@ class Cut(NamedTuple):
     part: Part
 
 
-def cut_of(x: Tensor, shape: Sequence[int], whole: Sequence[int], first: Sequence[int]) -> Cut | None:
+def cut_of(shape: Sequence[int], whole: Sequence[int], first: Sequence[int]) -> Cut | None:
     """A mask of this shape as a part of a larger one; None if it is the larger one, or empty.
 
     Raises:
         NotImplementedError: it has no form that kernels take.
-        ValueError: the backend draws whole masks.
     """
     if tuple(shape) == tuple(whole) or 0 in shape:
         return None
-    part = part_of(shape, whole, first)
-    if not _is_compiling() and kernels.backend_for(x.device, x.dtype) is aten:
-        raise ValueError(
-            f"the aten backend draws whole masks, not the part of shape {tuple(shape)} of one of shape {tuple(whole)}: "
-            "use another backend"
-        )
-    return Cut(tuple(whole), tuple(first), part)
+    return Cut(tuple(whole), tuple(first), part_of(shape, whole, first))
 
 
 def part_of(shape: Sequence[int], whole: Sequence[int], first: Sequence[int]) -> Part:
@@ -182,7 +173,7 @@ def cut_by(given: Shards, input: Tensor, shape: Sequence[int], shared: Collectio
             )
         if dim not in shared:
             whole[dim], first[dim] = shard.size, shard.offset
-    return cut_of(input, shape, whole, first)
+    return cut_of(shape, whole, first)
 
 
 def watched() -> bool:
@@ -266,7 +257,7 @@ def apply_to_dtensor(
         for dim, (at, size) in enumerate(zip(first, own, strict=True)):
             law = law if law.shape[dim] == 1 else law.narrow(dim, at, size)
     local = input.to_local()
-    out = apply(operator, local, law, own, False, generator, cut_of(local, own, shape, first))
+    out = apply(operator, local, law, own, False, generator, cut_of(own, shape, first))
     if out is local:
         return input
     stride = torch.empty_like(torch.empty_strided(input.shape, input.stride(), device="meta")).stride()
