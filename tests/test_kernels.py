@@ -333,7 +333,7 @@ def test_elements_whose_upper_bits_do_not_decide_are_decided_by_the_lower_ones()
 
 def test_every_bit_of_a_key_matters(backend: str) -> None:
     """In all 128 places: the masks of random keys, and of those that differ from them in one bit, are all different."""
-    count = 8 if backend == "triton" else 100
+    count = 1 if backend == "triton" else 100
     base = torch.randint(-(2**63), 2**63 - 1, (count, 1, 2), generator=torch.Generator().manual_seed(5))
     bits = torch.tensor([1 << bit if bit < 63 else -(2**63) for bit in range(64)])
     one_off = torch.cat([torch.zeros(1, 2, dtype=torch.int64), torch.stack([bits, bits * 0], -1)])
