@@ -14,7 +14,8 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from ..layers import _rate
 from ..monte_carlo.draw import Draw
-from ..monte_carlo.mode import Tracker, Watching
+from ..monte_carlo.mode import Watching
+from ..monte_carlo.tracker import Tracker
 from .share import Share, mask_of_call, measured
 
 _T = Tensor
@@ -83,7 +84,7 @@ class Flow(Watching):
     """
 
     def __init__(self, model: nn.Module, measure: bool) -> None:
-        super().__init__(Tracker(model, lambda *_: None, lambda: None))
+        super().__init__(Tracker())
         self.calls: list[Call] = []
         self.normalised: list[tuple[str, str, str]] = []
         self.ran: dict[nn.Module, Tensor | None] = {}
@@ -93,14 +94,28 @@ class Flow(Watching):
         self._kwargs: dict[str, Any] = {}
         self._traces: dict[int, _Trace] = {}
         self._alive: list[Tensor] = []  # an id is a tensor's only as long as it lives
-        self._handles = [m.register_forward_pre_hook(self._runs, with_kwargs=True) for m in model.modules()]
+        self._names = {module: name for name, module in model.named_modules()}
+        self._handles = [
+            handle
+            for module in self._names
+            for handle in (
+                module.register_forward_pre_hook(self._runs, prepend=True, with_kwargs=True),
+                module.register_forward_hook(self._ends, always_call=True),
+            )
+        ]
 
     def _runs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._tracker.enter(self._names[module])
         input = _first(args, kwargs) if isinstance(module, _DropoutNd) else None
         self.ran.setdefault(module, None if input is None else input.detach())
 
+    def _ends(self, module: nn.Module, args: Any, output: Any) -> None:
+        stack, name = self._tracker.stack, self._names[module]
+        if name in stack:  # not so if a hook before `_runs` has raised
+            while stack.pop() != name:
+                pass
+
     def close(self) -> None:
-        self._tracker.close()
         for handle in self._handles:
             handle.remove()
 

@@ -1,9 +1,9 @@
 """Making a model's randomness fire as in train mode, and nothing else: `mc_dropout`.
 
-What is random is not guessed from names. A forward in train mode, on two or three rows of the data and with everything
-it might change put back, shows which calls draw. Then, in eval mode, a function mode serves exactly those calls, and
-the modules that decide from their own training flag whether to draw (DropPath, LayerDrop) get that flag, alone. A
-forward in this mode is compared with the one in train mode, and the report says what came of it.
+What is random is not guessed from names. A forward in train mode, on two or three rows of the data, shows which calls
+draw (see `survey`). Then, in eval mode, a function mode serves exactly those calls, and the modules that decide from
+their own training flag whether to draw (DropPath, LayerDrop) get that flag, alone. A forward in this mode is compared
+with the one in train mode, and the report says what came of it. All of it happens to shells of the modules.
 """
 
 from __future__ import annotations
@@ -11,223 +11,129 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import itertools
-import re
+import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from ..layers.layer_drop import LayerDrop
+from ..layers import _noise, _rate
+from .draw import Draw
 from .inputs import Inputs
 from .masks import Pass, source_seed
-from .mode import Recorder, Server, Tracker
+from .mode import Server, refuse_backward
+from .redirect import Redirected, next_level
 from .report import Report
-from .state import flags, foreign_states, random_state, undisturbed
+from .shells import Shells
+from .sources import DESCRIBE
+from .state import GENERATORS, restored_generators
+from .survey import FOREIGN, Survey
+from .tracker import Tracker, inner_names
 
 _transformed = torch._C._are_functorch_transforms_active
 
-_BRANCHES = 7
-"""How often a forward in train mode is repeated if it is random which layers it has."""
-
-_FOREIGN = (
-    "In train mode the model also draws from Python's or numpy's generator (SpecAugment, or a LayerDrop of that kind): "
-    "what these decide stays as it is in eval mode"
-)
-
-_AUGMENTS = re.compile(r"(?i)augment|mixup|cutmix|cutout|masking")
-
-
-def _has_statistics(module: nn.Module) -> bool:
-    return hasattr(module, "running_mean") or hasattr(module, "num_batches_tracked")
-
-
-def _same_structure(first: Any, second: Any) -> bool:
-    (a, one), (b, other) = tree_flatten(first), tree_flatten(second)
-    return one == other and all(
-        getattr(x, "shape", None) == getattr(y, "shape", None) for x, y in zip(a, b, strict=True)
-    )
-
 
 class Activation:
-    """A model whose random calls are served, from `attach` to `detach`.
+    """A model whose random calls are served.
 
     Args:
         model: the model.
         patterns: glob patterns of names of modules in which sources are active; None for all.
         dim: the dimension of the inputs that counts rows of data; None if they are one whole.
-        begin: called at the start of each forward of the model or of a part of it, whose random state is then put back;
-            None if the caller sees to both.
+        method: what of the model is called.
+
+    Attributes:
+        flagged: the modules whose shells have the training flag.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        patterns: Sequence[str] | None,
-        dim: int | None,
-        begin: Callable[[nn.Module, Inputs], None] | None = None,
+        self, model: nn.Module, patterns: Sequence[str] | None, dim: int | None, method: str = "__call__"
     ) -> None:
-        self.model, self._patterns, self._dim, self._begin = model, patterns, dim, begin
+        self.model, self._patterns, self.dim, self._method = model, patterns, dim, method
         self.report = Report(rows=dim)
         self.flagged: set[nn.Module] = set()
-        self._surveying = False
-        self._forward: ExitStack | None = None
-        self._tracker = Tracker(model, self._enter, self._leave)
-        self.server = Server(self._tracker, self._chosen)
-
-    def detach(self) -> None:
-        self._tracker.close()
+        self.tracker = Tracker()
+        self.shells = Shells(model, self.tracker, next_level())
+        self.server = Server(self.tracker, self.chosen, inner_names(model))
 
     def serving(self) -> AbstractContextManager[Any]:
         """The mode that serves, unless it is on already."""
         return nullcontext() if self.server.entered else self.server
 
-    def _chosen(self, name: str) -> bool:
+    def chosen(self, name: str) -> bool:
+        """Whether sources in the module of this name are wanted."""
         if self._patterns is None:
             return True
         parts = name.split(".")
         around = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]  # the module itself and those it is a part of
         return any(fnmatch.fnmatchcase(module, pattern) for module in around for pattern in self._patterns)
 
-    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._surveying:
-            return
-        self._forward = ExitStack()
-        if self._begin is not None:
-            self.server.differentiated = torch.is_grad_enabled()
-            self._begin(module, Inputs(args, kwargs, self._dim))
-            self._tracker.restart()
-            self._forward.enter_context(random_state())
-        self._forward.enter_context(undisturbed(self.flagged))
-        self._forward.enter_context(flags(self.model, self.flagged.__contains__))
-        run = self.server.run
-        if run is not None and not self.report.replayable and not run.folded and not _transformed():
-            torch.manual_seed(source_seed(run.seed, "torch", int(run.samples)) % 2**32)
+    def survey(self, inputs: Inputs, module: nn.Module | None = None, method: str | None = None) -> Any:
+        """Finds out what is random in a call, of the model or of a part of it: see `Survey`."""
+        return Survey(self, module or self.model, method or self._method).run(inputs)
 
-    def _leave(self) -> None:
-        if self._forward is not None and not self._surveying:
-            self._forward.close()
-            self._forward = None
-            self.report.draws = self.server.draws
+    def call(self, inputs: Inputs) -> Any:
+        """What the model gives in a pass that the server has begun, whose mode is on. The model is left as it is."""
+        self.tracker.restart()
+        self.shells.refresh(self.flagged.__contains__, self.flagged.__contains__)
+        with self.own_numbers():
+            return inputs.call(getattr(self.shells.of(self.model), self._method))
 
-    def survey(self, module: nn.Module, inputs: Inputs) -> Any:
-        """Finds out what is random in a forward of `module`, a part of the model or the whole.
+    def deterministic(self, inputs: Inputs) -> Any:
+        """What the model gives in eval mode, with nothing random."""
+        self.shells.refresh()
+        return inputs.call(getattr(self.shells.of(self.model), self._method))
 
-        Returns:
-            What it returns for the first three rows.
-        """
-        self._surveying, differentiated, self.server.differentiated = True, self.server.differentiated, False
-        try:
-            with torch.no_grad(), random_state(), undisturbed(self.model.modules()):
-                try:
-                    return self._survey(module, inputs)
-                except Exception as error:
-                    if inputs.rows is None:
-                        raise
-                    self._forward_once(module, inputs.copy())  # a model that is broken has an error of its own here
-                    raise RuntimeError(
-                        f"the model works with its {inputs.rows} rows, but not with the first two or three of them "
-                        f"({type(error).__name__}: {error}). Pass batch_dim=None to take the inputs as one whole"
-                    ) from error
-        finally:
-            self._surveying, self.server.differentiated = False, differentiated
-            self.server.surveyed = True
-            self._tracker.restart()
-
-    def _survey(self, module: nn.Module, inputs: Inputs) -> Any:
-        if inputs.rows is None and self._dim is not None:
-            self.report.rows = None
-            self.report.notes.append(
-                "The inputs' tensors do not agree in a number of rows, so they are taken as one whole: masks depend on "
-                "the whole of them"
-            )
-        two, three = inputs.first(2), inputs.first(3)
-        stacks = (m for m in self.model.modules() if isinstance(m, LayerDrop))
-        skippable = {inner for stack in stacks for inner in stack.modules()}
-        recorded = self._train_forward(module, two)
-        if recorded is not None and (recorded.branching or skippable):
-            for _ in range(_BRANCHES):  # a skipped layer is met another time
-                self._train_forward(module, two)
-        modules = dict(self.model.named_modules())
-        flagged = {modules[name] for name in recorded.flagged if self._chosen(name)} if recorded is not None else set()
-        self.flagged = {m for m in flagged if _may_be_flagged(m)}
-        if recorded is None:  # shapes at another number of rows, in its place
-            self._forward_once(module, two)
-        returned = self._forward_once(module, three)
-        missing = {modules[s.module] for s in self.server.sources.values() if s.active and not s.served} - self.flagged
-        missing = {m for m in missing if _may_be_flagged(m)}
-        if missing:
-            self.flagged |= missing
-            returned = self._forward_once(module, three)
-        returned = self._keep_outputs(module, three, returned)
-        for source in self.server.sources.values():
-            if source.active and not source.served and modules[source.module] not in skippable:
-                source.active = False
-                source.reason = source.reason or "not reached with the model in eval mode"
+    def list_sources(self) -> None:
+        """Brings the report up to date with what has been met."""
         known = set(map(id, self.report.sources))
         self.report.sources += [
             s for s in self.server.sources.values() if (s.active or s.reason) and id(s) not in known
         ]
-        return returned
 
-    def _train_forward(self, module: nn.Module, inputs: Inputs) -> Recorder | None:
-        """What a forward in train mode draws. Layers with running statistics stay in eval mode."""
-        recorder = Recorder(self._tracker, inputs.rows)
-        before = foreign_states()
-        try:
-            with flags(self.model, lambda m: not _has_statistics(m)), recorder, recorder.unseen:
-                inputs.call(module)
-        except Exception as error:
-            self.report.notes.append(
-                f"A forward in train mode failed ({type(error).__name__}: {error}), so what is active could not be "
-                "compared with it"
+    @contextmanager
+    def own_numbers(self) -> Iterator[None]:
+        """Seeds PyTorch's generators for a pass that draws from them. One thread at a time can."""
+        run = self.server.run
+        if self.report.replayable or run is None:
+            yield
+            return
+        with GENERATORS:
+            if not run.folded and not _transformed():
+                torch.manual_seed(source_seed(run.seed, "torch", int(run.samples)) % 2**32)
+            yield
+
+    @contextmanager
+    def kept_states(self) -> Iterator[None]:
+        """Puts the generators' states back if a pass within it has drawn from them: other threads do, too."""
+        self.server.drew = False
+        with restored_generators(
+            lambda: self.server.drew or not self.report.replayable or FOREIGN in self.report.notes
+        ):
+            yield
+
+    def warn_of_omissions(self, caller: str, stacklevel: int) -> None:
+        """Says what stays off although it is random in train mode and was not left out on purpose."""
+        report, said = self.report, []
+        if report.unreached:
+            listed = "; ".join(f"{s.module or '(model)'}: {s.kind}, {s.reason}" for s in report.unreached)
+            said.append(f"{len(report.unreached)} of {len(report.sources)} sources of randomness stay off ({listed})")
+        if report.unseen:
+            said.append(
+                f"{report.unseen} random draws of a forward in train mode stay as they are in eval mode, since they "
+                "are made where they cannot be seen, as in a TorchScript function"
             )
-            return None
-        if before != foreign_states() and _FOREIGN not in self.report.notes:
-            self.report.notes.append(_FOREIGN)
-        for source in recorder.sources:
-            if source.site in self.server.sources:
-                continue
-            if source.active:
-                self.report.expected += source.draws
-                source.active = self._chosen(source.module)
-                source.reason = source.reason if source.active else "not chosen by the patterns of `sources`"
-            self.server.sources[source.site] = source
-        self.server.others |= recorder.others
-        return recorder
-
-    def _forward_once(self, module: nn.Module, inputs: Inputs) -> Any:
-        self.server.begin(Pass(0, torch.zeros((), dtype=torch.int64, device=inputs.device), inputs.rows))
-        with flags(self.model, self.flagged.__contains__), self.serving():
-            out = inputs.call(module)
-        self.report.draws = self.server.draws
-        return out
-
-    def _keep_outputs(self, module: nn.Module, inputs: Inputs, returned: Any) -> Any:
-        """Takes the flag from modules whose flag changes what the model returns: auxiliary heads, losses."""
-        wide = {m for m in self.flagged if any(True for _ in m.parameters()) or any(True for _ in m.children())}
-        if not wide:
-            return returned
-        with flags(self.model, lambda _: False):
-            plain = inputs.call(module)
-        if _same_structure(plain, returned):
-            return returned
-        self.flagged -= wide
-        for source in self.server.sources.values():
-            source.served = False
-        returned = self._forward_once(module, inputs)
-        modules = dict(self.model.named_modules())
-        for source in self.server.sources.values():
-            if source.active and not source.served and modules[source.module] in wide:
-                source.reason = "its module's training flag changes what the model returns"
-        return returned
-
-
-def _may_be_flagged(module: nn.Module) -> bool:
-    return not _has_statistics(module) and not _AUGMENTS.search(type(module).__name__)
+        if report.outside:
+            said.append(
+                f"{report.outside} calls of dropout that is off, with a rate above 0, belong to no forward or method "
+                "of the model, so they stayed off: call a module of the model, or one of its methods"
+            )
+        if said:
+            warnings.warn(f"{caller}: {'. '.join(said)}", UserWarning, stacklevel=stacklevel + 1)
 
 
 def new_seed() -> int:
@@ -339,26 +245,125 @@ def mc_dropout(
     check_model(model)
     shared = check_masks(masks)
     patterns = check_sources(model, sources)
-    chosen_seed = new_seed() if seed is None else check_seed(seed)
-    numbers = itertools.count()
-    surveyed: set[nn.Module] = set()
+    context = _Context(Activation(model, patterns, batch_dim), new_seed() if seed is None else check_seed(seed), shared)
+    with context:
+        yield context.activation.report
+    context.activation.warn_of_omissions("mc_dropout", 3)
+    report = context.activation.report
+    if not report.active:
+        what = "nothing random is active in the model" if report.called else "the model was not called"
+        warnings.warn(f"mc_dropout: {what}. {ADVICE}{report.noted()}", UserWarning, stacklevel=3)
 
-    def begin(module: nn.Module, inputs: Inputs) -> None:
-        if module not in surveyed:
-            activation.survey(module, inputs)
-            surveyed.add(module)
-        number = torch.tensor(next(numbers), device=inputs.device)
-        activation.server.begin(Pass(chosen_seed, number, inputs.rows, shared=shared))
 
-    activation = Activation(model, patterns, batch_dim, begin)
-    try:
-        with activation.server:
-            yield activation.report
-    finally:
-        activation.detach()
-    if not activation.report.active:
-        what = "nothing random is active in the model" if surveyed else "the model was not called"
-        warnings.warn(f"mc_dropout: {what}. {ADVICE}", UserWarning, stacklevel=3)
+class _Context:
+    """What calls of the model's modules, and of its methods, come to within `mc_dropout`."""
+
+    def __init__(self, activation: Activation, seed: int, shared: bool) -> None:
+        self.activation = activation
+        self._seed, self._shared = seed, shared
+        self._numbers = itertools.count()
+        self._surveyed: set[tuple[nn.Module, str]] = set()
+        self._redirected = Redirected(activation.model, self._call)
+        self._around: set[Any] = set()  # the frames that the block is in
+        self._outermost: Any = None
+
+    def __enter__(self) -> None:
+        frame: Any = sys._getframe(1)
+        while frame is not None:
+            self._around.add(frame)
+            frame = frame.f_back
+        self.activation.server.elsewhere = self._elsewhere
+        self._redirected.__enter__()
+        self.activation.server.__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        self.activation.server.__exit__(*exception)
+        self._redirected.__exit__(*exception)
+        self._around.clear()
+        self._outermost = None
+
+    def _call(self, module: nn.Module, attribute: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of a module of the model."""
+        activation, inputs = self.activation, Inputs(args, kwargs, self.activation.dim)
+        server, shells, method = (
+            activation.server,
+            activation.shells,
+            "forward" if attribute == "forward" else "__call__",
+        )
+        if activation.tracker.running:  # by way of a reference that the shells do not have
+            return inputs.call(getattr(shells.of(module), method))
+        refuse_backward()
+        server.differentiated = torch.is_grad_enabled()
+        if (module, method) not in self._surveyed:
+            activation.survey(inputs, module, method)
+            self._surveyed.add((module, method))
+        self._begin(self._frames()[1], inputs.rows, inputs.device)
+        apart = activation.flagged.__contains__
+        with activation.kept_states(), activation.own_numbers():
+            shells.refresh(apart, apart, copies=False)
+            out = inputs.call(getattr(shells.of(module), method))
+            shells.write_back(apart)
+        self._told()
+        return out
+
+    def _begin(self, outermost: Any, rows: int | None, device: torch.device) -> None:
+        """The next sample, or what follows in a method of the model that has begun one."""
+        server, draws = self.activation.server, 0
+        if outermost is None or outermost is not self._outermost:
+            self._number = torch.tensor(next(self._numbers), device=device)
+            self.activation.tracker.restart()
+            self._outermost = outermost
+        else:
+            draws = server.draws
+        server.begin(Pass(self._seed, self._number.to(device), rows, shared=self._shared))
+        server.draws = draws
+
+    def _told(self) -> None:
+        self.activation.report.draws = self.activation.server.draws
+        self.activation.list_sources()
+
+    def _elsewhere(self, server: Server, func: Any, args: Any, kwargs: Any) -> Any:
+        """A random call, or a layer's question if it is on, while no module of the model runs."""
+        owner, outermost, foreign = self._frames()
+        if owner is None:
+            if not foreign and _is_left_off(server, func, args, kwargs):
+                self.activation.report.outside += 1
+            return func(*args, **kwargs)
+        refuse_backward()
+        tensor = next((leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)), None)
+        if outermost is not self._outermost or server.run is None:
+            server.differentiated = torch.is_grad_enabled()
+        self._begin(outermost, None, torch.device("cpu") if tensor is None else tensor.device)
+        out = server.serve_in(owner, func, args, kwargs)
+        self._told()
+        return out
+
+    def _frames(self) -> tuple[str | None, Any, bool]:
+        """Within the block: the module of the model whose method makes this call, the frame of the first such method,
+        and whether another model's module makes it."""
+        names, owner, outermost, foreign = self.activation.shells.names, None, None, False
+        frame: Any = sys._getframe(2)
+        while frame is not None and frame not in self._around:
+            code = frame.f_code
+            if code.co_argcount and frame.f_globals.get("__name__") != nn.Module.__module__:
+                module = frame.f_locals.get(code.co_varnames[0])
+                if isinstance(module, nn.Module):
+                    if module in names:
+                        owner, outermost = names[module] if owner is None else owner, frame
+                    elif owner is None:
+                        foreign = True
+            frame = frame.f_back
+        return (None if foreign else owner), outermost, foreign
+
+
+def _is_left_off(server: Server, func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether it is dropout with a rate that is off."""
+    if func is _rate.turned_on:
+        return True
+    if func is _noise.is_on:
+        return not args[0]
+    draw: Draw | None = DESCRIBE[func](server, func, *args, **kwargs) if func in DESCRIBE else None
+    return draw is not None and not draw.on and not draw.flagged and bool(draw.rate)
 
 
 ADVICE = (

@@ -44,7 +44,8 @@ class Inputs:
             return cls(tuple(inputs), {}, dim)
         return cls((inputs,), {}, dim)
 
-    def call(self, model: nn.Module) -> Any:
+    def call(self, model: Callable[..., Any]) -> Any:
+        """What a model, or one of its methods, gives for them."""
         return model(*self.args, **self.kwargs)
 
     def _map(self, function: Any) -> Inputs:

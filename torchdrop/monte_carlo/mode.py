@@ -1,19 +1,15 @@
-"""The function modes that see a model's random calls: one that records them, one that serves them.
-
-Which module a call belongs to is known from hooks on all modules of the model.
-"""
+"""The function modes that see a model's random calls: one that records them, one that serves them."""
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,92 +19,13 @@ from .masks import Layout, Pass, Slot, UnvectorisableError, find_layout, source_
 from .prefix import Prefix
 from .report import UNCHECKED, Seen, Source
 from .sources import DESCRIBE, OPENED, describe_other
+from .tracker import Tracker
 
 _transformed = torch._C._are_functorch_transforms_active
 
 
-class _Trackers(threading.local):
-    """Those of this thread, the last one innermost."""
-
-    def __init__(self) -> None:
-        self.all: list[Tracker] = []
-
-
-_trackers = _Trackers()
-
-
-class Tracker:
-    """Knows which module of a model is running, and the calls of each kind that it has made in this forward."""
-
-    def __init__(self, model: nn.Module, begin: Callable[..., None], end: Callable[[], None]) -> None:
-        self.names = {id(module): name for name, module in model.named_modules()}
-        self._begin, self._end, self._thread = begin, end, threading.get_ident()
-        self._stack: list[nn.Module] = []
-        _trackers.all.append(self)
-        self._calls: Counter[tuple[str, str]] = Counter()
-        self._handles = [
-            handle
-            for module in model.modules()
-            for handle in (
-                module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True),
-                module.register_forward_hook(self._leave, always_call=True),
-            )
-        ]
-
-    def close(self) -> None:
-        """Removes the hooks, and ends a forward that was interrupted."""
-        for handle in self._handles:
-            handle.remove()
-        _trackers.all.remove(self)
-        if self._stack:
-            self._stack.clear()
-            self._end()
-
-    def _overruled(self, module: nn.Module) -> bool:
-        """Whether a later context covers the module, or another thread runs it."""
-        if threading.get_ident() != self._thread:
-            return True
-        later = _trackers.all[_trackers.all.index(self) + 1 :]
-        return any(id(module) in tracker.names for tracker in later)
-
-    def _enter(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
-        if self._overruled(module):
-            return
-        if not self._stack:
-            _refuse_backward()
-            self.restart()
-            self._begin(module, args, kwargs or {})
-        self._stack.append(module)
-
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if module not in self._stack or self._overruled(module):
-            return
-        while self._stack.pop() is not module:  # what an exception has left
-            pass
-        if not self._stack:
-            self._end()
-
-    def restart(self) -> None:
-        """Begins a forward."""
-        self._calls.clear()
-
-    @property
-    def running(self) -> bool:
-        return bool(self._stack)
-
-    def next(self, kind: str) -> Site:
-        """The next call of this kind in the running module."""
-        name = self.names[id(self._stack[-1])]
-        number = self._calls[name, kind]
-        self._calls[name, kind] += 1
-        return Site(name, kind, number)
-
-    def again(self, site: Site) -> None:
-        """Takes the last `next` back."""
-        self._calls[site.module, site.kind] -= 1
-
-
-def _refuse_backward() -> None:
+def refuse_backward() -> None:
+    """Refuses a forward that backward makes."""
     if torch._C._current_graph_task_id() != -1:
         refuse_checkpoint()
 
@@ -146,9 +63,16 @@ class Watching(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not self._tracker.running or _innermost() is not self:
-            if func in DESCRIBE:
-                _refuse_backward()
-            return func(*args, **kwargs)
+            return self._outside(func, args, kwargs)
+        return self._inside(func, args, kwargs)
+
+    def _outside(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A call while the model is not running, or another context's model runs."""
+        if func in DESCRIBE:
+            refuse_backward()
+        return func(*args, **kwargs)
+
+    def _inside(self, func: Any, args: Any, kwargs: Any) -> Any:
         describe = DESCRIBE.get(func) or (describe_other if func in self.others else None)
         if describe is not None:
             if self._bound is not None and func is _rate.apply:
@@ -244,6 +168,7 @@ class Recorder(Watching):
         sources: of the forward, in order.
         flagged: names of modules whose own code may decide from their training flag what is drawn.
         unseen: a dispatch mode to be on meanwhile, which counts the draws of all operators.
+        seen: how many of these belong to the calls that were seen.
         branching: whether a single number was drawn, as where code decides by it to skip a layer.
     """
 
@@ -252,6 +177,7 @@ class Recorder(Watching):
         self.sources: list[Source] = []
         self.flagged: set[str] = set()
         self.unseen = DrawCount()
+        self.seen = 0
         self.branching = False
         self._rows = rows
 
@@ -259,6 +185,7 @@ class Recorder(Watching):
         before = self.unseen.count
         out = call()
         if self.unseen.count > before:
+            self.seen += self.unseen.count - before
             self.others.add(func)
             self._note(describe_other(self, func), out)
         return out
@@ -268,10 +195,14 @@ class Recorder(Watching):
         return False
 
     def _meet(self, func: Any, draw: Draw) -> Any:
-        return self._note(draw, draw.original())
+        before = self.unseen.count
+        out = draw.original()
+        self.seen += self.unseen.count - before
+        return self._note(draw, out)
 
     def _note(self, draw: Draw, out: Any) -> Any:
         source = _source(self._tracker.next(draw.kind), draw)
+        source.within = tuple(self._tracker.stack)
         shape = tuple(draw.shape if draw.shape is not None else getattr(_first(out), "shape", ()))
         source.seen = Seen(self._rows, shape, tuple(draw.mask or shape))
         self.sources.append(source)
@@ -290,6 +221,9 @@ def _source(site: Site, draw: Draw) -> Source:
     return Source(*site, rate, draw.on, replayable=not draw.loose, reason=draw.loose, draws=draw.draws)
 
 
+_ASKED = frozenset((_rate.turned_on, _noise.is_on, *OPENED))
+"""Functions that do not draw themselves, and whose answer decides if others do."""
+
 _UNPLACED = "the size of its tensor does not follow the number of rows, so its masks depend on the batch"
 
 
@@ -299,17 +233,23 @@ class Server(Watching):
     Args:
         tracker: of the model.
         chosen: whether a module's sources may be active.
+        inner: the name by which a module's masks go, where it is another.
+
+    Attributes:
+        drew: whether a call was let through that may have drawn from PyTorch's generators.
+        elsewhere: is given the calls made while no module of a model runs; None if there are none to serve.
     """
 
-    def __init__(self, tracker: Tracker, chosen: Callable[[str], bool]) -> None:
+    def __init__(self, tracker: Tracker, chosen: Callable[[str], bool], inner: Mapping[str, str]) -> None:
         super().__init__(tracker)
         self.sources: dict[Site, Source] = {}
         self.run: Pass | None = None
         self.draws = 0
         self.calls = 0
         self.prefix: Prefix | None = None
-        self.surveyed = self.differentiated = False
-        self._chosen = chosen
+        self.surveyed = self.differentiated = self.drew = False
+        self.elsewhere: Callable[[Server, Any, Any, Any], Any] | None = None
+        self._chosen, self._inner = chosen, inner
         self._seeds: dict[tuple[int, Site], int] = {}
 
     def begin(self, run: Pass) -> None:
@@ -317,6 +257,19 @@ class Server(Watching):
         self.run, self.draws, self.calls = run, 0, 0
         if self.prefix is not None:
             self.prefix.restart()
+
+    def _outside(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if self.elsewhere is None or _innermost() is not None or not (func in _ASKED or func in DESCRIBE):
+            return super()._outside(func, args, kwargs)
+        return self.elsewhere(self, func, args, kwargs)
+
+    def serve_in(self, module: str, func: Any, args: Any, kwargs: Any) -> Any:
+        """A call made by this module's code while its forward does not run."""
+        self._tracker.stack.append(module)
+        try:
+            return self._inside(func, args, kwargs)
+        finally:
+            self._tracker.stack.pop()
 
     @property
     def entered(self) -> bool:
@@ -357,6 +310,7 @@ class Server(Watching):
                 source.replayable, source.reason = False, "not met before, so where its rows lie is not known"
         rate = draw.rate or source.rate
         if not source.active or (draw.rate is not None and not rate):
+            self.drew = self.drew or draw.flagged
             return draw.plain() if draw.flagged else self._pass(func, draw.plain)
         if self.prefix is not None:
             self.prefix.end()
@@ -369,6 +323,7 @@ class Server(Watching):
         assert self.run is not None
         if _transformed() or self.run.folded:
             raise UnvectorisableError(f"{draw.kind} in {site.module or 'the model'} draws torch's own numbers")
+        self.drew = True
         return draw.original()
 
     def _slot(self, site: Site, source: Source) -> Slot:
@@ -376,7 +331,9 @@ class Server(Watching):
         assert run is not None
         seed = self._seeds.get((run.seed, site))
         if seed is None:
-            seed = self._seeds[run.seed, site] = source_seed(run.seed, *site)
+            seed = self._seeds[run.seed, site] = source_seed(
+                run.seed, self._inner.get(site.module, site.module), site.kind, site.number
+            )
         return Slot(run, seed, lambda shape, mask: self._layout(source, shape, mask))
 
     def _layout(self, source: Source, shape: Sequence[int], mask: Sequence[int]) -> Layout | None:

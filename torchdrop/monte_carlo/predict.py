@@ -18,7 +18,6 @@ from .masks import Hypercube
 from .prediction import Prediction, predict_from
 from .prefix import Prefix
 from .sample import STRATEGIES, Outputs, Sampler
-from .state import random_state
 from .statistics import Collector, Mean, Task
 from .tasks import read_task
 
@@ -47,6 +46,7 @@ def mc_predict(
     chunk: int | None = None,
     memory: int | None = None,
     batch_dim: int | None = 0,
+    method: str | None = None,
     select: Callable[[Any], Any] | None = None,
     output: Callable[[Any], Any] | None = None,
     keep_samples: bool = False,
@@ -86,6 +86,7 @@ def mc_predict(
         memory: bound, in bytes, for what the samples of a chunk hold at once, estimated from two rows. Default: 32 MiB
             on the CPU, 1 GiB elsewhere. At least one sample is run.
         batch_dim: the dimension of the inputs that counts rows; None if they are one whole, as a graph is.
+        method: the name of the model's method that is called, such as "encode"; the model itself is if None.
         select: gets the inputs out of a batch of an iterable.
         output: gets the tensor out of what the model returns. By default a tensor is taken as it is, and from a mapping
             `logits` or `last_hidden_state`.
@@ -121,6 +122,7 @@ def mc_predict(
         (torch.Size([5, 3]), torch.Size([5]), 50)
     """
     check_model(model)
+    method = _method(model, method)
     effort = Effort(_positive("samples", samples), _tolerance(tolerance), _sampling(sampling) == "latin", group)
     if strategy not in ("auto", *STRATEGIES):
         raise ValueError(f"strategy must be 'auto', {', '.join(map(repr, STRATEGIES))}, got {strategy!r}")
@@ -128,7 +130,7 @@ def mc_predict(
     shared, patterns = check_masks(masks), check_sources(model, sources)
     chosen_seed = _agreed_seed(new_seed() if seed is None else check_seed(seed), group)
     pick = picker(output, pair=noise == "log_variance")
-    activation = Activation(model, patterns, batch_dim)
+    activation = Activation(model, patterns, batch_dim, method)
     sampler = Sampler(activation, pick, chosen_seed, shared, effort.hypercube)
     job = _Job(
         activation,
@@ -139,14 +141,13 @@ def mc_predict(
         memory,
         keep_samples,
     )
-    try:
-        with torch.no_grad(), random_state():
-            results = []
-            for batch in _shown(batches(inputs, select, batch_dim, model), progress):
-                results.append(job.run(batch, kind, weight_scaling))
-                kind = job.task or kind
-    finally:
-        activation.detach()
+    results = []
+    with torch.no_grad(), activation.kept_states():
+        for batch in _shown(batches(inputs, select, batch_dim, model), progress):
+            results.append(job.run(batch, kind, weight_scaling))
+            kind = job.task or kind
+    activation.list_sources()
+    activation.warn_of_omissions("mc_predict", 2)
     if not results:
         raise ValueError("inputs must hold at least one batch, got none")
     if effort.samples > 1 and job.identical:
@@ -221,10 +222,12 @@ class _Job:
         activation, sampler, report = self._activation, self._sampler, self._activation.report
         if inputs.rows == 0:
             raise ValueError("inputs must hold at least one row, got none")
-        three = activation.survey(activation.model, inputs)
+        three = activation.survey(inputs)
         if not report.active:
             off = "".join(f"\n  {s.module or '(model)'}: {s.kind}, {s.reason}" for s in report.inactive)
-            raise ValueError(f"nothing random is active in the model, so all samples would be equal. {ADVICE}{off}")
+            raise ValueError(
+                f"nothing random is active in the model, so all samples would be equal. {ADVICE}{off}{report.noted()}"
+            )
         row_bytes, share = sampler.measure(inputs, three)
         order = [s for s in STRATEGIES if s != "repeated" or inputs.rows is not None]
         if not report.replayable:
@@ -308,6 +311,16 @@ def _mean_error(collector: Collector) -> Tensor:
     mean = collector.task.statistics()["mean"]
     assert isinstance(mean, Mean)
     return collector.standard_error(mean)
+
+
+def _method(model: nn.Module, method: Any) -> str:
+    if method is None:
+        return "__call__"
+    if not isinstance(method, str):
+        raise TypeError(f"method must be the name of a method or None, got {type(method).__name__}")
+    if not callable(getattr(model, method, None)):
+        raise ValueError(f"method must name a method of the model, but {type(model).__name__} has no {method!r}")
+    return method
 
 
 def _positive(name: str, value: Any) -> int:

@@ -9,6 +9,7 @@ from .draw import Site
 from .masks import Layout
 
 DRAWN = "drawn in a train-mode forward"
+NOT_CHOSEN = "not chosen by the patterns of `sources`"
 UNCHECKED = "called in Monte Carlo mode; no train-mode forward to compare with"
 
 
@@ -49,6 +50,7 @@ class Source:
     seen: Seen | None = field(default=None, repr=False)
     placed: bool = field(default=False, repr=False)
     served: bool = field(default=False, repr=False)
+    within: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def site(self) -> Site:
@@ -67,6 +69,9 @@ class Report:
         strategy: how the samples were run: "vectorised", "repeated" or "loop"; None before.
         chunk: how many samples were run at a time; None before.
         notes: what else is worth knowing.
+        unseen: how many random draws of a train-mode forward were made where calls cannot be seen.
+        outside: how many calls of dropout were met, off and with a rate, that belong to no forward of the model.
+        called: whether the model, or a part of it, has been called.
     """
 
     sources: list[Source] = field(default_factory=list)
@@ -76,6 +81,9 @@ class Report:
     strategy: str | None = None
     chunk: int | None = None
     notes: list[str] = field(default_factory=list)
+    unseen: int = 0
+    outside: int = 0
+    called: bool = False
 
     @property
     def active(self) -> list[Source]:
@@ -88,6 +96,15 @@ class Report:
         return [source for source in self.sources if not source.active]
 
     @property
+    def unreached(self) -> list[Source]:
+        """Those of them that were not left out by `sources`: they could not be made to draw."""
+        return [source for source in self.inactive if source.reason != NOT_CHOSEN]
+
+    def noted(self) -> str:
+        """The notes, a line each."""
+        return "".join(f"\n  {note}" for note in self.notes)
+
+    @property
     def replayable(self) -> bool:
         """Whether every active source's draws follow from (seed, source, sample, row) alone."""
         return all(source.replayable for source in self.active)
@@ -98,8 +115,17 @@ class Report:
         return [{name: getattr(source, name) for name in names} for source in self.sources]
 
     def __str__(self) -> str:
+        counts = [
+            f"{count} {what}"
+            for count, what in (
+                (self.unseen, "draws of a forward in train mode are made where calls cannot be seen"),
+                (self.outside, "calls of dropout that is off belong to no forward of the model"),
+            )
+            if count
+        ]
         if not self.sources:
-            return "Sources of randomness: none found yet (the model has not been called)"
+            found = "none found" if self.called else "none found yet (the model has not been called)"
+            return "\n".join([f"Sources of randomness: {found}", *counts, *self.notes])
         lines = [
             f"Sources of randomness: {len(self.active)} of {len(self.sources)} active, {self.draws} draws a forward"
         ]
@@ -112,4 +138,4 @@ class Report:
             lines.append(f"  {source.module or '(model)':{width}}  {source.kind:<14} {rate}  {state}  {why}")
         if self.strategy:
             lines.append(f"Samples: {self.strategy}, {self.chunk} at a time")
-        return "\n".join([*lines, *self.notes])
+        return "\n".join([*lines, *counts, *self.notes])

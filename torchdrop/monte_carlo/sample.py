@@ -22,7 +22,6 @@ from .activate import Activation
 from .inputs import Inputs
 from .masks import Hypercube, Pass, find_layout
 from .prefix import Prefix
-from .state import flags
 
 Outputs = tuple[Tensor, ...]
 
@@ -81,7 +80,7 @@ class Sampler:
         return None if self._hypercube is None else Hypercube(self._hypercube, first // self._hypercube)
 
     def _call(self, inputs: Inputs) -> Outputs:
-        return self._pick((inputs.copy() if self.writes else inputs).call(self._activation.model))
+        return self._pick(self._activation.call(inputs.copy() if self.writes else inputs))
 
     def run(self, strategy: str, inputs: Inputs, samples: Sequence[int], first_row: int = 0) -> Outputs:
         """Outputs of these samples of one hypercube, stacked in front: (samples, ...)."""
@@ -128,8 +127,7 @@ class Sampler:
 
     def deterministic(self, inputs: Inputs) -> Outputs:
         """The outputs of a pass in eval mode, with nothing random."""
-        with flags(self._activation.model, lambda _: False):
-            return self._call(inputs)
+        return self._pick(self._activation.deterministic(inputs.copy() if self.writes else inputs))
 
     def measure(self, inputs: Inputs, three: Any) -> tuple[int, float]:
         """Takes two samples of two rows, one after another, as the reference for what is run otherwise.

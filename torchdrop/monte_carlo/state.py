@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
+
+from ..random import put_back, states
+
+GENERATORS = threading.RLock()
+"""For one who draws from generators that threads share and puts their states back."""
 
 
 @contextmanager
@@ -25,19 +32,35 @@ def flags(model: nn.Module, training: Callable[[nn.Module], bool]) -> Iterator[N
             module.__dict__["training"] = was
 
 
+def _states() -> tuple[Any, Any, Any]:
+    numpy = sys.modules.get("numpy")
+    return random.getstate(), numpy.random.get_state() if numpy is not None else None, states()[0]
+
+
+def _put_back(before: tuple[Any, Any, Any]) -> None:
+    python, others, torchs = before
+    random.setstate(python)
+    if others is not None:
+        sys.modules["numpy"].random.set_state(others)
+    put_back(torchs)
+
+
 @contextmanager
 def random_state() -> Iterator[None]:
     """Puts the states of Python's, numpy's and PyTorch's generators back."""
-    numpy = sys.modules.get("numpy")
-    python, others = random.getstate(), numpy.random.get_state() if numpy is not None else None
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with restored_generators(lambda: True):
+        yield
+
+
+@contextmanager
+def restored_generators(wanted: Callable[[], bool]) -> Iterator[None]:
+    """Puts the states of Python's, numpy's and PyTorch's generators back, if that is wanted in the end."""
+    before = _states()
     try:
-        with torch.random.fork_rng(devices):
-            yield
+        yield
     finally:
-        random.setstate(python)
-        if numpy is not None:
-            numpy.random.set_state(others)
+        if wanted():
+            _put_back(before)
 
 
 @contextmanager

@@ -1,0 +1,120 @@
+"""Calls of a model's modules within `mc_dropout`, handed to the context in the thread that has entered it."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import types
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+Handler = Callable[[nn.Module, str, tuple[Any, ...], dict[str, Any]], Any]
+"""Is called with the module, "_call_impl" or "forward", and the arguments."""
+
+CALLS = ("_call_impl", "forward")
+"""What is looked up on an instance when a module is called: by way of ``__call__``, and directly."""
+
+_MISSING: Any = object()
+_lock = threading.Lock()
+
+
+class _Levels(threading.local):
+    """How many contexts this thread is in."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+
+
+_levels = _Levels()
+
+
+def next_level() -> int:
+    """That of a context which this thread enters now."""
+    return _levels.depth + 1
+
+
+class _Redirect:
+    """In the place of one of a module's calls."""
+
+    __slots__ = ("_attribute", "_module", "_redirected", "before")
+
+    def __init__(self, redirected: Redirected, module: nn.Module, attribute: str) -> None:
+        self._redirected, self._module, self._attribute = redirected, module, attribute
+        self.before = module.__dict__.get(attribute, _MISSING)
+
+    @property
+    def level(self) -> int:
+        """That of its context, in the thread of that; 0 in others, for which it is not there."""
+        return self._redirected.level if threading.get_ident() == self._redirected.thread else 0
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        if self.before is not _MISSING:
+            return self.before
+        return types.MethodType(getattr(type(self._module), self._attribute), self._module)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.__wrapped__)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.level:
+            return self._redirected.handler(self._module, self._attribute, args, kwargs)
+        return self.__wrapped__(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copy = memo[id(self._module)]
+        return types.MethodType(getattr(type(copy), self._attribute), copy)
+
+
+def beneath(call: Any, level: int | None) -> Any:
+    """What a context of this level finds in the place of a call: a context's within it, else what was there before all.
+
+    With None contexts do not count. Returns None where a module has nothing of its own.
+    """
+    while isinstance(call, _Redirect):
+        if level is not None and call.level > level:
+            return call
+        call = call.before
+    return None if call is _MISSING else call
+
+
+class Redirected:
+    """A context in which the calls of a model's modules go to a handler, in this thread alone.
+
+    Contexts of several threads, on the same modules, may be entered and left in any order.
+    """
+
+    def __init__(self, model: nn.Module, handler: Handler) -> None:
+        self.handler, self._modules = handler, list(model.modules())
+        self.thread = threading.get_ident()
+        self.level = next_level()
+
+    def __enter__(self) -> None:
+        _levels.depth = self.level
+        with _lock:
+            for module in self._modules:
+                for attribute in CALLS:
+                    module.__dict__[attribute] = _Redirect(self, module, attribute)
+
+    def __exit__(self, *exception: Any) -> None:
+        _levels.depth = self.level - 1
+        with _lock:
+            for module in self._modules:
+                for attribute in CALLS:
+                    self._remove(module, attribute)
+
+    def _remove(self, module: nn.Module, attribute: str) -> None:
+        above, call = None, module.__dict__.get(attribute)
+        while isinstance(call, _Redirect):
+            if call._redirected is self:
+                if above is not None:
+                    above.before = call.before
+                elif call.before is _MISSING:
+                    del module.__dict__[attribute]
+                else:
+                    module.__dict__[attribute] = call.before
+                return
+            above, call = call, call.before

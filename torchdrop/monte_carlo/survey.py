@@ -1,0 +1,260 @@
+"""Finding out what is random in a model: forwards in train mode and in Monte Carlo mode, on two or three rows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten
+
+from ..layers.layer_drop import LayerDrop
+from .inputs import Inputs
+from .masks import Pass
+from .mode import Recorder
+from .report import NOT_CHOSEN, Source
+from .state import GENERATORS, foreign_states, own_generators, random_state
+
+if TYPE_CHECKING:
+    from .activate import Activation
+
+_TRIES = 40
+"""How often a forward whose layers are random is repeated, until all of them have been met."""
+
+FOREIGN = (
+    "In train mode the model also draws from Python's or numpy's generator (SpecAugment, or a LayerDrop of that kind): "
+    "what these decide stays as it is in eval mode"
+)
+
+_UNREACHED = "not reached with the model in eval mode"
+_CHANGES_OUTPUTS = "its module's training flag changes what the model returns"
+_AUGMENTS = re.compile(r"(?i)augment|mixup|cutmix|cutout|masking")
+
+
+def _has_statistics(module: nn.Module) -> bool:
+    return hasattr(module, "running_mean") or hasattr(module, "num_batches_tracked")
+
+
+def _may_be_flagged(module: nn.Module) -> bool:
+    return not _has_statistics(module) and not _AUGMENTS.search(type(module).__name__)
+
+
+def _same_structure(first: Any, second: Any) -> bool:
+    (a, one), (b, other) = tree_flatten(first), tree_flatten(second)
+    return one == other and all(
+        getattr(x, "shape", None) == getattr(y, "shape", None) for x, y in zip(a, b, strict=True)
+    )
+
+
+class Survey:
+    """A look at what is random in a call of a model, or of a part of it.
+
+    Args:
+        activation: of the model; its server and report get what is found.
+        module: what is called.
+        method: which of its methods.
+    """
+
+    def __init__(self, activation: Activation, module: nn.Module, method: str) -> None:
+        self._activation, self._module, self._method = activation, module, method
+        self._model, self._shells, self._tracker = activation.model, activation.shells, activation.tracker
+        self._server, self._report = activation.server, activation.report
+        self._modules = dict(self._model.named_modules())
+        self._failing: dict[str, str] = {}
+        self._branching = False
+
+    def run(self, inputs: Inputs) -> Any:
+        """Makes the forwards; afterwards all random states are what they were.
+
+        Returns:
+            What the call returns for the first three rows.
+        """
+        server = self._server
+        differentiated, server.differentiated = server.differentiated, False
+        try:
+            with torch.no_grad(), GENERATORS, random_state(), own_generators(self._model):
+                try:
+                    return self._run(inputs)
+                except Exception as error:
+                    if inputs.rows is None:
+                        raise
+                    self._forward(inputs.copy())  # a model that is broken has an error of its own here
+                    raise RuntimeError(
+                        f"the model works with its {inputs.rows} rows, but not with the first two or three of them "
+                        f"({type(error).__name__}: {error}). Pass batch_dim=None to take the inputs as one whole"
+                    ) from error
+        finally:
+            server.differentiated, server.surveyed = differentiated, True
+            self._tracker.restart()
+
+    def _run(self, inputs: Inputs) -> Any:
+        if inputs.rows is None and self._activation.dim is not None:
+            self._report.rows = None
+            self._report.notes.append(
+                "The inputs' tensors do not agree in a number of rows, so they are taken as one whole: masks depend on "
+                "the whole of them"
+            )
+        self._report.called = True
+        self._tracker.entered.clear()
+        two, three = inputs.first(2), inputs.first(3)
+        recorded = self._train(two)
+        flagged = {self._modules[name] for name in recorded.flagged if self._chosen(name)} if recorded else set()
+        self._activation.flagged |= set(filter(_may_be_flagged, flagged))
+        if recorded is None:  # shapes at another number of rows, in its place
+            self._forward(two)
+        returned = self._reach(three)
+        returned = self._keep_outputs(three, returned)
+        for source in self._missing():
+            if not self._branching or source.module in self._tracker.entered:
+                source.active, source.reason = False, source.reason or _UNREACHED
+        self._activation.list_sources()
+        return returned
+
+    def _chosen(self, name: str) -> bool:
+        return self._activation.chosen(name)
+
+    def _missing(self) -> list[Source]:
+        return [source for source in self._server.sources.values() if source.active and not source.served]
+
+    def _train(self, inputs: Inputs) -> Recorder | None:
+        """Forwards in train mode: more than one where it is random which layers run, until all have been seen."""
+        recorder = self._train_forward(inputs)
+        stacks = any(isinstance(module, LayerDrop) for module in self._model.modules())
+        self._branching = stacks or (recorder is not None and recorder.branching)
+        if recorder is None or not self._branching:
+            return recorder
+        trained = set(self._tracker.entered)
+        with Recorder(self._tracker, inputs.rows):  # in whose eyes nothing is random in eval mode
+            self._call(inputs)
+        every = set(self._tracker.entered)
+        for _ in range(_TRIES):
+            if every <= trained:
+                break
+            self._tracker.entered.clear()
+            other = self._train_forward(inputs)
+            trained |= self._tracker.entered
+            recorder.flagged |= other.flagged if other is not None else set()
+        return recorder
+
+    def _train_forward(self, inputs: Inputs) -> Recorder | None:
+        """What a forward in train mode draws. Layers with running statistics stay in eval mode, and so do modules whose
+        code fails in train mode, as that of a detector that wants targets."""
+        before = foreign_states()
+        while True:
+            recorder = Recorder(self._tracker, inputs.rows)
+            self._tracker.failed = None
+            try:
+                with recorder, recorder.unseen:
+                    self._call(
+                        inputs,
+                        lambda m: not _has_statistics(m) and self._shells.names[m] not in self._failing,
+                        apart=lambda _: True,
+                    )
+                break
+            except Exception as error:
+                name, what = self._tracker.failed, f"{type(error).__name__}: {error}"
+                if name is None or name in self._failing:
+                    self._note(
+                        f"A forward in train mode failed ({what}), so what is active could not be compared with it"
+                    )
+                    return None
+                self._failing[name] = what
+        for name, what in self._failing.items():
+            self._note(
+                f"The forward fails with {name or 'the model'} in train mode ({what}), so its own flag was left off: "
+                "what is random in its code by that flag alone stays off"
+            )
+        if before != foreign_states():
+            self._note(FOREIGN)
+        self._take(recorder)
+        return recorder
+
+    def _take(self, recorder: Recorder) -> None:
+        for source in recorder.sources:
+            if source.site in self._server.sources:
+                continue
+            if source.active:
+                self._report.expected += source.draws
+                source.active = self._chosen(source.module)
+                source.reason = source.reason if source.active else NOT_CHOSEN
+            self._server.sources[source.site] = source
+        self._server.others |= recorder.others
+        self._report.unseen = max(self._report.unseen, recorder.unseen.count - recorder.seen)
+
+    def _note(self, note: str) -> None:
+        if note not in self._report.notes:
+            self._report.notes.append(note)
+
+    def _call(self, inputs: Inputs, training: Any = None, apart: Any = None) -> Any:
+        flagged = self._activation.flagged.__contains__
+        self._tracker.restart()
+        self._shells.refresh(training or (lambda _: False), apart or flagged, contexts=False)
+        return inputs.call(getattr(self._shells.of(self._module), self._method))
+
+    def _forward(self, inputs: Inputs, sample: int = 0) -> Any:
+        """A forward in Monte Carlo mode."""
+        server = self._server
+        server.begin(Pass(0, torch.full((), sample, dtype=torch.int64, device=inputs.device), inputs.rows))
+        with self._activation.serving():
+            out = self._call(inputs, self._activation.flagged.__contains__)
+        self._report.draws = server.draws
+        return out
+
+    def _reach(self, inputs: Inputs) -> Any:
+        """Gives training flags until every source is served, as far as that helps: to the module that makes the call,
+        to those in whose forward it does so, one after another, and to all of them."""
+        self._tracker.entered.clear()
+        returned = self._forwards(inputs)
+        depth = max((len(source.within) for source in self._missing()), default=0)
+        for levels in [*([level] for level in range(1, depth + 1)), range(1, depth + 1)]:
+            missing = self._missing()
+            if not missing:
+                break
+            names = {s.within[-level] for s in missing for level in levels if len(s.within) >= level}
+            added = set(filter(_may_be_flagged, (self._modules[name] for name in names))) - self._activation.flagged
+            if not added:
+                continue
+            before = set(self._activation.flagged)
+            self._activation.flagged |= added
+            try:
+                tried = self._forwards(inputs)
+            except Exception:  # with that flag its code wants what is not there: targets, say
+                tried = None
+            reached = {name for s in missing if s.served for name in s.within}
+            helped = {module for module in added if self._shells.names[module] in reached}
+            self._activation.flagged = before | helped
+            if helped == added and tried is not None:
+                returned = tried
+            elif helped or tried is None:
+                returned = self._forwards(inputs)
+        return returned
+
+    def _forwards(self, inputs: Inputs) -> Any:
+        """A forward in Monte Carlo mode, and more of them where it is random which layers run."""
+        returned = self._forward(inputs)
+        for sample in range(1, _TRIES if self._branching else 1):
+            if not self._missing():
+                break
+            self._forward(inputs, sample)
+        return returned
+
+    def _keep_outputs(self, inputs: Inputs, returned: Any) -> Any:
+        """Takes the flag from modules whose flag changes what the model returns: auxiliary heads, losses."""
+        flagged = self._activation.flagged
+        wide = {m for m in flagged if any(True for _ in m.parameters()) or any(True for _ in m.children())}
+        if not wide or _same_structure(self._call(inputs), returned):
+            return returned
+        flagged -= wide
+        for source in self._server.sources.values():
+            source.served = False
+        returned = self._forwards(inputs)
+        for source in self._missing():
+            if self._within(source, wide):
+                source.reason = _CHANGES_OUTPUTS
+        return returned
+
+    def _within(self, source: Source, modules: Iterable[nn.Module]) -> bool:
+        names = {self._shells.names[module] for module in modules}
+        return not names.isdisjoint((source.module, *source.within))

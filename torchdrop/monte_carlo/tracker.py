@@ -1,0 +1,77 @@
+"""Which module of a model is running, and which call of a kind in it comes next."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from .draw import Site
+
+
+class Tracker:
+    """Follows a model's forward.
+
+    Attributes:
+        stack: names of the modules that run, outermost first.
+        entered: names of all modules that have run.
+        failed: the name of the innermost module that an exception came out of, since this was last set to None.
+    """
+
+    def __init__(self) -> None:
+        self.stack: list[str] = []
+        self.entered: set[str] = set()
+        self.failed: str | None = None
+        self._calls: Counter[tuple[str, str]] = Counter()
+
+    def enter(self, name: str) -> None:
+        """A module is called."""
+        self.stack.append(name)
+        self.entered.add(name)
+
+    def fail(self) -> None:
+        """An exception comes out of the running module."""
+        if self.failed is None:
+            self.failed = self.stack[-1]
+
+    def restart(self) -> None:
+        """Begins a forward."""
+        self._calls.clear()
+
+    @property
+    def running(self) -> bool:
+        """Whether a module of the model runs."""
+        return bool(self.stack)
+
+    def next(self, kind: str) -> Site:
+        """The next call of this kind in the running module."""
+        name = self.stack[-1]
+        number = self._calls[name, kind]
+        self._calls[name, kind] += 1
+        return Site(name, kind, number)
+
+    def again(self, site: Site) -> None:
+        """Takes the last `next` back."""
+        self._calls[site.module, site.kind] -= 1
+
+
+_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
+_WRAPPED = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
+
+
+def inner_names(model: nn.Module) -> dict[str, str]:
+    """For the name of each module the one that it has without the wrappers around it: masks are to follow that."""
+    outer = {
+        ".".join(filter(None, (name, "module")))
+        for name, module in model.named_modules()
+        if isinstance(module, _WRAPPERS)
+    }
+    inner = {}
+    for name, _ in model.named_modules():
+        parts = name.split(".")
+        ahead = (".".join(parts[: n + 1]) for n in range(len(parts)))
+        inner[name] = ".".join(
+            part for part, whole in zip(parts, ahead, strict=True) if part not in _WRAPPED and whole not in outer
+        )
+    return inner
