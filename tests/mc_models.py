@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 import torchdrop
-from torchdrop.monte_carlo.masks import Pass
+from torchdrop.monte_carlo.masks import Pass, Slot
 from torchdrop.monte_carlo.prediction import Prediction
 from torchdrop.monte_carlo.report import Report
 
@@ -50,23 +51,34 @@ class Draws(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.operators: list[str] = []
+        self.sizes: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = torch.default_generator.get_state()
         out = func(*args, **(kwargs or {}))
         if not torch.equal(torch.default_generator.get_state(), before):
             self.operators.append(str(func))
+            self.sizes.append(main(out).numel())
         return out
 
 
 def train_draws(model: nn.Module, inputs: Any) -> list[str]:
     """The operators that draw in a forward in train mode, of a copy."""
+    return _trained(model, inputs).operators
+
+
+def train_sizes(model: nn.Module, inputs: Any) -> list[int]:
+    """How many numbers they draw."""
+    return _trained(model, inputs).sizes
+
+
+def _trained(model: nn.Module, inputs: Any) -> Draws:
     trained = copy.deepcopy(model).train()
     with kept_random_states(), torch.no_grad(), Draws() as draws:
         random.seed(0)
         np.random.seed(0)
         call(trained, inputs)
-    return draws.operators
+    return draws
 
 
 @contextmanager
@@ -91,6 +103,28 @@ def served_masks() -> Iterator[list[Pass]]:
         return key(self, seed, own)
 
     with mock.patch.object(Pass, "key", counted):
+        yield made
+
+
+@contextmanager
+def served_units() -> Iterator[list[tuple[int, int]]]:
+    """For each mask, or tensor of random numbers, that is served: its seed, and how many numbers are drawn for it."""
+    made: list[tuple[int, int]] = []
+    shapes: list[list[int]] = []
+    key: Callable[..., Tensor] = Pass.key
+    shaped: Callable[..., list[int]] = Slot._mask_shape
+
+    def counted(self: Pass, seed: int, own: bool) -> Tensor:
+        keys = key(self, seed, own)
+        assert len(keys.reshape(-1, 2).unique(dim=0)) == keys.numel() // 2, "rows or samples share a key"
+        made.append((seed, keys.numel() // 2 * math.prod(shapes[-1])))
+        return keys
+
+    def noted(self: Slot, shape: Any) -> list[int]:
+        shapes.append(shaped(self, shape))
+        return shapes[-1]
+
+    with mock.patch.object(Pass, "key", counted), mock.patch.object(Slot, "_mask_shape", noted):
         yield made
 
 

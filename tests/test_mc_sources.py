@@ -25,8 +25,10 @@ from .mc_models import (
     images,
     main,
     sdpa,
+    served_units,
     timm_path,
     torchvision_depth,
+    train_sizes,
     unchanged,
 )
 from .statistical import check_rate, draws_for
@@ -141,6 +143,56 @@ def test_draws_are_those_of_train_mode(name: str, grad: bool) -> None:
         report = check_draws(make(), inputs(), batch_dim=dim)
     assert sorted({source.kind for source in report.sources}) == kinds
     assert report.rows == dim
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_masks_are_independent_where_those_of_train_mode_are(name: str) -> None:
+    """Layers, heads, directions and calls draw as many numbers as in train mode, and no two masks are under one key.
+
+    So their joint distribution is that of train mode: a number is uniform, and independent of those at other places or
+    under other keys.
+    """
+    make, inputs, dim, _ = MODULES[name]
+    model, values = make().eval(), inputs()
+    expected = train_sizes(model, values)
+    with torchdrop.mc_dropout(model, seed=1, batch_dim=dim):
+        call(model, values)
+        with served_units() as served:
+            call(model, values)
+    if name.startswith("torchdrop"):  # which draw a key of two numbers in train mode
+        assert len(served) == len(expected)
+    else:
+        assert [size for _, size in served] == expected
+    assert len({seed for seed, _ in served}) == len(served), "two masks are one"
+
+
+@pytest.mark.parametrize("layers", [2, 3, 4])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_masks_between_recurrent_layers_multiply(layers: int, packed: bool, bidirectional: bool) -> None:
+    """With the identity for weights, a unit is what is left of 1 after all masks: it passes n of them with k**n."""
+    width, directions, k = 32, 1 + bidirectional, 0.5
+    model = nn.RNN(width, width, layers, dropout=1 - k, nonlinearity="relu", bidirectional=bidirectional)
+    for name, parameter in model.named_parameters():
+        nn.init.zeros_(parameter)
+        if "weight_ih" in name:  # a direction reads its own half
+            at = width if "reverse" in name and parameter.shape[1] > width else 0
+            parameter.data[:, at : at + width] = torch.eye(width)
+    passing = k ** (layers - 1)
+    steps = 8
+    rows = -(-draws_for(passing, 0.2 * passing) // (20 * width * directions * steps))
+    x: Any = torch.ones(steps, rows, width)
+    if packed:
+        x = nn.utils.rnn.pack_padded_sequence(x, torch.full((rows,), steps))
+    expected = 1 / passing
+    through = total = 0
+    with torch.no_grad(), torchdrop.mc_dropout(model.eval(), seed=0, batch_dim=None if packed else 1):
+        for _ in range(20):
+            out = model(x)[0]
+            values = out.data if packed else out
+            assert bool(((values == 0) | (values == expected)).all())
+            through, total = through + int((values > 0).sum()), total + values.numel()
+    check_rate(through, total, passing, 0.2 * passing)
 
 
 @pytest.mark.parametrize("name", MODULES)

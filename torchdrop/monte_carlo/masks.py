@@ -201,6 +201,10 @@ class Slot:
         self._layout: Layout | None = None
         self._own = False
 
+    def another(self, number: int) -> Slot:
+        """The place of one of several masks that one call draws; the first of them is this one."""
+        return self if not number else Slot(self._run, source_seed(self._seed, number), self._find)
+
     def _place(self, shape: Sequence[int], mask: Sequence[int]) -> None:
         self._layout = self._find(shape, mask)
         if self._run.folded and self._layout is None:

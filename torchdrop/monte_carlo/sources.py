@@ -181,7 +181,7 @@ def _recurrent(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Draw:
         data, finals = head[0], []
         for layer in range(layers):
             if layer:
-                data = slot.apply(operators.masked, data, law(1.0 - rate), data.shape, False)
+                data = slot.another(layer - 1).apply(operators.masked, data, law(1.0 - rate), data.shape, False)
             start = [h[layer * directions : (layer + 1) * directions] for h in states]
             first = type(hx)(start) if isinstance(hx, tuple | list) else start[0]
             own = weights[layer * per_layer : (layer + 1) * per_layer]
