@@ -81,12 +81,12 @@ class Activation:
         self.tracker.restart()
         self.shells.refresh(self.flagged.__contains__, self.flagged.__contains__)
         with self.own_numbers():
-            return inputs.call(getattr(self.shells.of(self.model), self._method))
+            return inputs.call(self.shells.method(self.model, self._method))
 
     def deterministic(self, inputs: Inputs) -> Any:
         """What the model gives in eval mode, with nothing random."""
         self.shells.refresh()
-        return inputs.call(getattr(self.shells.of(self.model), self._method))
+        return inputs.call(self.shells.method(self.model, self._method))
 
     def list_sources(self) -> None:
         """Brings the report up to date with what has been met."""
@@ -291,7 +291,7 @@ class _Context:
             "forward" if attribute == "forward" else "__call__",
         )
         if activation.tracker.running:  # by way of a reference that the shells do not have
-            return inputs.call(getattr(shells.of(module), method))
+            return inputs.call(shells.method(module, method))
         refuse_backward()
         server.differentiated = torch.is_grad_enabled()
         if (module, method) not in self._surveyed:
@@ -301,7 +301,7 @@ class _Context:
         apart = activation.flagged.__contains__
         with activation.kept_states(), activation.own_numbers():
             shells.refresh(apart, apart, copies=False)
-            out = inputs.call(getattr(shells.of(module), method))
+            out = inputs.call(shells.method(module, method))
             shells.write_back(apart)
         self._told()
         return out

@@ -9,6 +9,7 @@ from .draw import Site
 from .masks import Layout
 
 DRAWN = "drawn in a train-mode forward"
+AUGMENTS = "augmentation, which stays off"
 NOT_CHOSEN = "not chosen by the patterns of `sources`"
 UNCHECKED = "called in Monte Carlo mode; no train-mode forward to compare with"
 
@@ -97,8 +98,8 @@ class Report:
 
     @property
     def unreached(self) -> list[Source]:
-        """Those of them that were not left out by `sources`: they could not be made to draw."""
-        return [source for source in self.inactive if source.reason != NOT_CHOSEN]
+        """Those of them that were not left out on purpose: they could not be made to draw."""
+        return [source for source in self.inactive if source.reason not in (NOT_CHOSEN, AUGMENTS)]
 
     def noted(self) -> str:
         """The notes, a line each."""

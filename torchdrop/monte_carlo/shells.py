@@ -45,9 +45,12 @@ class Shells:
         self._of = {module: _empty(module) for module in self.names}
         self._before: dict[nn.Module, dict[str, Any]] = {}
 
-    def of(self, module: nn.Module) -> nn.Module:
-        """The shell of a module."""
-        return self._of[module]
+    def method(self, module: nn.Module, name: str) -> Callable[..., Any]:
+        """One of a module's methods, of its shell."""
+        bound = getattr(self._of[module], name)
+        if name in ("__call__", "forward"):
+            return bound
+        return Entering(self._tracker, self.names[module], bound)
 
     def refresh(
         self,

@@ -14,7 +14,7 @@ from ..layers.layer_drop import LayerDrop
 from .inputs import Inputs
 from .masks import Pass
 from .mode import Recorder
-from .report import NOT_CHOSEN, Source
+from .report import AUGMENTS, NOT_CHOSEN, Source
 from .state import GENERATORS, foreign_states, own_generators, random_state
 
 if TYPE_CHECKING:
@@ -108,7 +108,8 @@ class Survey:
         returned = self._keep_outputs(three, returned)
         for source in self._missing():
             if not self._branching or source.module in self._tracker.entered:
-                source.active, source.reason = False, source.reason or _UNREACHED
+                augments = _AUGMENTS.search(type(self._modules[source.module]).__name__)
+                source.active, source.reason = False, source.reason or (AUGMENTS if augments else _UNREACHED)
         self._activation.list_sources()
         return returned
 
@@ -191,7 +192,7 @@ class Survey:
         flagged = self._activation.flagged.__contains__
         self._tracker.restart()
         self._shells.refresh(training or (lambda _: False), apart or flagged, contexts=False)
-        return inputs.call(getattr(self._shells.of(self._module), self._method))
+        return inputs.call(self._shells.method(self._module, self._method))
 
     def _forward(self, inputs: Inputs, sample: int = 0) -> Any:
         """A forward in Monte Carlo mode."""

@@ -34,16 +34,9 @@ def random_tensor(
             drawn = values(slot, target, *parameters, **named)
             return written(target, drawn) if inplace else drawn
 
-        return Draw(
-            kind, _rate_of(kind, parameters, named), True, target.shape, original, original, served, flagged=True
-        )
+        return Draw(kind, None, True, target.shape, original, original, served, flagged=True)
 
     return describe
-
-
-def _rate_of(kind: str, parameters: Sequence[Any], named: dict[str, Any]) -> float | None:
-    p = named.get("p", parameters[0] if parameters else None)
-    return 1.0 - p if kind == "bernoulli" and isinstance(p, float | int) else None
 
 
 def bernoulli_values(slot: Slot, target: Tensor, p: Any = 0.5) -> Tensor:
