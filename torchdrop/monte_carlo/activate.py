@@ -204,12 +204,17 @@ def mc_dropout(
     Everything random fires that would fire in train mode, and nothing else changes: layers of torchdrop and of
     torch.nn, functional dropout, the dropout inside nn.LSTM, nn.GRU, nn.RNN, nn.MultiheadAttention,
     nn.TransformerEncoder and scaled_dot_product_attention, DropPath, StochasticDepth, DropBlock, StableDropout and
-    LayerDrop of other packages. Normalisation uses its running statistics and leaves them alone; auxiliary heads stay
-    off. Training flags and all random states are as before after each call.
+    LayerDrop of other packages. Normalisation uses its running statistics and leaves them alone; auxiliary heads and
+    augmentation stay off. Training flags are never touched, and random states are as before after each call.
 
     The first call of the model, or of a part of it, is preceded by a few forwards on two or three rows of its inputs
     that find out what is random; the report holds the result. The n-th call in the context is sample n: with the same
-    seed it has the same masks, row by row, in batches of any size. Gradients flow.
+    seed it has the same masks, row by row, in batches of any size. A call of another method of the model, such as
+    ``model.encode(x)``, is a sample as well; dropout in its own code is served, with masks that depend on the batch.
+    Gradients flow.
+
+    The context is that of the thread that enters it: calls in other threads are ordinary ones, and several threads can
+    be in contexts of one model at once.
 
     Args:
         model: the model, in train or eval mode.
@@ -228,7 +233,8 @@ def mc_dropout(
         ValueError: a pattern that matches no module, or another value of `masks`.
 
     Warns:
-        UserWarning: at the end, if nothing random was active.
+        UserWarning: at the end, if nothing random was active, if something that is random in train mode could not be
+            made to draw, or if dropout was met, off, that belongs to no forward or method of the model.
 
     References:
         Gal and Ghahramani, "Dropout as a Bayesian Approximation", ICML 2016.

@@ -63,7 +63,8 @@ def mc_predict(
     not grow with T.
 
     Args:
-        model: the model, in train or eval mode; it is left as it was.
+        model: the model, in train or eval mode. It is never changed, so that several threads can predict with one
+            model at once, and call it otherwise.
         inputs: a tensor, a tuple (positional arguments), a mapping (named arguments), or an iterable of batches such
             as a DataLoader. A batch that is a pair is taken as (inputs, targets), and the targets are left out.
         samples: T, or the largest T if there is a tolerance.
@@ -107,7 +108,8 @@ def mc_predict(
         RuntimeError: a forced strategy that does not work.
 
     Warns:
-        UserWarning: identical samples; a tolerance that was not met.
+        UserWarning: identical samples; a tolerance that was not met; something that is random in train mode and could
+            not be made to draw.
 
     References:
         Gal and Ghahramani, "Dropout as a Bayesian Approximation", ICML 2016. McKay, Beckman and Conover, "A Comparison

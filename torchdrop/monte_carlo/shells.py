@@ -14,12 +14,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .redirect import beneath
+from .redirect import CALLS, beneath
 from .tracker import Tracker
 
 _TABLES = ("_modules", "_parameters", "_buffers")
-_STANDARD = frozenset(vars(nn.Module()))
-"""What every module has, and no reference to another module lies in."""
+_STANDARD = frozenset((*vars(nn.Module()), *CALLS))
+"""What every module has, and no reference to another module lies in, or is looked at by itself."""
 
 _CONTAINERS = (list, tuple, set, dict, OrderedDict)
 _CALLABLES = (types.MethodType, functools.partial, types.FunctionType)
@@ -44,6 +44,7 @@ class Shells:
         self.names = {module: name for name, module in model.named_modules()}
         self._of = {module: _empty(module) for module in self.names}
         self._before: dict[nn.Module, dict[str, Any]] = {}
+        self._usual: dict[tuple[nn.Module, str], Entering] = {}
 
     def method(self, module: nn.Module, name: str) -> Callable[..., Any]:
         """One of a module's methods, of its shell."""
@@ -65,37 +66,50 @@ class Shells:
         Args:
             training: the training flag of a module's shell.
             apart: whether a module's shell gets buffers of its own.
-            copies: whether lists, dicts and sets that are attributes are copied.
+            copies: whether lists, dicts and sets that are attributes are copied, so that nothing is to be written back.
             contexts: whether contexts within this one have their say.
         """
-        for name, module in self._model.named_modules():
-            if module not in self._of:
-                self.names[module], self._of[module] = name, _empty(module)
+        if any(child is not None and child not in self._of for m in self._of for child in m._modules.values()):
+            for name, module in self._model.named_modules():
+                if module not in self._of:
+                    self.names[module], self._of[module] = name, _empty(module)
+        level = self._level if contexts else None
         cloned: dict[int, Tensor] = {}
         for module, shell in self._of.items():
+            if type(shell) is not type(module):  # parametrizations change it
+                shell.__class__ = module.__class__
+                for attribute in CALLS:
+                    self._usual.pop((shell, attribute), None)
             own = dict(module.__dict__)
             for table in _TABLES:
                 own[table] = own[table].copy()
-            children = own["_modules"]
+            children, buffers = own["_modules"], own["_buffers"]
             for name, child in children.items():
                 children[name] = self._of.get(child)
-            if own["_buffers"] and apart(module):
-                for name, buffer in own["_buffers"].items():
+            if buffers and apart(module):
+                for name, buffer in buffers.items():
                     if buffer is not None:
-                        own["_buffers"][name] = cloned.setdefault(id(buffer), buffer.clone())
-            for name, value in own.items():
-                if type(value) in _MAPPED and name not in _STANDARD:
-                    own[name] = self._mapped(value, copies)
+                        buffers[name] = cloned.setdefault(id(buffer), buffer.clone())
+            for name in own.keys() - _STANDARD:
+                if type(own[name]) in _MAPPED:
+                    own[name] = self._mapped(own[name], copies)
             own["training"] = training(module)
-            level = self._level if contexts else None
-            call = self._mapped(beneath(own.get("_call_impl"), level), False)
-            forward = self._mapped(beneath(own.get("forward"), level), False)
-            kind, name = type(module), self.names[module]
-            own["_call_impl"] = Entering(self._tracker, name, call or types.MethodType(kind._call_impl, shell))
-            own["forward"] = Entering(self._tracker, name, forward or types.MethodType(kind.forward, shell))
+            for attribute in CALLS:
+                own[attribute] = self._entering(module, shell, attribute, beneath(own.get(attribute), level))
             shell.__dict__.clear()
             shell.__dict__.update(own)
-            self._before[module] = {**own, **{table: own[table].copy() for table in _TABLES}}
+            if not copies:
+                self._before[module] = {**own, **{table: own[table].copy() for table in _TABLES}}
+
+    def _entering(self, module: nn.Module, shell: nn.Module, attribute: str, call: Any) -> Entering:
+        """A shell's call, by way of its class, or of what the module has in its place."""
+        if call is not None:
+            return Entering(self._tracker, self.names[module], self._mapped(call, False))
+        usual = self._usual.get((shell, attribute))
+        if usual is None:
+            bound = types.MethodType(getattr(type(shell), attribute), shell)
+            usual = self._usual[shell, attribute] = Entering(self._tracker, self.names[module], bound)
+        return usual
 
     def write_back(self, apart: Callable[[nn.Module], bool]) -> None:
         """Gives the modules what a pass has bound to attributes and buffers of their shells, but for some of them."""
