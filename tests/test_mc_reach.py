@@ -217,7 +217,7 @@ class TestOtherMethods:
     def test_dropout_that_belongs_to_no_forward_is_counted_and_warned_of(self) -> None:
         model, x = network(), data()
 
-        def around(on: bool) -> Tensor:
+        def around(on: bool, model: nn.Module = model) -> Tensor:
             return F.dropout(model(x), 0.5, on)
 
         with (
@@ -229,6 +229,20 @@ class TestOtherMethods:
             around(False), around(False), around(True), F.dropout(x, 0.0, False)
         assert report.outside == 2
         assert "2 calls of dropout that is off belong to no forward" in str(report)
+
+
+def test_what_a_function_draws_that_is_given_the_model_is_its_own() -> None:
+    def step(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.rand(3), model(x)
+
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    model = network()
+    torch.manual_seed(0)
+    with torchdrop.mc_dropout(model, seed=0) as report:
+        drawn, _ = step(model, data())
+    assert equal(drawn, expected)
+    assert len(report.active) == 2
 
 
 @torch.jit.script

@@ -351,8 +351,8 @@ class _Context:
         frame: Any = sys._getframe(2)
         while frame is not None and frame not in self._around:
             code = frame.f_code
-            if code.co_argcount and frame.f_globals.get("__name__") != nn.Module.__module__:
-                module = frame.f_locals.get(code.co_varnames[0])
+            if code.co_varnames[:1] == ("self",) and frame.f_globals.get("__name__") != nn.Module.__module__:
+                module = frame.f_locals.get("self")
                 if isinstance(module, nn.Module):
                     if module in names:
                         owner, outermost = names[module] if owner is None else owner, frame

@@ -30,7 +30,7 @@ FOREIGN = (
 
 _UNREACHED = "not reached with the model in eval mode"
 _CHANGES_OUTPUTS = "its module's training flag changes what the model returns"
-_AUGMENTS = re.compile(r"(?i)augment|mixup|cutmix|cutout|masking")
+_AUGMENTS = re.compile(r"(?i)augment|mixup|cutmix|cutout|masking|rcnntransform")
 
 
 def _has_statistics(module: nn.Module) -> bool:
