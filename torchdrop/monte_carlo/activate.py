@@ -291,11 +291,8 @@ class _Context:
     def _call(self, module: nn.Module, attribute: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of a module of the model."""
         activation, inputs = self.activation, Inputs(args, kwargs, self.activation.dim)
-        server, shells, method = (
-            activation.server,
-            activation.shells,
-            "forward" if attribute == "forward" else "__call__",
-        )
+        server, shells = activation.server, activation.shells
+        method = "forward" if attribute == "forward" else "__call__"
         if activation.tracker.running:  # by way of a reference that the shells do not have
             return inputs.call(shells.method(module, method))
         refuse_backward()
@@ -368,8 +365,10 @@ def _is_left_off(server: Server, func: Any, args: Any, kwargs: Any) -> bool:
         return True
     if func is _noise.is_on:
         return not args[0]
-    draw: Draw | None = DESCRIBE[func](server, func, *args, **kwargs) if func in DESCRIBE else None
-    return draw is not None and not draw.on and not draw.flagged and bool(draw.rate)
+    if func not in DESCRIBE or "dropout" not in func.__name__:
+        return False
+    draw: Draw = DESCRIBE[func](server, func, *args, **kwargs)
+    return not draw.on and not draw.flagged and bool(draw.rate)
 
 
 ADVICE = (
