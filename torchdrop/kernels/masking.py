@@ -58,7 +58,7 @@ def held(law: Law | Tensor) -> Law | Tensor:
     if isinstance(law, Law) or law.numel() != 4 or not law.is_cpu:
         return law
     threshold, scale, shift, fill = law.reshape(4).tolist()
-    return Law(int(min(max(threshold, 0.0), ONE)), scale, shift, fill)
+    return Law(int(min(max(0.0, threshold), ONE)), scale, shift, fill)  # a NaN keeps nothing
 
 
 def trailing(law: Law | Tensor, device: torch.device) -> tuple[float | Tensor, ...]:

@@ -23,6 +23,7 @@ from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 from .. import kernels
+from .arguments import check_masked
 from .law import Law, linear
 from .masking import COMPUTE_DTYPE, WHOLE, Part, apply_mask
 
@@ -52,6 +53,28 @@ def is_plain(x: Tensor) -> bool:
         and not x._is_zerotensor()
         and not x.is_meta
     )
+
+
+def fitting(grad: Tensor, shape: Sequence[int], device: torch.device) -> Tensor:
+    """A gradient of the output's shape. Autograd gives no other; one that is handed to a node by hand is broadcast.
+
+    Raises:
+        RuntimeError: it does not broadcast, or is on another device.
+    """
+    if grad.device != device:
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but got a gradient on {grad.device} for an output on "
+            f"{device}"
+        )
+    if grad.shape == shape:
+        return grad
+    if grad.dim() > len(shape) or any(
+        size not in (1, whole) for size, whole in zip(reversed(grad.shape), reversed(shape), strict=False)
+    ):
+        raise RuntimeError(
+            f"a gradient must have the output's shape {tuple(shape)} or broadcast against it, got {tuple(grad.shape)}"
+        )
+    return grad.expand(shape)
 
 
 def _batch(
@@ -108,10 +131,12 @@ def _define(name: str, run: Runner, composed: Composed) -> Operator:
 
     @torch.library.impl(qualified, "default")
     def implementation(x: Tensor, key: Tensor, law: Tensor, shape: Sequence[int], part: Sequence[int] = ()) -> Tensor:
-        return run(x, key, law, tuple(shape), Part(*part))
+        check_masked(qualified, x, key, law, shape, part)
+        return run(x, key, law, tuple(shape), Part(*part) if any(part) else WHOLE)
 
     @torch.library.register_fake(qualified)
     def fake(x: Tensor, key: Tensor, law: Tensor, shape: Sequence[int], part: Sequence[int] = ()) -> Tensor:
+        check_masked(qualified, x, key, law, shape, part)
         return torch.empty_like(x)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -169,7 +194,7 @@ def _define(name: str, run: Runner, composed: Composed) -> Operator:
         def forward(
             ctx: Any, x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int], inplace: bool, part: Part
         ) -> Tensor:
-            ctx.key, ctx.law, ctx.shape, ctx.part = key, law, shape, part
+            ctx.key, ctx.law, ctx.shape, ctx.part, ctx.whole = key, law, shape, part, x.shape
             if inplace:
                 ctx.mark_dirty(x)
                 return written(x, key, law, shape, part)
@@ -177,6 +202,7 @@ def _define(name: str, run: Runner, composed: Composed) -> Operator:
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+            grad = fitting(grad, ctx.whole, ctx.key.device)
             return call(grad, ctx.key, linear(ctx.law), ctx.shape, False, ctx.part), None, None, None, None, None
 
     # Function.apply looks for transforms first; `is_plain` has seen that there are none.
