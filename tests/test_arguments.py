@@ -1,4 +1,7 @@
-"""What the registered operators refuse: with one message, real or fake, before a kernel reads a wrong address."""
+"""What the registered operators refuse: with one message, real or fake, before a kernel reads a wrong address.
+
+Also gradients that are handed to a node by hand, which autograd has not looked at.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import torchdrop
+from torchdrop import functional as TF
 from torchdrop.kernels.law import law, law_tensor
 from torchdrop.kernels.masking import COMPUTE_DTYPE
 
@@ -297,3 +301,76 @@ def test_ten_thousand_fuzzed_arguments_in_a_process_of_their_own() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+# Gradients that are handed to a node by hand.
+
+BIAS, RESIDUAL = torch.randn(4), torch.randn(3, 4)
+NODES: dict[str, Callable[[Tensor], Tensor]] = {
+    "dropout": TF.dropout,
+    "shared": lambda x: TF.dropout(x, shared_axes=1),
+    "in place": lambda x: TF.dropout(x * 1.0, inplace=True),
+    "alpha": lambda x: TF.alpha_dropout(x, 0.5, True),
+    "gaussian": TF.gaussian_dropout,
+    "add": lambda x: TF.dropout_add(x, RESIDUAL),
+    "bias and add": lambda x: TF.bias_dropout_add(x, BIAS, RESIDUAL),
+    "general add": lambda x: TF.dropout_add(x.t(), RESIDUAL.t()).t(),
+    "relu": TF.relu_dropout,
+    "general relu": lambda x: TF.relu_dropout(x.t()).t(),
+    "gelu": TF.gelu_dropout,
+    "block": lambda x: TF.drop_block1d(x, 0.5, 2),
+}
+GRADIENTS: dict[str, Callable[[], Tensor]] = {
+    "one element": lambda: torch.ones(1),
+    "scalar": lambda: torch.tensor(2.0),
+    "column": lambda: torch.arange(3.0).unsqueeze(1),
+    "row": lambda: torch.arange(4.0),
+    "double": lambda: torch.ones(3, 4, dtype=torch.float64),
+    "half": lambda: torch.ones(3, 4, dtype=torch.float16),
+    "one double": lambda: torch.ones(1, dtype=torch.float64),
+    "integers": lambda: torch.ones(3, 4, dtype=torch.int32),
+    "as many elements": lambda: torch.ones(4, 3),
+    "fewer": lambda: torch.ones(3, 3),
+    "more": lambda: torch.ones(3, 5),
+    "dimensions": lambda: torch.ones(2, 3, 4),
+    "none": lambda: torch.ones(0),
+    "meta": lambda: torch.ones(3, 4, device="meta"),
+}
+
+
+def node_of(y: Tensor) -> Any:
+    """The dropout's own, under a view's."""
+    node = y.grad_fn
+    while type(node).__name__ in ("TBackward0", "MulBackward0"):
+        assert node is not None
+        node = node.next_functions[0][0]
+    return node
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("name", NODES)
+def test_a_gradient_given_by_hand_is_broadcast_or_refused(name: str, recorded: bool) -> None:
+    y = NODES[name](torch.randn(3, 4, requires_grad=True))
+    node = node_of(y)
+    transposed = name.startswith("general")
+
+    def given(grad: Tensor) -> Tensor:
+        with torch.set_grad_enabled(recorded):
+            found = node.apply(grad.t() if transposed and grad.dim() == 2 else grad)
+        first = found[0] if isinstance(found, tuple) else found
+        return first.t() if transposed else first
+
+    for which, made in GRADIENTS.items():
+        grad = made()
+        fits = grad.dim() <= 2 and all(a in (1, b) for a, b in zip(reversed(grad.shape), (4, 3), strict=False))
+        if transposed and grad.dim() == 1:
+            continue
+        if not fits or grad.is_meta:
+            with pytest.raises(RuntimeError, match="gradient"):
+                given(grad)
+            continue
+        if grad.dtype != torch.float32 and isinstance(outcome(lambda grad=grad: given(grad))[0], type):
+            continue  # PyTorch or a backend takes no such elements there
+        found = given(grad)
+        expected = given(grad.float().expand(3, 4).clone())
+        torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=1e-2, msg=which)
