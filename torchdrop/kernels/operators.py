@@ -25,7 +25,7 @@ from torch.nn import Parameter
 from .. import kernels
 from .arguments import check_masked
 from .law import Law, linear
-from .masking import COMPUTE_DTYPE, WHOLE, Part, apply_mask
+from .masking import COMPUTE_DTYPE, WHOLE, Part, masked_values
 
 Runner = Callable[..., Tensor]
 Operator = Callable[..., Tensor]
@@ -53,6 +53,12 @@ def is_plain(x: Tensor) -> bool:
         and not x._is_zerotensor()
         and not x.is_meta
     )
+
+
+def _functionalized() -> bool:
+    """Whether torch.func.functionalize is at work, which enters no autograd.Function."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return any(interpreter.key() == torch._C._functorch.TransformType.Functionalize for interpreter in stack)
 
 
 def fitting(grad: Tensor, shape: Sequence[int], device: torch.device) -> Tensor:
@@ -116,7 +122,7 @@ Composed = Callable[[Callable[..., Tensor], Tensor, Tensor], Tensor]
 def _mask_composed(drawn: Callable[..., Tensor], x: Tensor, law: Tensor) -> Tensor:
     threshold = law[..., :1]
     kept = drawn(torch.ones_like(x), torch.cat([threshold, torch.ones_like(threshold), law[..., 2:] * 0], -1)) != 0
-    return apply_mask(x, kept, law)
+    return masked_values(x, kept, law).to(x.dtype)
 
 
 def _normal_composed(drawn: Callable[..., Tensor], x: Tensor, law: Tensor) -> Tensor:
@@ -219,7 +225,7 @@ def _define(name: str, run: Runner, composed: Composed) -> Operator:
             law = law.tensor()
         if not (_transformed() or (not _is_compiling() and forward_ad._current_level >= 0)):
             out = registered(x, key, law, shape, part)
-        elif _is_compiling():  # neither Dynamo nor a registered derivative goes with torch.func's
+        elif _is_compiling() or _functionalized():  # no derivative of an operator's own goes with torch.func's there
             out = composed(lambda ones, law: registered(ones, key, law, shape, part), x, law)
         else:
             out = transformed(x, key, law, shape, part)
