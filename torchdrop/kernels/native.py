@@ -226,11 +226,12 @@ def masked(
     if out is None:
         out = torch.empty_like(x)
     contiguous = x.is_contiguous() and out.is_contiguous()
-    if contiguous and key.dim() == 1 and part == WHOLE and tuple(shape) == x.shape and _is_single(law) and x.numel():
-        return _whole_row(KINDS[x.dtype], x, key, law, out)
-    if (*key.shape[:-1], *shape) == x.shape and contiguous and _in_rows(law, key, shape, part):
-        _rows(KINDS[x.dtype], out, x, key, law, shape, part)
-        return out
+    if (*key.shape[:-1], *shape) == x.shape and contiguous:
+        if key.dim() == 1 and part == WHOLE and _is_single(law) and x.numel():
+            return _whole_row(KINDS[x.dtype], x, key, law, out)
+        if _in_rows(law, key, shape, part):
+            _rows(KINDS[x.dtype], out, x, key, law, shape, part)
+            return out
     group = _group(x, key, law, shape) if part == WHOLE and contiguous else 0
     if group:
         law = _readable(law)
