@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import enum
 import numbers
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import handle_torch_function
 
@@ -22,14 +23,25 @@ _is_compiling = torch.compiler.is_compiling
 _transformed = torch._C._are_functorch_transforms_active
 _function_modes = torch._C._len_torch_function_stack
 
+_made_how = torch._C._autograd._get_creation_meta
+_MADE_AS_USUAL = torch._C._autograd.CreationMeta.DEFAULT
+
 Rate = float | Tensor
 
 
-class _Default(float):
-    """torch.nn's default rate, told apart from a 0.5 that the caller wrote."""
+class Default(float, enum.Enum):
+    """Default rates, told apart from numbers that the caller wrote; members of an enumeration, which compiled code
+    knows as constants."""
+
+    P = 0.5
+    NO_DROP = 0.0
+
+    def __repr__(self) -> str:
+        return float.__repr__(self)
 
 
-DEFAULT_P = _Default(0.5)
+DEFAULT_P = Default.P
+"""torch.nn's default rate."""
 
 
 def read_rate(p: Any, keep_prob: Any) -> tuple[Rate, Rate]:
@@ -42,7 +54,7 @@ def read_rate(p: Any, keep_prob: Any) -> tuple[Rate, Rate]:
     if keep_prob is None:
         if p is None:
             raise TypeError("give the rate as p or as keep_prob, got None for both")
-        p = _checked("p", p)
+        p = 0.5 if p is DEFAULT_P else _checked("p", p)
         return 1.0 - p, p
     if p is not DEFAULT_P and p is not None:
         raise TypeError(f"give the rate as p or as keep_prob, not both: got p={p} and keep_prob={keep_prob}")
@@ -183,7 +195,7 @@ class Rated(_DropoutNd):
         keep_prob: Any = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        nn.Module.__init__(self)
+        super(_DropoutNd, self).__init__()  # of nn.Module, in the form that compiled code enters
         check_generator(generator)
         self.inplace = inplace
         self.generator = generator
@@ -191,7 +203,8 @@ class Rated(_DropoutNd):
 
     def _hold(self, keep_prob: Rate, p: Rate) -> None:
         self._check_rate(keep_prob)
-        number = None if isinstance(keep_prob, Tensor) else law(keep_prob, self._formula)
+        # Compiled code makes the law of a layer that is built there when it needs one, from the rate.
+        number = None if isinstance(keep_prob, Tensor) or _is_compiling() else law(keep_prob, self._formula)
         self._keep_prob, self._p, self._law = keep_prob, p, number
         self._law_tensor = None if number is None else number.tensor()
 
