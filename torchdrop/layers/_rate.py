@@ -127,19 +127,41 @@ def check_input(input: Any, name: str) -> None:
         kernels.backend_for(input.device, dtype)
 
 
+def undrawn(input: Any, keep_prob: Rate, inplace: bool) -> Tensor | None:
+    """What torch.nn gives for element types that no kernel takes, where there is nothing to draw: the input itself if
+    all is kept or it is empty, zeros if all is dropped. None elsewhere."""
+    if not isinstance(input, Tensor) or input.dtype in SERVED or isinstance(keep_prob, Tensor):
+        return None
+    if keep_prob == 1.0 or input.numel() == 0:
+        return input
+    if keep_prob == 0.0 and not input.is_floating_point():
+        zero = torch.zeros((), dtype=input.dtype, device=input.device)
+        return input.mul_(zero) if inplace else input * zero
+    return None
+
+
 def check_inplace(input: Tensor) -> None:
     """Refuses what must not be written to, with PyTorch's words, before it is. Views under compilation, where they
     cannot be told, are PyTorch's to refuse.
 
     Raises:
-        RuntimeError: a leaf that wants a gradient, a view of one, or a tensor whose elements share memory.
+        RuntimeError: a leaf that wants a gradient, a view of one, one of several views of a tensor, a view that was
+            made under other rules of autograd, an inference tensor, or a tensor whose elements share memory.
     """
     if torch.is_grad_enabled() and input.requires_grad:
+        is_view = not _is_compiling() and input._is_view()
+        if is_view and _made_how(input) != _MADE_AS_USUAL:
+            input.mul_(1)  # PyTorch says why it refuses, before it writes
         if input.is_leaf:
             raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
-        base = input._base if not _is_compiling() and input._is_view() else None
+        base = input._base if is_view else None
         if base is not None and base.is_leaf and base.requires_grad:
             raise RuntimeError("a view of a leaf Variable that requires grad is being used in an in-place operation.")
+    if not _is_compiling() and input.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "Inplace update to inference tensor outside InferenceMode is not allowed. You can make a clone to get a "
+            "normal tensor before doing inplace update."
+        )
     if any(stride == 0 and size > 1 for size, stride in zip(input.shape, input.stride(), strict=True)):
         raise RuntimeError(
             "unsupported operation: more than one element of the written-to tensor refers to a single memory location. "
