@@ -57,12 +57,10 @@ def run_tests(library: Path) -> int:
     native.library, _short._row, _short._fused = built, built.masked_row, built.fused
     chosen = (
         "native or reference or threads or half or philox or part_of or short or in_place or kernels_take "
-        "or stratified or fused"
+        "or stratified or fused or fuzzed or by_hand"
     )
-    tests = [
-        str(ROOT / "tests" / name)
-        for name in ("test_kernels.py", "test_operators.py", "test_bernoulli.py", "test_mc_masks.py", "test_fused.py")
-    ]
+    names = ("arguments", "bernoulli", "fused", "kernels", "mc_masks", "operators")
+    tests = [str(ROOT / "tests" / f"test_{name}.py") for name in names]
     deselected = ["--deselect=tests/test_kernels.py::test_this_build_has_threads_and_says_its_width"]
     options = [
         "-q",

@@ -263,3 +263,14 @@ def test_compiled_in_one_piece_with_the_masks_of_eager_and_once_for_all_rates(na
         assert torch.allclose(eager, ours, atol=1e-5)
         assert same(gradients(model, eager), gradients(model, ours))
     assert counter.frame_count == 1
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented:UserWarning")
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "layer_drop"])  # whose choice is data
+def test_functionalized_with_the_same_masks(name: str, device: torch.device) -> None:
+    model, x = built(name, device), inputs(VARIANTS[name], device)
+    assert torch.allclose(seeded(torch.func.functionalize(model), x), seeded(model, x), atol=1e-5)
+    if not VARIANTS[name].ids:
+        slope = torch.func.grad(lambda x: model(x).square().sum())
+        functional = torch.func.functionalize(slope)
+        assert torch.allclose(seeded(functional, x), seeded(slope, x), atol=1e-5)

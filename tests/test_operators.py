@@ -42,7 +42,7 @@ def test_opcheck_of_batched_keys_and_laws() -> None:
 def test_opcheck_of_the_key() -> None:
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(
-        torch.ops.torchdrop.draw_key.default, (7,), {"device": torch.device("cpu")}, test_utils=checks
+        torch.ops.torchdrop.draw_key.default, (torch.empty(2),), {"device": torch.device("cpu")}, test_utils=checks
     )
 
 

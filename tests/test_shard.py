@@ -19,7 +19,7 @@ from torch.func import vmap
 
 import torchdrop
 import torchdrop.functional as F
-from torchdrop import Shard
+from torchdrop import Shard, kernels
 from torchdrop.kernels.masking import Part
 from torchdrop.layers._shard import part_of
 
@@ -68,7 +68,7 @@ def test_a_part_is_whole_rows(run: int) -> None:
     key, law = torch.tensor([1, 2]), torch.tensor([2.0**31, 2.0, 0.0, 0.0], dtype=torch.float64)
     for name in ("native", "reference"):
         with torchdrop.use_backend(name), pytest.raises(ValueError, match=message):
-            torch.ops.torchdrop.masked(torch.ones(12), key, law, [12], [0, run, 30])
+            kernels.masked(torch.ones(12), key, law, (12,), Part(0, run, 30))
 
 
 @st.composite

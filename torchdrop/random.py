@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import itertools
 import threading
 import warnings
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.nn.modules.dropout import _DropoutNd
 
 _is_compiling = torch.compiler.is_compiling
+_is_exporting = torch.compiler.is_exporting
 _transformed = torch._C._are_functorch_transforms_active
 _empty_like = torch.empty_like
 
@@ -40,14 +40,16 @@ def draw_key(device: torch.device, generator: torch.Generator | None = None) -> 
     if generator is not None:
         return _from_generator(device, generator)
     if _is_compiling():
-        call = _call_number()
+        _refuse_recomputation()
         if _transformed() and _vmapped():  # the form for which vmap has its randomness modes
             return torch.randint(2**63 - 1, (2,), device=device)
-        return torch.ops.torchdrop.draw_key(call, device=device)
+        return torch.ops.torchdrop.draw_key(_never_merged(device), device=device)
     return _from_default(device)
 
 
 def _from_default(device: torch.device) -> Tensor:
+    if not _frozen and not _transformed():
+        return torch.empty((2,), dtype=torch.int64, device=device).random_()
     running = [frozen for frozen in _frozen if frozen.running]
     for frozen in running:
         frozen.served += 1
@@ -118,29 +120,31 @@ def check_generator(generator: Any) -> None:
 
 
 # Under torch.compile, Inductor would put its own random numbers in place of torch's. An operator it does not know
-# stays; the tag and the argument named `device` are what activation checkpointing looks for. `call` is another number
-# for every call in a graph: the partitioner merges equal calls, random or not, and two layers would share their masks.
+# stays; the tag and the argument named `device` are what activation checkpointing looks for. Passes merge equal calls
+# of an operator that they do not know, random or not, and two layers would share their masks: `place` keeps them apart.
 torch.library.define(
-    "torchdrop::draw_key", "(int call, *, Device device) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,)
+    "torchdrop::draw_key", "(Tensor place, *, Device device) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,)
 )
 
-_numbers = itertools.count()
+
+def _never_merged(device: torch.device) -> Tensor:
+    """A tensor whose contents nobody reads, from an operator of PyTorch of which no pass takes two calls for one.
+
+    An exported program may meet other passes than those of torch.compile, and vmap with its randomness modes. There it
+    is a random operator that takes nothing from the generator. Memory that is not initialized costs less.
+    """
+    return torch.randperm(0, device=device) if _is_exporting() else torch.empty((2,), dtype=torch.int64, device=device)
 
 
 @torch.compiler.assume_constant_result
-def _call_number() -> int:
-    """The number of a call, found while it is compiled.
+def _refuse_recomputation() -> None:
+    """Refuses the settings under which the partitioner recomputes whatever it likes, our draws with it.
 
     Raises:
         RuntimeError: what forward draws would be drawn anew in backward.
     """
-    if torch.is_grad_enabled():
-        _refuse_recomputation()
-    return next(_numbers)
-
-
-def _refuse_recomputation() -> None:
-    """Refuses the settings under which the partitioner recomputes whatever it likes, our draws with it."""
+    if not torch.is_grad_enabled():
+        return
     config = torch._functorch.config
     where, instead = "torch._functorch.config.activation_memory_budget", "Set it to 1"
     budget = torch.fx.traceback.current_meta.get("custom", {}).get("_region_activation_memory_budget")
@@ -165,13 +169,25 @@ def _refuse_recomputation() -> None:
 
 
 @torch.library.impl("torchdrop::draw_key", "default")
-def _draw_key(call: int, *, device: torch.device) -> Tensor:
-    return _from_default(device)
+def _draw_key(place: Tensor, *, device: torch.device) -> Tensor:
+    """One key, or one for each of a batch of places."""
+    if place.dim() == 1:
+        return _from_default(device)
+    batch = place.shape[:-1]
+    if any(frozen.running for frozen in _frozen):  # frozen masks are one set of masks, also under vmap
+        return _from_default(device).repeat(*batch, 1)
+    return torch.randint(2**63 - 1, (*batch, 2), device=device)
 
 
 @torch.library.register_fake("torchdrop::draw_key")
-def _fake_key(call: int, *, device: torch.device) -> Tensor:
-    return torch.empty((2,), dtype=torch.int64, device=device)
+def _fake_key(place: Tensor, *, device: torch.device) -> Tensor:
+    _refuse_recomputation()  # of an exported program, which is compiled without a call of `draw_key`
+    return torch.empty((*place.shape[:-1], 2), dtype=torch.int64, device=device)
+
+
+@torch.library.register_vmap("torchdrop::draw_key")
+def _batched_key(info: Any, in_dims: tuple[int], place: Tensor, *, device: torch.device) -> tuple[Tensor, int]:
+    return torch.ops.torchdrop.draw_key(place.movedim(in_dims[0], 0), device=device), 0
 
 
 class _Forward(threading.local):

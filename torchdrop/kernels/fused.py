@@ -5,10 +5,10 @@ With m a mask of x's shape and k its keep probability, the operators are
     dropout_add         residual + m (x + bias) / k
     activation_dropout  m f(x) / k, with f the rectifier or GELU
 
-Each is one kernel where the backend has one for the case at hand, and is composed of its plain parts otherwise, with
-the same result: of half types the arithmetic is in float32, rounded once at the end (but for GELU's parts, which round
-each their own). Backward draws the mask again from the key. A rectifier keeps its output as well, zero where either of
-the two made it zero, and GELU its input, as alone.
+They take a law's threshold and scale, not what it adds or fills in. Each is one kernel where the backend has one for
+the case at hand, and is composed of its plain parts otherwise, with the same result: of half types the arithmetic is in
+float32, rounded once at the end (but for GELU's parts, which round each their own). Backward draws the mask again from
+the key. A rectifier keeps its output as well, zero where either of the two made it zero, and GELU its input, as alone.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from torch import Tensor
 
 from .. import kernels
 from . import native, triton
+from .arguments import check_activation, check_activation_backward, check_add
 from .law import Law, linear
-from .masking import COMPUTE_DTYPE, WHOLE
-from .operators import is_plain, masked
+from .masking import COMPUTE_DTYPE, WHOLE, held
+from .operators import fitting, is_plain, masked
 
 _is_compiling = torch.compiler.is_compiling
 _transformed = torch._C._are_functorch_transforms_active
@@ -93,6 +94,11 @@ def _kernel(x: Tensor) -> Any:
     return backend if backend in FUSED else None
 
 
+def _for_kernel(backend: Any, law: Law | Tensor) -> Law | Tensor:
+    """The native kernels look at nothing but threshold and scale."""
+    return law if backend is native else linear(held(law))
+
+
 def _laid_out_as(x: Tensor, out: Tensor) -> Tensor:
     """`out` with the strides that compiled code was told, those of ``empty_like(x)``: its parts' may be the other's."""
     promised = torch.empty_like(x, device="meta").stride()
@@ -104,16 +110,24 @@ def _add(x: Tensor, bias: Tensor | None, residual: Tensor, key: Tensor, law: Law
         return torch.empty_like(x)
     backend = _kernel(x)
     by_column = bias is None or bias.shape == x.shape[-1:]
-    out = backend.dropout_add(x, bias, residual, key, law) if backend is not None and by_column else None
-    return out if out is not None else _laid_out_as(x, composed_add(x, bias, residual, _fresh(key, law)))
+    out = None
+    if backend is not None and by_column:
+        out = backend.dropout_add(x, bias, residual, key, _for_kernel(backend, law))
+    return out if out is not None else _laid_out_as(x, composed_add(x, bias, residual, _fresh(key, linear(held(law)))))
 
 
 def _activation(x: Tensor, key: Tensor, law: Law | Tensor, activation: str) -> Tensor:
     if x.numel() == 0:
         return torch.empty_like(x)
     backend = _kernel(x)
-    out = backend.activation_dropout(x, key, law, activation) if backend is not None else None
-    return out if out is not None else _laid_out_as(x, composed_activation(x, activation, _written(key, law)))
+    out = None
+    if backend is not None:
+        out = backend.activation_dropout(x, key, _for_kernel(backend, law), activation)
+    return (
+        out
+        if out is not None
+        else _laid_out_as(x, composed_activation(x, activation, _written(key, linear(held(law)))))
+    )
 
 
 def _activation_backward(grad: Tensor, kept: Tensor, key: Tensor, law: Law | Tensor, activation: str) -> Tensor:
@@ -134,21 +148,30 @@ torch.library.define(
     "torchdrop::activation_dropout_backward",
     "(Tensor grad, Tensor kept, Tensor key, Tensor law, str activation) -> Tensor",
 )
-torch.library.impl("torchdrop::dropout_add", "default")(_add)
-torch.library.impl("torchdrop::activation_dropout", "default")(_activation)
-torch.library.impl("torchdrop::activation_dropout_backward", "default")(_activation_backward)
 
 
-@torch.library.register_fake("torchdrop::dropout_add")
-@torch.library.register_fake("torchdrop::activation_dropout")
-@torch.library.register_fake("torchdrop::activation_dropout_backward")
-def _fake(x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x)
+def _implement(name: str, run: Callable[..., Tensor], check: Callable[..., None]) -> None:
+    qualified = f"torchdrop::{name}"
+
+    @torch.library.impl(qualified, "default")
+    def implementation(x: Tensor, *args: Any) -> Tensor:
+        check(qualified, x, *args)
+        return run(x, *args)
+
+    @torch.library.register_fake(qualified)
+    def fake(x: Tensor, *args: Any) -> Tensor:
+        check(qualified, x, *args)
+        return torch.empty_like(x)
+
+
+_implement("dropout_add", _add, check_add)
+_implement("activation_dropout", _activation, partial(check_activation, known=ACTIVATIONS))
+_implement("activation_dropout_backward", _activation_backward, partial(check_activation_backward, known=ACTIVATIONS))
 
 
 def _add_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, bias, _, key, law = inputs
-    ctx.bias = None if bias is None else bias.shape
+    x, bias, _, key, law = inputs
+    ctx.shape, ctx.bias = x.shape, None if bias is None else bias.shape
     ctx.save_for_backward(key, law)
 
 
@@ -157,6 +180,7 @@ def _add_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Of x, bias and residual."""
     of_x, of_bias, of_residual = ctx.needs_input_grad[:3]
+    grad = fitting(grad, ctx.shape, key.device)
     dropped = masked(grad, key, linear(law), grad.shape) if of_x or of_bias else None
     summed = dropped.sum_to_size(ctx.bias) if of_bias and dropped is not None else None
     return dropped if of_x else None, summed, grad if of_residual else None
@@ -184,12 +208,12 @@ torch.library.register_autograd("torchdrop::activation_dropout", _activation_gra
 
 def gradient(grad: Tensor, kept: Tensor, key: Tensor, law: Law | Tensor, activation: str) -> Tensor:
     """In one pass where nothing is to be differentiated again."""
-    law = linear(law)
+    law, grad = linear(law), fitting(grad, kept.shape, kept.device)
     if not torch.is_grad_enabled():
         if _is_compiling() or torch._C._len_torch_dispatch_stack():
             tensor = law.tensor() if isinstance(law, Law) else law
             return torch.ops.torchdrop.activation_dropout_backward(grad, kept, key, tensor, activation)
-        if is_plain(grad) and is_plain(kept):
+        if is_plain(grad) and is_plain(kept) and grad.dtype == kept.dtype:
             return _activation_backward(grad, kept, key, law, activation)
     return _composed_gradient(grad, kept, activation, _differentiable(key, law))
 
@@ -197,7 +221,7 @@ def gradient(grad: Tensor, kept: Tensor, key: Tensor, law: Law | Tensor, activat
 class _Added(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, residual: Tensor, key: Tensor, law: Law | Tensor) -> Tensor:
-        ctx.key, ctx.law, ctx.bias = key, law, None if bias is None else bias.shape
+        ctx.key, ctx.law, ctx.shape, ctx.bias = key, law, x.shape, None if bias is None else bias.shape
         return _add(x, bias, residual, key, law)
 
     @staticmethod

@@ -58,7 +58,7 @@ def held(law: Law | Tensor) -> Law | Tensor:
     if isinstance(law, Law) or law.numel() != 4 or not law.is_cpu:
         return law
     threshold, scale, shift, fill = law.reshape(4).tolist()
-    return Law(int(min(max(threshold, 0.0), ONE)), scale, shift, fill)
+    return Law(int(min(max(0.0, threshold), ONE)), scale, shift, fill)  # a NaN keeps nothing
 
 
 def trailing(law: Law | Tensor, device: torch.device) -> tuple[float | Tensor, ...]:
@@ -70,20 +70,26 @@ def trailing(law: Law | Tensor, device: torch.device) -> tuple[float | Tensor, .
     return law.to(device).unbind(-1)
 
 
-def apply_mask(x: Tensor, kept: Tensor, law: Law | Tensor, out: Tensor | None = None) -> Tensor:
-    """``x * scale + shift`` where `kept`, `fill` elsewhere: a select, so a dropped infinity or NaN is `fill`."""
+def masked_values(x: Tensor, kept: Tensor, law: Law | Tensor) -> Tensor:
+    """``x * scale + shift`` where `kept`, `fill` elsewhere, in the element type that x is computed in.
+
+    A select, so a dropped infinity or NaN is `fill`.
+    """
     dtype = COMPUTE_DTYPE[x.dtype]
     _, scale, shift, fill = (v.to(dtype) if isinstance(v, Tensor) else v for v in trailing(law, x.device))
     value = x.to(dtype) * scale
     if not isinstance(law, Law) or law.shift or law.fill:
         if not isinstance(fill, Tensor):
             fill = torch.full((), fill, dtype=dtype, device=x.device)  # not a copy, for which CUDA would be waited for
-        value = torch.where(kept, value + shift, fill)
-    else:
-        value = torch.where(kept, value, torch.zeros((), dtype=dtype, device=x.device))
+        return torch.where(kept, value + shift, fill)
+    return torch.where(kept, value, torch.zeros((), dtype=dtype, device=x.device))
+
+
+def apply_mask(x: Tensor, kept: Tensor, law: Law | Tensor, out: Tensor | None = None) -> Tensor:
+    """`masked_values`, rounded to x's element type, with x's strides."""
     if out is None:
         out = torch.empty_like(x)
-    return out.copy_(value)
+    return out.copy_(masked_values(x, kept, law))
 
 
 def apply_normal(x: Tensor, z: Tensor, law: Law | Tensor, out: Tensor | None = None) -> Tensor:

@@ -155,6 +155,8 @@ def _rows(
     kind: int, out: Tensor, x: Tensor | None, key: Tensor, law: Law | Tensor, shape: Sequence[int], part: Part
 ) -> None:
     """Contiguous elements of a mask of shape ``key.shape[:-1] + shape``, in rows that share a key and a law."""
+    if not out.numel():
+        return
     keys, full = len(key.shape) - 1, (*key.shape[:-1], *shape)
     split = max(keys, _law_dims(law))
     if split == keys:
@@ -239,16 +241,18 @@ def masked(
     if out is None:
         out = torch.empty_like(x)
     contiguous = x.is_contiguous() and out.is_contiguous()
-    if (*key.shape[:-1], *shape) == x.shape and contiguous and _in_rows(law, key, shape, part):
-        _rows(KINDS[x.dtype], out, x, key, law, shape, part)
-        return out
+    if (*key.shape[:-1], *shape) == x.shape and contiguous:
+        if key.dim() == 1 and part == WHOLE and _is_single(law) and x.numel():
+            return _whole_row(KINDS[x.dtype], x, key, law, out)
+        if _in_rows(law, key, shape, part):
+            _rows(KINDS[x.dtype], out, x, key, law, shape, part)
+            return out
     group = _group(x, key, law, shape) if part == WHOLE and contiguous else 0
     if group:
-        if not isinstance(law, Law):
-            law = law.cpu().contiguous()
+        law = _readable(law)
         library.grouped(  # type: ignore[union-attr]
             KINDS[x.dtype], out.data_ptr(), x.data_ptr(), x.numel() // group, group, key.data_ptr(),
-            law.address if isinstance(law, Law) else law.data_ptr(), threads(),
+            _address(law), threads(),
         )  # fmt: skip
         return out
     kept = keep_mask(shape, key, law, part)
@@ -256,6 +260,28 @@ def masked(
         return apply_mask(x, kept, law, out)
     _spread(x, kept.expand(x.shape), law, out)
     return out
+
+
+def _is_single(law: Law | Tensor) -> bool:
+    return isinstance(law, Law) or law.dim() == 1
+
+
+def _whole_row(kind: int, x: Tensor, key: Tensor, law: Law | Tensor, out: Tensor) -> Tensor:
+    """A whole contiguous tensor under one key and one law, with fewer steps: small tensors feel each of them."""
+    n, held = x.numel(), _readable(law)
+    library.masked_row(  # type: ignore[union-attr]
+        kind, out.data_ptr(), x.data_ptr(), n, key_bytes(key), _address(held), 1 if n < SERIAL else threads()
+    )
+    return out
+
+
+def _readable(law: Law | Tensor) -> Law | Tensor:
+    """One law, with its four numbers in a row in the host's memory."""
+    return law if isinstance(law, Law) else law.cpu().contiguous()
+
+
+def _address(law: Law | Tensor) -> int:
+    return law.address if isinstance(law, Law) else law.data_ptr()
 
 
 def _group(x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int]) -> int:
@@ -272,6 +298,8 @@ def _group(x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int]) -> i
 
 def _spread(x: Tensor, kept: Tensor, law: Law | Tensor, out: Tensor) -> None:
     """A mask of x's shape, any strides: dimensions in the order of the output's memory, merged where all agree."""
+    if not out.numel():
+        return
     strides = zip(x.shape, out.stride(), x.stride(), kept.stride(), strict=True)
     dims: list[list[int]] = []
     for size, *steps in sorted((d for d in strides if d[0] != 1), key=lambda d: -d[1]):
@@ -280,11 +308,10 @@ def _spread(x: Tensor, kept: Tensor, law: Law | Tensor, out: Tensor) -> None:
         else:
             dims.append([size, *steps])
     columns = [(c_int64 * len(dims))(*column) for column in zip(*dims, strict=True)] if dims else [(c_int64 * 1)(1)] * 4
-    if not isinstance(law, Law):
-        law = law.cpu().reshape(4).contiguous()
+    held = _readable(law if isinstance(law, Law) else law.reshape(4))
     failed = library.spread(  # type: ignore[union-attr]
         KINDS[x.dtype], out.data_ptr(), x.data_ptr(), kept.data_ptr(), max(len(dims), 1), *columns,
-        law.address if isinstance(law, Law) else law.data_ptr(), threads(), ANY_WIDTH,
+        _address(held), threads(), ANY_WIDTH,
     )  # fmt: skip
     if failed:
         raise RuntimeError(f"torchdrop's native kernels take at most 64 dimensions, got {x.dim()}")
@@ -295,17 +322,13 @@ def key_bytes(key: Tensor) -> bytes:
     return ctypes.string_at(key.data_ptr(), 16)
 
 
-def _as_law(law: Law | Tensor) -> Law:
-    return law if isinstance(law, Law) else Law(*law.tolist())
-
-
 def dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor, key: Tensor, law: Law | Tensor) -> Tensor | None:
     if not (x.is_contiguous() and residual.is_contiguous() and (bias is None or bias.is_contiguous())):
         return None
-    held, out = _as_law(law), torch.empty_like(x)
+    held, out = _readable(law), torch.empty_like(x)
     library.fused(  # type: ignore[union-attr]
         ADD, KINDS[x.dtype], out.data_ptr(), x.data_ptr(), None if bias is None else bias.data_ptr(),
-        1 if bias is None else bias.numel(), residual.data_ptr(), x.numel(), key_bytes(key), held.address, threads(),
+        1 if bias is None else bias.numel(), residual.data_ptr(), x.numel(), key_bytes(key), _address(held), threads(),
         ANY_WIDTH,
     )  # fmt: skip
     return out
@@ -314,9 +337,7 @@ def dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor, key: Tensor, l
 def activation_dropout(x: Tensor, key: Tensor, law: Law | Tensor, activation: str) -> Tensor | None:
     if activation != "relu" or not x.is_contiguous():
         return None
-    out = torch.empty_like(x)
-    _rows(KINDS[x.dtype] + RECTIFIED, out, x, key, law, x.shape, WHOLE)
-    return out
+    return _whole_row(KINDS[x.dtype] + RECTIFIED, x, key, law, torch.empty_like(x))
 
 
 def activation_dropout_backward(
@@ -324,9 +345,9 @@ def activation_dropout_backward(
 ) -> Tensor | None:
     if activation != "relu" or not (grad.is_contiguous() and kept.is_contiguous()):
         return None
-    held, out = _as_law(law), torch.empty_like(grad)
+    held, out = _readable(law), torch.empty_like(grad)
     library.fused(  # type: ignore[union-attr]
         RELU_BACKWARD, KINDS[grad.dtype], out.data_ptr(), grad.data_ptr(), None, 1, kept.data_ptr(), grad.numel(),
-        NO_KEY, held.address, threads(), ANY_WIDTH,
+        NO_KEY, _address(held), threads(), ANY_WIDTH,
     )  # fmt: skip
     return out

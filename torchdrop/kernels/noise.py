@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from .arguments import check_numbers
 from .law import Law
 
 _is_compiling = torch.compiler.is_compiling
@@ -28,10 +29,12 @@ def _define(name: str, dtype: torch.dtype, run: Callable[..., Tensor]) -> Number
 
     @torch.library.impl(qualified, "default")
     def implementation(key: Tensor, shape: Sequence[int], law: Tensor | None = None) -> Tensor:
+        check_numbers(qualified, key, shape, law, dtype is torch.bool)
         return run(key, tuple(shape), law)
 
     @torch.library.register_fake(qualified)
     def fake(key: Tensor, shape: Sequence[int], law: Tensor | None = None) -> Tensor:
+        check_numbers(qualified, key, shape, law, dtype is torch.bool)
         return key.new_empty((*key.shape[:-1], *shape), dtype=dtype)
 
     def batched(

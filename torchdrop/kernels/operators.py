@@ -23,8 +23,9 @@ from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 from .. import kernels
+from .arguments import check_masked
 from .law import Law, linear
-from .masking import COMPUTE_DTYPE, WHOLE, Part, apply_mask
+from .masking import COMPUTE_DTYPE, WHOLE, Part, masked_values
 
 Runner = Callable[..., Tensor]
 Operator = Callable[..., Tensor]
@@ -52,6 +53,34 @@ def is_plain(x: Tensor) -> bool:
         and not x._is_zerotensor()
         and not x.is_meta
     )
+
+
+def _functionalized() -> bool:
+    """Whether torch.func.functionalize is at work, which enters no autograd.Function."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return any(interpreter.key() == torch._C._functorch.TransformType.Functionalize for interpreter in stack)
+
+
+def fitting(grad: Tensor, shape: Sequence[int], device: torch.device) -> Tensor:
+    """A gradient of the output's shape. Autograd gives no other; one that is handed to a node by hand is broadcast.
+
+    Raises:
+        RuntimeError: it does not broadcast, or is on another device.
+    """
+    if grad.device != device:
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but got a gradient on {grad.device} for an output on "
+            f"{device}"
+        )
+    if grad.shape == shape:
+        return grad
+    if grad.dim() > len(shape) or any(
+        size not in (1, whole) for size, whole in zip(reversed(grad.shape), reversed(shape), strict=False)
+    ):
+        raise RuntimeError(
+            f"a gradient must have the output's shape {tuple(shape)} or broadcast against it, got {tuple(grad.shape)}"
+        )
+    return grad.expand(shape)
 
 
 def _batch(
@@ -93,7 +122,7 @@ Composed = Callable[[Callable[..., Tensor], Tensor, Tensor], Tensor]
 def _mask_composed(drawn: Callable[..., Tensor], x: Tensor, law: Tensor) -> Tensor:
     threshold = law[..., :1]
     kept = drawn(torch.ones_like(x), torch.cat([threshold, torch.ones_like(threshold), law[..., 2:] * 0], -1)) != 0
-    return apply_mask(x, kept, law)
+    return masked_values(x, kept, law).to(x.dtype)
 
 
 def _normal_composed(drawn: Callable[..., Tensor], x: Tensor, law: Tensor) -> Tensor:
@@ -108,10 +137,12 @@ def _define(name: str, run: Runner, composed: Composed) -> Operator:
 
     @torch.library.impl(qualified, "default")
     def implementation(x: Tensor, key: Tensor, law: Tensor, shape: Sequence[int], part: Sequence[int] = ()) -> Tensor:
-        return run(x, key, law, tuple(shape), Part(*part))
+        check_masked(qualified, x, key, law, shape, part)
+        return run(x, key, law, tuple(shape), Part(*part) if any(part) else WHOLE)
 
     @torch.library.register_fake(qualified)
     def fake(x: Tensor, key: Tensor, law: Tensor, shape: Sequence[int], part: Sequence[int] = ()) -> Tensor:
+        check_masked(qualified, x, key, law, shape, part)
         return torch.empty_like(x)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -169,7 +200,7 @@ def _define(name: str, run: Runner, composed: Composed) -> Operator:
         def forward(
             ctx: Any, x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int], inplace: bool, part: Part
         ) -> Tensor:
-            ctx.key, ctx.law, ctx.shape, ctx.part = key, law, shape, part
+            ctx.key, ctx.law, ctx.shape, ctx.part, ctx.whole = key, law, shape, part, x.shape
             if inplace:
                 ctx.mark_dirty(x)
                 return written(x, key, law, shape, part)
@@ -177,6 +208,7 @@ def _define(name: str, run: Runner, composed: Composed) -> Operator:
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+            grad = fitting(grad, ctx.whole, ctx.key.device)
             return call(grad, ctx.key, linear(ctx.law), ctx.shape, False, ctx.part), None, None, None, None, None
 
     # Function.apply looks for transforms first; `is_plain` has seen that there are none.
@@ -193,7 +225,7 @@ def _define(name: str, run: Runner, composed: Composed) -> Operator:
             law = law.tensor()
         if not (_transformed() or (not _is_compiling() and forward_ad._current_level >= 0)):
             out = registered(x, key, law, shape, part)
-        elif _is_compiling():  # neither Dynamo nor a registered derivative goes with torch.func's
+        elif _is_compiling() or _functionalized():  # no derivative of an operator's own goes with torch.func's there
             out = composed(lambda ones, law: registered(ones, key, law, shape, part), x, law)
         else:
             out = transformed(x, key, law, shape, part)

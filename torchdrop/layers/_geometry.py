@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.arguments import check_blocks
 from ..kernels.law import ONE, Law, threshold
 
 Sizes = tuple[int, ...]
@@ -84,7 +85,7 @@ def _anchor_law(kept: int, sizes: Sizes, block: int) -> Law:
 
 
 def _anchor_laws(law: Tensor, sizes: Sizes, block: int) -> Tensor:
-    found = [_anchor_law(int(kept), sizes, block) for kept in law[..., 0].flatten().tolist()]
+    found = [_anchor_law(min(max(int(kept), 0), ONE), sizes, block) for kept in law[..., 0].flatten().tolist()]
     rows = [[one.threshold, one.scale, 0.0, 0.0] for one in found]
     return torch.tensor(rows, dtype=torch.float64).reshape(law.shape).to(law.device)
 
@@ -109,21 +110,23 @@ def _define(
     name: str, run: Callable[[Tensor, Sizes, int], Tensor], shape_of: Callable[[Tensor, Sequence[int]], Sequence[int]]
 ) -> Any:
     """An operator of a law: the same double precision in eager and in compiled code, which can not see the law."""
-    qualified = f"torchdrop::{name}"
+    qualified, scales = f"torchdrop::{name}", name == "block_scales"
     torch.library.define(qualified, "(Tensor law, SymInt[] sizes, SymInt block) -> Tensor")
     registered = getattr(torch.ops.torchdrop, name).default
 
     @torch.library.impl(qualified, "default")
     def implementation(law: Tensor, sizes: Sequence[int], block: int) -> Tensor:
-        return run(law, tuple(sizes), block)
+        check_blocks(qualified, law, sizes, block, scales)
+        return run(law, tuple(sizes), block).contiguous()
 
     @torch.library.register_fake(qualified)
     def fake(law: Tensor, sizes: Sequence[int], block: int) -> Tensor:
+        check_blocks(qualified, law, sizes, block, scales)
         return law.new_empty(shape_of(law, sizes))
 
     def batched(info: Any, in_dims: Sequence[int | None], law: Tensor, sizes: Sequence[int], block: int) -> Any:
         law = law.movedim(in_dims[0] or 0, 0)
-        if law.dim() == 2 and name == "block_scales":
+        if law.dim() == 2 and scales:
             law = law.reshape(law.shape[0], *[1] * len(sizes), law.shape[1])
         return registered(law, sizes, block), 0
 

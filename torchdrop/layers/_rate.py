@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import enum
 import numbers
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import handle_torch_function
 
@@ -22,14 +23,25 @@ _is_compiling = torch.compiler.is_compiling
 _transformed = torch._C._are_functorch_transforms_active
 _function_modes = torch._C._len_torch_function_stack
 
+_made_how = torch._C._autograd._get_creation_meta
+_MADE_AS_USUAL = torch._C._autograd.CreationMeta.DEFAULT
+
 Rate = float | Tensor
 
 
-class _Default(float):
-    """torch.nn's default rate, told apart from a 0.5 that the caller wrote."""
+class Default(float, enum.Enum):
+    """Default rates, told apart from numbers that the caller wrote; members of an enumeration, which compiled code
+    knows as constants."""
+
+    P = 0.5
+    NO_DROP = 0.0
+
+    def __repr__(self) -> str:
+        return float.__repr__(self)
 
 
-DEFAULT_P = _Default(0.5)
+DEFAULT_P = Default.P
+"""torch.nn's default rate."""
 
 
 def read_rate(p: Any, keep_prob: Any) -> tuple[Rate, Rate]:
@@ -42,7 +54,7 @@ def read_rate(p: Any, keep_prob: Any) -> tuple[Rate, Rate]:
     if keep_prob is None:
         if p is None:
             raise TypeError("give the rate as p or as keep_prob, got None for both")
-        p = _checked("p", p)
+        p = 0.5 if p is DEFAULT_P else _checked("p", p)
         return 1.0 - p, p
     if p is not DEFAULT_P and p is not None:
         raise TypeError(f"give the rate as p or as keep_prob, not both: got p={p} and keep_prob={keep_prob}")
@@ -115,19 +127,41 @@ def check_input(input: Any, name: str) -> None:
         kernels.backend_for(input.device, dtype)
 
 
+def undrawn(input: Any, keep_prob: Rate, inplace: bool) -> Tensor | None:
+    """What torch.nn gives for element types that no kernel takes, where there is nothing to draw: the input itself if
+    all is kept or it is empty, zeros if all is dropped. None elsewhere."""
+    if not isinstance(input, Tensor) or input.dtype in SERVED or isinstance(keep_prob, Tensor):
+        return None
+    if keep_prob == 1.0 or input.numel() == 0:
+        return input
+    if keep_prob == 0.0 and not input.is_floating_point():
+        zero = torch.zeros((), dtype=input.dtype, device=input.device)
+        return input.mul_(zero) if inplace else input * zero
+    return None
+
+
 def check_inplace(input: Tensor) -> None:
     """Refuses what must not be written to, with PyTorch's words, before it is. Views under compilation, where they
     cannot be told, are PyTorch's to refuse.
 
     Raises:
-        RuntimeError: a leaf that wants a gradient, a view of one, or a tensor whose elements share memory.
+        RuntimeError: a leaf that wants a gradient, a view of one, one of several views of a tensor, a view that was
+            made under other rules of autograd, an inference tensor, or a tensor whose elements share memory.
     """
     if torch.is_grad_enabled() and input.requires_grad:
+        is_view = not _is_compiling() and input._is_view()
+        if is_view and _made_how(input) != _MADE_AS_USUAL:
+            input.mul_(1)  # PyTorch says why it refuses, before it writes
         if input.is_leaf:
             raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
-        base = input._base if not _is_compiling() and input._is_view() else None
+        base = input._base if is_view else None
         if base is not None and base.is_leaf and base.requires_grad:
             raise RuntimeError("a view of a leaf Variable that requires grad is being used in an in-place operation.")
+    if not _is_compiling() and input.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "Inplace update to inference tensor outside InferenceMode is not allowed. You can make a clone to get a "
+            "normal tensor before doing inplace update."
+        )
     if any(stride == 0 and size > 1 for size, stride in zip(input.shape, input.stride(), strict=True)):
         raise RuntimeError(
             "unsupported operation: more than one element of the written-to tensor refers to a single memory location. "
@@ -183,7 +217,7 @@ class Rated(_DropoutNd):
         keep_prob: Any = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        nn.Module.__init__(self)
+        super(_DropoutNd, self).__init__()  # of nn.Module, in the form that compiled code enters
         check_generator(generator)
         self.inplace = inplace
         self.generator = generator
@@ -191,7 +225,8 @@ class Rated(_DropoutNd):
 
     def _hold(self, keep_prob: Rate, p: Rate) -> None:
         self._check_rate(keep_prob)
-        number = None if isinstance(keep_prob, Tensor) else law(keep_prob, self._formula)
+        # Compiled code makes the law of a layer that is built there when it needs one, from the rate.
+        number = None if isinstance(keep_prob, Tensor) or _is_compiling() else law(keep_prob, self._formula)
         self._keep_prob, self._p, self._law = keep_prob, p, number
         self._law_tensor = None if number is None else number.tensor()
 

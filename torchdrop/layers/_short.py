@@ -7,6 +7,7 @@ is held for backward is the key and the law, and the output of a rectifier.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from .. import kernels, random
 from ..kernels import fused, native, operators, triton
 from ..kernels.law import ONE, Law
 
+_CPU = torch.device("cpu")
 _empty_like = torch.empty_like
 _strided = torch.strided
 _is_grad_enabled = torch.is_grad_enabled
@@ -149,20 +151,26 @@ def short_activation(x: Tensor, law: Law, activation: str) -> Tensor | None:
     return _record_gelu(x, state, activation) if recorded else _gelu(x, state, activation)
 
 
-def _again(grad: Tensor, state: State) -> Tensor:
+def _again(grad: Tensor, state: State, shape: Sequence[int]) -> Tensor:
     """The derivative's map, which is forward's under the law's linear part."""
     code, n, key, address, law = state
-    if _is_row(grad):
+    if _is_row(grad, shape, code):
         out = _empty_like(grad)
         _row(code, out.data_ptr(), grad.data_ptr(), n, key, address, 1 if n < _SERIAL else _threads())
         return out
-    return operators.masked(grad, random.key_tensor(key), law, grad.shape)
+    return operators.masked(operators.fitting(grad, shape, _CPU), random.key_tensor(key), law, shape)
 
 
-def _is_row(grad: Tensor) -> bool:
-    """Whether a gradient lies in its memory as a row, and nothing watches."""
+def _is_row(grad: Tensor, shape: Sequence[int], code: int, device: int = -1) -> bool:
+    """Whether a gradient is like the output, lies in its memory as a row, and nothing watches.
+
+    Autograd gives no other than one like the output, but a node may be called by hand.
+    """
     if (
         type(grad) is not Tensor
+        or grad.shape != shape
+        or _kind_of(grad.dtype) != code
+        or grad.get_device() != device
         or not grad.is_contiguous()
         or grad.is_neg()
         or _is_grad_enabled()
@@ -206,7 +214,7 @@ def _gelu(x: Tensor, state: State, activation: str) -> Tensor:
 class _Short(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, state: State) -> Tensor:
-        ctx.state = state
+        ctx.state, ctx.shape = state, x.shape
         code, n, key, address, _ = state
         out = _empty_like(x)
         _row(code, out.data_ptr(), x.data_ptr(), n, key, address, 1 if n < _SERIAL else _threads())
@@ -214,32 +222,34 @@ class _Short(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _again(grad, ctx.state), None
+        return _again(grad, ctx.state, ctx.shape), None
 
 
 class _ShortOnCUDA(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, key: Tensor, law: Law) -> Tensor:
-        ctx.key, ctx.law = key, law
+        ctx.key, ctx.law, ctx.shape, ctx.code = key, law, x.shape, _kind_of(x.dtype)
         return triton.masked_row(x, key, law)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        if _is_row(grad):
-            return triton.masked_row(grad, ctx.key, ctx.law), None, None
-        return operators.masked(grad, ctx.key, ctx.law, grad.shape), None, None
+        key, law, shape = ctx.key, ctx.law, ctx.shape
+        if _is_row(grad, shape, ctx.code, key.get_device()):
+            return triton.masked_row(grad, key, law), None, None
+        return operators.masked(operators.fitting(grad, shape, key.device), key, law, shape), None, None
 
 
 class _ShortAdd(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, residual: Tensor, state: State) -> Tensor:
-        ctx.state, ctx.bias = state, None if bias is None else bias.shape
+        ctx.state, ctx.shape, ctx.bias = state, x.shape, None if bias is None else bias.shape
         return _added(x, bias, residual, state)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         of_x, of_bias, of_residual = ctx.needs_input_grad[:3]
-        dropped = _again(grad, ctx.state) if of_x or of_bias else None
+        grad = operators.fitting(grad, ctx.shape, _CPU)
+        dropped = _again(grad, ctx.state, ctx.shape) if of_x or of_bias else None
         summed = dropped.sum_to_size(ctx.bias) if of_bias and dropped is not None else None
         return dropped if of_x else None, summed, grad if of_residual else None, None
 
@@ -256,7 +266,7 @@ class _ShortReLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (y,) = ctx.saved_tensors
         code, n, key, address, law = ctx.state
-        if not _is_row(grad):
+        if not _is_row(grad, y.shape, code):
             return fused.gradient(grad, y, random.key_tensor(key), law, "relu"), None
         out = _empty_like(grad)
         _fused(
@@ -276,8 +286,8 @@ class _ShortGELU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
-        if _is_row(grad):
-            return fused.ACTIVATIONS[ctx.activation].gradient(_again(grad, ctx.state), x), None, None
+        if _is_row(grad, x.shape, ctx.state[0]):
+            return fused.ACTIVATIONS[ctx.activation].gradient(_again(grad, ctx.state, x.shape), x), None, None
         _, _, key, _, law = ctx.state
         return fused.gradient(grad, x, random.key_tensor(key), law, ctx.activation), None, None
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..kernels import operators
 from ..kernels.law import alpha
-from ._rate import DEFAULT_P, Rated, apply, check_input, law_for, read_rate, turned_on
+from ._rate import DEFAULT_P, Rated, apply, check_input, law_for, read_rate, turned_on, undrawn
 from .channel import check_channels
 
 
@@ -62,6 +62,9 @@ def alpha_dropout(
     k, _ = read_rate(p, keep_prob)
     if not (training or turned_on()):
         return input
+    whole = undrawn(input, k, inplace)
+    if whole is not None:
+        return whole
     check_input(input, "alpha_dropout")
     return apply(operators.masked, input, law_for(k, alpha, input.shape), input.shape, inplace, generator)
 
@@ -98,6 +101,9 @@ def feature_alpha_dropout(
     k, _ = read_rate(p, keep_prob)
     if not (training or turned_on()):
         return input
+    whole = undrawn(input, k, inplace)
+    if whole is not None:
+        return whole
     shape = _feature_shape(input)
     return apply(operators.masked, input, law_for(k, alpha, shape), shape, inplace, generator)
 
@@ -122,6 +128,9 @@ class AlphaDropout(_Alpha, nn.AlphaDropout):
     def forward(self, input: Tensor) -> Tensor:
         if not (self.training or turned_on()):
             return input
+        whole = undrawn(input, self._keep_prob, self.inplace)
+        if whole is not None:
+            return whole
         check_input(input, "alpha_dropout")
         return apply(operators.masked, input, self._law_for(input.shape), input.shape, self.inplace, self.generator)
 
@@ -140,5 +149,8 @@ class FeatureAlphaDropout(_Alpha, nn.FeatureAlphaDropout):
     def forward(self, input: Tensor) -> Tensor:
         if not (self.training or turned_on()):
             return input
+        whole = undrawn(input, self._keep_prob, self.inplace)
+        if whole is not None:
+            return whole
         shape = _feature_shape(input)
         return apply(operators.masked, input, self._law_for(shape), shape, self.inplace, self.generator)

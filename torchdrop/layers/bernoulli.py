@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from ..kernels import operators
 from ..kernels.law import Formula, law, original
 from ..kernels.law import inverted as inverted_formula
-from ._rate import DEFAULT_P, Rate, Rated, apply, check_input, law_for, read_rate, realised, turned_on
+from ._nested import is_jagged, of_values
+from ._rate import DEFAULT_P, Rate, Rated, apply, check_input, law_for, read_rate, realised, turned_on, undrawn
 from ._shard import Cut, Shards, cut_by, shards
 from ._short import short
 
@@ -120,7 +121,9 @@ def dropout(
     all ranks draw the same key, as they do within ``torchdrop.seeded(seed, rank=0)``.
 
     Args:
-        input: float16, bfloat16, float32 or float64, of any shape, strides and memory format.
+        input: float16, bfloat16, float32 or float64, of any shape, strides and memory format. Or a contiguous jagged
+            nested tensor of these, without what names dimensions. Tensors of integers, bools and complex numbers are
+            taken where torch.nn takes them: with p = 0, p = 1 and in eval mode.
         p: probability of dropping, in [0, 1]. Default: 0.5.
         training: whether dropout is applied.
         inplace: whether the result is written into `input`.
@@ -167,6 +170,14 @@ def dropout(
         out = short(input, law(k))
         if out is not None:
             return out
+    whole = undrawn(input, k, inplace)
+    if whole is not None:
+        return whole
+    if is_jagged(input):
+        return of_values(
+            lambda values: dropout(values, None, keep_prob=k, generator=generator, inverted=inverted),
+            input, "dropout", inplace, shared_axes, noise_shape, shard,
+        )  # fmt: skip
     check_input(input, "dropout")
     shape = mask_shape(input, shared_axes, noise_shape)
     cut = _cut(shard, input, shape, shared_axes, noise_shape)
@@ -270,6 +281,12 @@ class Dropout(Bernoulli, nn.Dropout):
             out = short(input, self._law)
             if out is not None:
                 return out
+        whole = undrawn(input, self._keep_prob, self.inplace)
+        if whole is not None:
+            return whole
+        if is_jagged(input):
+            unserved = self.shared_axes, self.noise_shape, self.shard
+            return of_values(self.forward, input, "dropout", self.inplace, *unserved)
         check_input(input, "dropout")
         shape = mask_shape(input, self.shared_axes, self.noise_shape)
         cut = _cut(self.shard, input, shape, self.shared_axes, self.noise_shape)

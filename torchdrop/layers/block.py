@@ -79,13 +79,13 @@ class _Blocked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, kept: Tensor, law: Law) -> Tensor:
         ctx.save_for_backward(kept)
-        ctx.law = law
+        ctx.law, ctx.shape = law, x.shape
         return kernels.select(x, kept, law)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (kept,) = ctx.saved_tensors
-        return _masked(grad, kept, ctx.law), None, None
+        return _masked(operators.fitting(grad, ctx.shape, kept.device), kept, ctx.law), None, None
 
 
 def _recorded(x: Tensor, kept: Tensor, law: Law) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..kernels import operators
 from ..kernels.law import Law
-from ._rate import DEFAULT_P, Rate, apply, check_input, law_for, read_rate, turned_on
+from ._rate import DEFAULT_P, Rate, apply, check_input, law_for, read_rate, turned_on, undrawn
 from .bernoulli import Bernoulli, eval_form, formula_of
 
 
@@ -77,9 +77,12 @@ def _drop_channels(
     """What the three channel forms share; they differ in how they read an input's shape."""
     name = f"dropout{shape_of.__name__[-2:]}"
     training = training or turned_on()
-    if training or not isinstance(input, Tensor):
+    whole = undrawn(input, keep_prob, inplace) if training else None
+    if whole is None and (training or not isinstance(input, Tensor)):
         check_input(input, name)
     shape = shape_of(input)
+    if whole is not None:
+        return whole
     if not training:
         return eval_form(input, keep_prob, inverted, inplace)
     check_channels(input, least=1 if shape_of is _shape3d else 2)

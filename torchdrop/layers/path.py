@@ -20,10 +20,11 @@ from torch import Tensor
 from ..kernels import operators
 from ..kernels.law import Law, inverted
 from . import _noise
-from ._rate import DEFAULT_P, Rate, Rated, _Default, apply, check_input, law_for, read_rate
+from ._rate import DEFAULT_P, Default, Rate, Rated, apply, check_input, law_for, read_rate
 from .bernoulli import formula_of
 
-NO_DROP = _Default(0.0)
+NO_DROP = Default.NO_DROP
+"""timm's default rate."""
 
 MODES = ("batch", "row")
 
@@ -38,7 +39,7 @@ def _given(name: str, p: Any, keep_prob: Any) -> Any:
         ValueError: a number outside [0, 1]; torchvision's class and leading text.
     """
     if keep_prob is not None:
-        if p is not None and not isinstance(p, _Default):
+        if p is not None and p is not NO_DROP and p is not DEFAULT_P:
             raise TypeError(
                 f"give the rate as {name} or as keep_prob, not both: got {name}={p} and keep_prob={keep_prob}"
             )
@@ -47,7 +48,7 @@ def _given(name: str, p: Any, keep_prob: Any) -> Any:
         raise TypeError(f"{name} must be a number or a tensor, got {type(p).__name__}")
     if isinstance(p, numbers.Real) and not 0.0 <= p <= 1.0:  # type: ignore[operator]
         raise ValueError(f"drop probability has to be between 0 and 1, but got {p}")
-    return p
+    return 0.0 if p is NO_DROP else p
 
 
 def _check_mode(mode: Any) -> None:
