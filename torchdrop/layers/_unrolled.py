@@ -17,6 +17,7 @@ from ..random import check_generator
 from ._cells import Noise, State, Weights
 from ._rate import Rate, read_rate
 from ._recorded import run_fast
+from ._symbolic import leaf
 from .bernoulli import Dropout
 
 Hidden = Tensor | tuple[Tensor, Tensor] | None
@@ -86,6 +87,7 @@ class Unrolled(nn.RNNBase):
         """The noise of one layer in one direction, with dimensions (batch, time, units), for the dtype of `like`."""
         raise NotImplementedError
 
+    @leaf
     def forward(self, input: Any, hx: Hidden = None) -> tuple[Any, Any]:
         packed = input if isinstance(input, PackedSequence) else None
         if packed is None and not isinstance(input, Tensor):

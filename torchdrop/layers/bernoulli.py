@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from ..kernels import operators
 from ..kernels.law import Formula, law, original
@@ -22,6 +23,7 @@ from ..kernels.law import inverted as inverted_formula
 from ._rate import DEFAULT_P, Rate, Rated, apply, check_input, law_for, read_rate, realised, turned_on
 from ._shard import Cut, Shards, cut_by, shards
 from ._short import short
+from ._symbolic import called, recorded
 
 _is_compiling = torch.compiler.is_compiling
 
@@ -151,6 +153,8 @@ def dropout(
         >>> sorted(y.unique().tolist()), 0.7 < (y > 0).float().mean() < 0.9
         ([0.0, 1.25], tensor(True))
     """
+    if isinstance(input, Proxy):
+        return recorded(dropout, locals())
     k, _ = read_rate(p, keep_prob)
     if not (training or turned_on()):
         return eval_form(input, k, inverted, inplace)
@@ -257,6 +261,8 @@ class Dropout(Bernoulli, nn.Dropout):
 
     def forward(self, input: Tensor) -> Tensor:
         if not (self.training or turned_on()):
+            if isinstance(input, Proxy):
+                return called(Dropout, self, input)
             return input if self.inverted else eval_form(input, self._keep_prob, False, self.inplace)
         if (
             not _is_compiling()
@@ -270,6 +276,8 @@ class Dropout(Bernoulli, nn.Dropout):
             out = short(input, self._law)
             if out is not None:
                 return out
+        if isinstance(input, Proxy):
+            return called(Dropout, self, input)
         check_input(input, "dropout")
         shape = mask_shape(input, self.shared_axes, self.noise_shape)
         cut = _cut(self.shard, input, shape, self.shared_axes, self.noise_shape)

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from ..kernels import operators
 from ..kernels.law import Law
 from ._rate import DEFAULT_P, Rate, apply, check_input, law_for, read_rate, turned_on
+from ._symbolic import called, recorded
 from .bernoulli import Bernoulli, eval_form, formula_of
 
 
@@ -112,6 +114,8 @@ def dropout1d(
         >>> torch.equal(y, y[:, :, :1].expand_as(y))
         True
     """
+    if isinstance(input, Proxy):
+        return recorded(dropout1d, locals())
     return _channels(_shape1d, input, p, training, inplace, keep_prob, generator, inverted)
 
 
@@ -142,6 +146,8 @@ def dropout2d(
         >>> torch.equal(y, y[:, :, :1, :1].expand_as(y))
         True
     """
+    if isinstance(input, Proxy):
+        return recorded(dropout2d, locals())
     return _channels(_shape2d, input, p, training, inplace, keep_prob, generator, inverted)
 
 
@@ -172,6 +178,8 @@ def dropout3d(
         >>> torch.equal(y, y[:, :, :1, :1, :1].expand_as(y))
         True
     """
+    if isinstance(input, Proxy):
+        return recorded(dropout3d, locals())
     return _channels(_shape3d, input, p, training, inplace, keep_prob, generator, inverted)
 
 
@@ -202,6 +210,8 @@ class _ChannelDropout(Bernoulli):
     _shape_of: Callable[[Tensor], tuple[int, ...]]
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return called(_ChannelDropout, self, input)
         return _drop_channels(
             self._shape_of, input, self._keep_prob, self._law_for, self.training, self.inplace, self.generator,
             self.inverted,

@@ -23,6 +23,7 @@ from torch.autograd import forward_ad
 from ..kernels.masking import COMPUTE_DTYPE
 from ._rate import check_input
 from ._submatrix import cut
+from ._symbolic import leaf
 from .bernoulli import Dropout
 
 _is_compiling = torch.compiler.is_compiling
@@ -254,6 +255,7 @@ class CompactSequential(nn.Sequential):
         super().__init__(*args)
         _feeds(list(self._modules.items()))
 
+    @leaf
     def forward(self, input: Tensor) -> Tensor:
         named = list(self._modules.items())
         feeds = {feed.start: feed for feed in _feeds(named)}

@@ -23,12 +23,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.functional import logsigmoid, softplus
 
 from ..kernels.masking import COMPUTE_DTYPE
 from ..random import check_generator
 from . import _noise
 from ._rate import check_input, read_rate
+from ._symbolic import leaf, recorded
 from .bernoulli import Axes, NoiseShape, mask_shape
 
 TEMPERATURE = 0.1
@@ -120,6 +122,8 @@ def concrete_dropout(
         >>> logit_p.grad != 0
         tensor(True)
     """
+    if isinstance(input, Proxy):
+        return recorded(concrete_dropout, locals())
     _check_temperature(temperature)
     if not _noise.is_on(training):
         return input
@@ -263,6 +267,7 @@ class ConcreteDropout(nn.Module):
             )
         self.logit_p.copy_(logit)
 
+    @leaf
     def forward(self, input: Tensor) -> Tensor:
         return concrete_dropout(
             input, self.logit_p, self.training, temperature=self.temperature, shared_axes=self.shared_axes,

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 from torch.nn.modules.conv import _ConvNd
 
+from ._symbolic import leaf
 from .concrete import TEMPERATURE, ConcreteDropout
 
 Loss = Literal["squared", "cross_entropy"]
@@ -147,6 +148,7 @@ class ConcreteLayer(nn.Module):
         self.regularisers = _checked_factors(regularisers)
         self.layer, self.dropout = layer, dropout
 
+    @leaf
     def forward(self, input: Tensor) -> Tensor:
         return self.layer(self.dropout(input))
 

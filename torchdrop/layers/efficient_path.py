@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from ..kernels.law import inverted
 from ..kernels.masking import COMPUTE_DTYPE
 from . import _noise
 from ._rate import DEFAULT_P, Rate, Rated, law_for, read_rate, realised
+from ._symbolic import leaf, recorded
 from .path import LawOf, row_shape
 
 Branch = Callable[[Tensor], Tensor]
@@ -138,6 +140,8 @@ def efficient_stochastic_depth(
         >>> seen, y[:, 0].sort().values.tolist()
         ([4], [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 3.5, 3.5, 3.5, 3.5])
     """
+    if isinstance(input, Proxy):
+        return recorded(efficient_stochastic_depth, locals())
     k, _ = read_rate(p, keep_prob)
     check_counting(k, "efficient stochastic depth")
     return _add_branch(input, branch, k, lambda shape: law_for(k, inverted, shape), training, generator)
@@ -175,6 +179,7 @@ class EfficientStochasticDepth(Rated):
     def _check_rate(self, keep_prob: Rate) -> None:
         check_counting(keep_prob, "efficient stochastic depth")
 
+    @leaf
     def forward(self, input: Tensor, branch: Branch) -> Tensor:
         return _add_branch(input, branch, self._keep_prob, self._law_for, self.training, self.generator)
 

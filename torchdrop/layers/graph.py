@@ -19,12 +19,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from ..kernels import noise, operators
 from ..kernels.law import ONE, inverted
 from ..kernels.masking import COMPUTE_DTYPE, trailing
 from . import _noise
 from ._rate import DEFAULT_P, Rated, apply, check_input, law_for, read_rate
+from ._symbolic import holds_proxy, leaf, recorded
 from .attention import LawOf, keeps_all
 
 _is_compiling = torch.compiler.is_compiling
@@ -133,6 +135,8 @@ def drop_edge_weight(
         >>> set(weight.tolist()) <= {0.0, 2.0}, weight[0] == weight[1], weight[2] == weight[3]
         (True, tensor(True), tensor(True))
     """
+    if holds_proxy(edge_index, edge_weight):
+        return recorded(drop_edge_weight, locals())
     k, _ = read_rate(p, keep_prob)
     law_of = partial(law_for, k, inverted)
     return _drop_edges(edge_index, edge_weight, num_nodes, training, law_of, undirected, keep_self_loops, generator)[1]
@@ -188,6 +192,8 @@ def drop_edge(
         >>> fewer[:, -1], weight[-1]
         (tensor([2, 2]), tensor(1.))
     """
+    if holds_proxy(edge_index, edge_weight):
+        return recorded(drop_edge, locals())
     k, _ = read_rate(p, keep_prob)
     law_of = partial(law_for, k, inverted)
     return _without(
@@ -238,6 +244,7 @@ class DropEdge(Rated):
             self.generator,
         )  # fmt: skip
 
+    @leaf
     def forward(self, edge_index: Tensor, edge_weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return _without(edge_index, *self._drop(edge_index, edge_weight))
 
@@ -305,6 +312,8 @@ def drop_node(
         >>> torch.equal(y, y[:, :1].expand(9, 4))
         True
     """
+    if isinstance(input, Proxy):
+        return recorded(drop_node, locals())
     k, _ = read_rate(p, keep_prob)
     return _drop_features("drop_node", input, training, partial(law_for, k, inverted), inplace, generator)
 
@@ -326,6 +335,7 @@ class DropNode(Rated):
         True
     """
 
+    @leaf
     def forward(self, input: Tensor) -> Tensor:
         return _drop_features("drop_node", input, self.training, self._law_for, self.inplace, self.generator)
 
@@ -370,6 +380,8 @@ def drop_message(
         >>> torch.zeros(3, 4).index_add(0, target, drop_message(x[source], 0.5)).shape
         torch.Size([3, 4])
     """
+    if isinstance(input, Proxy):
+        return recorded(drop_message, locals())
     k, _ = read_rate(p, keep_prob)
     return _drop_features("drop_message", input, training, partial(law_for, k, inverted), inplace, generator)
 
@@ -395,5 +407,6 @@ class DropMessage(Rated):
         tensor([0., 2.])
     """
 
+    @leaf
     def forward(self, input: Tensor) -> Tensor:
         return _drop_features("drop_message", input, self.training, self._law_for, self.inplace, self.generator)

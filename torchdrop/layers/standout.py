@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from ..kernels.law import ONE
 from ..kernels.masking import COMPUTE_DTYPE
 from ..random import check_generator
 from . import _noise
 from ._rate import check_input, read_rate
+from ._symbolic import leaf, recorded
 
 _transformed = torch._C._are_functorch_transforms_active
 
@@ -69,6 +71,8 @@ def standout(
         >>> torchdrop.functional.standout(x, pi)[::2]
         tensor([0., 1.])
     """
+    if isinstance(input, Proxy):
+        return recorded(standout, locals())
     if keep_prob is None:
         raise TypeError("keep_prob must be a number or a tensor, got NoneType")
     checked, _ = read_rate(None, keep_prob.detach() if isinstance(keep_prob, Tensor) else keep_prob)
@@ -172,6 +176,7 @@ class Standout(nn.Module):
         self.layer, self.alpha, self.beta, self.activation = layer, float(alpha), float(beta), activation
         self.generator = generator
 
+    @leaf
     def forward(self, input: Tensor) -> Tensor:
         a = self.layer(input)
         if not isinstance(a, Tensor):

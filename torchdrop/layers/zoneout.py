@@ -21,6 +21,7 @@ from ..kernels.masking import COMPUTE_DTYPE
 from ._cells import Update, updated
 from ._noise import is_on, keep_mask
 from ._rate import DEFAULT_P, Rated, check_input, law_for, read_rate
+from ._symbolic import holds_proxy, leaf, recorded
 
 _transformed = torch._C._are_functorch_transforms_active
 
@@ -92,6 +93,8 @@ def zoneout(
         >>> zoneout(new, old, 0.25).unique(), zoneout(new, old, 0.25, training=False).unique()
         (tensor([0., 1.]), tensor([0.7500]))
     """
+    if holds_proxy(new, old):
+        return recorded(zoneout, locals())
     k, _ = read_rate(p, keep_prob)
     _check_states(new, old)
     return updated(new, old, _update(new, law_for(k, inverted, new.shape), new.shape, is_on(training), generator))
@@ -121,6 +124,7 @@ class Zoneout(Rated):
     def __init__(self, p: Any = DEFAULT_P, *, keep_prob: Any = None, generator: torch.Generator | None = None) -> None:
         super().__init__(p, keep_prob=keep_prob, generator=generator)
 
+    @leaf
     def forward(self, new: Tensor, old: Tensor) -> Tensor:
         _check_states(new, old)
         return updated(
