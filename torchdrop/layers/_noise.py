@@ -16,6 +16,7 @@ from ..kernels import noise
 from ..kernels.law import Law
 from ..kernels.masking import COMPUTE_DTYPE
 from ..random import draw_key
+from ._shard import watched
 
 _is_compiling = torch.compiler.is_compiling
 _function_modes = torch._C._len_torch_function_stack
@@ -24,7 +25,7 @@ _function_modes = torch._C._len_torch_function_stack
 def is_on(training: bool) -> bool:
     """Whether a layer or function with this flag drops anything. Monte Carlo inference turns layers in eval mode on,
     and `torchdrop.disabled` turns functions off."""
-    if _is_compiling() or not _function_modes():
+    if _is_compiling() or not _function_modes() or not watched():
         return training
     return bool(handle_torch_function(is_on, (), training))
 

@@ -254,7 +254,7 @@ class RateOfChild:
 
 def turned_on() -> bool:
     """Whether a function mode wants a layer on that is in eval mode: Monte Carlo inference answers here."""
-    return not _is_compiling() and _function_modes() > 0 and bool(handle_torch_function(turned_on, ()))
+    return not _is_compiling() and _function_modes() > 0 and watched() and bool(handle_torch_function(turned_on, ()))
 
 
 def apply(

@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from ..kernels import operators
-from ..kernels.law import Law
+from ..kernels.law import Law, law
 from ._rate import DEFAULT_P, Rate, apply, check_input, law_for, read_rate, turned_on
+from ._short import short_channels
 from ._symbolic import called, recorded
 from .bernoulli import Bernoulli, eval_form, formula_of
+
+_is_compiling = torch.compiler.is_compiling
 
 
 def _shape1d(input: Tensor) -> tuple[int, ...]:
@@ -71,6 +74,7 @@ def _drop_channels(
     input: Tensor,
     keep_prob: Rate,
     law_of: Callable[[tuple[int, ...]], Law | Tensor],
+    number: Law | None,
     training: bool,
     inplace: bool,
     generator: torch.Generator | None,
@@ -85,6 +89,10 @@ def _drop_channels(
     if not training:
         return eval_form(input, keep_prob, inverted, inplace)
     check_channels(input, least=1 if shape_of is _shape3d else 2)
+    if number is not None and not inplace and generator is None and inverted and not _is_compiling():
+        out = short_channels(input, number, shape)
+        if out is not None:
+            return out
     return apply(operators.masked, input, law_of(shape), shape, inplace, generator)
 
 
@@ -199,6 +207,7 @@ def _channels(
         input,
         k,
         lambda shape: law_for(k, formula_of(inverted), shape),
+        None if isinstance(k, Tensor) or _is_compiling() else law(k),
         training,
         inplace,
         generator,
@@ -213,8 +222,8 @@ class _ChannelDropout(Bernoulli):
         if isinstance(input, Proxy):
             return called(_ChannelDropout, self, input)
         return _drop_channels(
-            self._shape_of, input, self._keep_prob, self._law_for, self.training, self.inplace, self.generator,
-            self.inverted,
+            self._shape_of, input, self._keep_prob, self._law_for, self._law, self.training, self.inplace,
+            self.generator, self.inverted,
         )  # fmt: skip
 
 
