@@ -16,6 +16,7 @@ from ..kernels import noise
 from ..kernels.law import Law
 from ..kernels.masking import COMPUTE_DTYPE
 from ..random import draw_key
+from ._exported import warn_stays_on
 from ._shard import watched
 
 _is_compiling = torch.compiler.is_compiling
@@ -57,6 +58,7 @@ def words(like: Tensor, shape: Sequence[int], generator: torch.Generator | None 
 
 def uniform(like: Tensor, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
     """Uniform variates strictly between 0 and 1, symmetric about 1/2, in the dtype that `like` is computed in."""
+    warn_stays_on()
     dtype = COMPUTE_DTYPE[like.dtype]
     digits = 32 if dtype == torch.float64 else 23  # u and 1 - u are both exact
     return ((words(like, shape, generator) >> 32 - digits).to(dtype) + 0.5) * 2.0**-digits
@@ -64,4 +66,5 @@ def uniform(like: Tensor, shape: Sequence[int], generator: torch.Generator | Non
 
 def standard_normal(like: Tensor, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
     """Standard normal variates in the dtype that `like` is computed in."""
+    warn_stays_on()
     return draw(noise.standard_normal, like, shape, generator).to(COMPUTE_DTYPE[like.dtype])

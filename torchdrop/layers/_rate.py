@@ -16,6 +16,7 @@ from ..kernels.law import ONE, Formula, Law, inverted, law, law_tensor
 from ..kernels.masking import COMPUTE_DTYPE, SERVED, WHOLE
 from ..kernels.operators import Operator
 from ..random import check_generator, draw_key
+from ._exported import switched
 from ._shard import Cut, apply_to_dtensor, apply_to_whole, is_dtensor, watched
 
 _is_compiling = torch.compiler.is_compiling
@@ -144,19 +145,19 @@ def law_for(keep_prob: Rate, formula: Formula, shape: Sequence[int]) -> Law | Te
     if not isinstance(keep_prob, Tensor):
         if _is_compiling():
             # A product is what the compiler makes code of for any number; a number given to torch.full is a constant.
-            return law_tensor(torch.ones((), dtype=torch.float64) * keep_prob, formula)
+            return switched(law_tensor(torch.ones((), dtype=torch.float64) * keep_prob, formula), formula)
         return law(keep_prob, formula)
     if keep_prob.dim() == 0:
         if keep_prob.is_cpu and not (_is_compiling() or _transformed()) and type(keep_prob) is Tensor:
             return law(keep_prob.item(), formula)
-        return law_tensor(keep_prob, formula)
+        return switched(law_tensor(keep_prob, formula), formula)
     missing = len(shape) - keep_prob.dim()
     sizes = (1,) * missing + tuple(keep_prob.shape)
     if missing < 0 or any(size != 1 and size != full for size, full in zip(sizes, shape, strict=True)):
         raise ValueError(
             f"keep_prob of shape {tuple(keep_prob.shape)} does not broadcast against the mask's shape {tuple(shape)}"
         )
-    return law_tensor(keep_prob.reshape(sizes), formula)
+    return switched(law_tensor(keep_prob.reshape(sizes), formula), formula)
 
 
 def realised(keep_prob: Rate) -> Rate:
@@ -221,7 +222,7 @@ class Rated(_DropoutNd):
     def _law_for(self, shape: Sequence[int]) -> Law | Tensor:
         if self._law_tensor is None:
             return law_for(self._keep_prob, self._formula, shape)
-        return self._law_tensor if _is_compiling() else self._law  # type: ignore[return-value]
+        return switched(self._law_tensor, self._formula) if _is_compiling() else self._law  # type: ignore[return-value]
 
     def extra_repr(self) -> str:
         p = f"<tensor of shape {tuple(self._p.shape)}>" if isinstance(self._p, Tensor) else self._p

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from ..kernels import operators
-from ..kernels.law import Formula, law, original
+from ..kernels.law import Formula, Law, law, original
 from ..kernels.law import inverted as inverted_formula
+from ._exported import is_exporting, or_eval
 from ._rate import DEFAULT_P, Rate, Rated, apply, check_input, law_for, read_rate, realised, turned_on
 from ._shard import Cut, Shards, cut_by, shards
 from ._short import short
@@ -95,6 +96,21 @@ def eval_form(input: Tensor, keep_prob: Rate, inverted: bool, inplace: bool) -> 
     if inplace:
         return input.mul_(k)
     return (input * k).to(input.dtype)
+
+
+def exported_original(
+    input: Tensor,
+    keep_prob: Rate,
+    law: Law | Tensor,
+    shape: Sequence[int],
+    inplace: bool,
+    generator: torch.Generator | None,
+    cut: Cut | None = None,
+) -> Tensor:
+    """The original formulation in an exported program, whose eval mode scales."""
+    in_eval = eval_form(input, keep_prob, False, False)
+    out = or_eval(apply(operators.masked, input, law, shape, False, generator, cut), lambda: in_eval)
+    return input.copy_(out) if inplace else out
 
 
 def dropout(
@@ -174,7 +190,10 @@ def dropout(
     check_input(input, "dropout")
     shape = mask_shape(input, shared_axes, noise_shape)
     cut = _cut(shard, input, shape, shared_axes, noise_shape)
-    return apply(operators.masked, input, law_for(k, formula_of(inverted), shape), shape, inplace, generator, cut)
+    drawn = law_for(k, formula_of(inverted), shape)
+    if not inverted and is_exporting():
+        return exported_original(input, k, drawn, shape, inplace, generator, cut)
+    return apply(operators.masked, input, drawn, shape, inplace, generator, cut)
 
 
 class Bernoulli(Rated):
@@ -281,7 +300,10 @@ class Dropout(Bernoulli, nn.Dropout):
         check_input(input, "dropout")
         shape = mask_shape(input, self.shared_axes, self.noise_shape)
         cut = _cut(self.shard, input, shape, self.shared_axes, self.noise_shape)
-        return apply(operators.masked, input, self._law_for(shape), shape, self.inplace, self.generator, cut)
+        drawn = self._law_for(shape)
+        if not self.inverted and is_exporting():
+            return exported_original(input, self._keep_prob, drawn, shape, self.inplace, self.generator, cut)
+        return apply(operators.masked, input, drawn, shape, self.inplace, self.generator, cut)
 
     def extra_repr(self) -> str:
         given = {"shared_axes": self.shared_axes, "noise_shape": self.noise_shape, "shard": self.shard}

@@ -16,10 +16,11 @@ from torch.fx import Proxy
 
 from ..kernels import operators
 from ..kernels.law import Law, law
+from ._exported import is_exporting
 from ._rate import DEFAULT_P, Rate, apply, check_input, law_for, read_rate, turned_on
 from ._short import short_channels
 from ._symbolic import called, recorded
-from .bernoulli import Bernoulli, eval_form, formula_of
+from .bernoulli import Bernoulli, eval_form, exported_original, formula_of
 
 _is_compiling = torch.compiler.is_compiling
 
@@ -93,6 +94,8 @@ def _drop_channels(
         out = short_channels(input, number, shape)
         if out is not None:
             return out
+    if not inverted and is_exporting():
+        return exported_original(input, keep_prob, law_of(shape), shape, inplace, generator)
     return apply(operators.masked, input, law_of(shape), shape, inplace, generator)
 
 

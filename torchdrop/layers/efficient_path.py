@@ -18,6 +18,7 @@ from torch.fx import Proxy
 from ..kernels.law import inverted
 from ..kernels.masking import COMPUTE_DTYPE
 from . import _noise
+from ._exported import warn_stays_on
 from ._rate import DEFAULT_P, Rate, Rated, law_for, read_rate, realised
 from ._symbolic import leaf, recorded
 from .path import LawOf, row_shape
@@ -84,6 +85,7 @@ def _add_branch(
     chosen = subset(_noise.words(input, rows[:1], generator), count)
     if count == rows[0]:
         return input + _residual(branch, input)
+    warn_stays_on()
     part = input.index_select(0, chosen)
     total = _weighted_sum(part, _residual(branch, part), rows[0] / count)
     return input.to(total.dtype).index_put((chosen,), total)

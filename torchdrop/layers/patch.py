@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from . import _noise
+from ._exported import warn_stays_on
 from ._rate import DEFAULT_P, Rate, Rated, check_input, read_rate
 from ._symbolic import leaf, recorded
 from .efficient_path import check_counting, subset
@@ -50,6 +51,7 @@ def _kept(input: Tensor, num_prefix_tokens: int, keep_prob: Rate, generator: tor
     """The kept tokens' numbers, (B, num_prefix_tokens + n), in order; None where all are kept."""
     samples, patches = input.shape[0], input.shape[1] - num_prefix_tokens
     count = _number_kept(patches, keep_prob)  # type: ignore[arg-type]
+    warn_stays_on()
     chosen = subset(_noise.words(input, (samples, patches), generator), count)
     if count == patches:
         return None

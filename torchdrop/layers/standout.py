@@ -24,6 +24,7 @@ from ..kernels.law import ONE
 from ..kernels.masking import COMPUTE_DTYPE
 from ..random import check_generator
 from . import _noise
+from ._exported import warn_stays_on
 from ._rate import check_input, read_rate
 from ._symbolic import leaf, recorded
 
@@ -94,6 +95,7 @@ def _thinned(input: Tensor, pi: Tensor, on: bool, generator: torch.Generator | N
     if not on:
         dtype = COMPUTE_DTYPE[input.dtype]
         return (input.to(dtype) * pi.to(dtype)).to(input.dtype)
+    warn_stays_on()
     dropped = _noise.words(input, input.shape, generator) >= _thresholds(pi.detach())  # not so where pi is NaN
     return torch.where(_laid_out(dropped, input), 0.0, input)
 
