@@ -16,6 +16,7 @@ from ..kernels import noise
 from ..kernels.law import Law
 from ..kernels.masking import COMPUTE_DTYPE
 from ..random import draw_key
+from . import _plain
 from ._exported import warn_stays_on
 from ._shard import watched
 
@@ -41,6 +42,8 @@ def draw(
     """Numbers of this shape under a new key, on the device of `like`."""
     if not _is_compiling() and _function_modes():
         return handle_torch_function(draw, (like,), numbers, like, shape, generator, law)
+    if _plain.is_wanted():
+        return _plain.numbers(numbers, like, shape, generator, law)
     return numbers(draw_key(like.device, generator), shape, law)
 
 

@@ -16,6 +16,7 @@ from ..kernels.law import ONE, Formula, Law, inverted, law, law_tensor
 from ..kernels.masking import COMPUTE_DTYPE, SERVED, WHOLE
 from ..kernels.operators import Operator
 from ..random import check_generator, draw_key
+from . import _plain
 from ._exported import switched
 from ._shard import Cut, apply_to_dtensor, apply_to_whole, is_dtensor, watched
 
@@ -175,6 +176,7 @@ class Rated(_DropoutNd):
     """
 
     _formula: Formula = staticmethod(inverted)
+    __prepare_scriptable__ = _plain.refuse_script
 
     def __init__(
         self,
@@ -286,6 +288,8 @@ def apply(
         return apply_to_whole(apply, *args, cut)
     if inplace:
         check_inplace(input)
+    if _plain.is_wanted():
+        return _plain.apply(operator, input, law, shape, inplace, generator)
     key = new_key(input, law, generator)
     if key is None:
         return input

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..random import check_generator
 from ._cells import Noise, State, Weights
+from ._plain import refuse_script
 from ._rate import Rate, read_rate
 from ._recorded import run_fast
 from ._symbolic import leaf
@@ -37,6 +38,8 @@ class Unrolled(nn.RNNBase):
 
     No subclass of nn.LSTM: torch.compile refuses to enter those.
     """
+
+    __prepare_scriptable__ = refuse_script
 
     layer_dropout: Dropout
     """There only where it can act: between layers, and once it has had a rate."""

@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from ..kernels.masking import COMPUTE_DTYPE
 from . import _noise
+from ._plain import refuse_script
 from ._rate import check_input
 from ._symbolic import holds_proxy, leaf, recorded
 
@@ -91,6 +92,8 @@ def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
 
 class Variational(nn.Module):
     """The base of the variational layers, before nn.Linear or nn.Conv1d, 2d, 3d among a layer's parents."""
+
+    __prepare_scriptable__ = refuse_script
 
     weight: Tensor
     bias: Any

@@ -23,7 +23,7 @@ from .. import kernels
 from ..kernels import operators
 from ..kernels.law import ONE, Law, inverted
 from ..kernels.masking import COMPUTE_DTYPE
-from . import _noise
+from . import _noise, _plain
 from ._geometry import anchor_law, free, position_scales
 from ._rate import Rated, check_inplace, check_input, law_for, read_rate
 from ._symbolic import leaf, recorded
@@ -138,7 +138,7 @@ def _drop_block(
     shape = _mask_shape(input, spatial, block_size, shared_axes)
     if inplace:
         check_inplace(input)
-    sizes = shape[-spatial:]
+    sizes = _plain.numbered(shape[-spatial:])
     law = anchor_law(law_of((*shape[:-spatial], *[1] * spatial)), sizes, block_size)
     keeps_all = isinstance(law, Law) and law.threshold == ONE
     if keeps_all and _transformed():

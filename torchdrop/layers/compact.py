@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..kernels.masking import COMPUTE_DTYPE
+from ._plain import refuse_script
 from ._rate import check_input
 from ._submatrix import cut
 from ._symbolic import leaf
@@ -250,6 +251,8 @@ class CompactSequential(nn.Sequential):
         >>> list(model.state_dict())
         ['0.weight', '0.bias', '3.weight', '3.bias']
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)

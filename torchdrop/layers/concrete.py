@@ -29,6 +29,7 @@ from torch.nn.functional import logsigmoid, softplus
 from ..kernels.masking import COMPUTE_DTYPE
 from ..random import check_generator
 from . import _noise
+from ._plain import refuse_script
 from ._rate import check_input, read_rate
 from ._symbolic import leaf, recorded
 from .bernoulli import Axes, NoiseShape, mask_shape
@@ -210,6 +211,8 @@ class ConcreteDropout(nn.Module):
         >>> layer.eval()(x) is x
         True
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,

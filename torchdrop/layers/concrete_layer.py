@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 from torch.nn.modules.conv import _ConvNd
 
+from ._plain import refuse_script
 from ._symbolic import leaf
 from .concrete import TEMPERATURE, ConcreteDropout
 
@@ -121,6 +122,8 @@ class ConcreteLayer(nn.Module):
         >>> round(model[2].dropout.p.item(), 6)
         0.1
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ from torch.fx import Proxy
 
 from ..kernels.law import inverted
 from ..kernels.masking import COMPUTE_DTYPE
-from . import _noise
+from . import _noise, _plain
 from ._exported import warn_stays_on
 from ._rate import DEFAULT_P, Rate, Rated, law_for, read_rate, realised
 from ._symbolic import leaf, recorded
@@ -81,6 +81,7 @@ def _add_branch(
         kept = _noise.keep_mask(input, law_of(rows[:1]), rows[:1], generator).reshape(rows)
         residual = _residual(branch, input)
         return _weighted_sum(input, torch.where(kept, residual, 0.0), 1.0 / realised(keep_prob))
+    rows = tuple(_plain.numbered(rows))
     count = min(rows[0], max(1, round(rows[0] * keep_prob)))  # type: ignore[arg-type]
     chosen = subset(_noise.words(input, rows[:1], generator), count)
     if count == rows[0]:

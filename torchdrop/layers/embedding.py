@@ -22,6 +22,7 @@ from torch.nn.utils import parametrize
 from ..kernels.law import ONE, Law, inverted
 from ..kernels.masking import COMPUTE_DTYPE
 from . import _noise
+from ._plain import refuse_script
 from ._rate import DEFAULT_P, Rated, RateOfChild, check_input, law_for, read_rate
 from ._symbolic import holds_proxy, leaf, recorded
 
@@ -198,6 +199,8 @@ class EmbeddingDropout(RateOfChild, nn.Embedding):
         >>> layer(words).shape, list(layer.state_dict()), layer.keep_prob
         (torch.Size([3, 5, 8]), ['weight'], 0.9)
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from . import _noise
+from . import _noise, _plain
 from ._rate import DEFAULT_P, Rate, Rated
 from ._symbolic import is_tracing, recorded
 from .attention import keeps_all
@@ -172,6 +172,11 @@ class LayerDrop(Rated, nn.ModuleList):
         layers = list(self._modules.values())
         if is_tracing():
             return iter(self._for_a_trace(layers))
+        if self.training and not self.keep_graph and _plain.is_wanted():
+            raise RuntimeError(
+                "a graph has one path through the layers, and LayerDrop takes another in each call: use "
+                "keep_graph=True, or put the model in eval mode"
+            )
         kept = self._draw()
         if kept is None:
             return iter(layers)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..kernels.masking import COMPUTE_DTYPE
 from ..random import check_generator
 from . import _noise
+from ._plain import refuse_script
 from ._rate import check_input
 from ._symbolic import holds_proxy, leaf, recorded
 from .efficient_path import subset
@@ -224,6 +225,8 @@ class Masksembles(nn.Module):
         >>> layer(torch.ones(10, 16, 3, 3)).shape, list(layer.state_dict())
         (torch.Size([10, 16, 3, 3]), ['masks'])
     """
+
+    __prepare_scriptable__ = refuse_script
 
     masks: Tensor
 

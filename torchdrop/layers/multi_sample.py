@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from ._plain import refuse_script
 from ._rate import DEFAULT_P, RateOfChild, check_input, read_rate
 from ._symbolic import leaf, recorded
 from .bernoulli import Dropout, dropout
@@ -211,6 +212,8 @@ class MultiSampleDropout(RateOfChild, nn.Module):
         >>> loss.shape, torch.equal(logits, classifier.head(x)), list(classifier.state_dict())
         (torch.Size([]), True, ['head.weight', 'head.bias'])
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,

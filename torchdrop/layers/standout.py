@@ -25,6 +25,7 @@ from ..kernels.masking import COMPUTE_DTYPE
 from ..random import check_generator
 from . import _noise
 from ._exported import warn_stays_on
+from ._plain import refuse_script
 from ._rate import check_input, read_rate
 from ._symbolic import leaf, recorded
 
@@ -154,6 +155,8 @@ class Standout(nn.Module):
         >>> torch.equal(hidden.eval()(x), a.relu() * torch.sigmoid(a + 1.0))
         True
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,
