@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..kernels import noise, operators
-from ..kernels.law import ONE, Law
+from ..kernels.law import ONE, Law, has_float64
 from ..kernels.masking import COMPUTE_DTYPE, trailing
 
 _is_compiling = torch.compiler.is_compiling
@@ -78,7 +78,7 @@ def apply(
     if operator is operators.gaussian:
         out = input.to(dtype) * (1.0 + scale * _normal(input, shape)).to(dtype)
     else:
-        kept = _uniform(input, shape) * ONE < threshold
+        kept = _words(input, shape) < threshold
         value = input * scale + shift
         out = torch.where(kept, value.to(dtype), torch.zeros((), dtype=dtype, device=input.device) + fill)
     out = out.to(input.dtype)
@@ -92,13 +92,17 @@ def numbers(
     _check(generator)
     if kind is noise.standard_normal:
         return _normal(like, shape)
-    words = (_uniform(like, shape) * ONE).to(torch.int64)
+    words = _words(like, shape).to(torch.int64)
     return words if law is None else words < trailing(law, like.device)[0]
 
 
-def _uniform(like: Tensor, shape: Sequence[int]) -> Tensor:
-    return torch.rand(tuple(shape), dtype=torch.float64, device=like.device)
+def _words(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Uniform in [0, 2**32). ONNX has random numbers of floating point alone."""
+    if not has_float64(like.device):
+        return torch.randint(ONE, tuple(shape), device=like.device)
+    return torch.rand(tuple(shape), dtype=torch.float64, device=like.device) * ONE
 
 
 def _normal(like: Tensor, shape: Sequence[int]) -> Tensor:
-    return torch.randn(tuple(shape), dtype=torch.float64, device=like.device)
+    dtype = torch.float64 if has_float64(like.device) else torch.float32
+    return torch.randn(tuple(shape), dtype=dtype, device=like.device)

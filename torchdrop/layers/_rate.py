@@ -146,7 +146,7 @@ def law_for(keep_prob: Rate, formula: Formula, shape: Sequence[int]) -> Law | Te
     if not isinstance(keep_prob, Tensor):
         if _is_compiling():
             # A product is what the compiler makes code of for any number; a number given to torch.full is a constant.
-            return switched(law_tensor(torch.ones((), dtype=torch.float64) * keep_prob, formula), formula)
+            return switched(law_tensor(torch.ones((), dtype=torch.float64, device="cpu") * keep_prob, formula), formula)
         return law(keep_prob, formula)
     if keep_prob.dim() == 0:
         if keep_prob.is_cpu and not (_is_compiling() or _transformed()) and type(keep_prob) is Tensor:
@@ -164,7 +164,9 @@ def law_for(keep_prob: Rate, formula: Formula, shape: Sequence[int]) -> Law | Te
 def realised(keep_prob: Rate) -> Rate:
     """The keep probability that the threshold really has: within 2**-32 of the nominal one."""
     if isinstance(keep_prob, Tensor) or _is_compiling():
-        return law_tensor(torch.as_tensor(keep_prob, dtype=torch.float64))[..., 0] / ONE
+        if not isinstance(keep_prob, Tensor):
+            keep_prob = torch.as_tensor(keep_prob, dtype=torch.float64, device="cpu")
+        return law_tensor(keep_prob)[..., 0] / ONE
     return law(keep_prob).threshold / ONE
 
 

@@ -166,7 +166,7 @@ def _logit(p: Any, keep_prob: Any) -> Tensor:
         raise ValueError(f"{name} must be strictly between 0 and 1 to be learned, got {got}: its logit is infinite")
     if isinstance(k, Tensor):
         return torch.log(p) - torch.log(k)
-    return torch.tensor(math.log(p) - math.log(k), dtype=torch.float64)
+    return torch.tensor(math.log(p) - math.log(k), dtype=torch.float64, device="cpu")
 
 
 class ConcreteDropout(nn.Module):
@@ -233,7 +233,9 @@ class ConcreteDropout(nn.Module):
         self.temperature, self.unbiased, self.generator = temperature, unbiased, generator
         self.shared_axes, self.noise_shape = shared_axes, noise_shape
         self._first = p, keep_prob
-        self.logit_p = nn.Parameter(_logit(p, keep_prob).to(torch.get_default_dtype()))
+        logit = _logit(p, keep_prob).to(torch.get_default_dtype())
+        given = isinstance(p, Tensor) or isinstance(keep_prob, Tensor)
+        self.logit_p = nn.Parameter(logit if given else logit.to(torch.get_default_device()))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

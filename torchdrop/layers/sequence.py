@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..kernels import operators
 from ..kernels.law import ONE, Law, inverted
+from ..kernels.masking import trailing
 from ._cells import select
 from ._noise import is_on, keep_mask
 from ._rate import DEFAULT_P, Rated, apply, check_input, law_for, read_rate
@@ -72,7 +73,9 @@ def _drop(
     if order is None:
         order = torch.arange(shape[0], device=kept.device)
     rows = torch.cat([order[:size] for size in input.batch_sizes.tolist()])
-    scale = law.scale if isinstance(law, Law) else law[..., 1].to(kept.device).expand(shape)[rows]
+    scale: Any = trailing(law, kept.device)[1]
+    if isinstance(scale, Tensor):
+        scale = scale.to(kept.device).expand(shape)[rows]
     out = select(input.data, kept[rows], scale)
     return PackedSequence(out, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from ..kernels.law import ONE
+from ..kernels.law import ONE, has_float64
 from ..kernels.masking import COMPUTE_DTYPE
 from ..random import check_generator
 from . import _noise
@@ -82,7 +82,8 @@ def standout(
     if isinstance(keep_prob, Tensor):
         pi = keep_prob
     else:
-        pi = torch.full((), float(checked), dtype=torch.float64, device=input.device)
+        where = input.device if has_float64(input.device) else "cpu"
+        pi = torch.full((), float(checked), dtype=torch.float64, device=where)
     return _thinned(input, pi, _noise.is_on(training), generator)
 
 
@@ -97,14 +98,17 @@ def _thinned(input: Tensor, pi: Tensor, on: bool, generator: torch.Generator | N
         dtype = COMPUTE_DTYPE[input.dtype]
         return (input.to(dtype) * pi.to(dtype)).to(input.dtype)
     warn_stays_on()
-    dropped = _noise.words(input, input.shape, generator) >= _thresholds(pi.detach())  # not so where pi is NaN
+    dropped = _noise.words(input, input.shape, generator) >= _thresholds(
+        pi.detach(), input.device
+    )  # not so where pi is NaN
     return torch.where(_laid_out(dropped, input), 0.0, input)
 
 
-def _thresholds(pi: Tensor) -> Tensor:
+def _thresholds(pi: Tensor, device: torch.device) -> Tensor:
     """The thresholds that laws have, at a fifth of the cost of a law for each element."""
-    k = pi.to(torch.float64)
-    return torch.clamp((k * ONE).round(), (k > 0).to(k.dtype), ONE - (k < 1).to(k.dtype))
+    k = pi.to(torch.float64 if has_float64(pi.device) else torch.float32)
+    found = torch.clamp((k * ONE).round(), (k > 0).to(k.dtype), ONE - (k < 1).to(k.dtype))
+    return found if has_float64(device) else found.nan_to_num(ONE).to(torch.int64)
 
 
 def _laid_out(mask: Tensor, input: Tensor) -> Tensor:
