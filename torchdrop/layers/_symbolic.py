@@ -31,7 +31,7 @@ def holds_proxy(*values: Any) -> bool:
 
 def is_tracing() -> bool:
     """Whether torch.fx traces a forward symbolically, as opposed to make_fx and the compiler, which run it."""
-    return _symbolic_trace._is_fx_tracing_flag and not _is_compiling() and not _dispatch_modes()
+    return getattr(_symbolic_trace, "_is_fx_tracing_flag", False) and not _is_compiling() and not _dispatch_modes()
 
 
 def recorded(function: Callable[..., Any], arguments: Mapping[str, Any], tracer: Any = None) -> Any:
