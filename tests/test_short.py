@@ -68,11 +68,28 @@ def test_a_default_device_leads_to_the_short_road_and_other_modes_see_the_call(
     assert len(drawn) == 3
 
 
-@pytest.mark.parametrize("shape", [(5, 4, 6, 6), (2, 3, 1, 1), (4, 30, 40, 40), (3, 2, 0, 5)])
+@pytest.mark.parametrize(
+    ("kind", "shape", "spatial"),
+    [
+        ("Dropout2d", (5, 4, 6, 6), (2, 3)),
+        ("Dropout2d", (2, 3, 1, 1), (2, 3)),
+        ("Dropout2d", (4, 30, 40, 40), (2, 3)),
+        ("Dropout2d", (3, 2, 0, 5), (2, 3)),
+        ("Dropout1d", (3, 4, 9), (2,)),
+        ("Dropout1d", (4, 9), (1,)),
+        ("Dropout3d", (3, 4, 2, 3, 2), (2, 3, 4)),
+        ("Dropout3d", (4, 2, 3, 2), (1, 2, 3)),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("twice", [False, True])
 def test_the_short_road_of_channels_gives_what_the_general_one_gives(
-    shape: tuple[int, ...], dtype: torch.dtype, twice: bool, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    shape: tuple[int, ...],
+    spatial: tuple[int, ...],
+    dtype: torch.dtype,
+    twice: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     x, taken = torch.randn(shape).to(dtype).requires_grad_(), []
     record = _short._record_channels
@@ -80,14 +97,14 @@ def test_the_short_road_of_channels_gives_what_the_general_one_gives(
 
     def both(shared: tuple[int, ...] | None) -> tuple[Tensor, Tensor, Tensor]:
         torch.manual_seed(3)
-        y = torchdrop.Dropout2d(0.3)(x) if shared is None else dropout(x, 0.3, shared_axes=shared)
+        y = getattr(torchdrop, kind)(0.3)(x) if shared is None else dropout(x, 0.3, shared_axes=shared)
         (g,) = torch.autograd.grad((y**2).sum(), x, create_graph=twice)
         (h,) = torch.autograd.grad(g.sum(), x) if twice else (g,)
         return y, g, h
 
-    for a, b in zip(both(None), both((2, 3)), strict=True):
+    for a, b in zip(both(None), both(spatial), strict=True):
         assert torch.equal(a, b)
     assert bool(taken) == bool(x.numel())
-    last = x.to(memory_format=torch.channels_last)
-    torch.manual_seed(3)
-    assert torch.equal(torchdrop.Dropout2d(0.3)(last), both(None)[0])
+    if len(shape) == 4:
+        torch.manual_seed(3)
+        assert torch.equal(getattr(torchdrop, kind)(0.3)(x.to(memory_format=torch.channels_last)), both(None)[0])

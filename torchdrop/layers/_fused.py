@@ -50,7 +50,7 @@ def dropped(
             return dropped(input, law, generator, fuse, compose)
     if (not _is_compiling() and _function_modes()) or (type(input) is not Tensor and is_dtensor(input)):
         return compose(lambda x: apply(operators.masked, x, law, x.shape, False, generator))
-    if _plain.is_wanted():
+    if _plain.is_wanted(_is_compiling()):
         return compose(lambda x: apply(operators.masked, x, law, x.shape, False, generator))
     key = new_key(input, law, generator)
     return compose(unchanged) if key is None else fuse(key)

@@ -40,9 +40,10 @@ def draw(
     law: Law | Tensor | None = None,
 ) -> Tensor:
     """Numbers of this shape under a new key, on the device of `like`."""
-    if not _is_compiling() and _function_modes():
+    compiling = _is_compiling()
+    if not compiling and _function_modes():
         return handle_torch_function(draw, (like,), numbers, like, shape, generator, law)
-    if _plain.is_wanted():
+    if _plain.is_wanted(compiling):
         return _plain.numbers(numbers, like, shape, generator, law)
     return numbers(draw_key(like.device, generator), shape, law)
 

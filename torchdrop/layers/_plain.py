@@ -22,13 +22,14 @@ _is_compiling = torch.compiler.is_compiling
 _tracing = torch._C._get_tracing_state
 
 
-def is_wanted() -> bool:
+def is_wanted(compiling: bool) -> bool:
     """Whether what is done now becomes such a graph."""
-    return _is_in_onnx_export() if _is_compiling() else _tracing() is not None
+    return is_in_onnx_export() if compiling else _tracing() is not None
 
 
 @torch.compiler.assume_constant_result
-def _is_in_onnx_export() -> bool:
+def is_in_onnx_export() -> bool:
+    """Whether what is compiled now is for ONNX."""
     flags = sys.modules.get("torch.onnx._internal.exporter._flags")  # not imported: no export
     return flags is not None and torch.onnx.is_in_onnx_export()
 

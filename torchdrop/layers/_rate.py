@@ -23,6 +23,7 @@ from ._shard import Cut, apply_to_dtensor, apply_to_whole, is_dtensor, watched
 _is_compiling = torch.compiler.is_compiling
 _transformed = torch._C._are_functorch_transforms_active
 _function_modes = torch._C._len_torch_function_stack
+_tracing = torch._C._get_tracing_state
 
 Rate = float | Tensor
 
@@ -281,7 +282,8 @@ def apply(
         if inplace:
             check_inplace(input)
         return apply_to_dtensor(apply, operator, input, law, shape, inplace, generator)
-    if not _is_compiling() and _function_modes():
+    compiling = _is_compiling()
+    if not compiling and _function_modes():
         args = (operator, input, law, shape, inplace, generator)
         if cut is None or (isinstance(law, Law) and law.threshold == ONE):
             return handle_torch_function(apply, (input,), *args)
@@ -290,7 +292,7 @@ def apply(
         return apply_to_whole(apply, *args, cut)
     if inplace:
         check_inplace(input)
-    if _plain.is_wanted():
+    if _plain.is_in_onnx_export() if compiling else _tracing() is not None:
         return _plain.apply(operator, input, law, shape, inplace, generator)
     key = new_key(input, law, generator)
     if key is None:

@@ -75,11 +75,15 @@ def leaf(forward: Forward) -> Forward:
 
     @functools.wraps(forward)
     def looking(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if holds_proxy(*args, *kwargs.values()):
-            if not owner:
-                owner.append(next(kind for kind in type(self).__mro__ if vars(kind).get("forward") is looking))
-            return called(owner[0], self, *args, **kwargs)
-        return forward(self, *args, **kwargs)
+        for value in args:
+            if isinstance(value, Proxy):
+                break
+        else:
+            if not kwargs or not holds_proxy(*kwargs.values()):
+                return forward(self, *args, **kwargs)
+        if not owner:
+            owner.append(next(kind for kind in type(self).__mro__ if vars(kind).get("forward") is looking))
+        return called(owner[0], self, *args, **kwargs)
 
     return looking  # type: ignore[return-value]
 

@@ -172,7 +172,7 @@ class LayerDrop(Rated, nn.ModuleList):
         layers = list(self._modules.values())
         if is_tracing():
             return iter(self._for_a_trace(layers))
-        if self.training and not self.keep_graph and _plain.is_wanted():
+        if self.training and not self.keep_graph and _plain.is_wanted(_is_compiling()):
             raise RuntimeError(
                 "a graph has one path through the layers, and LayerDrop takes another in each call: use "
                 "keep_graph=True, or put the model in eval mode"
