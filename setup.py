@@ -24,7 +24,7 @@ def attempts(windows):
     OpenMP, the door for CPython and the vector kernels are each left out where the compiler cannot make them.
     """
     for plain, openmp, door in itertools.product((False, True), (True, False), (True, False)):
-        if windows and door:
+        if door and (windows or sysconfig.get_config_var("Py_GIL_DISABLED")):  # which has no limited API
             continue
         compile_flags = FLAGS + ["-DTD_PLAIN"] * plain + ["-fopenmp"] * openmp
         link_flags = ["-fopenmp"] * openmp

@@ -386,6 +386,18 @@ def several_costs(how: str, model: Twice, x: Tensor) -> tuple[Tensor, ...]:
     return cost.detach(), x.grad, model.linear.weight.grad.clone()
 
 
+def test_no_32_bits_of_a_seed_decide() -> None:
+    """Seeds whose hashes have their first 32 bits in common."""
+    model, x = nn.Sequential(torchdrop.Dropout(0.5)), torch.ones(300)
+    for first, second in ((22061, 49026), (1955, 54946)):
+        masks = []
+        for seed in (first, second, first):
+            with torchdrop.frozen_masks(model, seed):
+                masks.append(model(x))
+        assert torch.equal(masks[0], masks[2])
+        assert not torch.equal(masks[0], masks[1])
+
+
 @pytest.mark.usefixtures("clean")
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
 class TestFrozenCheckpoint:

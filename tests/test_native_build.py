@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from torchdrop.kernels import native
+
 from .native_build import ROOT, VARIANTS
 
 
@@ -20,3 +22,29 @@ def test_another_build_passes_the_kernel_tests(variant: str) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert " passed" in done.stdout
+
+
+@pytest.mark.skipif(native.library is None, reason="the C kernels are not built")
+@pytest.mark.parametrize(
+    "python",
+    ["sysconfig.get_config_vars()['Py_GIL_DISABLED'] = 1", "sys.gettotalrefcount = len", "sys.getobjects = len"],
+)
+def test_a_python_of_another_layout_does_not_load_the_module(python: str) -> None:
+    """The module would be found there, and compiled for other objects: the library is called through ctypes instead."""
+    code = f"""
+import sys, sysconfig
+sysconfig.get_config_vars()
+{python}
+import torch, torchdrop
+from torchdrop.kernels import native
+assert "torchdrop.kernels._native" not in sys.modules
+assert type(native.library.masked_row).__name__ == type(native.library.fused).__name__ == "_FuncPtr"
+x, drops = torch.ones(1000), [torchdrop.Dropout(0.5), torchdrop.ReLUDropout(0.5), torchdrop.DropoutAdd(0.5)]
+for drop in drops:
+    torch.manual_seed(3)
+    y = drop(x) if drop is not drops[2] else drop(x, x) - x
+    assert 0.4 < (y == 0).float().mean() < 0.6
+print("through ctypes")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout == "through ctypes\n", done.stderr[-3000:]

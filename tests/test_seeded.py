@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import torchdrop
 import torchdrop.functional as F
+from torchdrop import random
 
 from .seeding import Segment, agree, reentrant_or_not, row_masks
 from .statistical import check_rate, draws_for
@@ -39,6 +41,32 @@ class TestStates:
     def test_neighbours_are_unrelated(self, other: tuple[int, int]) -> None:
         n = draws_for(0.5, 0.005)
         check_rate(int((mask(7, 0, n) == mask(*other, n)).sum()), n, 0.5, 0.005)
+
+    @pytest.mark.parametrize(
+        ("first", "second"),
+        [((74669, 0), (77819, 0)), ((84, 707), (0, 923)), ((96040, 0), (149389, 0))],
+        ids=["a hash of 32 bits", "two ranks, too", "the low half of the hash"],
+    )
+    def test_no_32_bits_decide(
+        self, first: tuple[int, int], second: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert not torch.equal(mask(*first), mask(*second))
+        assert random._words_are_known()
+        monkeypatch.setattr(random, "_words_are_known", lambda: False)  # a generator that is laid out in another way
+        assert torch.equal(mask(*first), mask(*first))
+
+    def test_the_whole_state_follows_from_the_hash(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        words = torch.arange(1, 625)
+        monkeypatch.setattr(random, "_hash", lambda seed, name: (2**64 - 5, random._WORDS.pack(*words.tolist())))
+        with torchdrop.seeded(1, rank=0):
+            state = torch.get_rng_state()
+            assert torch.initial_seed() == 2**64 - 5
+            drawn = torch.rand(3000)
+        assert torch.equal(state[24 : 24 + 8 * 624].view(torch.int64), words)
+        twister = np.random.MT19937()
+        twister.state = {"bit_generator": "MT19937", "state": {"key": words.numpy().astype(np.uint32), "pos": 624}}
+        raw = torch.from_numpy(twister.random_raw(3000).astype(np.int64))
+        assert torch.equal(drawn, (raw % 2**24) / 2**24)
 
     @pytest.mark.parametrize("seed", [2**64, -(2**63) - 1, 10**40])
     def test_any_integer_is_a_seed(self, seed: int) -> None:

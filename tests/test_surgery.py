@@ -123,6 +123,40 @@ class TestReplace:
         there.undo()
         assert type(model[0]) is stock
 
+    def test_a_forward_of_the_instance_is_not_reached(self) -> None:
+        model = nn.Sequential(nn.Dropout(0.5), nn.Dropout(0.5))
+        model[0].forward = lambda x, old=model[0].forward: old(x) * 3  # type: ignore[method-assign]
+        swap = replace(model)
+        assert (swap.done, type(model[0])) == (["1"], nn.Dropout)
+        assert "0 (Dropout): its instance has a forward of its own" in str(swap)
+        with pytest.warns(UserWarning, match="save those whose instance has a forward of its own"):
+            assert replace(model).done == []
+        ours = nn.Sequential(torchdrop.Dropout(0.5))
+        ours[0].forward = lambda x, old=ours[0].forward: old(x) * 3  # type: ignore[method-assign]
+        with pytest.raises(ValueError, match="'0' has a forward of its own on its instance"):
+            replace(ours, to="torch")
+
+    def test_a_forward_under_accelerates_hooks_is_followed(self) -> None:
+        hooks, x = pytest.importorskip("accelerate.hooks"), torch.ones(100)
+        model, ours = nn.Sequential(nn.Dropout(0.5)), nn.Sequential(torchdrop.Dropout(0.5))
+
+        class Tripled(hooks.ModelHook):  # type: ignore[name-defined, misc]
+            def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+                return output * 3
+
+        hooks.add_hook_to_module(model[0], Tripled())
+        stock = seeded(model, (x,))
+        swap = replace(model)
+        assert swap.done == ["0"]
+        assert torch.equal(seeded(model, (x,)), seeded(ours, (x,)) * 3)
+        swap.undo()
+        assert torch.equal(seeded(model, (x,)), stock)
+        swap = replace(model)
+        hooks.remove_hook_from_module(model[0])
+        assert torch.equal(seeded(model, (x,)), seeded(ours, (x,)))
+        swap.undo()  # the hook has left the class's forward on the instance
+        assert torch.equal(seeded(model, (x,)) * 3, stock)
+
     def test_aliases_references_hooks_and_flags(self) -> None:
         layer, seen = nn.Dropout(0.5), []
         model = nn.ModuleDict({"a": layer, "b": nn.Sequential(layer, nn.Linear(2, 2), layer)})

@@ -7,10 +7,12 @@ device, so whatever governs that generator governs masks. Inside `frozen_masks` 
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
+import struct
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -208,7 +210,7 @@ class _Frozen:
 
     def __init__(self, model: nn.Module, seed: int) -> None:
         self.served = 0
-        self._seeds = {id(module): mixed(seed, name) for name, module in model.named_modules()}
+        self._seed, self._names = seed, {id(module): name for name, module in model.named_modules()}
         self._outside: set[bytes] = set()
         self._forward = _Forward()
 
@@ -226,7 +228,7 @@ class _Frozen:
             if not again or digest in self._outside:
                 self._outside.add(digest)
                 forward.before = before
-                torch.manual_seed(self._seeds.get(id(module), 0))
+                start(self._seed, self._names.get(id(module), ""), torch.manual_seed)
         forward.modules.append(module)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -263,9 +265,51 @@ def put_back(states: _States) -> None:
         torch.cuda.set_rng_state_all(cuda)
 
 
-def mixed(seed: int, name: str) -> int:
-    """A seed for each name: PyTorch's CPU generator takes 32 bits."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=4).digest(), "little")
+def start(seed: int, name: str, manual_seed: Callable[[int], Any] | None = None) -> int:
+    """Starts PyTorch's CPU generator from a hash of (seed, name).
+
+    Seeding it would take 32 bits for its Mersenne Twister, so all 624 words of that are set.
+
+    Args:
+        manual_seed: what takes 64 bits of the hash before; that of the generator if None.
+
+    Returns:
+        64 bits of the hash, which the generator gives as its initial seed: what other devices' generators start from.
+    """
+    number, words = _hash(seed, name)
+    generator = torch.default_generator
+    with temporarily_clear_interpreter_stack():  # plain tensors, also under torch.func
+        (manual_seed or generator.manual_seed)(number)
+        if _words_are_known():
+            state = generator.get_state()
+            ctypes.memmove(state.data_ptr() + _HEAD.size, words, len(words))
+            generator.set_state(state)
+    return number
+
+
+_HEAD = struct.Struct("=QiiQ")
+"""What lies before the words in the state of a CPU generator: the seed, how many words are left, 1, the next one."""
+
+_WORDS = struct.Struct("=624Q")
+
+
+@functools.lru_cache(maxsize=64)
+def _hash(seed: int, name: str) -> tuple[int, bytes]:
+    """64 bits, and the words of a Mersenne Twister: 32 bits each, which lie in 64."""
+    digest = hashlib.shake_256(f"{seed}:{name}".encode()).digest(8 + 4 * 624)
+    return int.from_bytes(digest[:8], "little"), _WORDS.pack(*struct.unpack("<624I", digest[8:]))
+
+
+@functools.cache
+def _words_are_known() -> bool:
+    """Whether a generator's state is laid out as in PyTorch 2.6 to 2.13. Where it is not, 32 bits have to do."""
+    seed = 2**63 + 12345
+    state = torch.Generator().manual_seed(seed).get_state()
+    words = [seed % 2**32]
+    for at in range(1, 624):
+        words.append((1812433253 * (words[-1] ^ words[-1] >> 30) + at) % 2**32)
+    known = _HEAD.pack(seed, 1, 1, 0) + _WORDS.pack(*words)
+    return state.numel() > len(known) and ctypes.string_at(state.data_ptr(), len(known)) == known
 
 
 _frozen: list[_Frozen] = []

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from .random import mixed, put_back, states
+from .random import put_back, start, states
 
 
 @contextmanager
@@ -70,8 +70,7 @@ def seeded(seed: int, rank: int | None = None) -> Iterator[None]:
         raise ValueError(f"rank must not be negative, got {rank}")
     before, _ = states()
     cuda = torch.cuda.is_initialized()
-    number = mixed(seed, f"rank {rank}")
-    torch.default_generator.manual_seed(number)
+    number = start(seed, f"rank {rank}")
     if cuda:
         torch.cuda.manual_seed_all(number)
     try:

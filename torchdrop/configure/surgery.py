@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 import warnings
 from collections.abc import Mapping
 
@@ -13,7 +14,7 @@ from ..layers.alpha import AlphaDropout, FeatureAlphaDropout
 from ..layers.bernoulli import Dropout
 from ..layers.channel import Dropout1d, Dropout2d, Dropout3d
 from .holders import names_of, unwrapped
-from .unreached import Unreached, unreached
+from .unreached import Unreached, class_forwards, has_own_forward, unreached
 
 OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Dropout: Dropout,
@@ -106,8 +107,9 @@ def replace(model: nn.Module, *, to: str = "torchdrop") -> Replacement:
 
     Returns:
         What was swapped, with ``undo()``, and what could not be: functional calls, subclasses of torch.nn's layers with
-        code of their own, and rates that are numbers, such as those of nn.LSTM and nn.MultiheadAttention, which
-        `set_keep_prob` sets. Functional calls are looked for in the source of the modules; `audit` runs the model.
+        code of their own, layers whose instance was given another forward (that of accelerate's hooks follows), and
+        rates that are numbers, such as those of nn.LSTM and nn.MultiheadAttention, which `set_keep_prob` sets.
+        Functional calls are looked for in the source of the modules; `audit` runs the model.
 
     Raises:
         TypeError: `model` is no module.
@@ -134,15 +136,24 @@ def replace(model: nn.Module, *, to: str = "torchdrop") -> Replacement:
         raise ValueError(f"to must be 'torchdrop' or 'torch', got {to!r}")
     ours = to == "torchdrop"
     names = names_of(model)
-    swapped = {module: every[0] for module, every in names.items() if type(module) in (OURS if ours else STOCK)}
+    kinds = OURS if ours else STOCK
+    swapped = {module: every[0] for module, every in names.items() if type(module) in kinds}
+    fixed = {module: name for module, name in swapped.items() if has_own_forward(module)}
     rest = unreached(unwrapped(model)) if ours else []
     for module, every in names.items():
         if not ours and isinstance(module, Rated) and module not in swapped:
             raise ValueError(f"{every[0]!r} is a {_full_name(type(module))}, for which torch.nn has no layer")
+        if not ours and module in fixed:
+            raise ValueError(
+                f"{every[0]!r} has a forward of its own on its instance, which calls that of "
+                f"{_full_name(type(module))}: set the class's forward again first"
+            )
+    swapped = {module: name for module, name in swapped.items() if module not in fixed}
     _swap(swapped)
     if not swapped:
         whose = "torch.nn" if ours else "torchdrop"
-        warnings.warn(f"replace: the model has no dropout layers of {whose} to replace", UserWarning, stacklevel=2)
+        but = ", save those whose instance has a forward of its own" if fixed else ""
+        warnings.warn(f"replace: the model has no dropout layers of {whose} to replace{but}", UserWarning, stacklevel=2)
     return Replacement(swapped, rest)
 
 
@@ -159,11 +170,12 @@ def _swap(layers: Mapping[nn.Module, str]) -> None:
     fresh = [(layer, _counterpart(layer, name)) for layer, name in layers.items()]
     plain = vars(nn.Module()).keys()
     for layer, counterpart in fresh:
-        own = vars(type(layer)(0.5)).keys() - plain
+        own, forwards = vars(type(layer)(0.5)).keys() - plain, class_forwards(layer)
         for attribute in own:
             vars(layer).pop(attribute, None)
         layer.__class__ = type(counterpart)
         vars(layer).update({name: value for name, value in vars(counterpart).items() if name not in plain})
+        vars(layer).update({name: types.MethodType(type(layer).forward, layer) for name in forwards})
 
 
 def _counterpart(layer: nn.Module, name: str) -> nn.Module:

@@ -51,6 +51,10 @@ def unreached(model: nn.Module) -> list[Unreached]:
             if not type(holder.module).__module__.startswith("torch."):
                 what = "a subclass of torch.nn's dropout with code of its own"
                 found.append(Unreached(holder.name, holder.kind, what, _settable(holder.name)))
+            elif has_own_forward(holder.module):
+                what = "its instance has a forward of its own, which calls that of torch.nn"
+                advice = "call torchdrop.replace before what sets it, or set the class's forward again"
+                found.append(Unreached(holder.name, holder.kind, what, advice))
             continue
         what = f"holds a rate as a number in .{holder.attribute} (keep_prob {holder.keep_prob:g})"
         found.append(Unreached(holder.name, holder.kind, what, _settable(holder.name)))
@@ -61,6 +65,26 @@ def unreached(model: nn.Module) -> list[Unreached]:
             what = f"calls {', '.join(calls)} in its forward"
             found.append(Unreached(names[0], type(module).__name__, what, advice))
     return found
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a change of a module's class would not change its forward, since its instance has another.
+
+    Accelerate's hooks set one that calls `_old_forward`, which can be changed too.
+    """
+    own = class_forwards(module)
+    hooked = "_hf_hook" in vars(module) and "_old_forward" in own
+    return "forward" in vars(module) and "forward" not in own and not hooked
+
+
+def class_forwards(module: nn.Module) -> list[str]:
+    """The attributes of an instance that are its class's forward, bound to it."""
+    forward = getattr(type(module), "forward", None)
+    return [
+        name
+        for name, value in vars(module).items()
+        if isinstance(value, types.MethodType) and value.__self__ is module and value.__func__ is forward
+    ]
 
 
 def _settable(name: str) -> str:

@@ -112,9 +112,18 @@ def law(keep_prob: float, formula: Formula = inverted) -> Law:
     return Law(below, scale, shift, fill if below else 0.0)
 
 
+_WITHOUT_FLOAT64 = frozenset({"mps"})
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether tensors of a device can be of this type, in which a threshold is exact."""
+    return device.type not in _WITHOUT_FLOAT64
+
+
 def law_tensor(keep_prob: Tensor, formula: Formula = inverted) -> Tensor:
-    """`law` of every element: float64, of shape ``keep_prob.shape + (4,)``."""
-    k = keep_prob.to(torch.float64)
+    """`law` of every element: float64, of shape ``keep_prob.shape + (4,)``, where the rates lie if that is possible
+    there, and on the CPU if not."""
+    k = (keep_prob if has_float64(keep_prob.device) else keep_prob.cpu()).to(torch.float64)
     below = (k * ONE).round().clamp(1, ONE - 1)
     below = torch.where(k <= 0, torch.zeros_like(k), torch.where(k >= 1, torch.full_like(k, ONE), below))
     scale, shift, fill = formula(below.clamp(min=1) / ONE)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .law import ONE, Law
+from .law import ONE, Law, has_float64
 
 _transformed = torch._C._are_functorch_transforms_active
 
@@ -65,6 +65,9 @@ def trailing(law: Law | Tensor, device: torch.device) -> tuple[float | Tensor, .
     """Threshold, scale, shift and fill of a law: numbers, or tensors that go with those of `device`."""
     if isinstance(law, Law):
         return law.threshold, law.scale, law.shift, law.fill
+    if not has_float64(device):
+        threshold, *others = law.unbind(-1)
+        return threshold.to(torch.int64).to(device), *(other.to(torch.float32).to(device) for other in others)
     if law.dim() == 1 and law.is_cpu and not _transformed():
         return law.unbind(-1)  # scalars of the host go with any device
     return law.to(device).unbind(-1)

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import sys
+import sysconfig
 from collections.abc import Callable, Sequence
 from ctypes import c_char_p, c_int, c_int64, c_uint64, c_void_p
 from pathlib import Path
@@ -70,7 +71,19 @@ Doors = tuple[Callable[..., None], Callable[..., None]]
 """For one contiguous row: kind, out, in, length, 16 bytes of key, law, threads. And td_fused, with its key as bytes."""
 
 
+def _takes_doors() -> bool:
+    """Whether the limited API that the library's module is compiled for is that of this Python.
+
+    It has another layout of objects where Python runs without its lock, and where it is built to be debugged; a wheel
+    of this library is for any Python, which would load the module all the same.
+    """
+    free_threaded = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
+    return not (free_threaded or hasattr(sys, "gettotalrefcount") or hasattr(sys, "getobjects"))
+
+
 def _doors(path: Path) -> Doors:
+    if not _takes_doors():
+        return doors_by_ctypes(ctypes.CDLL(str(path)))
     try:
         from . import _native  # type: ignore[attr-defined]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import kernels
 from .arguments import check_numbers
-from .law import Law
+from .law import Law, has_float64
 
 _is_compiling = torch.compiler.is_compiling
 
@@ -35,7 +35,8 @@ def _define(name: str, dtype: torch.dtype, run: Callable[..., Tensor]) -> Number
     @torch.library.register_fake(qualified)
     def fake(key: Tensor, shape: Sequence[int], law: Tensor | None = None) -> Tensor:
         check_numbers(qualified, key, shape, law, dtype is torch.bool)
-        return key.new_empty((*key.shape[:-1], *shape), dtype=dtype)
+        own = dtype if dtype != torch.float64 or has_float64(key.device) else torch.float32
+        return key.new_empty((*key.shape[:-1], *shape), dtype=own)
 
     def batched(
         info: Any, in_dims: Sequence[int | None], key: Tensor, shape: Sequence[int], law: Tensor | None = None
@@ -77,4 +78,4 @@ draws = _define("draws", torch.int64, lambda key, shape, _: kernels.draws(shape,
 """32-bit draws, as int64."""
 
 standard_normal = _define("standard_normal", torch.float64, lambda key, shape, _: kernels.standard_normal(shape, key))
-"""Standard normal variates, as float64."""
+"""Standard normal variates, as float64; as float32 on devices without it."""

@@ -13,6 +13,7 @@ from torch.overrides import _pop_mode_temporarily
 from ..kernels import operators
 from ..kernels.fused import Drop
 from ..kernels.law import Law
+from . import _plain
 from ._rate import DEFAULT_P, Rated, apply, new_key, turned_on
 from ._shard import is_dtensor, watched
 
@@ -48,6 +49,8 @@ def dropped(
         with _without_modes():
             return dropped(input, law, generator, fuse, compose)
     if (not _is_compiling() and _function_modes()) or (type(input) is not Tensor and is_dtensor(input)):
+        return compose(lambda x: apply(operators.masked, x, law, x.shape, False, generator))
+    if _plain.is_wanted(_is_compiling()):
         return compose(lambda x: apply(operators.masked, x, law, x.shape, False, generator))
     key = new_key(input, law, generator)
     return compose(unchanged) if key is None else fuse(key)

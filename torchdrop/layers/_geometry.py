@@ -87,13 +87,13 @@ def _anchor_law(kept: int, sizes: Sizes, block: int) -> Law:
 def _anchor_laws(law: Tensor, sizes: Sizes, block: int) -> Tensor:
     found = [_anchor_law(min(max(int(kept), 0), ONE), sizes, block) for kept in law[..., 0].flatten().tolist()]
     rows = [[one.threshold, one.scale, 0.0, 0.0] for one in found]
-    return torch.tensor(rows, dtype=torch.float64).reshape(law.shape).to(law.device)
+    return torch.tensor(rows, dtype=torch.float64, device="cpu").reshape(law.shape).to(law.device)
 
 
 def _position_scales(law: Tensor, sizes: Sizes, block: int) -> Tensor:
-    exponents = torch.ones((), dtype=torch.float64)
+    exponents = torch.ones((), dtype=torch.float64, device="cpu")
     for length in sizes:
-        exponents = exponents.unsqueeze(-1) * torch.tensor(covers(length, block), dtype=torch.float64)
+        exponents = exponents.unsqueeze(-1) * torch.tensor(covers(length, block), dtype=torch.float64, device="cpu")
     q = law[..., 0].cpu() / ONE
     scales = torch.where(q > 0, q, 1.0).reshape(*q.shape, *[1] * (len(sizes) - q.dim())) ** -exponents
     largest = scales.max().item() if scales.numel() else 1.0

@@ -16,6 +16,9 @@ from ..kernels import noise
 from ..kernels.law import Law
 from ..kernels.masking import COMPUTE_DTYPE
 from ..random import draw_key
+from . import _plain
+from ._exported import warn_stays_on
+from ._shard import watched
 
 _is_compiling = torch.compiler.is_compiling
 _function_modes = torch._C._len_torch_function_stack
@@ -24,7 +27,7 @@ _function_modes = torch._C._len_torch_function_stack
 def is_on(training: bool) -> bool:
     """Whether a layer or function with this flag drops anything. Monte Carlo inference turns layers in eval mode on,
     and `torchdrop.disabled` turns functions off."""
-    if _is_compiling() or not _function_modes():
+    if _is_compiling() or not _function_modes() or not watched():
         return training
     return bool(handle_torch_function(is_on, (), training))
 
@@ -37,8 +40,11 @@ def draw(
     law: Law | Tensor | None = None,
 ) -> Tensor:
     """Numbers of this shape under a new key, on the device of `like`."""
-    if not _is_compiling() and _function_modes():
+    compiling = _is_compiling()
+    if not compiling and _function_modes():
         return handle_torch_function(draw, (like,), numbers, like, shape, generator, law)
+    if _plain.is_wanted(compiling):
+        return _plain.numbers(numbers, like, shape, generator, law)
     return numbers(draw_key(like.device, generator), shape, law)
 
 
@@ -56,6 +62,7 @@ def words(like: Tensor, shape: Sequence[int], generator: torch.Generator | None 
 
 def uniform(like: Tensor, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
     """Uniform variates strictly between 0 and 1, symmetric about 1/2, in the dtype that `like` is computed in."""
+    warn_stays_on()
     dtype = COMPUTE_DTYPE[like.dtype]
     digits = 32 if dtype == torch.float64 else 23  # u and 1 - u are both exact
     return ((words(like, shape, generator) >> 32 - digits).to(dtype) + 0.5) * 2.0**-digits
@@ -63,4 +70,5 @@ def uniform(like: Tensor, shape: Sequence[int], generator: torch.Generator | Non
 
 def standard_normal(like: Tensor, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
     """Standard normal variates in the dtype that `like` is computed in."""
+    warn_stays_on()
     return draw(noise.standard_normal, like, shape, generator).to(COMPUTE_DTYPE[like.dtype])

@@ -17,11 +17,14 @@ from ..kernels.law import ONE, Formula, Law, inverted, law, law_tensor
 from ..kernels.masking import COMPUTE_DTYPE, SERVED, WHOLE
 from ..kernels.operators import Operator
 from ..random import check_generator, draw_key
+from . import _plain
+from ._exported import switched
 from ._shard import Cut, apply_to_dtensor, apply_to_whole, is_dtensor, watched
 
 _is_compiling = torch.compiler.is_compiling
 _transformed = torch._C._are_functorch_transforms_active
 _function_modes = torch._C._len_torch_function_stack
+_tracing = torch._C._get_tracing_state
 
 _made_how = torch._C._autograd._get_creation_meta
 _MADE_AS_USUAL = torch._C._autograd.CreationMeta.DEFAULT
@@ -178,25 +181,27 @@ def law_for(keep_prob: Rate, formula: Formula, shape: Sequence[int]) -> Law | Te
     if not isinstance(keep_prob, Tensor):
         if _is_compiling():
             # A product is what the compiler makes code of for any number; a number given to torch.full is a constant.
-            return law_tensor(torch.ones((), dtype=torch.float64) * keep_prob, formula)
+            return switched(law_tensor(torch.ones((), dtype=torch.float64, device="cpu") * keep_prob, formula), formula)
         return law(keep_prob, formula)
     if keep_prob.dim() == 0:
         if keep_prob.is_cpu and not (_is_compiling() or _transformed()) and type(keep_prob) is Tensor:
             return law(keep_prob.item(), formula)
-        return law_tensor(keep_prob, formula)
+        return switched(law_tensor(keep_prob, formula), formula)
     missing = len(shape) - keep_prob.dim()
     sizes = (1,) * missing + tuple(keep_prob.shape)
     if missing < 0 or any(size != 1 and size != full for size, full in zip(sizes, shape, strict=True)):
         raise ValueError(
             f"keep_prob of shape {tuple(keep_prob.shape)} does not broadcast against the mask's shape {tuple(shape)}"
         )
-    return law_tensor(keep_prob.reshape(sizes), formula)
+    return switched(law_tensor(keep_prob.reshape(sizes), formula), formula)
 
 
 def realised(keep_prob: Rate) -> Rate:
     """The keep probability that the threshold really has: within 2**-32 of the nominal one."""
     if isinstance(keep_prob, Tensor) or _is_compiling():
-        return law_tensor(torch.as_tensor(keep_prob, dtype=torch.float64))[..., 0] / ONE
+        if not isinstance(keep_prob, Tensor):
+            keep_prob = torch.as_tensor(keep_prob, dtype=torch.float64, device="cpu")
+        return law_tensor(keep_prob)[..., 0] / ONE
     return law(keep_prob).threshold / ONE
 
 
@@ -208,6 +213,7 @@ class Rated(_DropoutNd):
     """
 
     _formula: Formula = staticmethod(inverted)
+    __prepare_scriptable__ = _plain.refuse_script
 
     def __init__(
         self,
@@ -256,7 +262,7 @@ class Rated(_DropoutNd):
     def _law_for(self, shape: Sequence[int]) -> Law | Tensor:
         if self._law_tensor is None:
             return law_for(self._keep_prob, self._formula, shape)
-        return self._law_tensor if _is_compiling() else self._law  # type: ignore[return-value]
+        return switched(self._law_tensor, self._formula) if _is_compiling() else self._law  # type: ignore[return-value]
 
     def extra_repr(self) -> str:
         p = f"<tensor of shape {tuple(self._p.shape)}>" if isinstance(self._p, Tensor) else self._p
@@ -289,7 +295,7 @@ class RateOfChild:
 
 def turned_on() -> bool:
     """Whether a function mode wants a layer on that is in eval mode: Monte Carlo inference answers here."""
-    return not _is_compiling() and _function_modes() > 0 and bool(handle_torch_function(turned_on, ()))
+    return not _is_compiling() and _function_modes() > 0 and watched() and bool(handle_torch_function(turned_on, ()))
 
 
 def apply(
@@ -311,7 +317,8 @@ def apply(
         if inplace:
             check_inplace(input)
         return apply_to_dtensor(apply, operator, input, law, shape, inplace, generator)
-    if not _is_compiling() and _function_modes():
+    compiling = _is_compiling()
+    if not compiling and _function_modes():
         args = (operator, input, law, shape, inplace, generator)
         if cut is None or (isinstance(law, Law) and law.threshold == ONE):
             return handle_torch_function(apply, (input,), *args)
@@ -320,6 +327,8 @@ def apply(
         return apply_to_whole(apply, *args, cut)
     if inplace:
         check_inplace(input)
+    if _plain.is_in_onnx_export() if compiling else _tracing() is not None:
+        return _plain.apply(operator, input, law, shape, inplace, generator)
     key = new_key(input, law, generator)
     if key is None:
         return input

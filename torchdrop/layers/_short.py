@@ -7,7 +7,8 @@ is held for backward is the key and the law, and the output of a rectifier.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn import Parameter
 from .. import kernels, random
 from ..kernels import fused, native, operators, triton
 from ..kernels.law import ONE, Law
+from ._shard import watched
 
 _CPU = torch.device("cpu")
 _empty_like = torch.empty_like
@@ -32,6 +34,7 @@ _threads = native.threads
 _SERIAL = native.SERIAL
 _kind_of = native.KINDS.get
 _row: Any = native.library.masked_row if native.library is not None else None
+_groups: Any = native.library.grouped if native.library is not None else None
 _fused: Any = native.library.fused if native.library is not None else None
 _RECTIFIED, _ADD, _RELU_BACKWARD = native.RECTIFIED, native.ADD, native.RELU_BACKWARD
 _ANY_WIDTH = native.ANY_WIDTH
@@ -40,16 +43,24 @@ State = tuple[int, int, bytes, int, Law]
 
 
 def _watched() -> bool:
-    """Whether a setting, transform, mode or trace has to see what is done."""
+    """Whether a setting, transform, dispatch mode or trace has to see what is done."""
     return (
         bool(random._frozen)
         or kernels._forced is not None
         or _transformed()
         or _dispatch_modes() > 0
-        or _function_modes() > 0
         or forward_ad._current_level >= 0
         or _tracing() is not None
     )
+
+
+def _unseen(road: Callable[..., Tensor | None], *args: Any) -> Tensor | None:
+    """What a road gives under function modes, if all they do is name a default device: every device is named here. The
+    modes are set aside meanwhile, for else each look at a tensor would be a call of theirs."""
+    if watched():
+        return None
+    with torch._C.DisableTorchFunction():
+        return road(*args, True)
 
 
 def _kind(x: Tensor) -> int | None:
@@ -83,8 +94,13 @@ def _is_served_row(x: Tensor) -> bool:
     )
 
 
-def short(x: Tensor, law: Law) -> Tensor | None:
-    """Inverted dropout of x, or None where this road does not lead there."""
+def short(x: Tensor, law: Law, unseen: bool = False) -> Tensor | None:
+    """Inverted dropout of x, or None where this road does not lead there.
+
+    It leads there under function modes if they have no say in what is done; `unseen` is for `_unseen` to set.
+    """
+    if _function_modes() and not unseen:
+        return _unseen(short, x, law)
     code = _kind(x)
     if code is None:
         return _short_on_cuda(x, law) if _is_served_row(x) else None
@@ -111,8 +127,27 @@ def _short_on_cuda(x: Tensor, law: Law) -> Tensor:
     return triton.masked_row(x, key, law)
 
 
-def short_add(x: Tensor, bias: Tensor | None, residual: Tensor, law: Law) -> Tensor | None:
+def short_channels(x: Tensor, law: Law, mask: Sequence[int], unseen: bool = False) -> Tensor | None:
+    """Inverted dropout under a mask of this shape, x's with ones at its end; None as `short`."""
+    if _function_modes() and not unseen:
+        return _unseen(short_channels, x, law, mask)
+    code = _kind(x)
+    if code is None or not x.data_ptr():
+        return None
+    _key.draw()
+    if law.threshold == ONE:
+        return x
+    n = x.numel()
+    state, group = (code, n, _key.memory.raw, law.address, law), n // math.prod(mask)
+    if x.requires_grad and _is_grad_enabled():
+        return _record_channels(x, state, mask, group)
+    return _grouped(x, state, group)
+
+
+def short_add(x: Tensor, bias: Tensor | None, residual: Tensor, law: Law, unseen: bool = False) -> Tensor | None:
     """Dropout with a residual added after it and a bias before it, or None where this road does not lead there."""
+    if _function_modes() and not unseen:
+        return _unseen(short_add, x, bias, residual, law)
     code = _kind(x)
     if (
         code is None
@@ -136,8 +171,10 @@ def short_add(x: Tensor, bias: Tensor | None, residual: Tensor, law: Law) -> Ten
     return _record_add(x, bias, residual, state) if wanted and _is_grad_enabled() else _added(x, bias, residual, state)
 
 
-def short_activation(x: Tensor, law: Law, activation: str) -> Tensor | None:
+def short_activation(x: Tensor, law: Law, activation: str, unseen: bool = False) -> Tensor | None:
     """An activation and inverted dropout of x, or None where this road does not lead there."""
+    if _function_modes() and not unseen:
+        return _unseen(short_activation, x, law, activation)
     code = _kind(x)
     if code is None or not x.data_ptr():
         return None
@@ -183,6 +220,13 @@ def _is_row(grad: Tensor, shape: Sequence[int], code: int, device: int = -1) -> 
         return grad.data_ptr() != 0
     except RuntimeError:  # the batched gradients of autograd.grad have no memory
         return False
+
+
+def _grouped(x: Tensor, state: State, group: int) -> Tensor:
+    code, n, key, address, _ = state
+    out = _empty_like(x)
+    _groups(code, out.data_ptr(), x.data_ptr(), n // group, group, key, address, 1 if n < _SERIAL else _threads())
+    return out
 
 
 def _added(x: Tensor, bias: Tensor | None, residual: Tensor, state: State) -> Tensor:
@@ -237,6 +281,21 @@ class _ShortOnCUDA(torch.autograd.Function):
         if _is_row(grad, shape, ctx.code, key.get_device()):
             return triton.masked_row(grad, key, law), None, None
         return operators.masked(operators.fitting(grad, shape, key.device), key, law, shape), None, None
+
+
+class _ShortChannels(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, state: State, mask: Sequence[int], group: int) -> Tensor:
+        ctx.state, ctx.shape, ctx.mask, ctx.group = state, x.shape, mask, group
+        return _grouped(x, state, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        code, _, key, _, law = ctx.state
+        if _is_row(grad, ctx.shape, code):
+            return _grouped(grad, ctx.state, ctx.group), None, None, None
+        grad = operators.fitting(grad, ctx.shape, _CPU)
+        return operators.masked(grad, random.key_tensor(key), law, ctx.mask), None, None, None
 
 
 class _ShortAdd(torch.autograd.Function):
@@ -299,6 +358,6 @@ def _lean(function: Any) -> Any:
     return super(torch.autograd.Function, function).apply
 
 
-_record, _record_on_cuda, _record_add, _record_relu, _record_gelu = map(
-    _lean, (_Short, _ShortOnCUDA, _ShortAdd, _ShortReLU, _ShortGELU)
+_record, _record_on_cuda, _record_channels, _record_add, _record_relu, _record_gelu = map(
+    _lean, (_Short, _ShortOnCUDA, _ShortChannels, _ShortAdd, _ShortReLU, _ShortGELU)
 )

@@ -48,4 +48,4 @@ class Choice(NamedTuple):
     def _count(self, order: Tensor) -> int | Tensor:
         """floor(gamma n) for the gamma that was written: 29 of 100 at 0.29, whose product is 28.999999999999996."""
         count = self.fraction * order.shape[-1] + 1e-9
-        return count.floor().to(order.device) if isinstance(count, Tensor) else math.floor(count)
+        return count.floor().to(torch.int64).to(order.device) if isinstance(count, Tensor) else math.floor(count)

@@ -15,8 +15,10 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..random import check_generator
 from ._cells import Noise, State, Weights
+from ._plain import refuse_script
 from ._rate import Rate, read_rate
 from ._recorded import run_fast
+from ._symbolic import leaf
 from .bernoulli import Dropout
 
 Hidden = Tensor | tuple[Tensor, Tensor] | None
@@ -36,6 +38,8 @@ class Unrolled(nn.RNNBase):
 
     No subclass of nn.LSTM: torch.compile refuses to enter those.
     """
+
+    __prepare_scriptable__ = refuse_script
 
     layer_dropout: Dropout
     """There only where it can act: between layers, and once it has had a rate."""
@@ -86,6 +90,7 @@ class Unrolled(nn.RNNBase):
         """The noise of one layer in one direction, with dimensions (batch, time, units), for the dtype of `like`."""
         raise NotImplementedError
 
+    @leaf
     def forward(self, input: Any, hx: Hidden = None) -> tuple[Any, Any]:
         packed = input if isinstance(input, PackedSequence) else None
         if packed is None and not isinstance(input, Tensor):

@@ -20,7 +20,9 @@ from torch.nn.parameter import is_lazy
 
 from ..kernels.masking import COMPUTE_DTYPE
 from . import _noise
+from ._plain import refuse_script
 from ._rate import check_input
+from ._symbolic import holds_proxy, leaf, recorded
 
 V = TypeVar("V", bound="Variational")
 
@@ -59,6 +61,8 @@ def local_reparameterization(
         >>> y.shape
         torch.Size([2, 5])
     """
+    if holds_proxy(mean, variance):
+        return recorded(local_reparameterization, locals())
     if not _noise.is_on(training):
         return mean
     check_input(mean, "local_reparameterization")
@@ -88,6 +92,8 @@ def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
 
 class Variational(nn.Module):
     """The base of the variational layers, before nn.Linear or nn.Conv1d, 2d, 3d among a layer's parents."""
+
+    __prepare_scriptable__ = refuse_script
 
     weight: Tensor
     bias: Any
@@ -139,6 +145,7 @@ class Variational(nn.Module):
             return F.linear(input, weight, bias)
         return self._conv_forward(input, weight, bias)  # type: ignore[operator]
 
+    @leaf
     def forward(self, input: Tensor) -> Tensor:
         if not _noise.is_on(self.training):
             return self._map(input, self.weight if self.training else self.eval_weight(), self.bias)

@@ -16,12 +16,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx import Proxy
 
 from ..kernels import fused
 from ..kernels.law import Law, inverted, law
 from ._fused import Fused, dropped
 from ._rate import DEFAULT_P, check_input, law_for, read_rate, turned_on
 from ._short import short_activation
+from ._symbolic import called, recorded
 
 _is_compiling = torch.compiler.is_compiling
 
@@ -82,6 +84,8 @@ def relu_dropout(
         >>> torchdrop.functional.relu_dropout(torch.tensor([-1.0, 2.0]), 0.0)
         tensor([0., 2.])
     """
+    if isinstance(input, Proxy):
+        return recorded(relu_dropout, locals())
     k, _ = read_rate(p, keep_prob)
     if training and generator is None and not isinstance(k, Tensor) and not _is_compiling():
         out = short_activation(input, law(k), "relu")
@@ -134,6 +138,8 @@ def gelu_dropout(
         >>> torch.allclose(y, torch.nn.functional.gelu(x, approximate="tanh"))
         True
     """
+    if isinstance(input, Proxy):
+        return recorded(gelu_dropout, locals())
     k, _ = read_rate(p, keep_prob)
     activation = _gelu(approximate)
     if training and generator is None and not isinstance(k, Tensor) and not _is_compiling():
@@ -177,6 +183,8 @@ class ReLUDropout(Fused):
             out = short_activation(input, short_law, "relu")
             if out is not None:
                 return out
+        if isinstance(input, Proxy):
+            return called(ReLUDropout, self, input)
         check_input(input, "relu_dropout")
         if not self._on:
             return torch.relu(input)
@@ -226,6 +234,8 @@ class GELUDropout(Fused):
             out = short_activation(input, short_law, _gelu(self.approximate))
             if out is not None:
                 return out
+        if isinstance(input, Proxy):
+            return called(GELUDropout, self, input)
         check_input(input, "gelu_dropout")
         if not self._on:
             return F.gelu(input, approximate=self.approximate)

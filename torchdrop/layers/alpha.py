@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from ..kernels import operators
 from ..kernels.law import alpha
 from ._rate import DEFAULT_P, Rated, apply, check_input, law_for, read_rate, turned_on, undrawn
+from ._symbolic import leaf, recorded
 from .channel import check_channels
 
 
@@ -59,6 +61,8 @@ def alpha_dropout(
         >>> abs(y.mean()) < 0.02, abs(y.std() - 1) < 0.02
         (tensor(True), tensor(True))
     """
+    if isinstance(input, Proxy):
+        return recorded(alpha_dropout, locals())
     k, _ = read_rate(p, keep_prob)
     if not (training or turned_on()):
         return input
@@ -98,6 +102,8 @@ def feature_alpha_dropout(
         >>> torch.equal(y, y[:, :, :1].expand_as(y))
         True
     """
+    if isinstance(input, Proxy):
+        return recorded(feature_alpha_dropout, locals())
     k, _ = read_rate(p, keep_prob)
     if not (training or turned_on()):
         return input
@@ -125,6 +131,7 @@ class AlphaDropout(_Alpha, nn.AlphaDropout):
         (torch.Size([1000]), True)
     """
 
+    @leaf
     def forward(self, input: Tensor) -> Tensor:
         if not (self.training or turned_on()):
             return input
@@ -146,6 +153,7 @@ class FeatureAlphaDropout(_Alpha, nn.FeatureAlphaDropout):
         torch.Size([4, 8, 5, 5])
     """
 
+    @leaf
     def forward(self, input: Tensor) -> Tensor:
         if not (self.training or turned_on()):
             return input

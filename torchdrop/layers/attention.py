@@ -17,11 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from ..kernels.law import ONE, Law, inverted
 from ..kernels.masking import COMPUTE_DTYPE, trailing
 from . import _noise
 from ._rate import DEFAULT_P, Rate, Rated, check_input, law_for, read_rate
+from ._symbolic import leaf, recorded
 
 _is_compiling = torch.compiler.is_compiling
 _transformed = torch._C._are_functorch_transforms_active
@@ -150,6 +152,8 @@ def drop_head(
         >>> y[:, :, 0, 0].sum(1).round(decimals=4)
         tensor([4., 4., 4., 4., 4.])
     """
+    if isinstance(input, Proxy):
+        return recorded(drop_head, locals())
     k, _ = read_rate(p, keep_prob)
     check_some(k, "drop_head", "head")
     _check_layout(dim, heads)
@@ -225,6 +229,7 @@ class DropHead(Rated):
     def _check_rate(self, keep_prob: Rate) -> None:
         check_some(keep_prob, "drop_head", "head")
 
+    @leaf
     def forward(self, input: Tensor) -> Tensor:
         if not _noise.is_on(self.training):
             return input

@@ -15,14 +15,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from ..kernels import operators
-from ..kernels.law import Formula, law, original
+from ..kernels.law import Formula, Law, law, original
 from ..kernels.law import inverted as inverted_formula
+from ._exported import is_exporting, or_eval
 from ._nested import is_jagged, of_values
 from ._rate import DEFAULT_P, Rate, Rated, apply, check_input, law_for, read_rate, realised, turned_on, undrawn
 from ._shard import Cut, Shards, cut_by, shards
 from ._short import short
+from ._symbolic import called, recorded
 
 _is_compiling = torch.compiler.is_compiling
 
@@ -96,6 +99,21 @@ def eval_form(input: Tensor, keep_prob: Rate, inverted: bool, inplace: bool) -> 
     return (input * k).to(input.dtype)
 
 
+def exported_original(
+    input: Tensor,
+    keep_prob: Rate,
+    law: Law | Tensor,
+    shape: Sequence[int],
+    inplace: bool,
+    generator: torch.Generator | None,
+    cut: Cut | None = None,
+) -> Tensor:
+    """The original formulation in an exported program, whose eval mode scales."""
+    in_eval = eval_form(input, keep_prob, False, False)
+    out = or_eval(apply(operators.masked, input, law, shape, False, generator, cut), lambda: in_eval)
+    return input.copy_(out) if inplace else out
+
+
 def dropout(
     input: Tensor,
     p: Any = DEFAULT_P,
@@ -154,6 +172,8 @@ def dropout(
         >>> sorted(y.unique().tolist()), 0.7 < (y > 0).float().mean() < 0.9
         ([0.0, 1.25], tensor(True))
     """
+    if isinstance(input, Proxy):
+        return recorded(dropout, locals())
     k, _ = read_rate(p, keep_prob)
     if not (training or turned_on()):
         return eval_form(input, k, inverted, inplace)
@@ -181,7 +201,10 @@ def dropout(
     check_input(input, "dropout")
     shape = mask_shape(input, shared_axes, noise_shape)
     cut = _cut(shard, input, shape, shared_axes, noise_shape)
-    return apply(operators.masked, input, law_for(k, formula_of(inverted), shape), shape, inplace, generator, cut)
+    drawn = law_for(k, formula_of(inverted), shape)
+    if not inverted and is_exporting():
+        return exported_original(input, k, drawn, shape, inplace, generator, cut)
+    return apply(operators.masked, input, drawn, shape, inplace, generator, cut)
 
 
 class Bernoulli(Rated):
@@ -268,6 +291,8 @@ class Dropout(Bernoulli, nn.Dropout):
 
     def forward(self, input: Tensor) -> Tensor:
         if not (self.training or turned_on()):
+            if isinstance(input, Proxy):
+                return called(Dropout, self, input)
             return input if self.inverted else eval_form(input, self._keep_prob, False, self.inplace)
         if (
             not _is_compiling()
@@ -287,10 +312,15 @@ class Dropout(Bernoulli, nn.Dropout):
         if is_jagged(input):
             unserved = self.shared_axes, self.noise_shape, self.shard
             return of_values(self.forward, input, "dropout", self.inplace, *unserved)
+        if isinstance(input, Proxy):
+            return called(Dropout, self, input)
         check_input(input, "dropout")
         shape = mask_shape(input, self.shared_axes, self.noise_shape)
         cut = _cut(self.shard, input, shape, self.shared_axes, self.noise_shape)
-        return apply(operators.masked, input, self._law_for(shape), shape, self.inplace, self.generator, cut)
+        drawn = self._law_for(shape)
+        if not self.inverted and is_exporting():
+            return exported_original(input, self._keep_prob, drawn, shape, self.inplace, self.generator, cut)
+        return apply(operators.masked, input, drawn, shape, self.inplace, self.generator, cut)
 
     def extra_repr(self) -> str:
         given = {"shared_axes": self.shared_axes, "noise_shape": self.noise_shape, "shard": self.shard}

@@ -17,14 +17,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from .. import kernels
 from ..kernels import operators
 from ..kernels.law import ONE, Law, inverted
 from ..kernels.masking import COMPUTE_DTYPE
-from . import _noise
+from . import _noise, _plain
 from ._geometry import anchor_law, free, position_scales
 from ._rate import Rated, check_inplace, check_input, law_for, read_rate
+from ._symbolic import leaf, recorded
 from .bernoulli import Axes, mask_shape
 from .path import _given
 
@@ -136,7 +138,7 @@ def _drop_block(
     shape = _mask_shape(input, spatial, block_size, shared_axes)
     if inplace:
         check_inplace(input)
-    sizes = shape[-spatial:]
+    sizes = _plain.numbered(shape[-spatial:])
     law = anchor_law(law_of((*shape[:-spatial], *[1] * spatial)), sizes, block_size)
     keeps_all = isinstance(law, Law) and law.threshold == ONE
     if keeps_all and _transformed():
@@ -174,6 +176,8 @@ def drop_block1d(
         >>> y.unique().numel()
         1
     """
+    if isinstance(input, Proxy):
+        return recorded(drop_block1d, locals())
     return _function(1, input, p, block_size, inplace, training, keep_prob, scaling, shared_axes, generator)
 
 
@@ -237,6 +241,8 @@ def drop_block2d(
         >>> bool(abs((y > 0).float().mean() - 0.9) < 0.01), y.unique().numel()
         (True, 2)
     """
+    if isinstance(input, Proxy):
+        return recorded(drop_block2d, locals())
     return _function(2, input, p, block_size, inplace, training, keep_prob, scaling, shared_axes, generator)
 
 
@@ -263,6 +269,8 @@ def drop_block3d(
         >>> y.unique().numel()
         1
     """
+    if isinstance(input, Proxy):
+        return recorded(drop_block3d, locals())
     return _function(3, input, p, block_size, inplace, training, keep_prob, scaling, shared_axes, generator)
 
 
@@ -306,6 +314,7 @@ class _DropBlock(Rated):
         self.scaling = scaling
         self.shared_axes = shared_axes
 
+    @leaf
     def forward(self, input: Tensor) -> Tensor:
         return _drop_block(
             self._spatial, input, self._law_for, self.block_size, self.training, self.inplace, self.scaling,

@@ -12,11 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from ..kernels import operators
-from ..kernels.law import Law
+from ..kernels.law import Law, law
+from ._exported import is_exporting
 from ._rate import DEFAULT_P, Rate, apply, check_input, law_for, read_rate, turned_on, undrawn
-from .bernoulli import Bernoulli, eval_form, formula_of
+from ._short import short_channels
+from ._symbolic import called, recorded
+from .bernoulli import Bernoulli, eval_form, exported_original, formula_of
+
+_is_compiling = torch.compiler.is_compiling
 
 
 def _shape1d(input: Tensor) -> tuple[int, ...]:
@@ -69,6 +75,7 @@ def _drop_channels(
     input: Tensor,
     keep_prob: Rate,
     law_of: Callable[[tuple[int, ...]], Law | Tensor],
+    number: Law | None,
     training: bool,
     inplace: bool,
     generator: torch.Generator | None,
@@ -86,6 +93,12 @@ def _drop_channels(
     if not training:
         return eval_form(input, keep_prob, inverted, inplace)
     check_channels(input, least=1 if shape_of is _shape3d else 2)
+    if number is not None and not inplace and generator is None and inverted and not _is_compiling():
+        out = short_channels(input, number, shape)
+        if out is not None:
+            return out
+    if not inverted and is_exporting():
+        return exported_original(input, keep_prob, law_of(shape), shape, inplace, generator)
     return apply(operators.masked, input, law_of(shape), shape, inplace, generator)
 
 
@@ -115,6 +128,8 @@ def dropout1d(
         >>> torch.equal(y, y[:, :, :1].expand_as(y))
         True
     """
+    if isinstance(input, Proxy):
+        return recorded(dropout1d, locals())
     return _channels(_shape1d, input, p, training, inplace, keep_prob, generator, inverted)
 
 
@@ -145,6 +160,8 @@ def dropout2d(
         >>> torch.equal(y, y[:, :, :1, :1].expand_as(y))
         True
     """
+    if isinstance(input, Proxy):
+        return recorded(dropout2d, locals())
     return _channels(_shape2d, input, p, training, inplace, keep_prob, generator, inverted)
 
 
@@ -175,6 +192,8 @@ def dropout3d(
         >>> torch.equal(y, y[:, :, :1, :1, :1].expand_as(y))
         True
     """
+    if isinstance(input, Proxy):
+        return recorded(dropout3d, locals())
     return _channels(_shape3d, input, p, training, inplace, keep_prob, generator, inverted)
 
 
@@ -194,6 +213,7 @@ def _channels(
         input,
         k,
         lambda shape: law_for(k, formula_of(inverted), shape),
+        None if isinstance(k, Tensor) or _is_compiling() else law(k),
         training,
         inplace,
         generator,
@@ -205,9 +225,11 @@ class _ChannelDropout(Bernoulli):
     _shape_of: Callable[[Tensor], tuple[int, ...]]
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return called(_ChannelDropout, self, input)
         return _drop_channels(
-            self._shape_of, input, self._keep_prob, self._law_for, self.training, self.inplace, self.generator,
-            self.inverted,
+            self._shape_of, input, self._keep_prob, self._law_for, self._law, self.training, self.inplace,
+            self.generator, self.inverted,
         )  # fmt: skip
 
 

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..kernels.masking import COMPUTE_DTYPE
+from ._plain import refuse_script
 from ._rate import check_input
 from ._submatrix import cut
+from ._symbolic import leaf
 from .bernoulli import Dropout
 
 _is_compiling = torch.compiler.is_compiling
@@ -250,10 +252,13 @@ class CompactSequential(nn.Sequential):
         ['0.weight', '0.bias', '3.weight', '3.bias']
     """
 
+    __prepare_scriptable__ = refuse_script
+
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         _feeds(list(self._modules.items()))
 
+    @leaf
     def forward(self, input: Tensor) -> Tensor:
         named = list(self._modules.items())
         feeds = {feed.start: feed for feed in _feeds(named)}

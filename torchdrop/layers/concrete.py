@@ -23,12 +23,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.functional import logsigmoid, softplus
 
 from ..kernels.masking import COMPUTE_DTYPE
 from ..random import check_generator
 from . import _noise
+from ._plain import refuse_script
 from ._rate import check_input, read_rate
+from ._symbolic import leaf, recorded
 from .bernoulli import Axes, NoiseShape, mask_shape
 
 TEMPERATURE = 0.1
@@ -120,6 +123,8 @@ def concrete_dropout(
         >>> logit_p.grad != 0
         tensor(True)
     """
+    if isinstance(input, Proxy):
+        return recorded(concrete_dropout, locals())
     _check_temperature(temperature)
     if not _noise.is_on(training):
         return input
@@ -161,7 +166,7 @@ def _logit(p: Any, keep_prob: Any) -> Tensor:
         raise ValueError(f"{name} must be strictly between 0 and 1 to be learned, got {got}: its logit is infinite")
     if isinstance(k, Tensor):
         return torch.log(p) - torch.log(k)
-    return torch.tensor(math.log(p) - math.log(k), dtype=torch.float64)
+    return torch.tensor(math.log(p) - math.log(k), dtype=torch.float64, device="cpu")
 
 
 class ConcreteDropout(nn.Module):
@@ -207,6 +212,8 @@ class ConcreteDropout(nn.Module):
         True
     """
 
+    __prepare_scriptable__ = refuse_script
+
     def __init__(
         self,
         p: Any = None,
@@ -226,7 +233,9 @@ class ConcreteDropout(nn.Module):
         self.temperature, self.unbiased, self.generator = temperature, unbiased, generator
         self.shared_axes, self.noise_shape = shared_axes, noise_shape
         self._first = p, keep_prob
-        self.logit_p = nn.Parameter(_logit(p, keep_prob).to(torch.get_default_dtype()))
+        logit = _logit(p, keep_prob).to(torch.get_default_dtype())
+        given = isinstance(p, Tensor) or isinstance(keep_prob, Tensor)
+        self.logit_p = nn.Parameter(logit if given else logit.to(torch.get_default_device()))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -263,6 +272,7 @@ class ConcreteDropout(nn.Module):
             )
         self.logit_p.copy_(logit)
 
+    @leaf
     def forward(self, input: Tensor) -> Tensor:
         return concrete_dropout(
             input, self.logit_p, self.training, temperature=self.temperature, shared_axes=self.shared_axes,

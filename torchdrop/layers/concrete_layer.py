@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 from torch.nn.modules.conv import _ConvNd
 
+from ._plain import refuse_script
+from ._symbolic import leaf
 from .concrete import TEMPERATURE, ConcreteDropout
 
 Loss = Literal["squared", "cross_entropy"]
@@ -121,6 +123,8 @@ class ConcreteLayer(nn.Module):
         0.1
     """
 
+    __prepare_scriptable__ = refuse_script
+
     def __init__(
         self,
         layer: nn.Module,
@@ -147,6 +151,7 @@ class ConcreteLayer(nn.Module):
         self.regularisers = _checked_factors(regularisers)
         self.layer, self.dropout = layer, dropout
 
+    @leaf
     def forward(self, input: Tensor) -> Tensor:
         return self.layer(self.dropout(input))
 

@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from ..kernels.law import inverted
 from . import _noise
 from ._rate import DEFAULT_P, Rate, Rated, check_input, law_for, read_rate
+from ._symbolic import holds_proxy, leaf, recorded
 from .attention import LawOf, check_some, keeps_all, kept_of
 from .bernoulli import Axes, mask_shape
 
@@ -105,6 +107,8 @@ def drop_key(
         >>> torch.allclose(attention.sum(-1), torch.ones(2, 4, 3))
         True
     """
+    if isinstance(input, Proxy):
+        return recorded(drop_key, locals())
     k, _ = read_rate(p, keep_prob)
     check_some(k, "drop_key", "key")
     if not _noise.is_on(training):
@@ -213,6 +217,8 @@ def drop_key_mask(
         >>> torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).isfinite().all()
         tensor(True)
     """
+    if holds_proxy(query, key, attn_mask):
+        return recorded(drop_key_mask, locals())
     keep, _ = read_rate(p, keep_prob)
     check_some(keep, "drop_key", "key")
     mask = _attention_mask(query, key, attn_mask, is_causal)
@@ -264,6 +270,7 @@ class DropKey(Rated):
     def _check_rate(self, keep_prob: Rate) -> None:
         check_some(keep_prob, "drop_key", "key")
 
+    @leaf
     def forward(self, input: Tensor) -> Tensor:
         if not _noise.is_on(self.training):
             return input

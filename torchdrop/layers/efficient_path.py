@@ -13,11 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from ..kernels.law import inverted
 from ..kernels.masking import COMPUTE_DTYPE
-from . import _noise
+from . import _noise, _plain
+from ._exported import warn_stays_on
 from ._rate import DEFAULT_P, Rate, Rated, law_for, read_rate, realised
+from ._symbolic import leaf, recorded
 from .path import LawOf, row_shape
 
 Branch = Callable[[Tensor], Tensor]
@@ -78,10 +81,12 @@ def _add_branch(
         kept = _noise.keep_mask(input, law_of(rows[:1]), rows[:1], generator).reshape(rows)
         residual = _residual(branch, input)
         return _weighted_sum(input, torch.where(kept, residual, 0.0), 1.0 / realised(keep_prob))
+    rows = tuple(_plain.numbered(rows))
     count = min(rows[0], max(1, round(rows[0] * keep_prob)))  # type: ignore[arg-type]
     chosen = subset(_noise.words(input, rows[:1], generator), count)
     if count == rows[0]:
         return input + _residual(branch, input)
+    warn_stays_on()
     part = input.index_select(0, chosen)
     total = _weighted_sum(part, _residual(branch, part), rows[0] / count)
     return input.to(total.dtype).index_put((chosen,), total)
@@ -138,6 +143,8 @@ def efficient_stochastic_depth(
         >>> seen, y[:, 0].sort().values.tolist()
         ([4], [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 3.5, 3.5, 3.5, 3.5])
     """
+    if isinstance(input, Proxy):
+        return recorded(efficient_stochastic_depth, locals())
     k, _ = read_rate(p, keep_prob)
     check_counting(k, "efficient stochastic depth")
     return _add_branch(input, branch, k, lambda shape: law_for(k, inverted, shape), training, generator)
@@ -175,6 +182,7 @@ class EfficientStochasticDepth(Rated):
     def _check_rate(self, keep_prob: Rate) -> None:
         check_counting(keep_prob, "efficient stochastic depth")
 
+    @leaf
     def forward(self, input: Tensor, branch: Branch) -> Tensor:
         return _add_branch(input, branch, self._keep_prob, self._law_for, self.training, self.generator)
 

@@ -22,7 +22,9 @@ from torch.nn.utils import parametrize
 from ..kernels.law import ONE, Law, inverted
 from ..kernels.masking import COMPUTE_DTYPE
 from . import _noise
+from ._plain import refuse_script
 from ._rate import DEFAULT_P, Rated, RateOfChild, check_input, law_for, read_rate
+from ._symbolic import holds_proxy, leaf, recorded
 
 _transformed = torch._C._are_functorch_transforms_active
 
@@ -133,6 +135,8 @@ def embedding_dropout(
         >>> y[0, 0].equal(y[0, 2]) and y[0, 0].equal(y[1, 1]), y[1, 2].tolist()
         (True, [1.0, 1.0, 1.0, 1.0])
     """
+    if holds_proxy(input, weight):
+        return recorded(embedding_dropout, locals())
     k, _ = read_rate(p, keep_prob)
     _check_batch_dim(batch_dim)
     vectors = F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
@@ -195,6 +199,8 @@ class EmbeddingDropout(RateOfChild, nn.Embedding):
         >>> layer(words).shape, list(layer.state_dict()), layer.keep_prob
         (torch.Size([3, 5, 8]), ['weight'], 0.9)
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,
@@ -289,5 +295,6 @@ class EmbeddingDropout(RateOfChild, nn.Embedding):
         made.weight = embedding.weight
         return made.train(embedding.training)
 
+    @leaf
     def forward(self, input: Tensor) -> Tensor:
         return self.dropout(super().forward(input), input, self.weight.shape[0], self.padding_idx)

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from ..kernels import operators
 from ..kernels.law import gaussian
 from ._rate import DEFAULT_P, Rate, Rated, apply, check_input, law_for, read_rate, turned_on
+from ._symbolic import leaf, recorded
 
 
 def _check_positive(keep_prob: Rate) -> None:
@@ -64,6 +66,8 @@ def gaussian_dropout(
         >>> abs(y.mean() - 1) < 0.01, abs(y.var() - 0.25) < 0.01
         (tensor(True), tensor(True))
     """
+    if isinstance(input, Proxy):
+        return recorded(gaussian_dropout, locals())
     k, _ = read_rate(p, keep_prob)
     _check_positive(k)
     if not (training or turned_on()):
@@ -97,6 +101,7 @@ class GaussianDropout(Rated):
     def _check_rate(self, keep_prob: Rate) -> None:
         _check_positive(keep_prob)
 
+    @leaf
     def forward(self, input: Tensor) -> Tensor:
         if not (self.training or turned_on()):
             return input

@@ -19,52 +19,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
-from ..kernels import noise, operators
-from ..kernels.law import ONE, inverted
+from ..kernels import operators
+from ..kernels.law import inverted
 from ..kernels.masking import COMPUTE_DTYPE, trailing
 from . import _noise
+from ._edges import check_edges, draws_of_pairs
 from ._rate import DEFAULT_P, Rated, apply, check_input, law_for, read_rate
+from ._symbolic import holds_proxy, leaf, recorded
 from .attention import LawOf, keeps_all
 
 _is_compiling = torch.compiler.is_compiling
 _transformed = torch._C._are_functorch_transforms_active
-
-
-def _check_edges(edge_index: Any, edge_weight: Any, num_nodes: int | None) -> None:
-    if not isinstance(edge_index, Tensor):
-        raise TypeError(f"edge_index must be a tensor of shape (2, edges), got {type(edge_index).__name__}")
-    if edge_index.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"edge_index must hold integers, int64 or int32, got {edge_index.dtype}")
-    if edge_index.dim() != 2 or edge_index.shape[0] != 2:
-        raise ValueError(f"edge_index must have the shape (2, edges), got {tuple(edge_index.shape)}")
-    if edge_weight is not None:
-        if not isinstance(edge_weight, Tensor):
-            raise TypeError(
-                f"edge_weight must be a tensor or None, got {type(edge_weight).__name__}: the rate comes after it"
-            )
-        check_input(edge_weight, "drop_edge")
-        if edge_weight.dim() < 1 or edge_weight.shape[0] != edge_index.shape[1]:
-            raise ValueError(
-                f"edge_weight must have an entry for each of the {edge_index.shape[1]} edges, got "
-                f"{tuple(edge_weight.shape)}"
-            )
-    if not edge_index.is_cpu or _is_compiling() or _transformed() or not edge_index.numel():
-        return
-    low, high = (int(end) for end in edge_index.aminmax())
-    if low < 0 or high >= (ONE if num_nodes is None else num_nodes):
-        most, wrong = "2**32" if num_nodes is None else f"num_nodes={num_nodes}", low if low < 0 else high
-        raise ValueError(f"edge_index must hold numbers of nodes, from 0 and below {most}, got {wrong}")
-
-
-def _draws_of_pairs(edge_index: Tensor, generator: torch.Generator | None) -> Tensor:
-    """An integer in [0, 2**32) for each edge, the same for (i, j) and (j, i): 128 bits are drawn and are the key, in
-    which each pair has a stream of its own."""
-    high, low, top, bottom = _noise.words(edge_index, (4,), generator).unbind(-1)
-    source, target = edge_index.to(torch.int64).unbind(0)
-    pair = torch.minimum(source, target) << 32 ^ torch.maximum(source, target)
-    stream = (top << 32 | bottom) ^ pair
-    return noise.draws(torch.stack([(high << 32 | low).expand_as(stream), stream], -1), ())
 
 
 def _drop_edges(
@@ -78,13 +45,13 @@ def _drop_edges(
     generator: torch.Generator | None,
 ) -> tuple[Tensor | None, Tensor]:
     """Which edges are kept (None for all), and the weights of all edges, 0 where they are dropped."""
-    _check_edges(edge_index, edge_weight, num_nodes)
+    check_edges(edge_index, edge_weight, num_nodes)
     shape = (edge_index.shape[1],)
     weight = torch.ones(shape, device=edge_index.device) if edge_weight is None else edge_weight
     if not _noise.is_on(training) or (keeps_all(law := law_of(shape)) and _transformed()):
         return None, weight
     if undirected:
-        kept = _draws_of_pairs(edge_index, generator) < trailing(law, edge_index.device)[0]
+        kept = draws_of_pairs(edge_index, generator) < trailing(law, edge_index.device)[0]
     else:
         kept = _noise.keep_mask(edge_index, law, shape, generator)
     if keeps_all(law):
@@ -133,6 +100,8 @@ def drop_edge_weight(
         >>> set(weight.tolist()) <= {0.0, 2.0}, weight[0] == weight[1], weight[2] == weight[3]
         (True, tensor(True), tensor(True))
     """
+    if holds_proxy(edge_index, edge_weight):
+        return recorded(drop_edge_weight, locals())
     k, _ = read_rate(p, keep_prob)
     law_of = partial(law_for, k, inverted)
     return _drop_edges(edge_index, edge_weight, num_nodes, training, law_of, undirected, keep_self_loops, generator)[1]
@@ -188,6 +157,8 @@ def drop_edge(
         >>> fewer[:, -1], weight[-1]
         (tensor([2, 2]), tensor(1.))
     """
+    if holds_proxy(edge_index, edge_weight):
+        return recorded(drop_edge, locals())
     k, _ = read_rate(p, keep_prob)
     law_of = partial(law_for, k, inverted)
     return _without(
@@ -238,6 +209,7 @@ class DropEdge(Rated):
             self.generator,
         )  # fmt: skip
 
+    @leaf
     def forward(self, edge_index: Tensor, edge_weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return _without(edge_index, *self._drop(edge_index, edge_weight))
 
@@ -305,6 +277,8 @@ def drop_node(
         >>> torch.equal(y, y[:, :1].expand(9, 4))
         True
     """
+    if isinstance(input, Proxy):
+        return recorded(drop_node, locals())
     k, _ = read_rate(p, keep_prob)
     return _drop_features("drop_node", input, training, partial(law_for, k, inverted), inplace, generator)
 
@@ -326,6 +300,7 @@ class DropNode(Rated):
         True
     """
 
+    @leaf
     def forward(self, input: Tensor) -> Tensor:
         return _drop_features("drop_node", input, self.training, self._law_for, self.inplace, self.generator)
 
@@ -370,6 +345,8 @@ def drop_message(
         >>> torch.zeros(3, 4).index_add(0, target, drop_message(x[source], 0.5)).shape
         torch.Size([3, 4])
     """
+    if isinstance(input, Proxy):
+        return recorded(drop_message, locals())
     k, _ = read_rate(p, keep_prob)
     return _drop_features("drop_message", input, training, partial(law_for, k, inverted), inplace, generator)
 
@@ -395,5 +372,6 @@ class DropMessage(Rated):
         tensor([0., 2.])
     """
 
+    @leaf
     def forward(self, input: Tensor) -> Tensor:
         return _drop_features("drop_message", input, self.training, self._law_for, self.inplace, self.generator)

@@ -9,14 +9,17 @@ without scaling: what is trained are stacks of every depth, so that layers can b
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
-from . import _noise
+from . import _noise, _plain
 from ._rate import DEFAULT_P, Rate, Rated
+from ._symbolic import is_tracing, recorded
 from .attention import keeps_all
 
 _is_compiling = torch.compiler.is_compiling
@@ -57,6 +60,31 @@ class _Selected:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.layer, name)
+
+
+class _Traced:
+    """A layer in a symbolic trace, whose output is taken where a run of the graph keeps it."""
+
+    def __init__(self, layer: nn.Module, stack: LayerDrop, at: int, drawn: list[Any]) -> None:
+        self.layer, self.stack, self.at, self.drawn = layer, stack, at, drawn
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not args or not isinstance(args[0], Proxy):
+            return self.layer(*args, **kwargs)
+        input: Any = args[0]
+        output = self.layer(*args, **kwargs)
+        if not self.drawn:
+            self.drawn.append(recorded(kept_layers, {"stack": self.stack}, input.tracer))
+        return torch.where(self.drawn[0][self.at].to(input.device), output, input)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.layer, name)
+
+
+def kept_layers(stack: LayerDrop) -> Tensor:
+    """Which layers of a stack stay in this call: bools, all True in eval mode."""
+    drawn = stack._draw()
+    return torch.ones(len(stack), dtype=torch.bool, device="cpu") if drawn is None else drawn
 
 
 class LayerDrop(Rated, nn.ModuleList):
@@ -133,15 +161,25 @@ class LayerDrop(Rated, nn.ModuleList):
         if layers is not None:
             self.extend(layers)
 
+    def _draw(self) -> Tensor | None:
+        """Which layers stay; None where all do."""
+        shape = (len(self),)
+        if not _noise.is_on(self.training) or (keeps_all(law := self._law_for(shape)) and _transformed()):
+            return None
+        return _noise.keep_mask(torch.empty(0, device="cpu"), law, shape, self.generator)
+
     def __iter__(self) -> Iterator[Any]:
         layers = list(self._modules.values())
-        if not _noise.is_on(self.training):
+        if is_tracing():
+            return iter(self._for_a_trace(layers))
+        if self.training and not self.keep_graph and _plain.is_wanted(_is_compiling()):
+            raise RuntimeError(
+                "a graph has one path through the layers, and LayerDrop takes another in each call: use "
+                "keep_graph=True, or put the model in eval mode"
+            )
+        kept = self._draw()
+        if kept is None:
             return iter(layers)
-        shape = (len(layers),)
-        law = self._law_for(shape)
-        if keeps_all(law) and _transformed():
-            return iter(layers)
-        kept = _noise.keep_mask(torch.empty(0, device="cpu"), law, shape, self.generator)
         if self.keep_graph:
             return iter([_Selected(layer, kept[i]) for i, layer in enumerate(layers)])
         if not _is_compiling() and torch._C._functorch.is_batchedtensor(kept):
@@ -150,6 +188,20 @@ class LayerDrop(Rated, nn.ModuleList):
                 'randomness="same"'
             )
         return iter([layer for layer, stays in zip(layers, kept.tolist(), strict=True) if stays])
+
+    def _for_a_trace(self, layers: list[Any]) -> list[Any]:
+        if self.keep_graph:
+            drawn: list[Any] = []
+            return [_Traced(layer, self, at, drawn) for at, layer in enumerate(layers)]
+        remedy = "torch.fx traces one path through the layers, and LayerDrop takes another in each call"
+        if self.training:
+            raise RuntimeError(f"{remedy}: use keep_graph=True, or trace it in eval mode")
+        warnings.warn(
+            f"{remedy}: the graph runs all of them, also in train mode; with keep_graph=True it drops them as here",
+            UserWarning,
+            stacklevel=2,
+        )
+        return layers
 
     @overload
     def __getitem__(self, idx: slice) -> LayerDrop: ...

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from ..kernels.masking import COMPUTE_DTYPE
 from ..random import check_generator
 from . import _noise
+from ._plain import refuse_script
 from ._rate import check_input
+from ._symbolic import holds_proxy, leaf, recorded
 from .efficient_path import subset
 
 
@@ -166,6 +168,8 @@ def masksembles(input: Tensor, masks: Tensor, dim: int = 1) -> Tensor:
                 [0., 1., 2.],
                 [0., 1., 2.]])
     """
+    if holds_proxy(input, masks):
+        return recorded(masksembles, locals())
     check_input(input, "masksembles")
     _check_dim(dim)
     if not isinstance(masks, Tensor) or masks.dtype != torch.bool:
@@ -222,6 +226,8 @@ class Masksembles(nn.Module):
         (torch.Size([10, 16, 3, 3]), ['masks'])
     """
 
+    __prepare_scriptable__ = refuse_script
+
     masks: Tensor
 
     def __init__(
@@ -239,6 +245,7 @@ class Masksembles(nn.Module):
         self.register_buffer("masks", masks if default.type == "meta" else masks.to(default))
         self.channels, self.n, self.scale, self.dim = int(channels), int(n), float(scale), dim
 
+    @leaf
     def forward(self, input: Tensor) -> Tensor:
         return masksembles(input, self.masks, self.dim)
 

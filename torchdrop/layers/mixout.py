@@ -25,6 +25,7 @@ from ..kernels.masking import COMPUTE_DTYPE
 from . import _noise
 from ._parametrize import Layers, Names, OfWeight, register, remove
 from ._rate import DEFAULT_P, apply, check_input, law_for, read_rate
+from ._symbolic import holds_proxy, recorded
 from .bernoulli import Axes, mask_shape
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -99,6 +100,8 @@ def mixout(
         >>> mixout(x, u, 0.5).unique()
         tensor([1., 5.])
     """
+    if holds_proxy(input, target):
+        return recorded(mixout, locals())
     k, _ = read_rate(p, keep_prob)
     if not _noise.is_on(training):
         return input

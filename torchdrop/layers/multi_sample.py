@@ -16,8 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
+from ._plain import refuse_script
 from ._rate import DEFAULT_P, RateOfChild, check_input, read_rate
+from ._symbolic import leaf, recorded
 from .bernoulli import Dropout, dropout
 
 SAMPLES = 8
@@ -109,6 +112,8 @@ def multi_sample_dropout(
         >>> torchdrop.functional.multi_sample_dropout(torch.randn(5, 16), head, 0.3, samples=4).shape
         torch.Size([5, 3])
     """
+    if isinstance(input, Proxy):
+        return recorded(multi_sample_dropout, locals())
     return _under_masks(input, head, p, training, samples, keep_prob, generator).mean(0)
 
 
@@ -152,6 +157,8 @@ def multi_sample_loss(
         >>> loss.shape, head.weight.grad.shape
         (torch.Size([]), torch.Size([3, 16]))
     """
+    if isinstance(input, Proxy):
+        return recorded(multi_sample_loss, locals())
     return _mean_loss(_under_masks(input, head, p, training, samples, keep_prob, generator), loss)
 
 
@@ -206,6 +213,8 @@ class MultiSampleDropout(RateOfChild, nn.Module):
         (torch.Size([]), True, ['head.weight', 'head.bias'])
     """
 
+    __prepare_scriptable__ = refuse_script
+
     def __init__(
         self,
         head: nn.Module,
@@ -223,6 +232,7 @@ class MultiSampleDropout(RateOfChild, nn.Module):
         self.head = head
         self.samples = samples
 
+    @leaf
     def forward(self, input: Tensor) -> Tensor:
         return _outputs(input, self.head, self.samples, self.training, self.dropout).mean(0)
 

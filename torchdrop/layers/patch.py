@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from . import _noise
+from ._exported import warn_stays_on
 from ._rate import DEFAULT_P, Rate, Rated, check_input, read_rate
+from ._symbolic import leaf, recorded
 from .efficient_path import check_counting, subset
 
 NAME = "patch dropout"
@@ -48,6 +51,7 @@ def _kept(input: Tensor, num_prefix_tokens: int, keep_prob: Rate, generator: tor
     """The kept tokens' numbers, (B, num_prefix_tokens + n), in order; None where all are kept."""
     samples, patches = input.shape[0], input.shape[1] - num_prefix_tokens
     count = _number_kept(patches, keep_prob)  # type: ignore[arg-type]
+    warn_stays_on()
     chosen = subset(_noise.words(input, (samples, patches), generator), count)
     if count == patches:
         return None
@@ -95,6 +99,8 @@ def patch_dropout_indices(
         >>> [t.gather(1, kept.unsqueeze(-1).expand(-1, -1, t.shape[-1])).shape for t in (tokens, positions)]
         [torch.Size([2, 3, 4]), torch.Size([2, 3, 3])]
     """
+    if isinstance(input, Proxy):
+        return recorded(patch_dropout_indices, locals())
     k, _ = read_rate(p, keep_prob)
     check_counting(k, NAME)
     _check_prefix(num_prefix_tokens)
@@ -149,6 +155,8 @@ def patch_dropout(
         >>> y.shape, y[0, 0].item(), bool((y.diff(dim=1) > 0).all())
         (torch.Size([1, 5, 1]), 0.0, True)
     """
+    if isinstance(input, Proxy):
+        return recorded(patch_dropout, locals())
     k, _ = read_rate(p, keep_prob)
     check_counting(k, NAME)
     return _drop_tokens(input, num_prefix_tokens, k, training, generator)
@@ -209,6 +217,7 @@ class PatchDropout(Rated):
     def _check_rate(self, keep_prob: Rate) -> None:
         check_counting(keep_prob, NAME)
 
+    @leaf
     def forward(self, input: Tensor) -> Tensor:
         return _drop_tokens(input, self.num_prefix_tokens, self._keep_prob, self.training, self.generator)
 

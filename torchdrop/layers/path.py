@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from ..kernels import operators
 from ..kernels.law import Law, inverted
 from . import _noise
 from ._rate import DEFAULT_P, Default, Rate, Rated, apply, check_input, law_for, read_rate
+from ._symbolic import leaf, recorded
 from .bernoulli import formula_of
 
 NO_DROP = Default.NO_DROP
@@ -129,6 +131,8 @@ def drop_path(
         >>> torch.equal(y, y[:, :1, :1].expand_as(y)), sorted(y.unique().tolist())
         (True, [0.0, 1.25])
     """
+    if isinstance(x, Proxy):
+        return recorded(drop_path, locals())
     k, _ = read_rate(_given("drop_prob", drop_prob, keep_prob), keep_prob)
     formula = formula_of(scale_by_keep)
     return _drop("drop_path", x, "row", lambda shape: law_for(k, formula, shape), training, generator)
@@ -175,6 +179,8 @@ def stochastic_depth(
         >>> torchdrop.functional.stochastic_depth(x, 0.2, "batch").unique().tolist()
         [1.25]
     """
+    if isinstance(input, Proxy):
+        return recorded(stochastic_depth, locals())
     k, _ = read_rate(_given("p", p, keep_prob), keep_prob)
     _check_mode(mode)
     return _drop("stochastic_depth", input, mode, lambda shape: law_for(k, inverted, shape), training, generator)
@@ -240,6 +246,7 @@ class DropPath(Rated):
         self._formula = formula_of(value)
         self._hold(self._keep_prob, self._p)
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         return _drop("drop_path", x, "row", self._law_for, self.training, self.generator)
 
@@ -288,6 +295,7 @@ class StochasticDepth(Rated):
         _check_mode(mode)
         self.mode = mode
 
+    @leaf
     def forward(self, input: Tensor) -> Tensor:
         _check_mode(self.mode)
         return _drop("stochastic_depth", input, self.mode, self._law_for, self.training, self.generator)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.law import ONE, Law
+from ..kernels.masking import trailing
 from ._cells import Noise
 from ._noise import is_on, keep_mask
 from ._rate import Rated
@@ -51,7 +52,8 @@ class RecurrentDropoutSteps(Rated):
         kept = keep_mask(like, law, drawn, self.generator).expand(batch, steps, units)
         if isinstance(law, Law):
             return None if every else kept, law.scale
-        scale = law[..., 1].to(like.device)
+        scale: Any = trailing(law, like.device)[1]
+        scale = scale.to(like.device)
         return kept, scale if scale.dim() == 0 else scale.expand(batch, steps, units)
 
     def extra_repr(self) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from ..kernels import fused
 from ..kernels.law import Law, inverted, law
@@ -22,6 +23,7 @@ from ..kernels.masking import SERVED
 from ._fused import Fused, dropped, unchanged
 from ._rate import DEFAULT_P, check_input, law_for, read_rate, turned_on
 from ._short import short_add
+from ._symbolic import called, holds_proxy, recorded
 
 _is_compiling = torch.compiler.is_compiling
 
@@ -131,6 +133,8 @@ def dropout_add(
         >>> torchdrop.functional.dropout_add(x, residual, keep_prob=0.8).unique()
         tensor([3.0000, 4.2500])
     """
+    if isinstance(input, Proxy) or isinstance(residual, Proxy):
+        return recorded(dropout_add, locals())
     k, _ = read_rate(p, keep_prob)
     if training and generator is None and not isinstance(k, Tensor) and not _is_compiling():
         out = short_add(input, None, residual, law(k))
@@ -184,6 +188,8 @@ def bias_dropout_add(
         >>> torchdrop.functional.bias_dropout_add(x, bias, residual, 0.5).unique()
         tensor([0., 4.])
     """
+    if isinstance(input, Proxy) or isinstance(bias, Proxy) or isinstance(residual, Proxy):
+        return recorded(bias_dropout_add, locals())
     k, _ = read_rate(p, keep_prob)
     if training and generator is None and not isinstance(k, Tensor) and not _is_compiling() and bias is not None:
         out = short_add(input, bias, residual, law(k))
@@ -226,6 +232,8 @@ class DropoutAdd(Fused):
             out = short_add(input, None, residual, short_law)
             if out is not None:
                 return out
+        if holds_proxy(input, residual):
+            return called(DropoutAdd, self, input, residual)
         input, _, residual = _checked("dropout_add", input, None, residual, False)
         if not self._on:
             return fused.composed_add(input, None, residual, unchanged)
@@ -266,6 +274,8 @@ class BiasDropoutAdd(Fused):
             out = short_add(input, bias, residual, short_law)
             if out is not None:
                 return out
+        if holds_proxy(input, bias, residual):
+            return called(BiasDropoutAdd, self, input, bias, residual)
         input, bias_, residual = _checked("bias_dropout_add", input, bias, residual, True)
         if not self._on:
             return fused.composed_add(input, bias_, residual, unchanged)

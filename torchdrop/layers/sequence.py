@@ -14,13 +14,16 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
 from ..kernels import operators
 from ..kernels.law import ONE, Law, inverted
+from ..kernels.masking import trailing
 from ._cells import select
 from ._noise import is_on, keep_mask
 from ._rate import DEFAULT_P, Rated, apply, check_input, law_for, read_rate
+from ._symbolic import leaf, recorded
 
 _transformed = torch._C._are_functorch_transforms_active
 
@@ -70,7 +73,9 @@ def _drop(
     if order is None:
         order = torch.arange(shape[0], device=kept.device)
     rows = torch.cat([order[:size] for size in input.batch_sizes.tolist()])
-    scale = law.scale if isinstance(law, Law) else law[..., 1].to(kept.device).expand(shape)[rows]
+    scale: Any = trailing(law, kept.device)[1]
+    if isinstance(scale, Tensor):
+        scale = scale.to(kept.device).expand(shape)[rows]
     out = select(input.data, kept[rows], scale)
     return PackedSequence(out, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
 
@@ -121,6 +126,8 @@ def locked_dropout(
         >>> torch.equal(y, y[:1].expand_as(y)), torch.equal(y[:, 0], y[:, 1])
         (True, False)
     """
+    if isinstance(input, Proxy):
+        return recorded(locked_dropout, locals())
     k, _ = read_rate(p, keep_prob)
     shape = _mask_shape(input, batch_first)
     if not is_on(training):
@@ -175,6 +182,7 @@ class LockedDropout(Rated):
             raise TypeError(f"batch_first must be True or False, got {batch_first!r}")
         self.batch_first = batch_first
 
+    @leaf
     def forward(self, input: Sequences) -> Sequences:
         shape = _mask_shape(input, self.batch_first)
         if not is_on(self.training):

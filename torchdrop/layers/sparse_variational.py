@@ -18,10 +18,12 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from ..kernels.masking import COMPUTE_DTYPE
 from ..random import check_generator
 from ._rate import check_input
+from ._symbolic import recorded
 from ._variational import Variational, arguments_of, check_plain
 
 SIGMOID = (0.63576, 1.87320, 1.48695)
@@ -56,6 +58,8 @@ def sparse_variational_kl(log_alpha: Tensor) -> Tensor:
         >>> torchdrop.functional.sparse_variational_kl(torch.tensor([-2.0, 0.0, 3.0]))
         tensor([1.5405, 0.4312, 0.0254])
     """
+    if isinstance(log_alpha, Proxy):
+        return recorded(sparse_variational_kl, locals())
     check_input(log_alpha, "sparse_variational_kl")
     log_alpha = log_alpha.to(COMPUTE_DTYPE[log_alpha.dtype])
     k1, k2, k3 = SIGMOID

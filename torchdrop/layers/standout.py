@@ -18,12 +18,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
-from ..kernels.law import ONE
+from ..kernels.law import ONE, has_float64
 from ..kernels.masking import COMPUTE_DTYPE
 from ..random import check_generator
 from . import _noise
+from ._exported import warn_stays_on
+from ._plain import refuse_script
 from ._rate import check_input, read_rate
+from ._symbolic import leaf, recorded
 
 _transformed = torch._C._are_functorch_transforms_active
 
@@ -69,6 +73,8 @@ def standout(
         >>> torchdrop.functional.standout(x, pi)[::2]
         tensor([0., 1.])
     """
+    if isinstance(input, Proxy):
+        return recorded(standout, locals())
     if keep_prob is None:
         raise TypeError("keep_prob must be a number or a tensor, got NoneType")
     checked, _ = read_rate(None, keep_prob.detach() if isinstance(keep_prob, Tensor) else keep_prob)
@@ -76,7 +82,8 @@ def standout(
     if isinstance(keep_prob, Tensor):
         pi = keep_prob
     else:
-        pi = torch.full((), float(checked), dtype=torch.float64, device=input.device)
+        where = input.device if has_float64(input.device) else "cpu"
+        pi = torch.full((), float(checked), dtype=torch.float64, device=where)
     return _thinned(input, pi, _noise.is_on(training), generator)
 
 
@@ -90,14 +97,18 @@ def _thinned(input: Tensor, pi: Tensor, on: bool, generator: torch.Generator | N
     if not on:
         dtype = COMPUTE_DTYPE[input.dtype]
         return (input.to(dtype) * pi.to(dtype)).to(input.dtype)
-    dropped = _noise.words(input, input.shape, generator) >= _thresholds(pi.detach())  # not so where pi is NaN
+    warn_stays_on()
+    dropped = _noise.words(input, input.shape, generator) >= _thresholds(
+        pi.detach(), input.device
+    )  # not so where pi is NaN
     return torch.where(_laid_out(dropped, input), 0.0, input)
 
 
-def _thresholds(pi: Tensor) -> Tensor:
+def _thresholds(pi: Tensor, device: torch.device) -> Tensor:
     """The thresholds that laws have, at a fifth of the cost of a law for each element."""
-    k = pi.to(torch.float64)
-    return torch.clamp((k * ONE).round(), (k > 0).to(k.dtype), ONE - (k < 1).to(k.dtype))
+    k = pi.to(torch.float64 if has_float64(pi.device) else torch.float32)
+    found = torch.clamp((k * ONE).round(), (k > 0).to(k.dtype), ONE - (k < 1).to(k.dtype))
+    return found if has_float64(device) else found.nan_to_num(ONE).to(torch.int64)
 
 
 def _laid_out(mask: Tensor, input: Tensor) -> Tensor:
@@ -149,6 +160,8 @@ class Standout(nn.Module):
         True
     """
 
+    __prepare_scriptable__ = refuse_script
+
     def __init__(
         self,
         layer: nn.Module,
@@ -172,6 +185,7 @@ class Standout(nn.Module):
         self.layer, self.alpha, self.beta, self.activation = layer, float(alpha), float(beta), activation
         self.generator = generator
 
+    @leaf
     def forward(self, input: Tensor) -> Tensor:
         a = self.layer(input)
         if not isinstance(a, Tensor):

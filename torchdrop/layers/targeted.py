@@ -16,12 +16,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.utils import parametrize
 
 from ..kernels.law import Law, original
 from . import _noise
 from ._parametrize import Layers, Names, OfWeight, register, remove
 from ._rate import DEFAULT_P, Rate, check_input, law_for, read_rate
+from ._symbolic import recorded
 from ._targets import Choice
 
 _is_compiling = torch.compiler.is_compiling
@@ -133,6 +135,8 @@ def targeted_dropout(
         tensor([[ 0.0000,  0.0000,  0.0000,  0.0000],
                 [ 5.0000, -0.6000,  7.0000,  0.8000]])
     """
+    if isinstance(weight, Proxy):
+        return recorded(targeted_dropout, locals())
     k, _ = read_rate(p, keep_prob)
     fraction = _check_fraction(target_fraction)
     _check_form(units, dim, pruned)

@@ -17,10 +17,12 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from ..kernels.masking import COMPUTE_DTYPE
 from ..random import check_generator
 from ._rate import check_input, read_rate
+from ._symbolic import recorded
 from ._variational import Variational, arguments_of, check_plain
 
 CUBIC = (1.16145124, -1.50204118, 0.58629921)
@@ -58,6 +60,8 @@ def variational_kl(log_alpha: Tensor) -> Tensor:
         >>> torchdrop.functional.variational_kl(torch.tensor([-2.0, -1.0]))
         tensor([1.5046, 0.8826])
     """
+    if isinstance(log_alpha, Proxy):
+        return recorded(variational_kl, locals())
     check_input(log_alpha, "variational_kl")
     log_alpha = log_alpha.to(COMPUTE_DTYPE[log_alpha.dtype])
     alpha = log_alpha.exp()

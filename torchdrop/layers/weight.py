@@ -15,12 +15,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from ..kernels import operators
 from ..kernels.law import inverted
 from . import _noise
 from ._parametrize import Layers, Names, OfWeight, register, remove
 from ._rate import DEFAULT_P, apply, check_input, law_for, read_rate
+from ._symbolic import recorded
 from .bernoulli import Axes, mask_shape
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -69,6 +71,8 @@ def weight_dropout(
         >>> 0.3 < (layer.weight.grad == 0).float().mean() < 0.7
         tensor(True)
     """
+    if isinstance(weight, Proxy):
+        return recorded(weight_dropout, locals())
     k, _ = read_rate(p, keep_prob)
     if not _noise.is_on(training):
         return weight

@@ -20,6 +20,7 @@ from ..kernels import operators
 from ..kernels.law import ONE, Law
 from . import _noise
 from ._rate import DEFAULT_P, Rated, apply, check_input, law_for, read_rate
+from ._symbolic import holds_proxy, leaf, recorded
 from .bernoulli import formula_of
 
 _transformed = torch._C._are_functorch_transforms_active
@@ -178,6 +179,8 @@ def word_dropout(
         tensor([[1, 3, 3, 3, 2],
                 [1, 3, 3, 2, 0]])
     """
+    if holds_proxy(input, protected):
+        return recorded(word_dropout, locals())
     k, _ = read_rate(p, keep_prob)
     special = _check_ids(unk_id, special_ids, inverted)
     if not _noise.is_on(training):
@@ -234,6 +237,7 @@ class WordDropout(Rated):
         self.unk_id = unk_id
         self.inverted = inverted
 
+    @leaf
     def forward(self, input: Tensor, protected: Tensor | None = None) -> Tensor:
         if not _noise.is_on(self.training):
             return input

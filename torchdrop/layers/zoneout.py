@@ -19,14 +19,16 @@ from torch import Tensor
 from ..kernels.law import ONE, Law, inverted
 from ..kernels.masking import COMPUTE_DTYPE
 from ._cells import Update, updated
+from ._exported import or_eval
 from ._noise import is_on, keep_mask
-from ._rate import DEFAULT_P, Rated, check_input, law_for, read_rate
+from ._rate import DEFAULT_P, Rate, Rated, check_input, law_for, read_rate, realised
+from ._symbolic import holds_proxy, leaf, recorded
 
 _transformed = torch._C._are_functorch_transforms_active
 
 
 def _update(
-    like: Tensor, law: Law | Tensor, shape: Sequence[int], on: bool, generator: torch.Generator | None
+    like: Tensor, keep_prob: Rate, law: Law | Tensor, shape: Sequence[int], on: bool, generator: torch.Generator | None
 ) -> Update:
     """What of a state is updated: a mask of this shape where the noise is on, else the mask's expectation."""
     if isinstance(law, Law):
@@ -36,8 +38,13 @@ def _update(
             return None if every else mask
         return None if every else law.threshold / ONE
     if on:
-        return keep_mask(like, law, shape, generator)
-    k = (law[..., 0] / ONE).to(like.device, COMPUTE_DTYPE[like.dtype])
+        mask = keep_mask(like, law, shape, generator)
+        return or_eval(mask, lambda: _expected(like, torch.as_tensor(realised(keep_prob)), shape))
+    return _expected(like, law[..., 0] / ONE, shape)
+
+
+def _expected(like: Tensor, k: Tensor, shape: Sequence[int]) -> Tensor:
+    k = k.to(like.device, COMPUTE_DTYPE[like.dtype])
     return k if k.dim() == 0 else k.expand(tuple(shape))
 
 
@@ -92,9 +99,11 @@ def zoneout(
         >>> zoneout(new, old, 0.25).unique(), zoneout(new, old, 0.25, training=False).unique()
         (tensor([0., 1.]), tensor([0.7500]))
     """
+    if holds_proxy(new, old):
+        return recorded(zoneout, locals())
     k, _ = read_rate(p, keep_prob)
     _check_states(new, old)
-    return updated(new, old, _update(new, law_for(k, inverted, new.shape), new.shape, is_on(training), generator))
+    return updated(new, old, _update(new, k, law_for(k, inverted, new.shape), new.shape, is_on(training), generator))
 
 
 class Zoneout(Rated):
@@ -121,10 +130,13 @@ class Zoneout(Rated):
     def __init__(self, p: Any = DEFAULT_P, *, keep_prob: Any = None, generator: torch.Generator | None = None) -> None:
         super().__init__(p, keep_prob=keep_prob, generator=generator)
 
+    @leaf
     def forward(self, new: Tensor, old: Tensor) -> Tensor:
         _check_states(new, old)
         return updated(
-            new, old, _update(new, self._law_for(new.shape), new.shape, is_on(self.training), self.generator)
+            new,
+            old,
+            _update(new, self._keep_prob, self._law_for(new.shape), new.shape, is_on(self.training), self.generator),
         )
 
     def extra_repr(self) -> str:
@@ -135,7 +147,7 @@ class ZoneoutSteps(Rated):
     """The rate of zoneout in a recurrent layer, which draws for all of its time steps at once."""
 
     def forward(self, like: Tensor, shape: Sequence[int]) -> Update:
-        return _update(like, self._law_for(shape), shape, is_on(self.training), self.generator)
+        return _update(like, self._keep_prob, self._law_for(shape), shape, is_on(self.training), self.generator)
 
     def extra_repr(self) -> str:
         return super().extra_repr().partition(", inplace")[0]
