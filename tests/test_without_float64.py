@@ -11,11 +11,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from torchdrop.kernels import aten
 from torchdrop.kernels import law as laws
 from torchdrop.kernels.law import ONE, alpha, inverted, law, law_tensor
 from torchdrop.kernels.masking import trailing
 from torchdrop.layers import _plain
 from torchdrop.layers.standout import _thresholds
+from torchdrop.monte_carlo import masks
 
 from .family import VARIANTS, built, gradients, inputs
 
@@ -72,6 +74,16 @@ def test_laws_of_rates_there_are_computed_on_the_host(formula: Any, shape: tuple
     assert isinstance(threshold, Tensor)
     assert (threshold.device, threshold.dtype) == (DEVICE, torch.int64)
     assert all(isinstance(t, Tensor) and (t.device, t.dtype) == (DEVICE, torch.float32) for t in others)
+
+
+def test_normal_variates_are_computed_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    key, words = torch.tensor([1, 2]), torch.arange(0, 2**32, 2**28)
+    exact = aten.standard_normal((50,), key), masks._normal(words)
+    monkeypatch.setattr(laws, "_WITHOUT_FLOAT64", {"cpu"})
+    found = aten.standard_normal((50,), key), masks._normal(words)
+    for ours, wide in zip(found, exact, strict=True):
+        assert ours.dtype == torch.float32
+        assert torch.equal(ours, wide.to(torch.float32))
 
 
 def test_thresholds_of_learned_rates_are_those_of_laws() -> None:

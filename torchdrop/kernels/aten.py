@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .law import Law
+from .law import Law, has_float64
 from .masking import COMPUTE_DTYPE, WHOLE, Part, apply_mask
 from .reference import NORMAL_PLANE, SECOND_PLANE
 
@@ -183,7 +183,9 @@ def masked(
 def standard_normal(shape: Sequence[int], key: Tensor, part: Part = WHOLE) -> Tensor:
     def row(start: int, n: int) -> Tensor:
         words = _words(start // 4 + NORMAL_PLANE, -(-(start + n) // 4) + NORMAL_PLANE, key)
-        wide = words.to(torch.int64).bitwise_and_(_WORD)
-        return reference.normals(wide)[..., start % 4 : start % 4 + n]
+        exact = has_float64(key.device)
+        wide = (words if exact else words.cpu()).to(torch.int64).bitwise_and_(_WORD)
+        variates = reference.normals(wide)
+        return (variates if exact else variates.to(key.device, torch.float32))[..., start % 4 : start % 4 + n]
 
     return reference.of_part(row, shape, key, part)

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from ..layers import _noise, _rate
+from ..random import start
 from .draw import Draw
 from .inputs import Inputs
-from .masks import Pass, source_seed
+from .masks import Pass
 from .mode import Server, refuse_backward
 from .redirect import Redirected, next_level
 from .report import Report
@@ -104,7 +105,7 @@ class Activation:
             return
         with GENERATORS:
             if not run.folded and not _transformed():
-                torch.manual_seed(source_seed(run.seed, "torch", int(run.samples)) % 2**32)
+                start(run.seed, f"torch {int(run.samples)}", torch.manual_seed)
             yield
 
     @contextmanager

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..kernels import noise, operators
-from ..kernels.law import ONE, Law
+from ..kernels.law import ONE, Law, has_float64
 from ..kernels.masking import trailing
 
 _transformed = torch._C._are_functorch_transforms_active
@@ -296,7 +296,9 @@ class Slot:
 
 
 def _normal(words: Tensor) -> Tensor:
-    return torch.special.ndtri((words.to(torch.float64) + 0.5) * 2.0**-32)
+    exact = has_float64(words.device)
+    z = torch.special.ndtri(((words if exact else words.cpu()).to(torch.float64) + 0.5) * 2.0**-32)
+    return z if exact else z.to(words.device, torch.float32)
 
 
 def _gaussian(x: Tensor, words: Tensor, law: Law | Tensor) -> Tensor:
