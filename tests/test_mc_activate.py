@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+import pickle
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -220,6 +223,30 @@ class TestNesting:
             first = model(x)
             assert equal(torchdrop.mc_predict(model, x, samples=4, seed=3).mean, mean)
             assert equal((first, model(x)), tuple(expected[:2]))
+
+
+class TestCopies:
+    def test_copies_made_in_a_context_are_in_none(self) -> None:
+        model, x = network(), data()
+        plain = model(x)
+        with torchdrop.mc_dropout(model, seed=0):
+            first = model(x)
+            copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+            for other in copies:
+                assert equal(other(x), plain)
+                assert equal(other.forward(x), plain)
+            second = model(x)
+        assert equal((first, second), tuple(passes(model, x, 2, seed=0)))
+        for other in copies:
+            assert all(map(equal, passes(other, x, seed=0), passes(model, x, seed=0)))
+
+    def test_a_signature_is_that_of_the_forward(self) -> None:
+        model = nn.LSTM(8, 4, 2, dropout=0.5)
+        expected = inspect.signature(model.forward)
+        with torchdrop.mc_dropout(model, seed=0):
+            assert inspect.signature(model.forward) == expected
+            assert inspect.getfullargspec(model.forward).args[-2:] == ["input", "hx"]
+            model(torch.randn(3, 2, 8))
 
 
 class TestThreads:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
 import types
@@ -64,9 +65,9 @@ class _Redirect:
             return self._redirected.handler(self._module, self._attribute, args, kwargs)
         return self.__wrapped__(*args, **kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copy = memo[id(self._module)]
-        return types.MethodType(getattr(type(copy), self._attribute), copy)
+    def __reduce__(self) -> Any:
+        """A copy of the module, or a pickled one, is in no context."""
+        return functools.partial, (getattr(type(self._module), self._attribute), self._module)
 
 
 def beneath(call: Any, level: int | None) -> Any:
