@@ -57,8 +57,8 @@ def run_tests(library: Path) -> int:
     native.library, _short._row, _short._fused = built, built.masked_row, built.fused
     _short._groups = built.grouped
     chosen = (
-        "native or reference or threads or half or philox or part_of or short or in_place or kernels_take "
-        "or stratified or fused or fuzzed or by_hand"
+        "(native or reference or threads or half or philox or part_of or short or in_place or kernels_take "
+        "or stratified or fused or fuzzed or by_hand) and not aten"
     )
     names = ("arguments", "bernoulli", "fused", "kernels", "mc_masks", "operators")
     tests = [str(ROOT / "tests" / f"test_{name}.py") for name in names]

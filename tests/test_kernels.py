@@ -310,12 +310,12 @@ def test_backends_are_listed_with_their_reasons() -> None:
 
 
 @pytest.mark.parametrize("size", [8 * aten.FEW - 3, 8 * aten.FEW + 9, 8 * aten.PIECE + 77])
-@pytest.mark.parametrize("k", [0.5, 0.9])
-def test_large_masks_of_pytorchs_operations_are_those_of_the_reference(size: int, k: float) -> None:
-    for key in (KEY, torch.stack([KEY, KEY.flip(-1), -KEY])):
-        for part in (WHOLE, Part(5), Part(2**40 + 3, size, size)):
-            found = aten.keep_mask((size,), key, law(k), part)
-            assert torch.equal(found, reference.keep_mask((size,), key, law(k), part))
+def test_large_masks_of_pytorchs_operations_are_those_of_the_reference(size: int) -> None:
+    parts = [WHOLE, Part(5)] if size < aten.PIECE else [Part(2**40 + 3, size, size)]
+    for key in (KEY, torch.stack([KEY, -KEY])):
+        for part in parts:
+            found = aten.keep_mask((size,), key, law(0.9), part)
+            assert torch.equal(found, reference.keep_mask((size,), key, law(0.9), part))
 
 
 def test_elements_whose_upper_bits_do_not_decide_are_decided_by_the_lower_ones() -> None:

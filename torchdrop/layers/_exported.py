@@ -2,7 +2,8 @@
 
 `move_exported_model_to_eval` and its like, of torch.ao and torchao, look for ``aten.dropout(x, p, True)`` in the graph
 and turn its flag. So there is such a call beside each law, of a one with p = 1, which draws nothing: 0 says that the
-program trains, and 1 that it does not.
+program trains, and 1 that it does not. (Compiled by aot_eager, by Inductor with fallback_random, and in decomposed
+programs, PyTorch takes a number from the generator for it, so that under one seed the masks are others than eager's.)
 """
 
 from __future__ import annotations

@@ -75,10 +75,13 @@ def own_generators(model: nn.Module) -> Iterator[None]:
             generator.set_state(state)
 
 
-def foreign_states() -> list[str]:
+def foreign_states() -> tuple[Any, ...]:
     """Of Python's and numpy's generators, for comparison."""
     numpy = sys.modules.get("numpy")
-    return [repr(state()) for state in (random.getstate, *([numpy.random.get_state] if numpy is not None else []))]
+    if numpy is None:
+        return (random.getstate(),)
+    kind, words, *rest = numpy.random.get_state()
+    return random.getstate(), kind, words.tobytes(), rest
 
 
 @contextmanager
