@@ -346,6 +346,7 @@ LAYERS: dict[str, tuple[Callable[[float], nn.Module], tuple[int, ...]]] = {
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.filterwarnings("ignore:dropout2d")
 @pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
+@pytest.mark.slow
 def test_right_layers_are_measured_and_raise_no_alarm(name: str, p: float) -> None:
     make, shape = LAYERS[name]
     model = Of(lambda m, x: m.layer(x.clone()).sum(-1), layer=make(p))

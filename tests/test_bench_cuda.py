@@ -25,6 +25,8 @@ import machine
 import summary
 from cuda_summary import COMPILED_OURS, COMPILED_STOCK, COPY, OURS, STOCK
 
+pytestmark = pytest.mark.slow
+
 BRIEF = harness.Effort(budget=0.0, batch=1e-6, min_rounds=3, max_rounds=3)
 CPU = torch.device("cpu")
 LARGE, ADD = bench_cuda.Cell("large", "dropout", 2**12), bench_cuda.Cell("large", "dropout_add", 2**12)

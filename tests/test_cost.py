@@ -109,6 +109,7 @@ WITH_DROPOUT: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", WITH_DROPOUT)
+@pytest.mark.slow
 def test_right_models_pass(name: str, training: bool) -> None:
     task = Task(WITH_DROPOUT[name]().train(training), SGD if training else ADAM)
     with unchanged(task.model):
@@ -346,6 +347,7 @@ class PlantedError(Exception):
 @pytest.mark.parametrize("started", [True, False])
 @pytest.mark.parametrize("fails", [None, 3, 15], ids=["no failure", "off", "frozen"])
 @pytest.mark.parametrize("optimizer", [SGD, ADAM, lambda p: torch.optim.RMSprop(p, lr=1e-3)])
+@pytest.mark.slow
 def test_everything_is_put_back(optimizer: Any, fails: int | None, started: bool) -> None:
     task = Task(mlp(nn.BatchNorm1d(16), nn.Dropout(0.5), torchdrop.Dropout(keep_prob=0.9)), optimizer)
     model = task.model

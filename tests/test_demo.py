@@ -38,6 +38,8 @@ from torchdrop.demo.report import (
 from torchdrop.demo.training import train
 from torchdrop.monte_carlo import RegressionPrediction, tau_from_weight_decay
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["demo", "--seeds", "2", "--epochs", "3", "--samples", "12"]
 FIGURES = {"error_against_k.png", "reliability.png", "most_uncertain.png", "regression.png", "schedule.png"}
 ROWS = ["no dropout", "dropout, deterministic pass", "dropout on a schedule, deterministic"] + [

@@ -17,9 +17,12 @@ from torchdrop.layers import _exported
 
 from .family import VARIANTS, built, inputs, seeded
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(torch.compiler, "is_exporting"), reason="before PyTorch 2.7 no layer can tell that it is exported"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not hasattr(torch.compiler, "is_exporting"), reason="before PyTorch 2.7 no layer can tell that it is exported"
+    ),
+]
 
 EXPORTED = [name for name, variant in VARIANTS.items() if variant.compiles and name != "masksembles"]
 STAYS_ON = {"efficient_stochastic_depth", "patch", "concrete", "concrete_layer", "standout", "variational"}

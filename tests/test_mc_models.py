@@ -28,6 +28,8 @@ from .mc_models import (
     unchanged,
 )
 
+pytestmark = pytest.mark.slow
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers")
 

@@ -125,7 +125,7 @@ class TestOneResult:
             }[name]
         )
 
-    @pytest.mark.parametrize("name", MODELS)
+    @pytest.mark.parametrize("name", ["mlp", "masks"])
     @pytest.mark.parametrize("sampling", ["iid", "latin"])
     def test_backends(self, name: str, sampling: str, backend: str) -> None:
         if backend == "triton" and name != "masks":
@@ -142,6 +142,7 @@ class TestOneResult:
     @pytest.mark.parametrize("name", MODELS)
     @pytest.mark.parametrize("sampling", ["iid", "latin"])
     @pytest.mark.parametrize("size", [1, 7, 64])
+    @pytest.mark.slow
     def test_batch_sizes_and_ragged_last_batches(self, name: str, sampling: str, size: int) -> None:
         model, x = MODELS[name]().eval(), data(66)
         whole = predict(model, x, sampling=sampling)
@@ -304,6 +305,7 @@ class TestLatin:
         assert (iid.mean - model(x)).abs().max() > 1e-3
         assert result.std.min() > 0
 
+    @pytest.mark.slow
     def test_lowers_the_variance_of_the_mean(self) -> None:
         model, x = mlp().eval(), data(40)
 
@@ -313,6 +315,7 @@ class TestLatin:
 
         assert spread("latin") < 0.6 * spread("iid")
 
+    @pytest.mark.slow
     def test_standard_error_is_no_less_than_the_truth(self) -> None:
         model, x = mlp().eval(), data(40)
         results = [torchdrop.mc_predict(model, x, 20, sampling="latin", seed=seed) for seed in range(60)]

@@ -597,6 +597,7 @@ class TestStandardErrors:
 
     @pytest.mark.parametrize("name", ["variance", "std", "predictive_entropy", "mutual_information", "variation_ratio"])
     @pytest.mark.parametrize(("groups", "each"), [(3, 40), (5, 12)])
+    @pytest.mark.slow
     def test_is_the_true_deviation_of_a_statistic(self, name: str, groups: int, each: int) -> None:
         """E[SE^2] / Var is 1 up to O(1 / T), mostly from above (Efron and Stein, 1981)."""
         for p in (0.2, 0.3):

@@ -12,6 +12,8 @@ from torch.nn.modules.dropout import _DropoutNd
 
 import torchdrop
 
+pytestmark = pytest.mark.slow
+
 STOCK = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 

@@ -29,6 +29,7 @@ def test_another_build_passes_the_kernel_tests(variant: str) -> None:
     "python",
     ["sysconfig.get_config_vars()['Py_GIL_DISABLED'] = 1", "sys.gettotalrefcount = len", "sys.getobjects = len"],
 )
+@pytest.mark.slow
 def test_a_python_of_another_layout_does_not_load_the_module(python: str) -> None:
     """The module would be found there, and compiled for other objects: the library is called through ctypes instead."""
     code = f"""

@@ -86,6 +86,7 @@ def agree(kind: type[nn.Module], options: dict[str, Any], x: Tensor, training: b
 @modes
 @pytest.mark.parametrize("given", [False, True], ids=["zeros", "states"])
 @pytest.mark.parametrize("form", ["time first", "batch first", "one", "packed", "packed batch first"])
+@pytest.mark.slow
 def test_with_rates_0_layers_are_torchs_in_every_form(
     kind: type[nn.Module], training: bool, given: bool, form: str
 ) -> None:
@@ -109,6 +110,7 @@ def test_with_rates_0_layers_are_torchs_in_every_form(
     ],
     ids=lambda options: ",".join(options),
 )
+@pytest.mark.slow
 def test_with_rates_0_layers_are_torchs_in_every_configuration(
     kind: type[nn.Module], options: dict[str, Any], packed: bool
 ) -> None:

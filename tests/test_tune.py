@@ -138,6 +138,7 @@ def prepared(build: Build, settings: Any, optimizer: Any = default_optimizer, ep
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize(("build", "settings"), MODELS.values(), ids=MODELS)
+@pytest.mark.slow
 def test_models_trained_at_once_are_those_trained_alone(build: Build, settings: Any, optimizer: Any) -> None:
     jobs, training = prepared(build, settings, optimizer)
     stack = stacked.Stack(jobs, training)
@@ -555,6 +556,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("change", "error", "message"), BAD)
+@pytest.mark.slow
 def test_bad_arguments_are_refused_before_anything_is_trained(
     change: dict[str, Any], error: type[Exception], message: str
 ) -> None:
