@@ -288,6 +288,7 @@ def _train(rank: int, store: str, folder: str) -> None:
         fates.append([bool((layer.weight.grad == 0).all()) for layer in model.layers.children()])
         parallel.zero_grad()
     torch.save(fates, Path(folder) / f"{rank}.pt")
+    del parallel  # its end, if it comes last, holds the interpreter and waits for a thread of the group that wants it
     dist.destroy_process_group()
 
 
