@@ -307,7 +307,8 @@ class _ShortAdd(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         of_x, of_bias, of_residual = ctx.needs_input_grad[:3]
-        grad = operators.fitting(grad, ctx.shape, _CPU)
+        if grad.shape != ctx.shape or not grad.is_cpu:
+            grad = operators.fitting(grad, ctx.shape, _CPU)
         dropped = _again(grad, ctx.state, ctx.shape) if of_x or of_bias else None
         summed = dropped.sum_to_size(ctx.bias) if of_bias and dropped is not None else None
         return dropped if of_x else None, summed, grad if of_residual else None, None
