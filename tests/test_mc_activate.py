@@ -107,6 +107,13 @@ class TestNothingElseChanges:
         with unchanged(model):
             passes(model, x, seed=1)
 
+    def test_generators_that_layers_hold(self) -> None:
+        generator = torch.Generator().manual_seed(3)
+        model, before = nn.Sequential(torchdrop.Dropout(0.5, generator=generator)).eval(), generator.get_state()
+        passes(model, data(), seed=0)
+        torchdrop.mc_predict(model, data(), samples=3, seed=0)
+        assert torch.equal(generator.get_state(), before)
+
     def test_calls_outside_of_the_model(self) -> None:
         """What is drawn in the block beside the model, and other models, are as ever."""
         model, other, x = network(), nn.Dropout(0.5), data()
@@ -223,6 +230,27 @@ class TestNesting:
             first = model(x)
             assert equal(torchdrop.mc_predict(model, x, samples=4, seed=3).mean, mean)
             assert equal((first, model(x)), tuple(expected[:2]))
+
+
+class TestAttributes:
+    def test_what_a_forward_binds_is_there_after_a_call_in_a_context(self) -> None:
+        """And not after a prediction, whose passes all begin with what the model holds."""
+
+        def forward(self: Any, x: Tensor) -> Tensor:
+            self.last, self.calls, self.count = self.drop(x), self.calls + 1, self.count + 1
+            return self.last
+
+        model, x = Of(forward, drop=nn.Dropout(0.5)).eval(), data()
+        model.calls, model.last = 0, None
+        model.register_buffer("count", torch.zeros(()))
+        with torchdrop.mc_dropout(model, seed=0):
+            for number in (1, 2):
+                out = model(x)
+                assert model.last is out
+                assert (model.calls, int(model.count)) == (number, number)
+        with unchanged(model):
+            torchdrop.mc_predict(model, x, 4, seed=0)
+        assert model.last is out
 
 
 class TestCopies:

@@ -42,10 +42,10 @@ def _words(first: int, last: int, key: Tensor) -> Tensor:
     if key.dim() == 1 and key.is_cpu and last - first <= FEW:
         return _few_words(first, last - first, *key.tolist())
     block = torch.arange(first, last, device=key.device)
-    return words_of(block, key.reshape(-1, 2)).reshape((*key.shape[:-1], last - first, 4))
+    return _words_of(block, key.reshape(-1, 2)).reshape((*key.shape[:-1], last - first, 4))
 
 
-def words_of(block: Tensor, key: Tensor) -> Tensor:
+def _words_of(block: Tensor, key: Tensor) -> Tensor:
     """The words of blocks (n,) under each of the keys (k, 2), as int32 (k, n, 4)."""
     out = torch.empty((len(key), len(block), 4), dtype=torch.int32, device=key.device)
     _fill(out, block, key)
