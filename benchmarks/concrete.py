@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 import torchdrop
 from torchdrop import ConcreteLayer, concrete_regularisers, regularisation
-from torchdrop.layers.concrete_layer import Regularisers
+from torchdrop.layers.concrete.layer import Regularisers
 
 SIZES = (10, 25, 50, 100, 1000, 10_000)
 BATCH = 20

@@ -50,12 +50,12 @@ def run_tests(library: Path) -> int:
     import pytest
 
     from torchdrop.kernels import native
-    from torchdrop.layers import _short
+    from torchdrop.ops import fast_path
 
     built = native._Library(library)
     built.masked_row, built.fused = native.doors_by_ctypes(ctypes.PyDLL(str(library)))
-    native.library, _short._row, _short._fused = built, built.masked_row, built.fused
-    _short._groups = built.grouped
+    native.library, fast_path._row, fast_path._fused = built, built.masked_row, built.fused
+    fast_path._groups = built.grouped
     chosen = (
         "(native or reference or threads or half or philox or part_of or short or in_place or kernels_take "
         "or stratified or fused or fuzzed or by_hand) and not aten"

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import torchdrop
+from torchdrop.core import sites
 from torchdrop.kernels.law import ONE
-from torchdrop.layers import _noise
-from torchdrop.layers.attention import DropHead, drop_head
+from torchdrop.layers.drop_head import DropHead, drop_head
 
 from .seeding import seeded
 from .statistical import check_rate, draws_for
@@ -28,7 +28,7 @@ compiles = pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")
 def every_draw(monkeypatch: pytest.MonkeyPatch, heads: int, levels: int) -> int:
     """Makes the draws of sample n the n-th of all combinations of `levels` equidistant ones; gives their number."""
     grid = torch.tensor(list(itertools.product(range(levels), repeat=heads))) * (ONE // levels)
-    monkeypatch.setattr(_noise, "words", lambda like, shape, generator: grid.reshape(shape))
+    monkeypatch.setattr(sites, "words", lambda like, shape, generator: grid.reshape(shape))
     return len(grid)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import torchdrop
-from torchdrop.layers import compact as family
+from torchdrop.layers.compact import sequential as family
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 

@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import concrete
 
-from torchdrop.layers._regulariser import regularisation
-from torchdrop.layers.concrete_layer import ConcreteLayer, concrete_regularisers
+from torchdrop.core.regularization import regularisation
+from torchdrop.layers.concrete.layer import ConcreteLayer, concrete_regularisers
 
 TINY = concrete.Protocol(8, {10: 4, 30: 6}, 1e-2)
 

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import sparsity
 
-from torchdrop.layers.sparse_variational import SparseVariationalLinear
+from torchdrop.layers.variational.sparse import SparseVariationalLinear
 
 
 def test_validation_images_are_training_images_and_the_split_is_one() -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchdrop
-from torchdrop.layers.block import DropBlock2d, drop_block2d
+from torchdrop.layers.drop_block.drop_block import DropBlock2d, drop_block2d
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 import torchdrop
 from torchdrop import functional as TF
 from torchdrop import kernels
-from torchdrop.kernels import native, operators, reference
+from torchdrop.kernels import native, reference
 from torchdrop.kernels.law import ONE, Law, alpha, inverted, law, original
 from torchdrop.kernels.masking import apply_mask
+from torchdrop.ops import operators
 
 from .statistical import check_rate, draws_for
 from .strategies import DTYPES, keep_probs, keys, on, shared, tensors

@@ -14,8 +14,15 @@ import torch
 from torch import Tensor, nn
 
 import torchdrop
-from torchdrop.layers.bernoulli import dropout
-from torchdrop.layers.block import DropBlock1d, DropBlock2d, DropBlock3d, drop_block1d, drop_block2d, drop_block3d
+from torchdrop.layers.drop_block.drop_block import (
+    DropBlock1d,
+    DropBlock2d,
+    DropBlock3d,
+    drop_block1d,
+    drop_block2d,
+    drop_block3d,
+)
+from torchdrop.layers.dropout import dropout
 
 FAMILY: dict[int, tuple[Callable[..., Tensor], type[DropBlock2d], tuple[int, ...]]] = {
     1: (drop_block1d, DropBlock1d, (4, 3, 20)),

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from torchdrop.core import sites
 from torchdrop.kernels.law import ONE, Law, inverted, law, law_tensor, threshold
-from torchdrop.layers import _geometry, _noise, block
+from torchdrop.layers.drop_block import drop_block as block
+from torchdrop.layers.drop_block import geometry as _geometry
 
 from .statistical import FALSE_ALARM, MISS, deviation
 
@@ -93,7 +95,7 @@ def expectation(
 ) -> tuple[Tensor, Tensor]:
     """x, and the mean of y over all masks, weighted by their probabilities."""
     masks, started = all_masks(sizes, side)
-    monkeypatch.setattr(_noise, "keep_mask", lambda *_: masks)
+    monkeypatch.setattr(sites, "keep_mask", lambda *_: masks)
     q = _geometry.anchor_law(law(k), sizes, side).threshold / ONE
     weights = (1 - q) ** started.double() * q ** (masks[0, 0][anchors(sizes, side)].numel() - started).double()
     x = torch.linspace(0.5, 2.0, math.prod(sizes), dtype=torch.float64).reshape(sizes)
@@ -191,6 +193,6 @@ def test_realised_keep_rate_is_the_nominal_one_within_a_thousandth(length: int, 
     kept, x, chunk = 0, torch.empty(0), max(1, 2**18 // length**2)
     for first in range(0, n, chunk):
         shape = (min(chunk, n - first), *sizes)
-        unstarted = _noise.keep_mask(x, found, shape)
+        unstarted = sites.keep_mask(x, found, shape)
         kept += int(_geometry.free(unstarted, sizes, side).count_nonzero())
     assert abs(kept / length**2 - n * k) <= deviation(n, variance, FALSE_ALARM)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import torchdrop
-from torchdrop.layers._rate import DEFAULT_P
-from torchdrop.layers.path import NO_DROP
+from torchdrop.core.rate import DEFAULT_P
+from torchdrop.layers.drop_path import NO_DROP
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")]
 

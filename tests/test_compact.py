@@ -15,8 +15,8 @@ from torch.func import functional_call, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 import torchdrop
-from torchdrop.layers import compact as family
-from torchdrop.layers.compact import CompactSequential, compact
+from torchdrop.layers.compact import sequential as family
+from torchdrop.layers.compact.sequential import CompactSequential, compact
 
 from .statistical import check_rate, draws_for
 

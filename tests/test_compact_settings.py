@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 import torchdrop
-from torchdrop.layers.compact import CompactSequential, compact
+from torchdrop.layers.compact.sequential import CompactSequential, compact
 
 from .test_compact import Fixed, both, compiles, cuts, factors, mlp, run, stacks
 

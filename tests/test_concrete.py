@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 import torchdrop
 from torchdrop import functional as TF
-from torchdrop.layers import _noise
-from torchdrop.layers.concrete import ConcreteDropout, concrete_dropout
+from torchdrop.core import sites
+from torchdrop.layers.concrete.concrete import ConcreteDropout, concrete_dropout
 
 compiles = pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")
 
@@ -38,7 +38,7 @@ def seeded(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
 def evenly(monkeypatch: pytest.MonkeyPatch, n: int) -> Tensor:
     """An input of n ones whose uniforms are the midpoints of n equal parts of (0, 1): a mean is an integral over u."""
     words = (torch.arange(n) * 2 + 1) * 2**31 // n
-    monkeypatch.setattr(_noise, "words", lambda *_: words)
+    monkeypatch.setattr(sites, "words", lambda *_: words)
     return torch.ones(n, dtype=torch.float64)
 
 
@@ -51,7 +51,7 @@ def mean_gate(p: float, t: float, n: int = 2**18) -> float:
 @pytest.mark.parametrize("p", [0.05, 0.3, 0.9])
 def test_the_definition(p: float) -> None:
     x = torch.randn(50, 8, dtype=torch.float64)
-    u = seeded(_noise.uniform, x, x.shape)
+    u = seeded(sites.uniform, x, x.shape)
     z = 1 / (1 + (p / (1 - p) * u / (1 - u)) ** (-1 / 0.7))
     y = seeded(concrete_dropout, x, logit(p), temperature=0.7)
     torch.testing.assert_close(y, x * (1 - z) / (1 - p), rtol=1e-12, atol=1e-14)
@@ -129,7 +129,7 @@ def test_the_correction_is_accurate_to_rounding(monkeypatch: pytest.MonkeyPatch)
     for p in (1e-6, 0.01, 0.3, 0.8, 0.9999):
         a = p / (1 - p)
         expected = (a * math.log(a) - a + 1) / (a - 1) ** 2
-        monkeypatch.setattr(_noise, "words", lambda like, shape, _: torch.full(shape, 2**31))
+        monkeypatch.setattr(sites, "words", lambda like, shape, _: torch.full(shape, 2**31))
         x = torch.ones(1, dtype=torch.float64)
         ratio = concrete_dropout(x, logit(p), temperature=1.0) / concrete_dropout(
             x, logit(p), temperature=1.0, unbiased=True

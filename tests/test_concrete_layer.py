@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import torchdrop
-from torchdrop.layers._regulariser import regularisation
-from torchdrop.layers.concrete import ConcreteDropout, concrete_dropout
-from torchdrop.layers.concrete_layer import ConcreteLayer, Regularisers, concrete_regularisers
+from torchdrop.core.regularization import regularisation
+from torchdrop.layers.concrete.concrete import ConcreteDropout, concrete_dropout
+from torchdrop.layers.concrete.layer import ConcreteLayer, Regularisers, concrete_regularisers
 
 FACTORS = (0.01, 0.2)
 

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import torchdrop
 from torchdrop import Dropout, GaussianDropout, disabled, keep_probs, rules, set_keep_prob
-from torchdrop.configure.names import matches, matches_itself, parts_of, winner
+from torchdrop.core.names import matches, matches_itself, parts_of, winner
 
 from .mc_models import Draws, Of, unchanged
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchdrop
+from torchdrop.core import sites
 from torchdrop.kernels.law import ONE
-from torchdrop.layers import _noise
 from torchdrop.layers.drop_key import DropKey, drop_key, drop_key_mask
 
 from .seeding import seeded
@@ -29,7 +29,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def every_draw(monkeypatch: pytest.MonkeyPatch, keys: int, levels: int) -> Tensor:
     """Makes the draws of row n the n-th of all combinations of `levels` equidistant ones; gives these, as levels."""
     grid = torch.tensor(list(itertools.product(range(levels), repeat=keys)))
-    monkeypatch.setattr(_noise, "words", lambda like, shape, generator: (grid * (ONE // levels)).reshape(shape))
+    monkeypatch.setattr(sites, "words", lambda like, shape, generator: (grid * (ONE // levels)).reshape(shape))
     return grid
 
 

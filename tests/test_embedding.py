@@ -19,7 +19,7 @@ import torchdrop
 from torchdrop import kernels, random
 from torchdrop.kernels.law import law
 from torchdrop.layers.embedding import EmbeddingDropout, embedding_dropout
-from torchdrop.layers.weight import apply_weight_dropout
+from torchdrop.layers.weights.weight import apply_weight_dropout
 
 from .enumeration import expectation, force, masks
 from .statistical import check_rate, draws_for

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from torch.fx.subgraph_rewriter import replace_pattern_with_filters
 
 import torchdrop
-from torchdrop.layers import _exported
+from torchdrop.core import exported as _exported
 
 from .family import VARIANTS, built, inputs, seeded
 

@@ -18,9 +18,9 @@ from torch.overrides import BaseTorchFunctionMode
 
 from torchdrop import functional as TF
 from torchdrop import kernels
-from torchdrop.kernels import fused, native
+from torchdrop.kernels import native
 from torchdrop.kernels.law import inverted, law, law_tensor
-from torchdrop.layers import _short
+from torchdrop.ops import fast_path, fused
 
 from .strategies import DTYPES, keep_probs, keys, tensors
 
@@ -335,15 +335,18 @@ def test_the_short_roads_give_what_the_general_ones_give(n: int, k: float, twice
     given_.append(torch.randn(2, n, requires_grad=True))
     x, bias, residual = given_
     roads: list[tuple[Callable[[], Tensor | None], Callable[[], Tensor]]] = [
-        (lambda: _short.short_add(x, None, residual, law(k)), lambda: TF.dropout_add(x, residual, keep_prob=k)),
         (
-            lambda: _short.short_add(x, bias, residual, law(k)),
+            lambda: fast_path.fast_dropout_add(x, None, residual, law(k)),
+            lambda: TF.dropout_add(x, residual, keep_prob=k),
+        ),
+        (
+            lambda: fast_path.fast_dropout_add(x, bias, residual, law(k)),
             lambda: TF.bias_dropout_add(x, bias, residual, keep_prob=k),
         ),
-        (lambda: _short.short_activation(x, law(k), "relu"), lambda: TF.relu_dropout(x, keep_prob=k)),
-        (lambda: _short.short_activation(x, law(k), "gelu"), lambda: TF.gelu_dropout(x, keep_prob=k)),
+        (lambda: fast_path.fast_activation_dropout(x, law(k), "relu"), lambda: TF.relu_dropout(x, keep_prob=k)),
+        (lambda: fast_path.fast_activation_dropout(x, law(k), "gelu"), lambda: TF.gelu_dropout(x, keep_prob=k)),
         (
-            lambda: _short.short_activation(x, law(k), "gelu_tanh"),
+            lambda: fast_path.fast_activation_dropout(x, law(k), "gelu_tanh"),
             lambda: TF.gelu_dropout(x, keep_prob=k, approximate="tanh"),
         ),
     ]
@@ -366,10 +369,10 @@ def test_the_short_roads_give_what_the_general_ones_give(n: int, k: float, twice
 def test_the_short_roads_are_not_taken_where_something_watches() -> None:
     x, bias, half = torch.ones(8, 8), torch.ones(8), law(0.5)
     roads = [
-        lambda x: _short.short_add(x, None, x, half),
-        lambda x: _short.short_add(x, bias, x, half),
-        lambda x: _short.short_activation(x, half, "relu"),
-        lambda x: _short.short_activation(x, half, "gelu"),
+        lambda x: fast_path.fast_dropout_add(x, None, x, half),
+        lambda x: fast_path.fast_dropout_add(x, bias, x, half),
+        lambda x: fast_path.fast_activation_dropout(x, half, "relu"),
+        lambda x: fast_path.fast_activation_dropout(x, half, "gelu"),
     ]
     for road in roads:
         assert (road(x) is None) == (native.library is None)
@@ -383,5 +386,5 @@ def test_the_short_roads_are_not_taken_where_something_watches() -> None:
         with BaseTorchFunctionMode():
             assert road(x) is None
     for other in (x.double(), x[:4], x.t(), 1.0, x.to("meta")):
-        assert _short.short_add(x, None, other, half) is None  # type: ignore[arg-type]
-        assert _short.short_add(x, other, x, half) is None  # type: ignore[arg-type]
+        assert fast_path.fast_dropout_add(x, None, other, half) is None  # type: ignore[arg-type]
+        assert fast_path.fast_dropout_add(x, other, x, half) is None  # type: ignore[arg-type]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import torchdrop
-from torchdrop.layers import _noise
-from torchdrop.layers.graph import (
+from torchdrop.core import sites
+from torchdrop.layers.graph.graph import (
     DropEdge,
     DropMessage,
     DropNode,
@@ -125,7 +125,7 @@ def test_different_pairs_have_different_draws_of_a_key_of_128_bits(monkeypatch: 
     assert len({tuple(column) for column in first.T.tolist()}) == len(pairs)
     masks = set()
     for words in torch.eye(5, 4, dtype=torch.int64) * 2**31:
-        monkeypatch.setattr(_noise, "words", lambda *_, words=words: words)
+        monkeypatch.setattr(sites, "words", lambda *_, words=words: words)
         masks.add(tuple(drop_edge_weight(torch.arange(64).expand(2, 64), undirected=True).tolist()))
     assert len(masks) == 5
 

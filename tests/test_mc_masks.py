@@ -12,9 +12,10 @@ from torch import Tensor
 
 from tests.statistical import check_rate, draws_for
 from torchdrop import kernels
-from torchdrop.kernels import native, operators
+from torchdrop.kernels import native
 from torchdrop.kernels.law import ONE, Law, gaussian, law
 from torchdrop.monte_carlo.masks import Hypercube, Layout, Pass, Slot, UnvectorisableError, find_layout, source_seed
+from torchdrop.ops import operators
 
 SEED = 12345
 

@@ -16,8 +16,8 @@ from torch.nn.utils import parametrize
 import torchdrop
 from torchdrop.kernels.law import ONE, law
 from torchdrop.kernels.masking import COMPUTE_DTYPE
-from torchdrop.layers.mixout import Mixout, apply_mixout, mixout, remove_mixout
-from torchdrop.layers.weight import apply_weight_dropout, weight_dropout
+from torchdrop.layers.weights.mixout import Mixout, apply_mixout, mixout, remove_mixout
+from torchdrop.layers.weights.weight import apply_weight_dropout, weight_dropout
 
 from .enumeration import expectation, force, masks
 from .strategies import DTYPES

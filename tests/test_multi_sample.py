@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import torchdrop
 from torchdrop.functional import dropout
-from torchdrop.layers import bernoulli
+from torchdrop.layers import dropout as bernoulli
 from torchdrop.layers.multi_sample import MultiSampleDropout, multi_sample_dropout, multi_sample_loss
 
 compiles = pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")
@@ -43,7 +43,7 @@ class Head(nn.Module):
 
 def force(monkeypatch: pytest.MonkeyPatch, mask: Tensor, k: float) -> None:
     """Dropout multiplies by this mask over k."""
-    monkeypatch.setattr(bernoulli, "short", lambda *_: None)
+    monkeypatch.setattr(bernoulli, "fast_dropout", lambda *_: None)
     monkeypatch.setattr(bernoulli, "apply", lambda operator, input, *_: input * mask / k)
 
 

@@ -9,16 +9,17 @@ from torch.func import grad, vmap
 
 import torchdrop
 from torchdrop import kernels, random
-from torchdrop.kernels import noise
+from torchdrop.core import rate as _rate
+from torchdrop.core import sites
 from torchdrop.kernels.law import inverted, law, law_tensor
-from torchdrop.layers import _noise, _rate
+from torchdrop.ops import random_bits
 
 KEY = torch.tensor([3, 4])
 
 NUMBERS = {
-    "keep_mask": (noise.keep_mask, law(0.3)),
-    "draws": (noise.draws, None),
-    "standard_normal": (noise.standard_normal, None),
+    "keep_mask": (random_bits.keep_mask, law(0.3)),
+    "draws": (random_bits.draws, None),
+    "standard_normal": (random_bits.standard_normal, None),
 }
 
 compiles = pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")
@@ -62,23 +63,23 @@ def test_vmap_over_laws_and_keys_in_any_combination() -> None:
     rates = torch.tensor([0.1, 0.5, 0.9])
     laws = law_tensor(rates)
     keys = torch.arange(6).reshape(3, 2)
-    both = vmap(lambda key, given: noise.keep_mask(key, (4, 5), given))(keys, laws)
-    one = vmap(lambda given: noise.keep_mask(KEY, (4, 5), given))(laws)
+    both = vmap(lambda key, given: random_bits.keep_mask(key, (4, 5), given))(keys, laws)
+    one = vmap(lambda given: random_bits.keep_mask(KEY, (4, 5), given))(laws)
     for n, rate in enumerate(rates.tolist()):
         assert torch.equal(both[n], kernels.keep_mask((4, 5), keys[n], law(rate)))
         assert torch.equal(one[n], kernels.keep_mask((4, 5), KEY, law(rate)))
     columns = law_tensor(torch.tensor([[0.1, 0.5, 0.9, 0.2, 0.3]]))
-    over_columns = vmap(lambda key: noise.keep_mask(key, (4, 5), columns))(keys)
+    over_columns = vmap(lambda key: random_bits.keep_mask(key, (4, 5), columns))(keys)
     for n in range(3):
         assert torch.equal(over_columns[n], kernels.keep_mask((4, 5), keys[n], columns))
 
 
 def draws_of_everything(x: Tensor) -> list[Tensor]:
     return [
-        _noise.keep_mask(x, _rate.law_for(0.3, inverted, x.shape), x.shape),
-        _noise.words(x, x.shape),
-        _noise.uniform(x, x.shape),
-        _noise.standard_normal(x, x.shape),
+        sites.keep_mask(x, _rate.law_for(0.3, inverted, x.shape), x.shape),
+        sites.words(x, x.shape),
+        sites.uniform(x, x.shape),
+        sites.standard_normal(x, x.shape),
     ]
 
 
@@ -96,8 +97,8 @@ def test_compiled_code_draws_what_eager_code_draws() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_uniforms_lie_strictly_inside_and_symmetric(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     ends = torch.tensor([0, 2**32 - 1])
-    monkeypatch.setattr(_noise, "words", lambda *_: ends)
-    u = _noise.uniform(torch.empty(2, dtype=dtype), (2,))
+    monkeypatch.setattr(sites, "words", lambda *_: ends)
+    u = sites.uniform(torch.empty(2, dtype=dtype), (2,))
     assert u.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert 0 < u[0] < 1
     assert u[0] == 1 - u[1]
@@ -106,25 +107,25 @@ def test_uniforms_lie_strictly_inside_and_symmetric(dtype: torch.dtype, monkeypa
 
 def test_every_draw_takes_a_new_key_and_generators_are_obeyed() -> None:
     x = torch.empty(50)
-    assert not torch.equal(_noise.words(x, (50,)), _noise.words(x, (50,)))
-    first, second = (_noise.words(x, (50,), torch.Generator().manual_seed(2)) for _ in range(2))
+    assert not torch.equal(sites.words(x, (50,)), sites.words(x, (50,)))
+    first, second = (sites.words(x, (50,), torch.Generator().manual_seed(2)) for _ in range(2))
     assert torch.equal(first, second)
     torch.manual_seed(5)
     key = random.draw_key(x.device)
     torch.manual_seed(5)
-    assert torch.equal(_noise.words(x, (50,)), kernels.draws((50,), key))
+    assert torch.equal(sites.words(x, (50,)), kernels.draws((50,), key))
 
 
 @pytest.mark.parametrize("randomness", ["same", "different"])
 def test_vmaps_randomness_modes(randomness: str) -> None:
     def f(x: Tensor) -> Tensor:
-        return _noise.words(x, x.shape)
+        return sites.words(x, x.shape)
 
     out = vmap(f, randomness=randomness)(torch.zeros(3, 40))
     assert torch.equal(out[0], out[1]) == (randomness == "same")
     with pytest.raises(RuntimeError, match="random"):
         vmap(f)(torch.zeros(3, 40))
-    assert grad(lambda x: (x * _noise.keep_mask(x, law(0.5), x.shape)).sum())(torch.ones(30)).unique().numel() == 2
+    assert grad(lambda x: (x * sites.keep_mask(x, law(0.5), x.shape)).sum())(torch.ones(30)).unique().numel() == 2
 
 
 class Replaced(_rate.Rated):
@@ -135,9 +136,9 @@ class Replaced(_rate.Rated):
 
 
 def replaced(input: Tensor, given: object, training: bool) -> Tensor:
-    if not _noise.is_on(training):
+    if not sites.is_on(training):
         return input
-    kept = _noise.keep_mask(input, given, input.shape)  # type: ignore[arg-type]
+    kept = sites.keep_mask(input, given, input.shape)  # type: ignore[arg-type]
     return torch.where(kept, input, -1.0)
 
 

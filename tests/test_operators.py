@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 import torchdrop
 from torchdrop.functional import dropout
-from torchdrop.kernels import native, operators
+from torchdrop.kernels import native
 from torchdrop.kernels.law import alpha, gaussian, inverted, law, law_tensor
-from torchdrop.layers import _short
+from torchdrop.ops import fast_path, operators
 
 from .strategies import keys, shared, tensors
 
@@ -95,7 +95,7 @@ def test_the_short_road_gives_what_the_general_one_gives(n: int, k: float, twice
         return y, g, h
 
     def short(x: Tensor) -> Tensor:
-        taken.append(_short.short(x, law(k)))
+        taken.append(fast_path.fast_dropout(x, law(k)))
         assert taken[0] is not None
         return taken[0]
 
@@ -105,16 +105,16 @@ def test_the_short_road_gives_what_the_general_one_gives(n: int, k: float, twice
 
 def test_the_short_road_is_not_taken_where_something_watches() -> None:
     x, half = torch.ones(8), law(0.5)
-    assert _short.short(x, half) is not None
-    assert _short.short(torch.ones(8, 8).t()[1:], half) is None
-    assert _short.short(torch.ones(8, device="meta"), half) is None
-    assert torch.func.vmap(lambda x: x * (_short.short(x, half) is None))(torch.ones(2, 3)).all()
+    assert fast_path.fast_dropout(x, half) is not None
+    assert fast_path.fast_dropout(torch.ones(8, 8).t()[1:], half) is None
+    assert fast_path.fast_dropout(torch.ones(8, device="meta"), half) is None
+    assert torch.func.vmap(lambda x: x * (fast_path.fast_dropout(x, half) is None))(torch.ones(2, 3)).all()
     with torchdrop.use_backend("reference"):
-        assert _short.short(x, half) is None
+        assert fast_path.fast_dropout(x, half) is None
     with torch.autograd.forward_ad.dual_level():
-        assert _short.short(x, half) is None
+        assert fast_path.fast_dropout(x, half) is None
     with BaseTorchFunctionMode():
-        assert _short.short(x, half) is None
+        assert fast_path.fast_dropout(x, half) is None
 
 
 @pytest.mark.parametrize("n", [100, 50_000])

@@ -30,25 +30,29 @@ PACKAGE = ROOT / "torchdrop"
 RANKS = {
     "_version": 0,
     "_extras": 0,
-    "kernels": 0,
-    "losses": 0,
-    "rules": 0,
-    "schedules": 0,
-    "seeding": 1,
+    "core.torch_state": 0,
+    "core.names": 0,
+    "kernels": 1,
+    "losses": 1,
+    "rules": 1,
+    "schedules": 1,
     "random": 1,
-    "layers": 2,
-    "functional": 3,
-    "monte_carlo": 3,
-    "configure": 4,
-    "scheduler": 5,
-    "aids": 5,
-    "tune": 5,
-    "": 6,
-    "integrations": 7,
-    "demo": 7,
-    "__main__": 7,
+    "seeding": 2,
+    "ops": 2,
+    "core": 3,
+    "layers": 4,
+    "functional": 5,
+    "monte_carlo": 5,
+    "configure": 6,
+    "scheduler": 7,
+    "aids": 7,
+    "tune": 7,
+    "": 8,
+    "integrations": 9,
+    "demo": 9,
+    "__main__": 9,
 }
-"""A part imports parts of its own rank or lower. The empty name is ``import torchdrop`` itself."""
+"""A part imports parts of its own rank or lower; a file may have a rank of its own. The empty name is ``import torchdrop`` itself."""
 
 TWINS = ["dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"]
 CLASS_TWINS = ["Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout"]
@@ -78,6 +82,8 @@ def part_of(module: str) -> str | None:
     names = module.split(".")
     if names[0] != "torchdrop":
         return None
+    if ".".join(names[1:3]) in RANKS and len(names) > 2:
+        return ".".join(names[1:3])
     here = PACKAGE / names[1] if len(names) > 1 else PACKAGE
     return names[1] if len(names) > 1 and (here.is_dir() or here.with_suffix(".py").exists()) else ""
 
@@ -109,7 +115,7 @@ class TestImports:
         assert part_of("torchdrop.random.draw_key") == "random"
         assert part_of("torchdrop.Dropout") == part_of("torchdrop") == ""
         assert part_of("torch.nn") is None
-        found = set(imports(PACKAGE / "layers" / "_short.py"))
+        found = set(imports(PACKAGE / "ops" / "fast_path.py"))
         assert {"torchdrop.kernels", "torchdrop.random", "torchdrop.kernels.law.Law", "torch"} <= found
 
     @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -133,7 +139,7 @@ class TestImports:
         run = python("-c", script, cwd=tmp_path)
         assert run.returncode == 0, run.stderr
         loaded = set(json.loads(run.stdout))
-        assert {"torchdrop.layers.bernoulli", "torchdrop.kernels.native"} <= loaded
+        assert {"torchdrop.layers.dropout", "torchdrop.kernels.native"} <= loaded
         assert not loaded & {"sklearn", "matplotlib", "scipy", "tqdm", "torchdrop.demo", "torch._inductor.compile_fx"}
         assert run.stderr == ""
 

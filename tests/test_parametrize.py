@@ -14,8 +14,8 @@ from torch.nn.utils import parametrizations, parametrize
 
 import torchdrop
 from torchdrop.aids.max_norm import MaxNorm
-from torchdrop.layers.mixout import apply_mixout
-from torchdrop.layers.weight import WeightDropout, apply_weight_dropout, remove_weight_dropout, weight_dropout
+from torchdrop.layers.weights.mixout import apply_mixout
+from torchdrop.layers.weights.weight import WeightDropout, apply_weight_dropout, remove_weight_dropout, weight_dropout
 
 
 def raw(module: Any, name: str = "weight") -> Tensor:

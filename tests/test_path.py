@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import torchdrop
 from torchdrop.kernels.law import ONE, law
-from torchdrop.layers.path import DropPath, StochasticDepth, drop_path, stochastic_depth
+from torchdrop.layers.drop_path import DropPath, StochasticDepth, drop_path, stochastic_depth
 from torchdrop.rules import linear_in_depth
 
 from .statistical import check_rate, draws_for

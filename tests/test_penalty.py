@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import torchdrop
 from torchdrop.aids.penalty import equivalent_l2
-from torchdrop.layers._rate import realised
+from torchdrop.core.rate import realised
 
 RATES = [0.1, 0.5, 0.8, 0.97]
 

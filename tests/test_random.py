@@ -59,13 +59,13 @@ class TestManualSeed:
         assert torch.equal(torch.get_rng_state(), state)
 
     @small_and_large
-    @pytest.mark.parametrize("road", ["_ShortBackward", "RecordedBackward"])
+    @pytest.mark.parametrize("road", ["_DropoutBackward", "RecordedBackward"])
     def test_backward_replays_the_mask_on_both_roads(self, road: str, large: bool) -> None:
         """The road is short for contiguous inputs whose mask is not shared."""
-        if road == "_ShortBackward" and native.library is None:
+        if road == "_DropoutBackward" and native.library is None:
             pytest.skip("no native kernels")
         x = torch.randn(shape_of("dropout", large), dtype=torch.float64, requires_grad=True)
-        y = seeded(7, torchdrop.Dropout(shared_axes=None if road == "_ShortBackward" else ()), x)
+        y = seeded(7, torchdrop.Dropout(shared_axes=None if road == "_DropoutBackward" else ()), x)
         assert type(y.grad_fn).__name__ == road
         y.backward(torch.full_like(y, 3.0))
         m = multiplier(7, tuple(x.shape))

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchdrop.layers._cells import Noise, State, Weights, run
-from torchdrop.layers._recorded import run_fast
-from torchdrop.layers.recurrent import ZoneoutLSTM
+from torchdrop.layers.recurrent.cells import Noise, State, Weights, run
+from torchdrop.layers.recurrent.lstm_gru import ZoneoutLSTM
+from torchdrop.layers.recurrent.through_time import run_fast
 
 B, F, H = 4, 3, 5
 

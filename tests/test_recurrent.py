@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import torchdrop
-from torchdrop.layers.recurrent import RecurrentDropoutGRU, RecurrentDropoutLSTM, ZoneoutGRU, ZoneoutLSTM
+from torchdrop.layers.recurrent.lstm_gru import RecurrentDropoutGRU, RecurrentDropoutLSTM, ZoneoutGRU, ZoneoutLSTM
 
 from .seeding import seeded
 

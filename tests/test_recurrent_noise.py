@@ -14,8 +14,14 @@ from torch.utils.checkpoint import checkpoint
 
 import torchdrop
 from torchdrop.kernels.law import ONE, law
-from torchdrop.layers import recurrent, zoneout
-from torchdrop.layers.recurrent import RecurrentDropoutGRU, RecurrentDropoutLSTM, ZoneoutGRU, ZoneoutLSTM
+from torchdrop.layers.recurrent import lstm_gru as recurrent
+from torchdrop.layers.recurrent import zoneout
+from torchdrop.layers.recurrent.lstm_gru import (
+    RecurrentDropoutGRU,
+    RecurrentDropoutLSTM,
+    ZoneoutGRU,
+    ZoneoutLSTM,
+)
 
 from .seeding import seeded
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torchdrop.layers._regulariser import regularisation
+from torchdrop.core.regularization import regularisation
 
 
 class Term(nn.Module):

@@ -15,8 +15,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 
 import torchdrop
 from torchdrop.kernels.law import ONE, law
-from torchdrop.layers import sequence
-from torchdrop.layers.sequence import LockedDropout, locked_dropout
+from torchdrop.layers import locked as sequence
+from torchdrop.layers.locked import LockedDropout, locked_dropout
 
 from .seeding import seeded
 from .strategies import DTYPES

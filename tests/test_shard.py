@@ -20,8 +20,8 @@ from torch.func import vmap
 import torchdrop
 import torchdrop.functional as F
 from torchdrop import Shard, kernels
+from torchdrop.core.shard import part_of
 from torchdrop.kernels.masking import Part
-from torchdrop.layers._shard import part_of
 
 from .seeding import seeded
 from .strategies import on, tensors

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import torchdrop
 import torchdrop.functional as F
 from torchdrop import Shard
-from torchdrop.layers import _rate
+from torchdrop.core import rate as _rate
 
 from .seeding import seeded
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import torchdrop
+from torchdrop.core.rate import apply
 from torchdrop.functional import dropout
 from torchdrop.kernels import native
-from torchdrop.layers import _short
-from torchdrop.layers._rate import apply
+from torchdrop.ops import fast_path
 
 pytestmark = pytest.mark.skipif(native.library is None, reason="the C kernels are not built")
 
@@ -45,7 +45,7 @@ def test_a_default_device_leads_to_the_short_road_and_other_modes_see_the_call(
     layer: Callable[[Tensor], Tensor], shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, drawn = torch.randn(shape, requires_grad=True), []
-    monkeypatch.setattr(_short._key, "draw", lambda draw=_short._key.draw: drawn.append(draw()))
+    monkeypatch.setattr(fast_path._key, "draw", lambda draw=fast_path._key.draw: drawn.append(draw()))
 
     def gradient() -> Tensor:
         torch.manual_seed(1)
@@ -92,8 +92,8 @@ def test_the_short_road_of_channels_gives_what_the_general_one_gives(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     x, taken = torch.randn(shape).to(dtype).requires_grad_(), []
-    record = _short._record_channels
-    monkeypatch.setattr(_short, "_record_channels", lambda *args: taken.append(1) or record(*args))
+    record = fast_path._record_channels
+    monkeypatch.setattr(fast_path, "_record_channels", lambda *args: taken.append(1) or record(*args))
 
     def both(shared: tuple[int, ...] | None) -> tuple[Tensor, Tensor, Tensor]:
         torch.manual_seed(3)

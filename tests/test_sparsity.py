@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from torchdrop.layers.sparse_variational import SparseVariationalConv1d
-from torchdrop.layers.sparsity import Sparsity, sparsity
-from torchdrop.layers.targeted import apply_targeted_dropout
+from torchdrop.layers.variational.sparse import SparseVariationalConv1d
+from torchdrop.layers.variational.sparsity import Sparsity, sparsity
+from torchdrop.layers.weights.targeted import apply_targeted_dropout
 
 
 def model() -> nn.Sequential:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from torchdrop.layers._submatrix import cut
+from torchdrop.layers.compact.submatrix import cut
 
 
 @pytest.mark.parametrize("rows", [None, 0, 5, 700])

@@ -17,16 +17,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, vmap
 
 import torchdrop
-from torchdrop.layers import _noise
-from torchdrop.layers._targets import Choice
-from torchdrop.layers.sparsity import sparsity
-from torchdrop.layers.targeted import (
+from torchdrop.core import sites
+from torchdrop.layers.variational.sparsity import sparsity
+from torchdrop.layers.weights.targeted import (
     TargetedDropout,
     apply_targeted_dropout,
     prune_targeted_dropout,
     remove_targeted_dropout,
     targeted_dropout,
 )
+from torchdrop.layers.weights.targets import Choice
 
 from .statistical import check_rate, draws_for
 
@@ -106,7 +106,7 @@ def test_expectation_by_enumeration_is_rescaled_nowhere(units: bool, monkeypatch
     total = torch.zeros_like(SMALL)
     for bits in itertools.product([False, True], repeat=math.prod(shape)):
         kept = torch.tensor(bits).reshape(shape)
-        monkeypatch.setattr(_noise, "keep_mask", lambda like, law, given, *_, kept=kept: kept.reshape(given))
+        monkeypatch.setattr(sites, "keep_mask", lambda like, law, given, *_, kept=kept: kept.reshape(given))
         probability = math.prod(1 - p if bit else p for bit in bits)
         out = targeted_dropout(SMALL, p, target_fraction=0.5, units=units)
         assert torch.equal(out, torch.where(targets & ~kept, 0.0, SMALL))

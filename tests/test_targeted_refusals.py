@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from torchdrop.layers.sparsity import sparsity
-from torchdrop.layers.targeted import (
+from torchdrop.layers.variational.sparsity import sparsity
+from torchdrop.layers.weights.targeted import (
     TargetedDropout,
     apply_targeted_dropout,
     prune_targeted_dropout,

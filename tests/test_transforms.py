@@ -101,7 +101,7 @@ class TestVmap:
         """A closed-over key meets batched data: one mask for all."""
         x, key = torch.randn(5, 64), torch.tensor([1, 2])
         law = torchdrop.kernels.Law(2**31, 2.0)
-        y = vmap(lambda row: torchdrop.kernels.operators.masked(row, key, law, row.shape))(x)
+        y = vmap(lambda row: torchdrop.ops.operators.masked(row, key, law, row.shape))(x)
         kept = torchdrop.kernels.keep_mask((64,), key, law)
         assert torch.equal(y, torch.where(kept, 2.0 * x, 0.0))
 

@@ -17,10 +17,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchdrop.kernels import fused, reference
+from torchdrop.kernels import reference
 from torchdrop.kernels import triton as backend
 from torchdrop.kernels.law import ONE, Law, alpha, law, law_tensor
 from torchdrop.kernels.masking import WHOLE, Part
+from torchdrop.ops import fused
 
 from . import ptx
 from .test_triton_build import Driver, apart, missing

@@ -206,7 +206,7 @@ def test_a_row_that_is_ready_is_started_on_its_own_device_only(monkeypatch: pyte
             return 4096 + self.shift
 
     monkeypatch.setattr(backend, "_ready", starters)
-    monkeypatch.setattr(backend, "_current_device", lambda: current[0])
+    monkeypatch.setattr(backend, "current_cuda_device", lambda: current[0])
     monkeypatch.setattr(backend, "_vectors", lambda: 2)
     monkeypatch.setattr(backend, "_launch", lambda *arguments: launched.append(arguments))
     half, (x, out, key, other, aside) = law(0.5), [Row(1), Row(1), Row(1), Row(0), Row(1)]

@@ -14,10 +14,9 @@ from torch import Tensor
 
 import torchdrop
 from torchdrop import kernels
-from torchdrop.kernels import operators
 from torchdrop.kernels import triton as backend
 from torchdrop.kernels.law import law
-from torchdrop.layers import _short
+from torchdrop.ops import fast_path, operators
 
 from .strategies import DTYPES
 from .triton_kernels import (  # noqa: F401
@@ -44,11 +43,11 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
         return backend.masked_row(x, *rest)
 
     if DEVICE.type == "cpu":
-        monkeypatch.setattr(_short, "_kind", lambda x: None)
+        monkeypatch.setattr(fast_path, "_kind", lambda x: None)
         monkeypatch.setitem(torchdrop.random._keys, -1, torch.empty(2, dtype=torch.int64))
-        monkeypatch.setattr(_short, "_is_served_row", lambda x: x.is_contiguous() and not _short._watched())
+        monkeypatch.setattr(fast_path, "_is_served_row", lambda x: x.is_contiguous() and not fast_path._watched())
     # Not in the backend itself, where the general road leads, too.
-    monkeypatch.setattr(_short, "triton", types.SimpleNamespace(masked_row=masked_row, served=backend.served))
+    monkeypatch.setattr(fast_path, "triton", types.SimpleNamespace(masked_row=masked_row, served=backend.served))
     for dtype in DTYPES:
         assert kernels.available_backends(DEVICE, dtype)["triton"] == []  # where it is CUDA, that is when it is tried
     yield rows

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import torchdrop
-from torchdrop.kernels import operators
 from torchdrop.kernels.law import law
+from torchdrop.ops import operators
 from torchdrop.tune import SearchResult, cross_validate, draws, grid, optuna_search, search, stacked
 from torchdrop.tune.alone import train_alone
 from torchdrop.tune.folds import divide

@@ -16,11 +16,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import jacrev, vmap
 
 import torchdrop
-from torchdrop.layers import _noise
-from torchdrop.layers import sparse_variational as sparse
-from torchdrop.layers import variational as gaussian
-from torchdrop.layers._regulariser import regularisation
-from torchdrop.layers._variational import Variational, local_reparameterization
+from torchdrop.core import sites
+from torchdrop.core.regularization import regularisation
+from torchdrop.layers.variational import sparse
+from torchdrop.layers.variational import variational as gaussian
+from torchdrop.layers.variational.base import Variational, local_reparameterization
 
 compiles = pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")
 
@@ -81,7 +81,7 @@ def test_variance_of_y_is_that_of_independent_gaussian_weights(
     kind: str, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer, x = make(kind, form)
-    monkeypatch.setattr(_noise, "standard_normal", lambda like, shape, *_: like.new_ones(shape))
+    monkeypatch.setattr(sites, "standard_normal", lambda like, shape, *_: like.new_ones(shape))
     deviation = layer(x) - by_plain(layer, x)
     variance = alpha_of_each_weight(layer, form) * layer.weight**2
     slopes = jacrev(lambda w: layer._map(x, w, None))(layer.weight)
@@ -99,7 +99,7 @@ def test_noise_is_added_once_an_output_and_has_mean_the_plain_output(
     z = torch.randn(layer(x).shape, dtype=torch.float64)
     outputs = []
     for sign in (1, -1):
-        monkeypatch.setattr(_noise, "standard_normal", lambda like, shape, *_, s=sign: s * z.reshape(shape))
+        monkeypatch.setattr(sites, "standard_normal", lambda like, shape, *_, s=sign: s * z.reshape(shape))
         outputs.append(layer(x))
     assert torch.allclose(sum(outputs) / 2, by_plain(layer, x), atol=1e-12)
     assert torch.allclose((outputs[0] - outputs[1]) / 2, outputs[0] - by_plain(layer, x), atol=1e-12)
@@ -210,7 +210,7 @@ def test_half_types_square_in_float32(dtype: torch.dtype, form: str, monkeypatch
     x = x.sign() * 1000  # whose square is infinite in float16
     with torch.no_grad():
         layer.weight.mul_(0.01)
-    monkeypatch.setattr(_noise, "standard_normal", lambda like, shape, *_: torch.ones(shape))
+    monkeypatch.setattr(sites, "standard_normal", lambda like, shape, *_: torch.ones(shape))
     y = layer(x)
     assert y.dtype == dtype
     wide = copy.deepcopy(layer).float()(x.float())
@@ -350,7 +350,7 @@ def test_local_reparameterization_as_a_function() -> None:
     torch.manual_seed(1)
     y = local_reparameterization(mean, variance)
     torch.manual_seed(1)
-    assert torch.equal(y, mean + variance.sqrt() * _noise.standard_normal(mean, mean.shape))
+    assert torch.equal(y, mean + variance.sqrt() * sites.standard_normal(mean, mean.shape))
     with pytest.raises(ValueError, match=r"variance must have the mean's shape, got \(3,\) for a mean of \(4, 3\)"):
         local_reparameterization(mean, variance[0])
     with pytest.raises(RuntimeError, match="can't be cast to the desired output type Long"):

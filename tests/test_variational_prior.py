@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchdrop.layers._regulariser import regularisation
-from torchdrop.layers.sparse_variational import SparseVariationalConv2d, SparseVariationalLinear, sparse_variational_kl
-from torchdrop.layers.sparsity import sparsity
-from torchdrop.layers.variational import CONSTANT, VariationalConv1d, VariationalLinear, variational_kl
+from torchdrop.core.regularization import regularisation
+from torchdrop.layers.variational.sparse import SparseVariationalConv2d, SparseVariationalLinear, sparse_variational_kl
+from torchdrop.layers.variational.sparsity import sparsity
+from torchdrop.layers.variational.variational import CONSTANT, VariationalConv1d, VariationalLinear, variational_kl
 
 
 def divergence(log_alpha: float) -> float:

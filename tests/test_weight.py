@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import torchdrop
 from torchdrop import kernels, random
 from torchdrop.kernels.law import law
-from torchdrop.layers.weight import WeightDropout, apply_weight_dropout, remove_weight_dropout, weight_dropout
+from torchdrop.layers.weights.weight import WeightDropout, apply_weight_dropout, remove_weight_dropout, weight_dropout
 
 from .enumeration import expectation, force, masks
 from .statistical import check_rate, draws_for

@@ -15,9 +15,9 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import torchdrop
-from torchdrop.layers import _parametrize
-from torchdrop.layers.mixout import apply_mixout, remove_mixout
-from torchdrop.layers.weight import apply_weight_dropout, remove_weight_dropout
+from torchdrop.layers.weights import parametrize as _parametrize
+from torchdrop.layers.weights.mixout import apply_mixout, remove_mixout
+from torchdrop.layers.weights.weight import apply_weight_dropout, remove_weight_dropout
 
 CLASSES = (nn.LSTM, nn.GRU, nn.RNN)
 every_class = pytest.mark.parametrize("cls", CLASSES)

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from torchdrop.core import portable
 from torchdrop.kernels import aten
 from torchdrop.kernels import law as laws
 from torchdrop.kernels.law import ONE, alpha, inverted, law, law_tensor
 from torchdrop.kernels.masking import trailing
-from torchdrop.layers import _plain
 from torchdrop.layers.standout import _thresholds
 from torchdrop.monte_carlo import masks
 
@@ -97,5 +97,5 @@ def test_thresholds_of_learned_rates_are_those_of_laws() -> None:
 
 def test_graphs_elsewhere_draw_without_it() -> None:
     x = torch.ones(5, device=DEVICE)
-    assert _plain._words(x, (5,)).dtype == torch.int64
-    assert _plain._normal(x, (5,)).dtype == torch.float32
+    assert portable._words(x, (5,)).dtype == torch.int64
+    assert portable._normal(x, (5,)).dtype == torch.float32

@@ -14,8 +14,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import torchdrop
 from torchdrop.kernels.law import ONE, law
-from torchdrop.layers import zoneout as module
-from torchdrop.layers.zoneout import Zoneout, zoneout
+from torchdrop.layers.recurrent import zoneout as module
+from torchdrop.layers.recurrent.zoneout import Zoneout, zoneout
 
 from .seeding import seeded
 from .statistical import check_rate, draws_for

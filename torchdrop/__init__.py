@@ -4,50 +4,50 @@ from . import functional, losses, monte_carlo, rules, schedules, tune
 from ._version import __version__ as __version__
 from .aids import audit, check_cost_decreases, equivalent_l2, feature_statistics, max_norm, max_norm_
 from .configure import disabled, insert, keep_probs, replace, set_keep_prob
+from .core.regularization import regularisation
+from .core.shard import Shard
 from .kernels import available_backends, use_backend
-from .layers._regulariser import regularisation
-from .layers._shard import Shard
 from .layers.activated import GELUDropout, ReLUDropout
 from .layers.alpha import AlphaDropout, FeatureAlphaDropout
-from .layers.attention import DropHead
-from .layers.bernoulli import Dropout
-from .layers.block import DropBlock1d, DropBlock2d, DropBlock3d
 from .layers.channel import Dropout1d, Dropout2d, Dropout3d
-from .layers.compact import CompactSequential, compact
-from .layers.concrete import ConcreteDropout
-from .layers.concrete_layer import ConcreteLayer, concrete_regularisers
+from .layers.compact.sequential import CompactSequential, compact
+from .layers.concrete.concrete import ConcreteDropout
+from .layers.concrete.layer import ConcreteLayer, concrete_regularisers
+from .layers.drop_block.drop_block import DropBlock1d, DropBlock2d, DropBlock3d
+from .layers.drop_head import DropHead
 from .layers.drop_key import DropKey
+from .layers.drop_path import DropPath, StochasticDepth
+from .layers.dropout import Dropout
+from .layers.dropout_add import BiasDropoutAdd, DropoutAdd
 from .layers.efficient_path import EfficientStochasticDepth
 from .layers.embedding import EmbeddingDropout
 from .layers.gaussian import GaussianDropout
-from .layers.graph import DropEdge, DropMessage, DropNode
+from .layers.graph.graph import DropEdge, DropMessage, DropNode
 from .layers.layer_drop import LayerDrop
+from .layers.locked import LockedDropout
 from .layers.masksembles import Masksembles
-from .layers.mixout import Mixout, apply_mixout, remove_mixout
 from .layers.multi_sample import MultiSampleDropout
 from .layers.patch import PatchDropout
-from .layers.path import DropPath, StochasticDepth
-from .layers.recurrent import RecurrentDropoutGRU, RecurrentDropoutLSTM, ZoneoutGRU, ZoneoutLSTM
-from .layers.residual import BiasDropoutAdd, DropoutAdd
-from .layers.sequence import LockedDropout
-from .layers.sparse_variational import (
+from .layers.recurrent.lstm_gru import RecurrentDropoutGRU, RecurrentDropoutLSTM, ZoneoutGRU, ZoneoutLSTM
+from .layers.recurrent.zoneout import Zoneout
+from .layers.standout import Standout
+from .layers.variational.sparse import (
     SparseVariationalConv1d,
     SparseVariationalConv2d,
     SparseVariationalConv3d,
     SparseVariationalLinear,
 )
-from .layers.sparsity import sparsity
-from .layers.standout import Standout
-from .layers.targeted import (
+from .layers.variational.sparsity import sparsity
+from .layers.variational.variational import VariationalConv1d, VariationalConv2d, VariationalConv3d, VariationalLinear
+from .layers.weights.mixout import Mixout, apply_mixout, remove_mixout
+from .layers.weights.targeted import (
     TargetedDropout,
     apply_targeted_dropout,
     prune_targeted_dropout,
     remove_targeted_dropout,
 )
-from .layers.variational import VariationalConv1d, VariationalConv2d, VariationalConv3d, VariationalLinear
-from .layers.weight import WeightDropout, apply_weight_dropout, remove_weight_dropout
+from .layers.weights.weight import WeightDropout, apply_weight_dropout, remove_weight_dropout
 from .layers.word import WordDropout
-from .layers.zoneout import Zoneout
 from .monte_carlo import mc_dropout, mc_predict
 from .random import frozen_masks
 from .scheduler import KeepProbScheduler

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+
+from .core.torch_state import is_compiling, transforms_active, tree_leaves, tree_map
 
 _ALIKE = 1e-5
 """Two passes count as equal if no output differs by more than so much of the largest, or by two roundings of it."""
@@ -287,11 +288,10 @@ def two_passes(model: nn.Module, inputs: Any, *, batch_dim: int = 0, batched: bo
                 f"model must give a tensor of {2 * rows} rows in dimension {batch_dim} for {rows} rows of the inputs "
                 "put behind themselves, so that the passes can be told apart, got none: pass batched=False"
             )
-        first = tree_map(lambda leaf: _half(leaf, rows, batch_dim, 0), both)
-        second = tree_map(lambda leaf: _half(leaf, rows, batch_dim, 1), both)
+        first, second = (tree_map(lambda leaf, n=n: _half(leaf, rows, batch_dim, n), both) for n in (0, 1))
     else:
         first, second = _call(model, inputs), _call(model, inputs)
-    if not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()) and _alike(first, second):
+    if not (is_compiling() or transforms_active()) and _alike(first, second):
         warnings.warn(
             "two_passes: both passes gave the same. Is the model in train mode, and has it dropout with a rate above "
             "0? Masks that the whole batch shares (of weights, embeddings, compact dropout) need batched=False",

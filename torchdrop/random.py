@@ -18,12 +18,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.nn.modules.dropout import _DropoutNd
 
-_is_compiling = torch.compiler.is_compiling
-_is_exporting = torch.compiler.is_exporting
-_transformed = torch._C._are_functorch_transforms_active
+from .core.torch_state import (
+    in_backward,
+    is_compiling,
+    is_exporting,
+    recomputing_setting,
+    transforms_active,
+    vmap_active,
+    without_transforms,
+)
+
 _empty_like = torch.empty_like
 
 
@@ -41,36 +47,30 @@ def draw_key(device: torch.device, generator: torch.Generator | None = None) -> 
     """
     if generator is not None:
         return _from_generator(device, generator)
-    if _is_compiling():
+    if is_compiling():
         _refuse_recomputation()
-        if _transformed() and _vmapped():  # the form for which vmap has its randomness modes
+        if transforms_active() and vmap_active():  # the form for which vmap has its randomness modes
             return torch.randint(2**63 - 1, (2,), device=device)
         return torch.ops.torchdrop.draw_key(_never_merged(device), device=device)
     return _from_default(device)
 
 
 def _from_default(device: torch.device) -> Tensor:
-    if not _frozen and not _transformed():
+    if not _frozen and not transforms_active():
         return torch.empty((2,), dtype=torch.int64, device=device).random_()
     running = [frozen for frozen in _frozen if frozen.running]
     for frozen in running:
         frozen.served += 1
-    if running and _transformed():
-        with temporarily_clear_interpreter_stack():  # frozen masks are one set of masks, also under vmap
+    if running and transforms_active():
+        with without_transforms():  # frozen masks are one set of masks, also under vmap
             return _drawn(device, None)
     return _drawn(device, None)
 
 
 def _drawn(device: torch.device, generator: torch.Generator | None) -> Tensor:
-    if _transformed() and _vmapped():  # the form for which vmap has its randomness modes
+    if transforms_active() and vmap_active():  # the form for which vmap has its randomness modes
         return torch.randint(2**63 - 1, (2,), device=device, generator=generator)
     return torch.empty((2,), dtype=torch.int64, device=device).random_(generator=generator)
-
-
-@torch.compiler.assume_constant_result
-def _vmapped() -> bool:
-    stack = torch._C._functorch.get_interpreter_stack() or []
-    return any(interpreter.key() == torch._C._functorch.TransformType.Vmap for interpreter in stack)
 
 
 class _KeyBytes(threading.local):
@@ -135,7 +135,7 @@ def _never_merged(device: torch.device) -> Tensor:
     An exported program may meet other passes than those of torch.compile, and vmap with its randomness modes. There it
     is a random operator that takes nothing from the generator. Memory that is not initialized costs less.
     """
-    return torch.randperm(0, device=device) if _is_exporting() else torch.empty((2,), dtype=torch.int64, device=device)
+    return torch.randperm(0, device=device) if is_exporting() else torch.empty((2,), dtype=torch.int64, device=device)
 
 
 @torch.compiler.assume_constant_result
@@ -147,22 +147,10 @@ def _refuse_recomputation() -> None:
     """
     if not torch.is_grad_enabled():
         return
-    config = torch._functorch.config
-    where, instead = "torch._functorch.config.activation_memory_budget", "Set it to 1"
-    budget = torch.fx.traceback.current_meta.get("custom", {}).get("_region_activation_memory_budget")
-    if budget is not None:
-        where = "the budget of torch.autograd.graph.region_activation_memory_budget"
-    else:
-        budget = config.activation_memory_budget
-    setting = f"{where} is {budget}: below 1"
-    if budget >= 1.0:
-        if config.aggressive_recomputation:
-            name, wanted = "aggressive_recomputation", False
-        elif not config.ban_recompute_not_in_allowlist:
-            name, wanted = "ban_recompute_not_in_allowlist", True
-        else:
-            return
-        setting, instead = f"torch._functorch.config.{name} is {not wanted}: with that", f"Set it to {wanted}"
+    found = recomputing_setting()
+    if found is None:
+        return
+    setting, instead = found
     raise RuntimeError(
         f"{setting} the compiler draws random numbers anew for backward (PyTorch issue 190717), so gradients would "
         f"have other masks than the forward pass. {instead} and recompute with torch.utils.checkpoint, under which "
@@ -219,12 +207,12 @@ class _Frozen:
         return bool(self._forward.modules)
 
     def enter(self, module: nn.Module, args: Any) -> None:
-        if _is_compiling():
+        if is_compiling():
             return
         forward = self._forward
         if not forward.modules:
             before, digest = states()
-            again = torch._C._current_graph_task_id() != -1
+            again = in_backward()
             if not again or digest in self._outside:
                 self._outside.add(digest)
                 forward.before = before
@@ -233,7 +221,7 @@ class _Frozen:
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         modules = self._forward.modules
-        if not _is_compiling() and modules and modules[-1] is module:  # not so if a hook before `enter` has raised
+        if not is_compiling() and modules and modules[-1] is module:  # not so if a hook before `enter` has raised
             modules.pop()
             if not modules:
                 self.restore()
@@ -251,7 +239,7 @@ _States = tuple[Tensor, list[Tensor]]
 
 def states() -> tuple[_States, bytes]:
     """The states of PyTorch's generators, and a digest of the CPU's."""
-    with temporarily_clear_interpreter_stack():  # plain tensors, also under torch.func
+    with without_transforms():  # plain tensors, also under torch.func
         cpu = torch.get_rng_state()
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         return (cpu, cuda), hashlib.blake2b(ctypes.string_at(cpu.data_ptr(), cpu.numel()), digest_size=16).digest()
@@ -278,7 +266,7 @@ def start(seed: int, name: str, manual_seed: Callable[[int], Any] | None = None)
     """
     number, words = _hash(seed, name)
     generator = torch.default_generator
-    with temporarily_clear_interpreter_stack():  # plain tensors, also under torch.func
+    with without_transforms():  # plain tensors, also under torch.func
         (manual_seed or generator.manual_seed)(number)
         if _words_are_known():
             state = generator.get_state()

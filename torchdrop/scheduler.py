@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ._extras import axes_or_new
 from .configure.holders import Holder, check_keep_prob, compiled_parts, names_of, unwrapped
-from .configure.names import near
 from .configure.rates import chosen, shown
-from .layers._rate import Rate, Rated
+from .core.names import near
+from .core.rate import Rate, Rated
 from .rules import Rule
 from .schedules import Scaled, as_schedule, keep_prob_at
 

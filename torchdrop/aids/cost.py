@@ -17,7 +17,7 @@ from torch.optim.optimizer import Optimizer
 
 from ..configure import disabled, keep_probs
 from ..configure.holders import unwrapped
-from ..layers._rate import Rated
+from ..core.rate import Rated
 from ..monte_carlo.activate import check_seed
 from ..monte_carlo.state import flags, own_generators, random_state, undisturbed
 from ..random import frozen_forwards

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .._extras import BLUE, GREEN, ORANGE, VERMILION, axes_or_new
-from ..configure.names import check_patterns
+from ..core.names import check_patterns
 from ..monte_carlo.inputs import Inputs
 
 ACTIVATIONS = (

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from ..layers import _rate
+from ..core import rate as _rate
 from ..monte_carlo.draw import Draw
 from ..monte_carlo.mode import Watching
 from ..monte_carlo.tracker import Tracker

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from ..core.rate import Rate, Rated, law_for, realised
 from ..kernels.law import inverted
-from ..layers._rate import Rate, Rated, law_for, realised
-from ..layers.bernoulli import Dropout, mask_shape
 from ..layers.channel import Dropout1d, Dropout2d, Dropout3d
+from ..layers.dropout import Dropout, mask_shape
 from ..layers.gaussian import GaussianDropout
 from ..monte_carlo.inputs import Inputs, picker
 

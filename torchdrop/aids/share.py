@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..layers import _rate
+from ..core import rate as _rate
 from ..layers.alpha import AlphaDropout, FeatureAlphaDropout
-from ..layers.bernoulli import Bernoulli, Dropout, mask_shape
 from ..layers.channel import Dropout1d, Dropout2d, Dropout3d
+from ..layers.dropout import Bernoulli, Dropout, mask_shape
 
 _ENOUGH, _MOST = 20_000, 400
 """Draws after which a share is known well enough, and calls after which it has to be."""

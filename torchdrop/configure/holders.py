@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils import parametrize
 
-from ..layers._rate import Rate, Rated, read_rate
+from ..core.rate import Rate, Rated, read_rate
 from ..rules import LayerSize
 
 _NAMED = re.compile(

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from ..core.names import check_patterns, matches_itself, winner
 from .holders import names_of
-from .names import check_patterns, matches_itself, winner
 from .surgery import Undoable, listed
 
 CHILD = "inserted"

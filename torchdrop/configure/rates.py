@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..layers._rate import Rate
+from ..core.names import check_patterns, winner
+from ..core.rate import Rate
 from ..schedules import Scaled, Schedule
 from .holders import Holder, check_keep_prob, compiled_parts, holders, names_of, sizes, unwrapped
-from .names import check_patterns, winner
 from .silence import silenced
 
 WHAT = "layers with a rate"

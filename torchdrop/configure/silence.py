@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..layers import _noise, _rate
-from ..layers._rate import Rated
+from ..core import rate as _rate
+from ..core import sites
+from ..core.rate import Rated
+from ..core.torch_state import transforms_active
 from ..monte_carlo.mode import checkpointed
 from ..monte_carlo.sources import DESCRIBE, OPENED, RECURRENT
 from ..random import draw_key
-
-_transformed = torch._C._are_functorch_transforms_active
 
 _KEPT = RECURRENT | {F.rrelu, torch.rrelu, torch.rrelu_}
 """What goes on as it is: the rate of a recurrent layer has a name, and cuDNN's backward asks for its training flag;
@@ -46,9 +46,9 @@ class _Silence(TorchFunctionMode):
                 return OPENED[func](*args, **kwargs)
         if func is _rate.apply:
             return _undropped(*args)
-        if func is _noise.draw:  # a layer whose rate is set to 0
+        if func is sites.draw:  # a layer whose rate is set to 0
             return func(*args)
-        if func is _noise.is_on:
+        if func is sites.is_on:
             return self._is_on(*args)
         if func in DESCRIBE:
             draw = DESCRIBE[func](self, func, *args, **kwargs)
@@ -77,7 +77,7 @@ def _undropped(
     operator: Any, input: Tensor, law: Any, shape: Any, inplace: bool, generator: torch.Generator | None
 ) -> Tensor:
     """What torchdrop's layers do at keep_prob 1: a key is drawn, so that what else draws does not depend on it."""
-    if not _transformed():
+    if not transforms_active():
         draw_key(input.device, generator)
     return input
 

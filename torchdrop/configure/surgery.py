@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from ..layers._rate import Rated
+from ..core.rate import Rated
 from ..layers.alpha import AlphaDropout, FeatureAlphaDropout
-from ..layers.bernoulli import Dropout
 from ..layers.channel import Dropout1d, Dropout2d, Dropout3d
+from ..layers.dropout import Dropout
 from .holders import names_of, unwrapped
 from .unreached import Unreached, class_forwards, has_own_forward, unreached
 
@@ -123,7 +123,7 @@ def replace(model: nn.Module, *, to: str = "torchdrop") -> Replacement:
         >>> model = torch.nn.TransformerEncoderLayer(8, 2, dropout=0.1)
         >>> swap = torchdrop.replace(model)
         >>> type(model.dropout1).__module__, model.dropout1.p
-        ('torchdrop.layers.bernoulli', 0.1)
+        ('torchdrop.layers.dropout', 0.1)
         >>> print(swap)
         replaced 3 dropout layers: dropout, dropout1, dropout2
         not reached: 1

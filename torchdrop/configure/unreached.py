@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from ..layers._rate import Rated
+from ..core.rate import Rated
 from ..monte_carlo.sources import DESCRIBE
 from .holders import holders, names_of
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..configure import KeepProbs, keep_probs, set_keep_prob
-from ..layers.bernoulli import Dropout
+from ..layers.dropout import Dropout
 from ..rules import by_weight_size
 from ..scheduler import KeepProbScheduler
 from ..schedules import Scaled, curriculum, scale

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from ..layers.bernoulli import Dropout
+from ..layers.dropout import Dropout
 from ..monte_carlo import RegressionPrediction, mc_predict, weight_decay_from_tau
 from ..monte_carlo.prediction import normal_quantile
 from .experiment import undisturbed

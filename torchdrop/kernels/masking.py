@@ -8,9 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.torch_state import transforms_active
 from .law import ONE, Law, has_float64
-
-_transformed = torch._C._are_functorch_transforms_active
 
 COMPUTE_DTYPE = {
     torch.float16: torch.float32,
@@ -68,7 +67,7 @@ def trailing(law: Law | Tensor, device: torch.device) -> tuple[float | Tensor, .
     if not has_float64(device):
         threshold, *others = law.unbind(-1)
         return threshold.to(torch.int64).to(device), *(other.to(torch.float32).to(device) for other in others)
-    if law.dim() == 1 and law.is_cpu and not _transformed():
+    if law.dim() == 1 and law.is_cpu and not transforms_active():
         return law.unbind(-1)  # scalars of the host go with any device
     return law.to(device).unbind(-1)
 

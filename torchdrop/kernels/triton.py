@@ -17,8 +17,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
+from ..core.torch_state import current_cuda_device, without_dispatch_modes
 from . import native, reference
 from .law import ONE, Law
 from .masking import COMPUTE_DTYPE, WHOLE, Part, apply_mask, held, trailing
@@ -61,7 +61,7 @@ def _failure(index: int, dtype: torch.dtype) -> str:
     """Why kernels cannot be compiled and launched on this CUDA device, found by trying one; "" if they can."""
     device = torch.device("cuda", index)
     try:
-        with _disable_current_modes(), torch.inference_mode(False):
+        with without_dispatch_modes(), torch.inference_mode(False):
             x, key = torch.ones(64, dtype=dtype, device=device), torch.zeros(2, dtype=torch.int64, device=device)
             half = Law(ONE // 2, 2.0)
             expected = reference.masked(x, key, half, x.shape)
@@ -222,8 +222,6 @@ _ready: dict[tuple[int, torch.dtype], tuple[_Starter, int, tuple[Any, ...]]] = {
 """For a device and element type: what launches the kernel of `masked_row` for aligned tensors and laws that only scale,
 the elements that a program serves, and the kernel's constants."""
 
-_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
-
 
 def masked_row(x: Tensor, key: Tensor, law: Law, out: Tensor | None = None) -> Tensor:
     """What `masked` does for a whole contiguous tensor under one key, itself contiguous, and one law: in less time."""
@@ -235,7 +233,7 @@ def masked_row(x: Tensor, key: Tensor, law: Law, out: Tensor | None = None) -> T
     index, dtype, affine = x.get_device(), x.dtype, bool(law.shift or law.fill)
     aligned = not (affine or (out.data_ptr() | x.data_ptr() | key.data_ptr()) & 15)
     ready = _ready.get((index, dtype)) if aligned else None
-    if ready is not None and (index < 0 or index == _current_device()):
+    if ready is not None and (index < 0 or index == current_cuda_device()):
         start, elements, constants = ready
         programs = -(-n // elements)
         start(programs, out, x, key, None, *_values(law), 0, n, n, 1, programs, *constants)

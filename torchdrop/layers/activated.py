@@ -18,14 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Proxy
 
-from ..kernels import fused
+from ..core.fused import Fused, dropped
+from ..core.rate import DEFAULT_P, check_input, law_for, read_rate, turned_on
+from ..core.symbolic import called, recorded
+from ..core.torch_state import is_compiling
 from ..kernels.law import Law, inverted, law
-from ._fused import Fused, dropped
-from ._rate import DEFAULT_P, check_input, law_for, read_rate, turned_on
-from ._short import short_activation
-from ._symbolic import called, recorded
-
-_is_compiling = torch.compiler.is_compiling
+from ..ops import fused
+from ..ops.fast_path import fast_activation_dropout
 
 _GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
 
@@ -87,8 +86,8 @@ def relu_dropout(
     if isinstance(input, Proxy):
         return recorded(relu_dropout, locals())
     k, _ = read_rate(p, keep_prob)
-    if training and generator is None and not isinstance(k, Tensor) and not _is_compiling():
-        out = short_activation(input, law(k), "relu")
+    if training and generator is None and not isinstance(k, Tensor) and not is_compiling():
+        out = fast_activation_dropout(input, law(k), "relu")
         if out is not None:
             return out
     check_input(input, "relu_dropout")
@@ -142,8 +141,8 @@ def gelu_dropout(
         return recorded(gelu_dropout, locals())
     k, _ = read_rate(p, keep_prob)
     activation = _gelu(approximate)
-    if training and generator is None and not isinstance(k, Tensor) and not _is_compiling():
-        out = short_activation(input, law(k), activation)
+    if training and generator is None and not isinstance(k, Tensor) and not is_compiling():
+        out = fast_activation_dropout(input, law(k), activation)
         if out is not None:
             return out
     check_input(input, "gelu_dropout")
@@ -180,7 +179,7 @@ class ReLUDropout(Fused):
     def forward(self, input: Tensor) -> Tensor:
         short_law = self._short_law
         if short_law is not None:
-            out = short_activation(input, short_law, "relu")
+            out = fast_activation_dropout(input, short_law, "relu")
             if out is not None:
                 return out
         if isinstance(input, Proxy):
@@ -231,7 +230,7 @@ class GELUDropout(Fused):
     def forward(self, input: Tensor) -> Tensor:
         short_law = self._short_law
         if short_law is not None:
-            out = short_activation(input, short_law, _gelu(self.approximate))
+            out = fast_activation_dropout(input, short_law, _gelu(self.approximate))
             if out is not None:
                 return out
         if isinstance(input, Proxy):

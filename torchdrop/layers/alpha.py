@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from ..kernels import operators
+from ..core.rate import DEFAULT_P, Rated, apply, check_input, law_for, read_rate, turned_on, undrawn
+from ..core.symbolic import leaf, recorded
 from ..kernels.law import alpha
-from ._rate import DEFAULT_P, Rated, apply, check_input, law_for, read_rate, turned_on, undrawn
-from ._symbolic import leaf, recorded
+from ..ops import operators
 from .channel import check_channels
 
 

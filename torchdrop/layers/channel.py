@@ -14,15 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from ..kernels import operators
+from ..core.exported import is_exporting
+from ..core.rate import DEFAULT_P, Rate, apply, check_input, law_for, read_rate, turned_on, undrawn
+from ..core.symbolic import called, recorded
+from ..core.torch_state import is_compiling
 from ..kernels.law import Law, law
-from ._exported import is_exporting
-from ._rate import DEFAULT_P, Rate, apply, check_input, law_for, read_rate, turned_on, undrawn
-from ._short import short_channels
-from ._symbolic import called, recorded
-from .bernoulli import Bernoulli, eval_form, exported_original, formula_of
-
-_is_compiling = torch.compiler.is_compiling
+from ..ops import operators
+from ..ops.fast_path import fast_channel_dropout
+from .dropout import Bernoulli, eval_form, exported_original, formula_of
 
 
 def _shape1d(input: Tensor) -> tuple[int, ...]:
@@ -93,8 +92,8 @@ def _drop_channels(
     if not training:
         return eval_form(input, keep_prob, inverted, inplace)
     check_channels(input, least=1 if shape_of is _shape3d else 2)
-    if number is not None and not inplace and generator is None and inverted and not _is_compiling():
-        out = short_channels(input, number, shape)
+    if number is not None and not inplace and generator is None and inverted and not is_compiling():
+        out = fast_channel_dropout(input, number, shape)
         if out is not None:
             return out
     if not inverted and is_exporting():
@@ -213,7 +212,7 @@ def _channels(
         input,
         k,
         lambda shape: law_for(k, formula_of(inverted), shape),
-        None if isinstance(k, Tensor) or _is_compiling() else law(k),
+        None if isinstance(k, Tensor) or is_compiling() else law(k),
         training,
         inplace,
         generator,

@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
+from ..core import sites
+from ..core.rate import DEFAULT_P, Rate, Rated, check_input, law_for, read_rate
+from ..core.symbolic import holds_proxy, leaf, recorded
+from ..core.torch_state import transforms_active
 from ..kernels.law import inverted
-from . import _noise
-from ._rate import DEFAULT_P, Rate, Rated, check_input, law_for, read_rate
-from ._symbolic import holds_proxy, leaf, recorded
-from .attention import LawOf, check_some, keeps_all, kept_of
-from .bernoulli import Axes, mask_shape
-
-_transformed = torch._C._are_functorch_transforms_active
+from .drop_head import LawOf, check_some, keeps_all, kept_of
+from .dropout import Axes, mask_shape
 
 
 def _may_be_seen(logits: Tensor) -> Tensor:
@@ -44,9 +43,9 @@ def _kept_keys(
     if shape[-1] != sizes[-1]:
         raise ValueError(f"shared_axes must leave the last dimension, the keys, to themselves, got {shared_axes}")
     law = law_of(shape)
-    if keeps_all(law) and _transformed():
+    if keeps_all(law) and transforms_active():
         return None
-    words = _noise.words(like, shape, generator)
+    words = sites.words(like, shape, generator)
     return None if keeps_all(law) else kept_of(words, law, -1, allowed)
 
 
@@ -111,7 +110,7 @@ def drop_key(
         return recorded(drop_key, locals())
     k, _ = read_rate(p, keep_prob)
     check_some(k, "drop_key", "key")
-    if not _noise.is_on(training):
+    if not sites.is_on(training):
         return input
     return _drop_keys(input, partial(law_for, k, inverted), shared_axes, generator)
 
@@ -222,7 +221,7 @@ def drop_key_mask(
     keep, _ = read_rate(p, keep_prob)
     check_some(keep, "drop_key", "key")
     mask = _attention_mask(query, key, attn_mask, is_causal)
-    if not _noise.is_on(training):
+    if not sites.is_on(training):
         return mask
     return _drop_key_mask(query, key, partial(law_for, keep, inverted), mask, shared_axes, generator)
 
@@ -272,7 +271,7 @@ class DropKey(Rated):
 
     @leaf
     def forward(self, input: Tensor) -> Tensor:
-        if not _noise.is_on(self.training):
+        if not sites.is_on(self.training):
             return input
         return _drop_keys(input, self._law_for, self.shared_axes, self.generator)
 
@@ -284,7 +283,7 @@ class DropKey(Rated):
         In Monte Carlo inference the draw belongs to the module that calls this, and `sources` name that one.
         """
         mask = _attention_mask(query, key, attn_mask, is_causal)
-        if not _noise.is_on(self.training):
+        if not sites.is_on(self.training):
             return mask
         return _drop_key_mask(query, key, self._law_for, mask, self.shared_axes, self.generator)
 

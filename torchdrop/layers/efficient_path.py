@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
+from ..core import portable, sites
+from ..core.exported import warn_stays_on
+from ..core.rate import DEFAULT_P, Rate, Rated, law_for, read_rate, realised
+from ..core.symbolic import leaf, recorded
 from ..kernels.law import inverted
 from ..kernels.masking import COMPUTE_DTYPE
-from . import _noise, _plain
-from ._exported import warn_stays_on
-from ._rate import DEFAULT_P, Rate, Rated, law_for, read_rate, realised
-from ._symbolic import leaf, recorded
-from .path import LawOf, row_shape
+from .drop_path import LawOf, row_shape
 
 Branch = Callable[[Tensor], Tensor]
 
@@ -74,16 +74,16 @@ def _add_branch(
 ) -> Tensor:
     if not callable(branch):
         raise TypeError(f"branch must be a module or function, got {type(branch).__name__}")
-    if not _noise.is_on(training):
+    if not sites.is_on(training):
         return input + _residual(branch, input)
     rows = row_shape(input, "efficient_stochastic_depth")
     if not training:  # Monte Carlo inference: no row's samples may depend on the rows beside it
-        kept = _noise.keep_mask(input, law_of(rows[:1]), rows[:1], generator).reshape(rows)
+        kept = sites.keep_mask(input, law_of(rows[:1]), rows[:1], generator).reshape(rows)
         residual = _residual(branch, input)
         return _weighted_sum(input, torch.where(kept, residual, 0.0), 1.0 / realised(keep_prob))
-    rows = tuple(_plain.numbered(rows))
+    rows = tuple(portable.numbered(rows))
     count = min(rows[0], max(1, round(rows[0] * keep_prob)))  # type: ignore[arg-type]
-    chosen = subset(_noise.words(input, rows[:1], generator), count)
+    chosen = subset(sites.words(input, rows[:1], generator), count)
     if count == rows[0]:
         return input + _residual(branch, input)
     warn_stays_on()

@@ -19,14 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..core import sites
+from ..core.portable import refuse_script
+from ..core.rate import DEFAULT_P, Rated, RateOfChild, check_input, law_for, read_rate
+from ..core.symbolic import holds_proxy, leaf, recorded
+from ..core.torch_state import transforms_active
 from ..kernels.law import ONE, Law, inverted
 from ..kernels.masking import COMPUTE_DTYPE
-from . import _noise
-from ._plain import refuse_script
-from ._rate import DEFAULT_P, Rated, RateOfChild, check_input, law_for, read_rate
-from ._symbolic import holds_proxy, leaf, recorded
-
-_transformed = torch._C._are_functorch_transforms_active
 
 LawOf = Callable[[tuple[int, ...]], Law | Tensor]
 
@@ -67,9 +66,9 @@ def _drop_words(
     check_input(vectors, "embedding_dropout")
     shape = _table_shape(input, rows, batch_dim)
     law = law_of(shape)
-    if isinstance(law, Law) and law.threshold == ONE and _transformed():
+    if isinstance(law, Law) and law.threshold == ONE and transforms_active():
         return vectors
-    kept = _looked_up(_noise.keep_mask(vectors, law, shape, generator), input, batch_dim)
+    kept = _looked_up(sites.keep_mask(vectors, law, shape, generator), input, batch_dim)
     dtype = COMPUTE_DTYPE[vectors.dtype]
     scale: Any = law.scale if isinstance(law, Law) else law[..., 1].to(vectors.device, dtype)
     if isinstance(scale, Tensor) and scale.dim():
@@ -140,7 +139,7 @@ def embedding_dropout(
     k, _ = read_rate(p, keep_prob)
     _check_batch_dim(batch_dim)
     vectors = F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
-    if not _noise.is_on(training):
+    if not sites.is_on(training):
         return vectors
     return _drop_words(
         vectors, input, weight.shape[0], padding_idx, lambda shape: law_for(k, inverted, shape), generator, batch_dim
@@ -156,7 +155,7 @@ class _Words(Rated):
         self.batch_dim = batch_dim
 
     def forward(self, vectors: Tensor, input: Tensor, rows: int, padding_idx: int | None) -> Tensor:
-        if not _noise.is_on(self.training):
+        if not sites.is_on(self.training):
             return vectors
         return _drop_words(vectors, input, rows, padding_idx, self._law_for, self.generator, self.batch_dim)
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
-from ..kernels import operators
+from ..core.rate import DEFAULT_P, Rate, Rated, apply, check_input, law_for, read_rate, turned_on
+from ..core.symbolic import leaf, recorded
 from ..kernels.law import gaussian
-from ._rate import DEFAULT_P, Rate, Rated, apply, check_input, law_for, read_rate, turned_on
-from ._symbolic import leaf, recorded
+from ..ops import operators
 
 
 def _check_positive(keep_prob: Rate) -> None:

@@ -17,13 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from . import _noise, _plain
-from ._rate import DEFAULT_P, Rate, Rated
-from ._symbolic import is_tracing, recorded
-from .attention import keeps_all
-
-_is_compiling = torch.compiler.is_compiling
-_transformed = torch._C._are_functorch_transforms_active
+from ..core import portable, sites
+from ..core.rate import DEFAULT_P, Rate, Rated
+from ..core.symbolic import recorded
+from ..core.torch_state import fx_tracing, is_batched, is_compiling, transforms_active
+from .drop_head import keeps_all
 
 
 def _all(layers: Iterable[nn.Module]) -> Iterable[nn.Module]:
@@ -164,15 +162,15 @@ class LayerDrop(Rated, nn.ModuleList):
     def _draw(self) -> Tensor | None:
         """Which layers stay; None where all do."""
         shape = (len(self),)
-        if not _noise.is_on(self.training) or (keeps_all(law := self._law_for(shape)) and _transformed()):
+        if not sites.is_on(self.training) or (keeps_all(law := self._law_for(shape)) and transforms_active()):
             return None
-        return _noise.keep_mask(torch.empty(0, device="cpu"), law, shape, self.generator)
+        return sites.keep_mask(torch.empty(0, device="cpu"), law, shape, self.generator)
 
     def __iter__(self) -> Iterator[Any]:
         layers = list(self._modules.values())
-        if is_tracing():
+        if fx_tracing():
             return iter(self._for_a_trace(layers))
-        if self.training and not self.keep_graph and _plain.is_wanted(_is_compiling()):
+        if self.training and not self.keep_graph and portable.is_wanted(is_compiling()):
             raise RuntimeError(
                 "a graph has one path through the layers, and LayerDrop takes another in each call: use "
                 "keep_graph=True, or put the model in eval mode"
@@ -182,7 +180,7 @@ class LayerDrop(Rated, nn.ModuleList):
             return iter(layers)
         if self.keep_graph:
             return iter([_Selected(layer, kept[i]) for i, layer in enumerate(layers)])
-        if not _is_compiling() and torch._C._functorch.is_batchedtensor(kept):
+        if not is_compiling() and is_batched(kept):
             raise RuntimeError(
                 "LayerDrop cannot skip layers under vmap, where each sample drops others: use keep_graph=True, or "
                 'randomness="same"'

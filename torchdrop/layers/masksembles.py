@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core import sites
+from ..core.portable import refuse_script
+from ..core.rate import check_input
+from ..core.symbolic import holds_proxy, leaf, recorded
 from ..kernels.masking import COMPUTE_DTYPE
 from ..random import check_generator
-from . import _noise
-from ._plain import refuse_script
-from ._rate import check_input
-from ._symbolic import holds_proxy, leaf, recorded
 from .efficient_path import subset
 
 
@@ -113,12 +113,12 @@ def masksembles_masks(channels: int, n: int, scale: float = 2.0, *, generator: t
     check_generator(generator)
     with torch.device("cpu"):
         like = torch.empty(0)
-        order = _noise.words(like, (channels,), generator).argsort(stable=True)
+        order = sites.words(like, (channels,), generator).argsort(stable=True)
         owner = torch.empty(channels, dtype=torch.int64).scatter_(0, order, torch.arange(channels) % n)
         own = owner == torch.arange(n).unsqueeze(1)
         masks, again = torch.zeros(n, channels, dtype=torch.bool), torch.ones(n, 1, dtype=torch.bool)
         while True:
-            words = _noise.words(like, (n, channels), generator)
+            words = sites.words(like, (n, channels), generator)
             chosen = subset(torch.where(own, -1, words), kept)  # what a mask owns comes first
             masks = torch.where(again, torch.zeros_like(masks).scatter_(1, chosen, True), masks)
             if kept == channels or type(masks) is not Tensor:  # without values there is nothing to compare

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from ._plain import refuse_script
-from ._rate import DEFAULT_P, RateOfChild, check_input, read_rate
-from ._symbolic import leaf, recorded
-from .bernoulli import Dropout, dropout
+from ..core.portable import refuse_script
+from ..core.rate import DEFAULT_P, RateOfChild, check_input, read_rate
+from ..core.symbolic import leaf, recorded
+from .dropout import Dropout, dropout
 
 SAMPLES = 8
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
-from . import _noise
-from ._exported import warn_stays_on
-from ._rate import DEFAULT_P, Rate, Rated, check_input, read_rate
-from ._symbolic import leaf, recorded
+from ..core import sites
+from ..core.exported import warn_stays_on
+from ..core.rate import DEFAULT_P, Rate, Rated, check_input, read_rate
+from ..core.symbolic import leaf, recorded
 from .efficient_path import check_counting, subset
 
 NAME = "patch dropout"
@@ -52,7 +52,7 @@ def _kept(input: Tensor, num_prefix_tokens: int, keep_prob: Rate, generator: tor
     samples, patches = input.shape[0], input.shape[1] - num_prefix_tokens
     count = _number_kept(patches, keep_prob)  # type: ignore[arg-type]
     warn_stays_on()
-    chosen = subset(_noise.words(input, (samples, patches), generator), count)
+    chosen = subset(sites.words(input, (samples, patches), generator), count)
     if count == patches:
         return None
     prefix = torch.arange(num_prefix_tokens, device=input.device).expand(samples, -1)
@@ -105,7 +105,7 @@ def patch_dropout_indices(
     check_counting(k, NAME)
     _check_prefix(num_prefix_tokens)
     _check_tokens(input, num_prefix_tokens)
-    kept = _kept(input, num_prefix_tokens, k, generator) if _noise.is_on(training) else None
+    kept = _kept(input, num_prefix_tokens, k, generator) if sites.is_on(training) else None
     if kept is None:
         return torch.arange(input.shape[1], device=input.device).expand(input.shape[0], -1)
     return kept
@@ -167,7 +167,7 @@ def _drop_tokens(
 ) -> Tensor:
     _check_prefix(num_prefix_tokens)
     _check_tokens(input, num_prefix_tokens)
-    if not _noise.is_on(training):
+    if not sites.is_on(training):
         return input
     check_input(input, "patch_dropout")
     return _taken(input, _kept(input, num_prefix_tokens, keep_prob, generator))

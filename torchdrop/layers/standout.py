@@ -20,16 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from ..core import sites
+from ..core.exported import warn_stays_on
+from ..core.portable import refuse_script
+from ..core.rate import check_input, read_rate
+from ..core.symbolic import leaf, recorded
+from ..core.torch_state import transforms_active
 from ..kernels.law import ONE, has_float64
 from ..kernels.masking import COMPUTE_DTYPE
 from ..random import check_generator
-from . import _noise
-from ._exported import warn_stays_on
-from ._plain import refuse_script
-from ._rate import check_input, read_rate
-from ._symbolic import leaf, recorded
-
-_transformed = torch._C._are_functorch_transforms_active
 
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -84,7 +83,7 @@ def standout(
     else:
         where = input.device if has_float64(input.device) else "cpu"
         pi = torch.full((), float(checked), dtype=torch.float64, device=where)
-    return _thinned(input, pi, _noise.is_on(training), generator)
+    return _thinned(input, pi, sites.is_on(training), generator)
 
 
 def _thinned(input: Tensor, pi: Tensor, on: bool, generator: torch.Generator | None) -> Tensor:
@@ -98,7 +97,7 @@ def _thinned(input: Tensor, pi: Tensor, on: bool, generator: torch.Generator | N
         dtype = COMPUTE_DTYPE[input.dtype]
         return (input.to(dtype) * pi.to(dtype)).to(input.dtype)
     warn_stays_on()
-    dropped = _noise.words(input, input.shape, generator) >= _thresholds(
+    dropped = sites.words(input, input.shape, generator) >= _thresholds(
         pi.detach(), input.device
     )  # not so where pi is NaN
     return torch.where(_laid_out(dropped, input), 0.0, input)
@@ -116,7 +115,7 @@ def _laid_out(mask: Tensor, input: Tensor) -> Tensor:
 
     Under torch.func there may be no telling: vmap knows no memory formats.
     """
-    memory_format = None if _transformed() else _FORMATS.get(input.dim())
+    memory_format = None if transforms_active() else _FORMATS.get(input.dim())
     if memory_format is None or not input.is_contiguous(memory_format=memory_format):
         return mask
     return mask.contiguous(memory_format=memory_format)
@@ -191,7 +190,7 @@ class Standout(nn.Module):
         if not isinstance(a, Tensor):
             raise TypeError(f"layer must return one tensor, got {type(a).__name__} from {type(self.layer).__name__}")
         check_input(a, "Standout")
-        on = _noise.is_on(self.training)
+        on = sites.is_on(self.training)
         response = (a.detach() if on else a).to(COMPUTE_DTYPE[a.dtype])
         pi = torch.sigmoid(self.alpha * response + self.beta)  # before an activation that works in place
         return _thinned(self.activation(a), pi, on, self.generator)

@@ -16,14 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import operators
+from ..core import sites
+from ..core.rate import DEFAULT_P, Rated, apply, check_input, law_for, read_rate
+from ..core.symbolic import holds_proxy, leaf, recorded
+from ..core.torch_state import transforms_active
 from ..kernels.law import ONE, Law
-from . import _noise
-from ._rate import DEFAULT_P, Rated, apply, check_input, law_for, read_rate
-from ._symbolic import holds_proxy, leaf, recorded
-from .bernoulli import formula_of
-
-_transformed = torch._C._are_functorch_transforms_active
+from ..ops import operators
+from .dropout import formula_of
 
 
 def _check_id(name: str, value: Any) -> None:
@@ -111,9 +110,9 @@ def _drop(
 ) -> Tensor:
     if unk_id is not None:
         keeps_all = isinstance(law, Law) and law.threshold == ONE
-        if keeps_all and _transformed():
+        if keeps_all and transforms_active():
             return input
-        kept = _noise.keep_mask(input, law, input.shape, generator)
+        kept = sites.keep_mask(input, law, input.shape, generator)
         if keeps_all:
             return input
         return torch.where(kept if protected is None else kept | protected, input, unk_id)
@@ -183,7 +182,7 @@ def word_dropout(
         return recorded(word_dropout, locals())
     k, _ = read_rate(p, keep_prob)
     special = _check_ids(unk_id, special_ids, inverted)
-    if not _noise.is_on(training):
+    if not sites.is_on(training):
         return input
     _check_kind(input, unk_id, special)
     places = _places(input, unk_id)
@@ -239,7 +238,7 @@ class WordDropout(Rated):
 
     @leaf
     def forward(self, input: Tensor, protected: Tensor | None = None) -> Tensor:
-        if not _noise.is_on(self.training):
+        if not sites.is_on(self.training):
             return input
         _check_kind(input, self.unk_id, self.special_ids)
         places = _places(input, self.unk_id)

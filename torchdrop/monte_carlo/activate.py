@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
-from ..layers import _noise, _rate
+from ..core import rate as _rate
+from ..core import sites
+from ..core.torch_state import transforms_active, tree_flatten
 from ..random import start
 from .draw import Draw
 from .inputs import Inputs
@@ -34,8 +35,6 @@ from .sources import DESCRIBE
 from .state import GENERATORS, restored_generators
 from .survey import FOREIGN, Survey
 from .tracker import Tracker, inner_names
-
-_transformed = torch._C._are_functorch_transforms_active
 
 
 class Activation:
@@ -104,7 +103,7 @@ class Activation:
             yield
             return
         with GENERATORS:
-            if not run.folded and not _transformed():
+            if not run.folded and not transforms_active():
                 start(run.seed, f"torch {int(run.samples)}", torch.manual_seed)
             yield
 
@@ -364,7 +363,7 @@ def _is_left_off(server: Server, func: Any, args: Any, kwargs: Any) -> bool:
     """Whether it is dropout with a rate that is off."""
     if func is _rate.turned_on:
         return True
-    if func is _noise.is_on:
+    if func is sites.is_on:
         return not args[0]
     if func not in DESCRIBE or "dropout" not in func.__name__:
         return False

@@ -27,11 +27,10 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..kernels import noise, operators
+from ..core.torch_state import transforms_active
 from ..kernels.law import ONE, Law, has_float64
 from ..kernels.masking import trailing
-
-_transformed = torch._C._are_functorch_transforms_active
+from ..ops import operators, random_bits
 
 
 class UnvectorisableError(RuntimeError):
@@ -93,7 +92,7 @@ class Hypercube:
         value = (a * position.unsqueeze(-1) + b) % prime
         for _ in range(prime - self.size):  # a walk along its cycle leads back below T, after so many steps at most
             outside = value >= self.size
-            if not (_transformed() or outside.any()):
+            if not (transforms_active() or outside.any()):
                 break
             value = torch.where(outside, (a * value + b) % prime, value)
         return (value << 32) // self.size
@@ -162,7 +161,7 @@ class Pass:
     def words(self, seed: int, shape: Sequence[int], own: bool) -> Tensor:
         """The 32-bit draws of a source, int64 of shape ``key.shape[:-1] + shape``."""
         if self.hypercube is None:
-            return noise.draws(self.key(seed, own), shape)
+            return random_bits.draws(self.key(seed, own), shape)
         shift, choice = self.unit_keys(seed, own)
         first, member = kernels.draws(shape, shift), kernels.draws(shape, choice)
         table = self.offsets()
@@ -267,12 +266,12 @@ class Slot:
             out = self._back(_gaussian(arranged, run.words(self._seed, mask_shape, self._own), law))
         return written(x, out) if inplace else out
 
-    def numbers(self, numbers: noise.Numbers, shape: Sequence[int], law: Law | Tensor | None) -> Tensor:
+    def numbers(self, numbers: random_bits.Numbers, shape: Sequence[int], law: Law | Tensor | None) -> Tensor:
         """What one of `kernels.noise` gives, of this shape."""
         words = self.words(shape)
-        if numbers is noise.draws:
+        if numbers is random_bits.draws:
             return words
-        if numbers is noise.standard_normal:
+        if numbers is random_bits.standard_normal:
             return _normal(words)
         assert law is not None
         return words < trailing(law, words.device)[0]
@@ -340,6 +339,6 @@ def written(x: Tensor, out: Tensor) -> Tensor:
     try:
         return x.copy_(out)
     except RuntimeError as error:
-        if _transformed():
+        if transforms_active():
             raise UnvectorisableError(f"a tensor that all samples share is written to: {error}") from error
         raise

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..layers import _noise, _rate
+from ..core import rate as _rate
+from ..core import sites
+from ..core.torch_state import TorchDispatchMode, in_backward, transforms_active
 from .draw import Draw, Site
 from .masks import Layout, Pass, Slot, UnvectorisableError, find_layout, source_seed
 from .prefix import Prefix
@@ -21,12 +22,10 @@ from .report import UNCHECKED, Seen, Source
 from .sources import DESCRIBE, OPENED, describe_other
 from .tracker import Tracker
 
-_transformed = torch._C._are_functorch_transforms_active
-
 
 def refuse_backward() -> None:
     """Refuses a forward that backward makes."""
-    if torch._C._current_graph_task_id() != -1:
+    if in_backward():
         refuse_checkpoint()
 
 
@@ -82,7 +81,7 @@ class Watching(TorchFunctionMode):
             return self._meet(func, describe(self, func, *args, **kwargs))
         if func is _rate.turned_on:
             return self._turns_on()
-        if func is _noise.is_on:
+        if func is sites.is_on:
             return self._is_on(*args)
         if func in OPENED:
             with self:
@@ -221,7 +220,7 @@ def _source(site: Site, draw: Draw) -> Source:
     return Source(*site, rate, draw.on, replayable=not draw.loose, reason=draw.loose, draws=draw.draws)
 
 
-_ASKED = frozenset((_rate.turned_on, _noise.is_on, *OPENED))
+_ASKED = frozenset((_rate.turned_on, sites.is_on, *OPENED))
 """Functions that do not draw themselves, and whose answer decides if others do."""
 
 _UNPLACED = "the size of its tensor does not follow the number of rows, so its masks depend on the batch"
@@ -321,7 +320,7 @@ class Server(Watching):
         if draw.served is not None:
             return draw.served(self._slot(site, source), float(rate or 0.0))
         assert self.run is not None
-        if _transformed() or self.run.folded:
+        if transforms_active() or self.run.folded:
             raise UnvectorisableError(f"{draw.kind} in {site.module or 'the model'} draws torch's own numbers")
         self.drew = True
         return draw.original()

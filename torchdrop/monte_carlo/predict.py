@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._extras import optional
-from ..layers.compact import CompactSequential
+from ..layers.compact.sequential import CompactSequential
 from .activate import ADVICE, Activation, check_masks, check_model, check_seed, check_sources, new_seed
 from .effort import ROUND, Effort
 from .inputs import Inputs, batches, picker

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+
+from ..core.torch_state import tree_map
 
 
 class PrefixChangedError(RuntimeError):

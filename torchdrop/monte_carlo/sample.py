@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
+from ..core.torch_state import TorchDispatchMode, tree_flatten
 from .activate import Activation
 from .inputs import Inputs
 from .masks import Hypercube, Pass, find_layout

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import functional
-from ..kernels import noise, operators
+from ..core import rate as _rate
+from ..core import sites
 from ..kernels.law import ONE, Law, law
-from ..layers import _noise, _rate
+from ..ops import operators, random_bits
 from . import tensors
 from .draw import Draw, Mode
 from .masks import Slot, written
@@ -96,7 +97,7 @@ def _layer(
 def _numbers(
     mode: Mode,
     func: Any,
-    numbers: noise.Numbers,
+    numbers: random_bits.Numbers,
     like: Tensor,
     shape: Sequence[int],
     generator: torch.Generator | None,
@@ -247,7 +248,7 @@ RECURRENT = frozenset((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu))
 
 DESCRIBE: dict[Any, Callable[..., Draw]] = {
     _rate.apply: _layer,
-    _noise.draw: _numbers,
+    sites.draw: _numbers,
     F.dropout: _dropout("dropout", functional.dropout),
     F.dropout1d: _dropout("dropout1d", functional.dropout1d),
     F.dropout2d: _dropout("dropout2d", functional.dropout2d),

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten
 
+from ..core.torch_state import tree_flatten
 from ..layers.layer_drop import LayerDrop
 from .inputs import Inputs
 from .masks import Pass

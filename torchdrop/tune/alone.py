@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..configure.holders import holders
-from ..layers._rate import Rate
+from ..core.rate import Rate
 from .training import Fold, Masks, Training, first_stream, mixed
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .._extras import optional
 from ..configure.holders import holders
 from ..configure.surgery import OURS, replace
-from ..layers._rate import Rate
+from ..core.rate import Rate
 from .alone import train_alone, with_rates
 from .folds import divide
 from .result import SearchResult

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..configure.holders import holders
 from ..configure.rates import set_keep_prob
-from ..layers._rate import Rate
+from ..core.rate import Rate
 
 Setting = Mapping[str, Any]
 """For each pattern of layer names a keep_prob, as `torchdrop.set_keep_prob` takes them."""

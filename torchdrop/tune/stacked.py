@@ -18,8 +18,8 @@ from torch.func import functional_call, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..configure.holders import holders
+from ..core.rate import Rate, Rated
 from ..kernels.law import law_tensor
-from ..layers._rate import Rate, Rated
 from .alone import with_rates
 from .graph import lean
 from .training import Fold, Masks, Training, first_stream

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..core import rate as _rate
+from ..core import sites
 from ..kernels.law import ONE, Law
-from ..layers import _noise, _rate
 
 Loss = Callable[[Any, Tensor], Tensor]
 Score = Callable[[Any, Tensor], Any]
@@ -102,9 +103,9 @@ class Masks(TorchFunctionMode):
         return self
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _noise.is_on:
+        if func is sites.is_on:
             return args[0]
-        if func is _noise.draw:
+        if func is sites.draw:
             numbers, like, shape, _, law = args
             return numbers(self._key(like.device), shape, law)
         if func is not _rate.apply:

@@ -1,0 +1,10 @@
+"""What every layer stands on, one idea a file.
+
+rate          how a keep probability is given, checked, held, and turned into the parameters of a mask
+sites         a layer's verbs: whether this call drops, apply a mask, a keep mask, random bits, random variates
+checks        arguments that are refused, with the same words everywhere
+shard         tensors that are parts of larger ones
+symbolic, exported, portable   graphs of torch.fx, torch.export, torch.jit.trace and ONNX
+names         patterns over the names in a model
+torch_state   what PyTorch is doing, and the only place that names its private parts
+"""

@@ -1,0 +1,72 @@
+"""What layers share that fuse dropout with what stands beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.law import Law
+from ..ops import operators
+from ..ops.fused import Drop
+from . import portable
+from .rate import DEFAULT_P, Rated, apply, new_key, turned_on
+from .shard import is_dtensor
+from .torch_state import function_modes, is_compiling, is_watched, pop_function_mode
+
+
+def unchanged(x: Tensor) -> Tensor:
+    return x
+
+
+@contextmanager
+def _without_modes() -> Iterator[None]:
+    with ExitStack() as stack:
+        while function_modes():
+            stack.enter_context(pop_function_mode())
+        yield
+
+
+def dropped(
+    input: Tensor,
+    law: Law | Tensor,
+    generator: torch.Generator | None,
+    fuse: Callable[[Tensor], Tensor],
+    compose: Callable[[Drop], Tensor],
+) -> Tensor:
+    """With a new key, from one kernel or from plain parts.
+
+    Monte Carlo inference and its like put their own keys in place of those of `apply`, which also knows what to do with
+    a DTensor, so they get the parts. The mode of a default device has no say here: every device is named.
+    """
+    if not is_compiling() and function_modes() and not is_watched():
+        with _without_modes():
+            return dropped(input, law, generator, fuse, compose)
+    if (not is_compiling() and function_modes()) or (type(input) is not Tensor and is_dtensor(input)):
+        return compose(lambda x: apply(operators.masked, x, law, x.shape, False, generator))
+    if portable.is_wanted(is_compiling()):
+        return compose(lambda x: apply(operators.masked, x, law, x.shape, False, generator))
+    key = new_key(input, law, generator)
+    return compose(unchanged) if key is None else fuse(key)
+
+
+class Fused(Rated):
+    """A rate and a generator."""
+
+    def __init__(self, p: Any = DEFAULT_P, *, keep_prob: Any = None, generator: torch.Generator | None = None) -> None:
+        super().__init__(p, keep_prob=keep_prob, generator=generator)
+
+    @property
+    def _short_law(self) -> Law | None:
+        """The law for the short road, if that may lead there."""
+        return self._law if self.training and self.generator is None and not is_compiling() else None
+
+    @property
+    def _on(self) -> bool:
+        return self.training or turned_on()
+
+    def extra_repr(self) -> str:
+        return super().extra_repr().removesuffix(", inplace=False")

@@ -1,0 +1,111 @@
+"""Dropout in PyTorch's own operators and random numbers, for graphs that are to run where ours are not known.
+
+Such are those of torch.jit.trace and of torch.onnx.export. What is drawn has the same distribution, but not the bits
+that a key gives.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from ..kernels.law import ONE, Law, has_float64
+from ..kernels.masking import COMPUTE_DTYPE, trailing
+from ..ops import operators, random_bits
+from .torch_state import is_compiling, tracing_state
+
+
+def is_wanted(compiling: bool) -> bool:
+    """Whether what is done now becomes such a graph."""
+    return is_in_onnx_export() if compiling else tracing_state() is not None
+
+
+@torch.compiler.assume_constant_result
+def is_in_onnx_export() -> bool:
+    """Whether what is compiled now is for ONNX."""
+    flags = sys.modules.get("torch.onnx._internal.exporter._flags")  # not imported: no export
+    return flags is not None and torch.onnx.is_in_onnx_export()
+
+
+def numbered(shape: Sequence[int]) -> Sequence[int]:
+    """Sizes to calculate with, which torch.jit.trace has as tensors: it warns that they become constants."""
+    return shape if is_compiling() or tracing_state() is None else tuple(int(size) for size in shape)
+
+
+def refuse_script(layer: nn.Module) -> NoReturn:
+    """What torch.jit.script calls before it compiles a module.
+
+    Raises:
+        RuntimeError: it cannot compile this one; the remedy.
+    """
+    kind = type(layer)
+    has_twin = any(base.__module__ == "torch.nn.modules.dropout" for base in kind.__mro__ if base is not _DropoutNd)
+    remedy = "put torch.nn's layer in its place with torchdrop.replace(model, to='torch'), or " if has_twin else ""
+    raise RuntimeError(
+        f"torch.jit.script cannot compile torchdrop's {kind.__name__}: {remedy}use torch.jit.trace, with the model in "
+        "eval mode for inference"
+    )
+
+
+def _check(generator: torch.Generator | None) -> None:
+    if generator is not None:
+        raise RuntimeError(
+            "a graph of torch.jit.trace or torch.onnx.export cannot draw from a generator of a layer's own: set its "
+            "generator to None, or put the model in eval mode"
+        )
+
+
+def apply(
+    operator: operators.Operator,
+    input: Tensor,
+    law: Law | Tensor,
+    shape: Sequence[int],
+    inplace: bool,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """What `sites.apply` computes."""
+    _check(generator)
+    if isinstance(law, Law) and law.threshold == ONE:
+        return input
+    dtype = COMPUTE_DTYPE[input.dtype]
+    threshold, scale, shift, fill = trailing(law, input.device)
+    if operator is operators.gaussian:
+        out = input.to(dtype) * (1.0 + scale * _normal(input, shape)).to(dtype)
+    else:
+        kept = _words(input, shape) < threshold
+        value = input * scale + shift
+        out = torch.where(kept, value.to(dtype), torch.zeros((), dtype=dtype, device=input.device) + fill)
+    out = out.to(input.dtype)
+    return input.copy_(out) if inplace else out
+
+
+def numbers(
+    kind: random_bits.Numbers,
+    like: Tensor,
+    shape: Sequence[int],
+    generator: torch.Generator | None,
+    law: Law | Tensor | None,
+) -> Tensor:
+    """What `sites.draw` gives."""
+    _check(generator)
+    if kind is random_bits.standard_normal:
+        return _normal(like, shape)
+    words = _words(like, shape).to(torch.int64)
+    return words if law is None else words < trailing(law, like.device)[0]
+
+
+def _words(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Uniform in [0, 2**32). ONNX has random numbers of floating point alone."""
+    if not has_float64(like.device):
+        return torch.randint(ONE, tuple(shape), device=like.device)
+    return torch.rand(tuple(shape), dtype=torch.float64, device=like.device) * ONE
+
+
+def _normal(like: Tensor, shape: Sequence[int]) -> Tensor:
+    dtype = torch.float64 if has_float64(like.device) else torch.float32
+    return torch.randn(tuple(shape), dtype=dtype, device=like.device)

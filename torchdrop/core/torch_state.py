@@ -1,0 +1,162 @@
+"""What PyTorch is doing at the moment of a call, and the only place that names private parts of torch.
+
+A new version of torch that has moved one of them is adapted to here. This file imports nothing of torchdrop, so every
+other file may import it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.autograd import forward_ad
+from torch.fx import _symbolic_trace
+from torch.nn import Parameter
+from torch.overrides import _get_current_function_mode_stack, _pop_mode_temporarily
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_flatten as tree_flatten
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map as tree_map
+
+is_compiling = torch.compiler.is_compiling
+"""Whether Dynamo traces this call. Compiled code knows it as a constant."""
+
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+"""Whether torch.export traces this call. Not there before PyTorch 2.7, where an exported program's dropout stays as it
+was exported."""
+
+transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+"""Whether a transform of torch.func is active. There is no public function for it; Dynamo knows this one."""
+
+function_modes: Callable[[], int] = torch._C._len_torch_function_stack
+"""How many TorchFunctionModes are on. The public `torch.overrides` lists them at five times the cost."""
+
+dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+"""How many TorchDispatchModes are on."""
+
+tracing_state: Callable[[], Any] = torch._C._get_tracing_state
+"""The state of torch.jit.trace, None while nothing is traced: `torch.jit.is_tracing` at a tenth of its cost."""
+
+has_storage: Callable[[Tensor], bool] = torch._C._has_storage
+"""Whether a tensor has memory. The batched gradients of `torch.autograd.grad` have none."""
+
+without_function_modes: Any = torch._C.DisableTorchFunction
+"""A context in which function modes and subclasses see no call."""
+
+pop_function_mode = _pop_mode_temporarily
+"""A context in which the innermost function mode is off."""
+
+without_transforms = temporarily_clear_interpreter_stack
+"""A context in which no transform of torch.func is active: a number that is drawn there is an ordinary tensor."""
+
+without_dispatch_modes = _disable_current_modes
+"""A context in which no dispatch mode is on."""
+
+current_cuda_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+"""The index of the current CUDA device, without the check for initialization that the public function makes."""
+
+_creation_meta = torch._C._autograd._get_creation_meta
+_MADE_AS_USUAL = torch._C._autograd.CreationMeta.DEFAULT
+
+
+def forward_mode_active() -> bool:
+    """Whether forward-mode differentiation is on. `forward_ad` has no public function that tells."""
+    return forward_ad._current_level >= 0
+
+
+def in_backward() -> bool:
+    """Whether this call is made by autograd's backward, as where activation checkpointing runs a forward again."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _transforms() -> list[Any]:
+    return [interpreter.key() for interpreter in torch._C._functorch.get_interpreter_stack() or []]
+
+
+@torch.compiler.assume_constant_result
+def vmap_active() -> bool:
+    """Whether one of the active transforms is vmap, which has modes for randomness."""
+    return torch._C._functorch.TransformType.Vmap in _transforms()
+
+
+def functionalize_active() -> bool:
+    """Whether one of the active transforms is functionalize, which does not enter an autograd.Function."""
+    return torch._C._functorch.TransformType.Functionalize in _transforms()
+
+
+def is_batched(x: Tensor) -> bool:
+    """Whether vmap maps over a tensor."""
+    return torch._C._functorch.is_batchedtensor(x)
+
+
+def is_usual_view(x: Tensor) -> bool:
+    """Whether autograd allows that a view is written to: not one that was made by `split` or under other rules."""
+    return _creation_meta(x) == _MADE_AS_USUAL
+
+
+def fx_tracing() -> bool:
+    """Whether torch.fx traces a forward symbolically, as opposed to make_fx and the compiler, which run it."""
+    return getattr(_symbolic_trace, "_is_fx_tracing_flag", False) and not is_compiling() and not dispatch_modes()
+
+
+def recomputing_setting() -> tuple[str, str] | None:
+    """The setting, if there is one, under which the compiler's partitioner computes random numbers anew for backward.
+
+    Returns:
+        What is set, as the beginning of a sentence, and what to do; None where nothing is computed anew.
+    """
+    config = torch._functorch.config
+    budget = torch.fx.traceback.current_meta.get("custom", {}).get("_region_activation_memory_budget")
+    where = "the budget of torch.autograd.graph.region_activation_memory_budget"
+    if budget is None:
+        where, budget = "torch._functorch.config.activation_memory_budget", config.activation_memory_budget
+    if budget < 1.0:
+        return f"{where} is {budget}: below 1", "Set it to 1"
+    for name, wanted in (("aggressive_recomputation", False), ("ban_recompute_not_in_allowlist", True)):
+        if bool(getattr(config, name)) is not wanted:
+            return f"torch._functorch.config.{name} is {not wanted}: with that", f"Set it to {wanted}"
+    return None
+
+
+def is_watched() -> bool:
+    """Whether a function mode is on that may put keys or masks of its own in the place of ours.
+
+    That of `torch.set_default_device` does not: every device is named where a tensor is made.
+    """
+    return any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether x is what lies in its memory, and no transform, mode or trace has to see what is done to it."""
+    kind = type(x)
+    return (
+        (kind is Tensor or kind is Parameter)
+        and not transforms_active()
+        and not dispatch_modes()
+        and not function_modes()
+        and forward_ad._current_level < 0
+        and tracing_state() is None
+        and has_storage(x)
+        and not x.is_neg()
+        and not x._is_zerotensor()
+        and not x.is_meta
+    )
+
+
+def node_of(function: Any) -> Callable[..., Any]:
+    """`function.apply` of an autograd.Function, without the search for transforms that goes before it.
+
+    For calls after a check that no transform is active.
+    """
+    return super(torch.autograd.Function, function).apply
+
+
+def lean_node_of(function: Any) -> Callable[..., Any]:
+    """`node_of`, whose backward is found without asking which of `backward` and `vjp` is defined."""
+    function._backward_cls.apply = function.backward
+    return node_of(function)

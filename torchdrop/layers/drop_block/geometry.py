@@ -1,0 +1,182 @@
+"""Where DropBlock's blocks can lie, and how often a position is kept.
+
+Blocks of side b lie wholly inside the map, so an axis of length L has L - b + 1 anchors, of which
+
+    r(i) = min(i, L - b) - max(0, i - b + 1) + 1
+
+cover position i. If no block starts at an anchor with probability q, independently, position (i, j) is kept with
+probability q**(r(i) r(j)), and the mean over positions is a polynomial in q with positive coefficients: it rises from 0
+to 1, and exactly one q gives it the value k.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...kernels.law import ONE, Law, threshold
+from ...ops.arguments import check_blocks
+
+Sizes = tuple[int, ...]
+
+LARGEST_SCALE = 10.0
+"""What scaling by each position's own keep probability may multiply by, at most."""
+
+
+def covers(length: int, block: int) -> list[int]:
+    """How many of an axis's anchors cover each position.
+
+    >>> covers(7, 3)
+    [1, 2, 3, 3, 3, 2, 1]
+    """
+    return [min(i, length - block) - max(0, i - block + 1) + 1 for i in range(length)]
+
+
+@functools.lru_cache(maxsize=1024)
+def _terms(sizes: Sizes, block: int) -> tuple[tuple[int, float], ...]:
+    """The mean keep probability as a polynomial: exponents, and the share of the positions that have each."""
+    counts = Counter({1: 1})
+    for length in sizes:
+        axis, product = Counter(covers(length, block)), Counter[int]()
+        for exponent, number in counts.items():
+            for r, times in axis.items():
+                product[exponent * r] += number * times
+        counts = product
+    return tuple((exponent, number / math.prod(sizes)) for exponent, number in sorted(counts.items()))
+
+
+def mean_keep(q: float, sizes: Sizes, block: int) -> float:
+    """The mean over positions of the probability that a position is kept.
+
+    >>> mean_keep(0.5, (2, 2), 2)
+    0.5
+    """
+    return sum(share * q**exponent for exponent, share in _terms(sizes, block))
+
+
+def solve(keep_prob: float, sizes: Sizes, block: int) -> float:
+    """The q with ``mean_keep(q) == keep_prob``, for a keep_prob strictly between 0 and 1.
+
+    Newton's method from q = 1: on a convex, rising function it comes down to the root from above, so the first step
+    that does not go down is where double precision ends.
+    """
+    terms, q = _terms(sizes, block), 1.0
+    while True:
+        slope = sum(exponent * share * q ** (exponent - 1) for exponent, share in terms)
+        lower = q - (mean_keep(q, sizes, block) - keep_prob) / slope
+        if not 0.0 < lower < q:
+            return q
+        q = lower
+
+
+@functools.lru_cache(maxsize=4096)
+def _anchor_law(kept: int, sizes: Sizes, block: int) -> Law:
+    """For a keep probability of ``kept / 2**32``: the threshold of q, and the reciprocal of the mean that it gives."""
+    if kept in (0, ONE):
+        return Law(kept, 1.0)
+    below = threshold(solve(kept / ONE, sizes, block))
+    return Law(below, 1.0 / mean_keep(below / ONE, sizes, block))
+
+
+def _anchor_laws(law: Tensor, sizes: Sizes, block: int) -> Tensor:
+    found = [_anchor_law(min(max(int(kept), 0), ONE), sizes, block) for kept in law[..., 0].flatten().tolist()]
+    rows = [[one.threshold, one.scale, 0.0, 0.0] for one in found]
+    return torch.tensor(rows, dtype=torch.float64, device="cpu").reshape(law.shape).to(law.device)
+
+
+def _position_scales(law: Tensor, sizes: Sizes, block: int) -> Tensor:
+    exponents = torch.ones((), dtype=torch.float64, device="cpu")
+    for length in sizes:
+        exponents = exponents.unsqueeze(-1) * torch.tensor(covers(length, block), dtype=torch.float64, device="cpu")
+    q = law[..., 0].cpu() / ONE
+    scales = torch.where(q > 0, q, 1.0).reshape(*q.shape, *[1] * (len(sizes) - q.dim())) ** -exponents
+    largest = scales.max().item() if scales.numel() else 1.0
+    if largest > LARGEST_SCALE:
+        raise ValueError(
+            f"scaling='marginal' would multiply the centre of a map of {sizes} with block_size={block} by "
+            f"{largest:.3g}, and {LARGEST_SCALE:g} is the most it may: use a larger keep_prob, a smaller block_size or "
+            "scaling='mean'"
+        )
+    return scales.to(law.device)
+
+
+def _define(
+    name: str, run: Callable[[Tensor, Sizes, int], Tensor], shape_of: Callable[[Tensor, Sequence[int]], Sequence[int]]
+) -> Any:
+    """An operator of a law: the same double precision in eager and in compiled code, which can not see the law."""
+    qualified, scales = f"torchdrop::{name}", name == "block_scales"
+    torch.library.define(qualified, "(Tensor law, SymInt[] sizes, SymInt block) -> Tensor")
+    registered = getattr(torch.ops.torchdrop, name).default
+
+    @torch.library.impl(qualified, "default")
+    def implementation(law: Tensor, sizes: Sequence[int], block: int) -> Tensor:
+        check_blocks(qualified, law, sizes, block, scales)
+        return run(law, tuple(sizes), block).contiguous()
+
+    @torch.library.register_fake(qualified)
+    def fake(law: Tensor, sizes: Sequence[int], block: int) -> Tensor:
+        check_blocks(qualified, law, sizes, block, scales)
+        return law.new_empty(shape_of(law, sizes))
+
+    def batched(info: Any, in_dims: Sequence[int | None], law: Tensor, sizes: Sequence[int], block: int) -> Any:
+        law = law.movedim(in_dims[0] or 0, 0)
+        if law.dim() == 2 and scales:
+            law = law.reshape(law.shape[0], *[1] * len(sizes), law.shape[1])
+        return registered(law, sizes, block), 0
+
+    torch.library.register_vmap(qualified, batched)
+    return registered
+
+
+_block_anchors = _define("block_anchors", _anchor_laws, lambda law, sizes: law.shape)
+_block_scales = _define(
+    "block_scales", _position_scales, lambda law, sizes: torch.broadcast_shapes(law.shape[:-1], tuple(sizes))
+)
+
+
+def anchor_law(law: Law | Tensor, sizes: Sequence[int], block: int) -> Law | Tensor:
+    """From the law of a keep probability to that of the anchors: no block starts at one below its threshold.
+
+    Its scale is the reciprocal of the mean keep probability that this threshold gives.
+    """
+    if isinstance(law, Law):
+        return _anchor_law(law.threshold, tuple(sizes), block)
+    return _block_anchors(law, sizes, block)
+
+
+def position_scales(law: Law | Tensor, sizes: Sequence[int], block: int) -> Tensor:
+    """The reciprocal of each position's own keep probability under a law of the anchors, as float64.
+
+    Raises:
+        ValueError: one is larger than `LARGEST_SCALE`.
+    """
+    return _block_scales(law.tensor() if isinstance(law, Law) else law, sizes, block)
+
+
+def free(unstarted: Tensor, sizes: Sequence[int], block: int) -> Tensor:
+    """Where no block lies, from where none starts: bools of any shape whose last dimensions are the map's.
+
+    A block starts at its corner of lowest indices. What `unstarted` says of places that are no anchors, where a block
+    would not fit, is not looked at.
+
+    Position i is free if the b places up to it start no block, on each axis. Places that are no anchors end each row,
+    and rows of them each map, so the whole tensor can be taken as one row: a window that reaches back over an edge
+    meets only them. A window of b comes from log2(b) windows of half the size.
+    """
+    beyond = torch.ones(tuple(sizes), dtype=torch.bool, device=unstarted.device)
+    beyond[tuple(slice(0, length - block + 1) for length in sizes)] = False
+    strides = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
+    row = torch.nn.functional.pad((unstarted | beyond).flatten(), ((block - 1) * sum(strides), 0), value=True)
+    for stride in strides:
+        width = 1
+        while width < block:
+            step = min(width, block - width)
+            row = row[step * stride :] & row[: -step * stride]
+            width += step
+    return row.reshape(unstarted.shape)

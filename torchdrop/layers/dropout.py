@@ -1,0 +1,326 @@
+"""Inverted dropout, element by element or with a mask shared over axes: `dropout` and `Dropout`.
+
+With k the keep probability and m a mask whose elements are 1 with probability k, independently,
+
+    y = x m / k        in training, so E[y] = x and Var[y] = x^2 (1 - k) / k
+    y = x              in eval mode
+
+The original formulation (``inverted=False``) has y = x m in training and y = k x in eval mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Proxy
+
+from ..core.exported import is_exporting, or_eval
+from ..core.nested import is_jagged, of_values
+from ..core.rate import DEFAULT_P, Rate, Rated, apply, check_input, law_for, read_rate, realised, turned_on, undrawn
+from ..core.shard import Cut, Shards, cut_by, shards
+from ..core.symbolic import called, recorded
+from ..core.torch_state import is_compiling
+from ..kernels.law import Formula, Law, law, original
+from ..kernels.law import inverted as inverted_formula
+from ..ops import operators
+from ..ops.fast_path import fast_dropout
+
+Axes = int | Sequence[int] | None
+NoiseShape = Sequence[int | None] | None
+
+
+def mask_shape(input: Tensor, shared_axes: Axes, noise_shape: NoiseShape) -> Sequence[int]:
+    """The mask's shape: the input's, with ones on the axes over which it is shared.
+
+    Raises:
+        TypeError: both ways of saying it are used, or an axis is no integer.
+        ValueError: an axis is out of range or named twice; a noise shape of another length, or with a size that is
+            neither 1, None nor the input's.
+    """
+    if shared_axes is None and noise_shape is None:
+        return input.shape
+    if shared_axes is not None and noise_shape is not None:
+        raise TypeError("give shared_axes or noise_shape, not both")
+    sizes = list(input.shape)
+    if shared_axes is not None:
+        axes = (shared_axes,) if isinstance(shared_axes, int) else tuple(shared_axes)
+        dims = input.dim()
+        for axis in axes:
+            if not isinstance(axis, int):
+                raise TypeError(f"shared_axes must be integers, got {axis!r}")
+            if not -dims <= axis < dims:
+                raise ValueError(f"shared_axes must be in [{-dims}, {dims}) for a {dims}-D input, got {axis}")
+            sizes[axis] = 1
+        if len({axis % dims for axis in axes}) < len(axes):
+            raise ValueError(f"shared_axes must name each axis once, got {axes}")
+        return tuple(sizes)
+    assert noise_shape is not None
+    if len(noise_shape) != len(sizes):
+        raise ValueError(
+            f"noise_shape must have a size for each of the input's {len(sizes)} dimensions, got {tuple(noise_shape)}"
+        )
+    for noise, size in zip(noise_shape, sizes, strict=True):
+        if noise not in (None, 1, size):
+            raise ValueError(
+                "noise_shape must hold 1, None or the input's size: "
+                f"{tuple(noise_shape)} for an input of {tuple(sizes)}"
+            )
+    return tuple(size if noise is None else noise for noise, size in zip(noise_shape, sizes, strict=True))
+
+
+def _cut(shard: Shards, input: Tensor, shape: Sequence[int], shared_axes: Axes, noise_shape: NoiseShape) -> Cut | None:
+    """Where the mask of an input, whose shape this is, lies in that of the whole tensor; None without shards."""
+    if shard is None:
+        return None
+    if noise_shape is not None:
+        shared = {dim for dim, noise in enumerate(noise_shape) if noise == 1}
+    else:
+        axes = () if shared_axes is None else (shared_axes,) if isinstance(shared_axes, int) else shared_axes
+        shared = {axis % input.dim() for axis in axes}
+    return cut_by(shard, input, shape, shared)
+
+
+def formula_of(inverted: bool) -> Formula:
+    return inverted_formula if inverted else original
+
+
+def eval_form(input: Tensor, keep_prob: Rate, inverted: bool, inplace: bool) -> Tensor:
+    if inverted:
+        return input
+    k = realised(keep_prob)
+    if isinstance(k, Tensor):
+        k = k.to(input.device, torch.promote_types(input.dtype, torch.float32))
+    if inplace:
+        return input.mul_(k)
+    return (input * k).to(input.dtype)
+
+
+def exported_original(
+    input: Tensor,
+    keep_prob: Rate,
+    law: Law | Tensor,
+    shape: Sequence[int],
+    inplace: bool,
+    generator: torch.Generator | None,
+    cut: Cut | None = None,
+) -> Tensor:
+    """The original formulation in an exported program, whose eval mode scales."""
+    in_eval = eval_form(input, keep_prob, False, False)
+    out = or_eval(apply(operators.masked, input, law, shape, False, generator, cut), lambda: in_eval)
+    return input.copy_(out) if inplace else out
+
+
+def dropout(
+    input: Tensor,
+    p: Any = DEFAULT_P,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    keep_prob: Any = None,
+    shared_axes: Axes = None,
+    noise_shape: NoiseShape = None,
+    shard: Shards = None,
+    generator: torch.Generator | None = None,
+    inverted: bool = True,
+) -> Tensor:
+    """Keeps each element with probability k and divides it by k, so that the expectation of the output is the input.
+
+    ``y = x m / k`` with m ~ Bernoulli(k), k = keep_prob = 1 - p. E[y] = x exactly, because the scale is the reciprocal
+    of the probability that the mask really has (within 2**-32 of the nominal one); Var[y] = x**2 (1 - k) / k.
+    With k = 1 and in eval mode the input itself is returned; with k = 0 the output is 0. A dropped element is exactly
+    0, also where the input is infinite or NaN. The gradient is that of a multiplication by m / k with the same mask;
+    the mask is not stored.
+
+    A DTensor that is placed by Shard or Replicate keeps its placements. Its mask does not depend on them, provided that
+    all ranks draw the same key, as they do within ``torchdrop.seeded(seed, rank=0)``.
+
+    Args:
+        input: float16, bfloat16, float32 or float64, of any shape, strides and memory format. Or a contiguous jagged
+            nested tensor of these, without what names dimensions. Tensors of integers, bools and complex numbers are
+            taken where torch.nn takes them: with p = 0, p = 1 and in eval mode.
+        p: probability of dropping, in [0, 1]. Default: 0.5.
+        training: whether dropout is applied.
+        inplace: whether the result is written into `input`.
+        keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against the mask.
+        shared_axes: the axes over which the mask is the same, for example the time axis.
+        noise_shape: the mask's shape, with 1 where it is shared (None stands for the input's size).
+        shard: of which larger tensor the input is which part, a `torchdrop.Shard` or several: the mask is then that
+            part of the larger tensor's mask.
+        generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
+        inverted: False for the original formulation: no scaling in training, and k times the input in eval mode.
+
+    Returns:
+        A tensor of the input's shape, dtype and memory format; the input itself in eval mode, with k = 1 and in place.
+
+    Raises:
+        ValueError: a rate outside [0, 1], or axes, shapes or shards that do not fit.
+        TypeError: both names of the rate, neither, or something that is no number.
+        RuntimeError: an integer tensor, or one that must not be written to.
+        NotImplementedError: shards along two dimensions of which neither is the outermost one.
+
+    References:
+        Hinton et al., 2012; Srivastava et al., JMLR 15, 2014, sections 4 and 10.
+
+    Example:
+        >>> import torch, torchdrop
+        >>> _ = torch.manual_seed(0)
+        >>> y = torchdrop.functional.dropout(torch.ones(1000), keep_prob=0.8)
+        >>> sorted(y.unique().tolist()), 0.7 < (y > 0).float().mean() < 0.9
+        ([0.0, 1.25], tensor(True))
+    """
+    if isinstance(input, Proxy):
+        return recorded(dropout, locals())
+    k, _ = read_rate(p, keep_prob)
+    if not (training or turned_on()):
+        return eval_form(input, k, inverted, inplace)
+    if (
+        not is_compiling()
+        and inverted
+        and not inplace
+        and generator is None
+        and shared_axes is None
+        and noise_shape is None
+        and shard is None
+        and not isinstance(k, Tensor)
+    ):
+        out = fast_dropout(input, law(k))
+        if out is not None:
+            return out
+    whole = undrawn(input, k, inplace)
+    if whole is not None:
+        return whole
+    if is_jagged(input):
+        return of_values(
+            lambda values: dropout(values, None, keep_prob=k, generator=generator, inverted=inverted),
+            input, "dropout", inplace, shared_axes, noise_shape, shard,
+        )  # fmt: skip
+    check_input(input, "dropout")
+    shape = mask_shape(input, shared_axes, noise_shape)
+    cut = _cut(shard, input, shape, shared_axes, noise_shape)
+    drawn = law_for(k, formula_of(inverted), shape)
+    if not inverted and is_exporting():
+        return exported_original(input, k, drawn, shape, inplace, generator, cut)
+    return apply(operators.masked, input, drawn, shape, inplace, generator, cut)
+
+
+class Bernoulli(Rated):
+    """What `Dropout` and the channel forms share; `inverted` tells the two formulations apart."""
+
+    inverted: bool
+
+    def __init__(
+        self,
+        p: Any = DEFAULT_P,
+        inplace: bool = False,
+        *,
+        keep_prob: Any = None,
+        generator: torch.Generator | None = None,
+        inverted: bool = True,
+    ) -> None:
+        self._formula = formula_of(inverted)
+        super().__init__(p, inplace, keep_prob=keep_prob, generator=generator)
+        self.inverted = inverted
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.inverted else ", inverted=False")
+
+
+class Dropout(Bernoulli, nn.Dropout):
+    """Module of `dropout`: y = x m / k in training, the input itself in eval mode. A drop-in for torch.nn.Dropout.
+
+    Preserves the expectation exactly and keeps no mask for backward; see `dropout` for the definition.
+
+    Args:
+        p: probability of dropping an element, in [0, 1]. Default: 0.5.
+        inplace: whether the result is written into the input.
+        keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against the mask.
+        shared_axes: the axes over which the mask is the same.
+        noise_shape: the mask's shape, with 1 where it is shared (None stands for the input's size).
+        shard: of which larger tensor the inputs are which part, a `torchdrop.Shard` or several.
+        generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
+        inverted: False for the original formulation: no scaling in training, k times the input in eval mode.
+
+    Shape:
+        Input and output: any shape. No parameters, no buffers, nothing in the state_dict.
+
+    Raises:
+        ValueError: a rate outside [0, 1].
+        TypeError: both names of the rate, neither, or something that is no number or no shard.
+
+    References:
+        Hinton et al., 2012; Srivastava et al., JMLR 15, 2014, sections 4 and 10.
+
+    Example:
+        >>> import torch, torchdrop
+        >>> layer = torchdrop.Dropout(keep_prob=0.8)
+        >>> layer
+        Dropout(p=0.2, inplace=False)
+        >>> layer.p = 0.5
+        >>> layer(torch.ones(100)).unique()
+        tensor([0., 2.])
+        >>> x = torch.ones(100)
+        >>> layer.eval()(x) is x
+        True
+    """
+
+    shard: Shards = None  # of a layer that was pickled before there were shards
+
+    def __init__(
+        self,
+        p: Any = DEFAULT_P,
+        inplace: bool = False,
+        *,
+        keep_prob: Any = None,
+        shared_axes: Axes = None,
+        noise_shape: NoiseShape = None,
+        shard: Shards = None,
+        generator: torch.Generator | None = None,
+        inverted: bool = True,
+    ) -> None:
+        super().__init__(p, inplace, keep_prob=keep_prob, generator=generator, inverted=inverted)
+        if shared_axes is not None and noise_shape is not None:
+            raise TypeError("give shared_axes or noise_shape, not both")
+        shards(shard)
+        self.shared_axes = shared_axes
+        self.noise_shape = noise_shape
+        self.shard = shard
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not (self.training or turned_on()):
+            if isinstance(input, Proxy):
+                return called(Dropout, self, input)
+            return input if self.inverted else eval_form(input, self._keep_prob, False, self.inplace)
+        if (
+            not is_compiling()
+            and self._law is not None
+            and not self.inplace
+            and self.generator is None
+            and self.shared_axes is None
+            and self.noise_shape is None
+            and self.shard is None
+        ):
+            out = fast_dropout(input, self._law)
+            if out is not None:
+                return out
+        whole = undrawn(input, self._keep_prob, self.inplace)
+        if whole is not None:
+            return whole
+        if is_jagged(input):
+            unserved = self.shared_axes, self.noise_shape, self.shard
+            return of_values(self.forward, input, "dropout", self.inplace, *unserved)
+        if isinstance(input, Proxy):
+            return called(Dropout, self, input)
+        check_input(input, "dropout")
+        shape = mask_shape(input, self.shared_axes, self.noise_shape)
+        cut = _cut(self.shard, input, shape, self.shared_axes, self.noise_shape)
+        drawn = self._law_for(shape)
+        if not self.inverted and is_exporting():
+            return exported_original(input, self._keep_prob, drawn, shape, self.inplace, self.generator, cut)
+        return apply(operators.masked, input, drawn, shape, self.inplace, self.generator, cut)
+
+    def extra_repr(self) -> str:
+        given = {"shared_axes": self.shared_axes, "noise_shape": self.noise_shape, "shard": self.shard}
+        return super().extra_repr() + "".join(f", {k}={v}" for k, v in given.items() if v is not None)

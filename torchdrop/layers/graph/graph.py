@@ -1,0 +1,375 @@
+"""Dropout on graphs, as plain tensors: of edges, of nodes and of messages.
+
+With A the (weighted) adjacency matrix and x the nodes' features, a layer sums ``A_ij x_j`` over the neighbours j of i.
+Each of the three masks a part of that and divides it by the keep probability k, so that the expectation of the sum is
+the sum without dropout:
+
+    drop_edge      A_ij m_ij / k        one m for each edge, or one for both directions of an undirected edge
+    drop_node      x_j m_j / k          one m for each node
+    drop_message   (A_ij x_j) m_ij / k  one m for each element of the message matrix
+
+What a layer computes from the edges that are there, such as the degrees that GCN divides by, changes with them: then
+the expectation is kept of the sum, not of what it is divided by.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Proxy
+
+from ...core import sites
+from ...core.rate import DEFAULT_P, Rated, apply, check_input, law_for, read_rate
+from ...core.symbolic import holds_proxy, leaf, recorded
+from ...core.torch_state import transforms_active
+from ...kernels.law import inverted
+from ...kernels.masking import COMPUTE_DTYPE, trailing
+from ...ops import operators
+from ..drop_head import LawOf, keeps_all
+from .edges import check_edges, draws_of_pairs
+
+
+def _drop_edges(
+    edge_index: Tensor,
+    edge_weight: Tensor | None,
+    num_nodes: int | None,
+    training: bool,
+    law_of: LawOf,
+    undirected: bool,
+    keep_self_loops: bool,
+    generator: torch.Generator | None,
+) -> tuple[Tensor | None, Tensor]:
+    """Which edges are kept (None for all), and the weights of all edges, 0 where they are dropped."""
+    check_edges(edge_index, edge_weight, num_nodes)
+    shape = (edge_index.shape[1],)
+    weight = torch.ones(shape, device=edge_index.device) if edge_weight is None else edge_weight
+    if not sites.is_on(training) or (keeps_all(law := law_of(shape)) and transforms_active()):
+        return None, weight
+    if undirected:
+        kept = draws_of_pairs(edge_index, generator) < trailing(law, edge_index.device)[0]
+    else:
+        kept = sites.keep_mask(edge_index, law, shape, generator)
+    if keeps_all(law):
+        return None, weight
+    dtype = COMPUTE_DTYPE[weight.dtype]
+    scale = trailing(law, weight.device)[1]
+    if keep_self_loops:
+        loops = edge_index[0] == edge_index[1]
+        kept, scale = kept | loops, torch.where(loops, torch.ones((), dtype=dtype, device=weight.device), scale)
+    each = (-1, *[1] * (weight.dim() - 1))
+    if isinstance(scale, Tensor):
+        scale = scale.to(dtype).reshape(each if scale.dim() else ())
+    return kept, torch.where(kept.reshape(each), weight.to(dtype) * scale, 0.0).to(weight.dtype)
+
+
+def _without(edge_index: Tensor, kept: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return (edge_index, weight) if kept is None else (edge_index[:, kept], weight[kept])
+
+
+def drop_edge_weight(
+    edge_index: Tensor,
+    edge_weight: Tensor | None = None,
+    p: Any = DEFAULT_P,
+    training: bool = True,
+    *,
+    undirected: bool = False,
+    keep_self_loops: bool = False,
+    num_nodes: int | None = None,
+    keep_prob: Any = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """`drop_edge` that leaves the edges where they are, with the weight 0 where they are dropped.
+
+    The number of edges does not change, so that it works under torch.compile(fullgraph=True) and torch.func.vmap. With
+    equal seeds the same edges are dropped as by `drop_edge`, whose arguments and exceptions these are.
+
+    Returns:
+        Weights of the shape of `edge_weight`, or (edges,): w m / k. In eval mode and with k = 1, `edge_weight` itself,
+        or ones.
+
+    Example:
+        >>> import torch, torchdrop
+        >>> from torchdrop.functional import drop_edge_weight
+        >>> edge_index = torch.tensor([[0, 1, 1, 2, 2, 2], [1, 0, 2, 1, 0, 2]])
+        >>> weight = drop_edge_weight(edge_index, p=0.5, undirected=True)
+        >>> set(weight.tolist()) <= {0.0, 2.0}, weight[0] == weight[1], weight[2] == weight[3]
+        (True, tensor(True), tensor(True))
+    """
+    if holds_proxy(edge_index, edge_weight):
+        return recorded(drop_edge_weight, locals())
+    k, _ = read_rate(p, keep_prob)
+    law_of = partial(law_for, k, inverted)
+    return _drop_edges(edge_index, edge_weight, num_nodes, training, law_of, undirected, keep_self_loops, generator)[1]
+
+
+def drop_edge(
+    edge_index: Tensor,
+    edge_weight: Tensor | None = None,
+    p: Any = DEFAULT_P,
+    training: bool = True,
+    *,
+    undirected: bool = False,
+    keep_self_loops: bool = False,
+    num_nodes: int | None = None,
+    keep_prob: Any = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Removes edges of a graph, each with probability p, and divides the weights of the others by k = 1 - p.
+
+    ``w_ij -> w_ij m_ij / k``: the expectation of a sum over neighbours, weighted by w, is the sum over all of them.
+    Take the first output alone for the published form: a layer that normalises by the edges that are left, as
+    torch_geometric's GCNConv does. Edges are neither added nor put into another order: self-loops come once.
+
+    Args:
+        edge_index: (2, edges), int64 or int32: from which node to which.
+        edge_weight: (edges,) or (edges, ...); ones if None.
+        p: probability of dropping an edge, in [0, 1]. Default: 0.5.
+        training: whether edges are dropped.
+        undirected: whether (i, j) and (j, i), and repeated edges, share one fate. What becomes of an edge then follows
+            from its nodes, not from its place in the list.
+        keep_self_loops: whether the edges (i, i) always stay, with the weight they have.
+        num_nodes: if given, the nodes' numbers are compared with it (on the CPU, and not in compiled code).
+        keep_prob: probability of keeping, in place of `p`: a number, or a tensor with one for each edge.
+        generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
+
+    Returns:
+        The edges that are left and their weights. In eval mode and with k = 1, `edge_index` itself, and `edge_weight`
+        itself or ones. The number of edges depends on the draw: `drop_edge_weight` keeps it, for compiled code.
+
+    Raises:
+        ValueError: a rate outside [0, 1]; an `edge_index` of another shape, or with numbers that no node has; an
+            `edge_weight` of another length.
+        TypeError: an `edge_index` that does not hold integers; both names of the rate, or neither.
+
+    References:
+        Rong et al., "DropEdge", ICLR 2020 (arXiv:1907.10903).
+
+    Example:
+        >>> import torch, torchdrop
+        >>> from torchdrop.functional import drop_edge
+        >>> edge_index = torch.tensor([[0, 1, 1, 2, 2, 2], [1, 0, 2, 1, 0, 2]])
+        >>> fewer, weight = drop_edge(edge_index, p=0.5, undirected=True, keep_self_loops=True)
+        >>> fewer[:, -1], weight[-1]
+        (tensor([2, 2]), tensor(1.))
+    """
+    if holds_proxy(edge_index, edge_weight):
+        return recorded(drop_edge, locals())
+    k, _ = read_rate(p, keep_prob)
+    law_of = partial(law_for, k, inverted)
+    return _without(
+        edge_index,
+        *_drop_edges(edge_index, edge_weight, num_nodes, training, law_of, undirected, keep_self_loops, generator),
+    )
+
+
+class DropEdge(Rated):
+    """Module of `drop_edge`: the edges that are left and their weights; `edge_weight` gives `drop_edge_weight`.
+
+    Args:
+        p: probability of dropping an edge, in [0, 1]. Default: 0.5.
+        undirected: whether (i, j) and (j, i) share one fate.
+        keep_self_loops: whether the edges (i, i) always stay.
+        keep_prob: probability of keeping, in place of `p`.
+        generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
+
+    Example:
+        >>> import torch, torchdrop
+        >>> from torchdrop import DropEdge
+        >>> layer = DropEdge(0.5, undirected=True)
+        >>> x, edge_index = torch.ones(3, 4), torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]])
+        >>> (source, target), weight = layer(edge_index)
+        >>> torch.zeros(3, 4).index_add(0, target, weight[:, None] * x[source]).shape
+        torch.Size([3, 4])
+        >>> layer.edge_weight(edge_index).shape
+        torch.Size([4])
+        >>> layer.eval()(edge_index)[0] is edge_index
+        True
+    """
+
+    def __init__(
+        self,
+        p: Any = DEFAULT_P,
+        *,
+        undirected: bool = False,
+        keep_self_loops: bool = False,
+        keep_prob: Any = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(p, keep_prob=keep_prob, generator=generator)
+        self.undirected, self.keep_self_loops = undirected, keep_self_loops
+
+    def _drop(self, edge_index: Tensor, edge_weight: Tensor | None) -> tuple[Tensor | None, Tensor]:
+        return _drop_edges(
+            edge_index, edge_weight, None, self.training, self._law_for, self.undirected, self.keep_self_loops,
+            self.generator,
+        )  # fmt: skip
+
+    @leaf
+    def forward(self, edge_index: Tensor, edge_weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return _without(edge_index, *self._drop(edge_index, edge_weight))
+
+    def edge_weight(self, edge_index: Tensor, edge_weight: Tensor | None = None) -> Tensor:
+        """What `drop_edge_weight` gives, at this layer's rate and mode: all edges, with the weight 0 where dropped. In
+        Monte Carlo inference the draw belongs to the module that calls this."""
+        return self._drop(edge_index, edge_weight)[1]
+
+    def extra_repr(self) -> str:
+        rate = super().extra_repr().removesuffix(", inplace=False")
+        return f"{rate}, undirected={self.undirected}, keep_self_loops={self.keep_self_loops}"
+
+
+def _drop_features(
+    name: str, input: Tensor, training: bool, law_of: LawOf, inplace: bool, generator: torch.Generator | None
+) -> Tensor:
+    """What nodes and messages share: for nodes one draw for each row, for messages one for each element."""
+    if not sites.is_on(training):
+        return input
+    check_input(input, name)
+    rows = name == "drop_node"
+    if input.dim() < 2 - rows:
+        expected = "features of shape (nodes, ...)" if rows else "messages of shape (edges, features, ...)"
+        raise ValueError(f"{name} takes {expected}, got a {input.dim()}-D tensor")
+    shape = (input.shape[0], *[1] * (input.dim() - 1)) if rows else input.shape
+    return apply(operators.masked, input, law_of(shape), shape, inplace, generator)
+
+
+def drop_node(
+    input: Tensor,
+    p: Any = DEFAULT_P,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    keep_prob: Any = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Zeroes the features of whole nodes, each with probability p, and divides the others by k = 1 - p.
+
+    ``y_i = x_i m_i / k`` with one m_i for each node: E[y] = x, so the expectation of any sum over neighbours is kept.
+    With k = 1 and in eval mode the input itself is returned; with k = 0 the output is 0.
+
+    Args:
+        input: features, (nodes, ...).
+        p: probability of dropping a node, in [0, 1]. Default: 0.5.
+        training: whether nodes are dropped.
+        inplace: whether the result is written into `input`.
+        keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against (nodes, 1).
+        generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
+
+    Returns:
+        A tensor of the input's shape and dtype; the input itself in eval mode, with k = 1 and in place.
+
+    Raises:
+        ValueError: a rate outside [0, 1], or a 0-D input.
+        TypeError, RuntimeError: as `dropout`.
+
+    References:
+        Fang et al., "DropMessage", AAAI 2023 (arXiv:2204.10037), which compares the three on graphs.
+
+    Example:
+        >>> import torch, torchdrop
+        >>> from torchdrop.functional import drop_node
+        >>> y = drop_node(torch.ones(9, 4), 0.5)
+        >>> torch.equal(y, y[:, :1].expand(9, 4))
+        True
+    """
+    if isinstance(input, Proxy):
+        return recorded(drop_node, locals())
+    k, _ = read_rate(p, keep_prob)
+    return _drop_features("drop_node", input, training, partial(law_for, k, inverted), inplace, generator)
+
+
+class DropNode(Rated):
+    """Module of `drop_node`: rows of x m / k in training, the input itself in eval mode.
+
+    Args:
+        p: probability of dropping a node, in [0, 1]. Default: 0.5.
+        inplace: whether the result is written into the input.
+        keep_prob: probability of keeping, in place of `p`.
+        generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
+
+    Example:
+        >>> import torch, torchdrop
+        >>> from torchdrop import DropNode
+        >>> y = DropNode(0.5)(torch.ones(9, 4))
+        >>> torch.equal(y, y[:, :1].expand(9, 4))
+        True
+    """
+
+    @leaf
+    def forward(self, input: Tensor) -> Tensor:
+        return _drop_features("drop_node", input, self.training, self._law_for, self.inplace, self.generator)
+
+
+def drop_message(
+    input: Tensor,
+    p: Any = DEFAULT_P,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    keep_prob: Any = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Drops elements of the message matrix: what each edge carries, before it is added up at the node it leads to.
+
+    ``y = x m / k`` element by element, k = 1 - p: inverted dropout of messages instead of features, so that a node
+    sends different parts of its features to different neighbours. E[y] = x, so the expectation of the sum over
+    neighbours is kept. With k = 1 and in eval mode the input itself is returned; with k = 0 the output is 0.
+
+    Args:
+        input: messages, (edges, features) or (edges, heads, features).
+        p: probability of dropping an element, in [0, 1]. Default: 0.5.
+        training: whether elements are dropped.
+        inplace: whether the result is written into `input`.
+        keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against the input.
+        generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
+
+    Returns:
+        A tensor of the input's shape and dtype; the input itself in eval mode, with k = 1 and in place.
+
+    Raises:
+        ValueError: a rate outside [0, 1], or an input of fewer than 2 dimensions.
+        TypeError, RuntimeError: as `dropout`.
+
+    References:
+        Fang et al., "DropMessage", AAAI 2023 (arXiv:2204.10037).
+
+    Example:
+        >>> import torch, torchdrop
+        >>> from torchdrop.functional import drop_message
+        >>> x, (source, target) = torch.ones(3, 4), torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]])
+        >>> torch.zeros(3, 4).index_add(0, target, drop_message(x[source], 0.5)).shape
+        torch.Size([3, 4])
+    """
+    if isinstance(input, Proxy):
+        return recorded(drop_message, locals())
+    k, _ = read_rate(p, keep_prob)
+    return _drop_features("drop_message", input, training, partial(law_for, k, inverted), inplace, generator)
+
+
+class DropMessage(Rated):
+    """Module of `drop_message`: messages m / k in training, the input itself in eval mode.
+
+    In a layer of torch_geometric it is called from a hook; as a part of the model it has a name and a mode:
+
+        model.drop = DropMessage(0.2)
+        conv.register_message_forward_hook(lambda conv, inputs, messages: model.drop(messages))
+
+    Args:
+        p: probability of dropping an element, in [0, 1]. Default: 0.5.
+        inplace: whether the result is written into the input.
+        keep_prob: probability of keeping, in place of `p`.
+        generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
+
+    Example:
+        >>> import torch, torchdrop
+        >>> from torchdrop import DropMessage
+        >>> DropMessage(0.5)(torch.ones(100, 4)).unique()
+        tensor([0., 2.])
+    """
+
+    @leaf
+    def forward(self, input: Tensor) -> Tensor:
+        return _drop_features("drop_message", input, self.training, self._law_for, self.inplace, self.generator)

@@ -1,0 +1,192 @@
+"""Locked (variational) dropout of sequences: `locked_dropout` and `LockedDropout`.
+
+With k the keep probability and m a mask of one draw for each feature of each sequence,
+
+    y[t] = x[t] m / k    for all time steps t
+
+in training, and y = x in eval mode: what is dropped stays dropped for the whole sequence (Gal and Ghahramani, NeurIPS
+2016).
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.fx import Proxy
+from torch.nn.utils.rnn import PackedSequence
+
+from ..core.rate import DEFAULT_P, Rated, apply, check_input, law_for, read_rate
+from ..core.sites import is_on, keep_mask
+from ..core.symbolic import leaf, recorded
+from ..core.torch_state import transforms_active
+from ..kernels.law import ONE, Law, inverted
+from ..kernels.masking import trailing
+from ..ops import operators
+from .recurrent.cells import select
+
+Sequences = TypeVar("Sequences", Tensor, PackedSequence)
+
+
+def _mask_shape(input: Tensor | PackedSequence, batch_first: bool) -> tuple[int, ...]:
+    """(1, B, F), (B, 1, F), (1, F) for one sequence, or (B, F) for packed ones.
+
+    Raises:
+        TypeError: it is neither a tensor nor packed sequences; `batch_first` is no bool.
+        ValueError: it has another rank.
+    """
+    if not isinstance(batch_first, bool):
+        raise TypeError(f"batch_first must be True or False, got {batch_first!r}")
+    if isinstance(input, PackedSequence):
+        return int(input.batch_sizes[0]), *input.data.shape[1:]
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be a tensor or a PackedSequence, got {type(input).__name__}")
+    if input.dim() not in (2, 3):
+        layout = "(B, T, F)" if batch_first else "(T, B, F)"
+        raise ValueError(
+            f"locked_dropout takes sequences {layout} with batch_first={batch_first}, or one sequence (T, F), got an "
+            f"input of {tuple(input.shape)}: for other shapes name the time axes as dropout's shared_axes"
+        )
+    shape = list(input.shape)
+    shape[1 if batch_first and len(shape) == 3 else 0] = 1
+    return tuple(shape)
+
+
+def _drop(
+    input: Sequences, law: Law | Tensor, shape: tuple[int, ...], inplace: bool, generator: torch.Generator | None
+) -> Sequences:
+    if isinstance(input, Tensor):
+        check_input(input, "locked_dropout")
+        return apply(operators.masked, input, law, shape, inplace, generator)
+    if inplace:
+        raise ValueError("inplace must be False for a PackedSequence: its data are copied")
+    check_input(input.data, "locked_dropout")
+    keeps_all = isinstance(law, Law) and law.threshold == ONE
+    if keeps_all and transforms_active():
+        return input
+    kept = keep_mask(input.data, law, shape, generator)
+    if keeps_all:
+        return input
+    order = input.sorted_indices
+    if order is None:
+        order = torch.arange(shape[0], device=kept.device)
+    rows = torch.cat([order[:size] for size in input.batch_sizes.tolist()])
+    scale: Any = trailing(law, kept.device)[1]
+    if isinstance(scale, Tensor):
+        scale = scale.to(kept.device).expand(shape)[rows]
+    out = select(input.data, kept[rows], scale)
+    return PackedSequence(out, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
+
+
+def locked_dropout(
+    input: Sequences,
+    p: Any = DEFAULT_P,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    keep_prob: Any = None,
+    batch_first: bool = False,
+    generator: torch.Generator | None = None,
+) -> Sequences:
+    """Dropout with one mask for each sequence, the same at all of its time steps.
+
+    ``y[t] = x[t] m / k`` with m ~ Bernoulli(k) of the features' size, k = keep_prob = 1 - p. E[y] = x exactly; m is
+    constant over time, independent between sequences, features and calls. With k = 1 and in eval mode the input itself
+    is returned; with k = 0 the output is 0. A dropped element is exactly 0, also where the input is infinite or NaN.
+    The mask is not stored, except for packed sequences, where it takes a byte for each element. These break the graph
+    of torch.compile.
+
+    Args:
+        input: sequences (T, B, F), or (B, T, F) with ``batch_first=True``; one sequence (T, F), as nn.LSTM takes it; or
+            a PackedSequence, which has a layout of its own and the masks that its padded form would have.
+        p: probability of dropping, in [0, 1]. Default: 0.5.
+        training: whether dropout is applied.
+        inplace: whether the result is written into `input`.
+        keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against the mask.
+        batch_first: whether the batch comes before time in the input, as in nn.LSTM. Nothing else could tell.
+        generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
+
+    Returns:
+        What was given, a tensor or a PackedSequence; the input itself in eval mode, with k = 1 and in place.
+
+    Raises:
+        ValueError: an input of another rank; a rate outside [0, 1]; packed sequences in place.
+        TypeError: the input is neither a tensor nor a PackedSequence; both names of the rate, or neither;
+            `batch_first` is no bool.
+
+    References:
+        Gal and Ghahramani, NeurIPS 2016 (arXiv:1512.05287); Merity et al., ICLR 2018 (arXiv:1708.02182).
+
+    Example:
+        >>> import torch, torchdrop
+        >>> from torchdrop.functional import locked_dropout
+        >>> y = locked_dropout(torch.ones(20, 4, 8), 0.25)
+        >>> torch.equal(y, y[:1].expand_as(y)), torch.equal(y[:, 0], y[:, 1])
+        (True, False)
+    """
+    if isinstance(input, Proxy):
+        return recorded(locked_dropout, locals())
+    k, _ = read_rate(p, keep_prob)
+    shape = _mask_shape(input, batch_first)
+    if not is_on(training):
+        return input
+    return _drop(input, law_for(k, inverted, shape), shape, inplace, generator)
+
+
+class LockedDropout(Rated):
+    """Module of `locked_dropout`: one mask for each sequence, the same at all of its time steps.
+
+    Also known as variational dropout. A different mask is drawn for each sequence and in each forward.
+
+    Args:
+        p: probability of dropping, in [0, 1]. Default: 0.5.
+        inplace: whether the result is written into the input.
+        keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against the mask.
+        batch_first: False for inputs (T, B, F), True for (B, T, F). One sequence is (T, F) in both.
+        generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
+
+    Shape:
+        Input and output: as `batch_first` says, or a PackedSequence. No parameters, nothing in the state_dict.
+
+    Raises:
+        ValueError: a rate outside [0, 1].
+        TypeError: both names of the rate, neither, or something that is no number; `batch_first` is no bool.
+
+    References:
+        Gal and Ghahramani, NeurIPS 2016 (arXiv:1512.05287); Merity et al., ICLR 2018 (arXiv:1708.02182).
+
+    Example:
+        >>> import torch
+        >>> from torchdrop import LockedDropout
+        >>> layer = LockedDropout(0.25, batch_first=True)
+        >>> layer
+        LockedDropout(p=0.25, inplace=False, batch_first=True)
+        >>> y = layer(torch.ones(4, 20, 8))
+        >>> torch.equal(y, y[:, :1].expand_as(y))
+        True
+    """
+
+    def __init__(
+        self,
+        p: Any = DEFAULT_P,
+        inplace: bool = False,
+        *,
+        keep_prob: Any = None,
+        batch_first: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(p, inplace, keep_prob=keep_prob, generator=generator)
+        if not isinstance(batch_first, bool):
+            raise TypeError(f"batch_first must be True or False, got {batch_first!r}")
+        self.batch_first = batch_first
+
+    @leaf
+    def forward(self, input: Sequences) -> Sequences:
+        shape = _mask_shape(input, self.batch_first)
+        if not is_on(self.training):
+            return input
+        return _drop(input, self._law_for(shape), shape, self.inplace, self.generator)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, batch_first={self.batch_first}"

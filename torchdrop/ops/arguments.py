@@ -1,0 +1,212 @@
+"""Checks of what the registered operators are given.
+
+An operator's implementation and its fake call the same check, so that what can be traced can be run, and no kernel
+reads beyond a tensor. What calls kernels without an operator has made their arguments itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from ..kernels.masking import COMPUTE_DTYPE, SERVED
+
+_int64, _float64, _strided = torch.int64, torch.float64, torch.strided
+
+
+def check_masked(name: str, x: Tensor, key: Tensor, law: Tensor, shape: Sequence[int], part: Sequence[int]) -> None:
+    """For one mask of x, or one for each of a batch of keys.
+
+    Raises:
+        TypeError: an element type or a layout that no kernel takes.
+        ValueError: shapes that do not go together, or a part that is none.
+        RuntimeError: tensors on several devices.
+    """
+    _check_elements(name, "x", x)
+    _check_key(name, key, x.device)
+    sizes = x.shape
+    _check_law(name, law, x.device, sizes)
+    mask = (*key.shape[:-1], *shape)
+    if mask != sizes and not _fits(mask, sizes):
+        raise ValueError(
+            f"{name}: the dimensions of the keys and shape must be x's {tuple(sizes)}, or 1 where the mask is shared, "
+            f"got keys of {tuple(key.shape[:-1])} and the shape {tuple(shape)}"
+        )
+    if any(part):
+        _check_part(name, part, shape)
+    elif len(part) not in (0, 3):
+        raise ValueError(f"{name}: part must hold start, run and pitch, or nothing, got {tuple(part)}")
+
+
+def check_numbers(name: str, key: Tensor, shape: Sequence[int], law: Tensor | None, with_law: bool) -> None:
+    """For numbers of a shape under each key: those of a mask under a law, the others without one.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `check_masked`.
+    """
+    _check_key(name, key, key.device)
+    _check_sizes(name, "shape", shape, 0)
+    if with_law and law is None:
+        raise ValueError(f"{name}: law must be a tensor, got None")
+    if law is None:
+        return
+    if not with_law:
+        raise ValueError(f"{name}: law must be None, since it decides masks only: got one of shape {tuple(law.shape)}")
+    _check_law(name, law, key.device, (*key.shape[:-1], *shape))
+
+
+def check_add(name: str, x: Tensor, bias: Tensor | None, residual: Tensor, key: Tensor, law: Tensor) -> None:
+    """For one key and one law, a residual like x and a bias that broadcasts against it.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `check_masked`.
+    """
+    _check_elements(name, "x", x)
+    _check_like(name, "residual", residual, x)
+    if bias is not None:
+        _check_kind(name, "bias", bias, x)
+        missing = x.dim() - bias.dim()
+        if missing < 0 or not _fits(bias.shape, x.shape[missing:]):
+            raise ValueError(f"{name}: bias must broadcast against x of {tuple(x.shape)}, got {tuple(bias.shape)}")
+    _check_single(name, key, law, x.device)
+
+
+def check_activation(name: str, x: Tensor, key: Tensor, law: Tensor, activation: str, known: Collection[str]) -> None:
+    """For one key and one law.
+
+    Raises:
+        TypeError, RuntimeError: as `check_masked`.
+        ValueError: shapes that do not go together, or another activation than the known ones.
+    """
+    _check_elements(name, "x", x)
+    _check_single(name, key, law, x.device)
+    if activation not in known:
+        raise ValueError(f"{name}: activation must be one of {', '.join(map(repr, known))}, got {activation!r}")
+
+
+def check_activation_backward(
+    name: str, grad: Tensor, kept: Tensor, key: Tensor, law: Tensor, activation: str, known: Collection[str]
+) -> None:
+    """For a gradient, and what was kept for it."""
+    check_activation(name, grad, key, law, activation, known)
+    _check_like(name, "kept", kept, grad)
+
+
+def check_blocks(name: str, law: Tensor, sizes: Sequence[int], block: int, broadcast: bool) -> None:
+    """For maps of these sizes, and blocks that lie in them; `broadcast` where the law's dimensions end with the map's.
+
+    Raises:
+        TypeError, ValueError: as `check_masked`.
+    """
+    _check_law(name, law, law.device, None)
+    if broadcast and law.dim() > 1:
+        missing = law.dim() - 1 - len(sizes)
+        _check_law(name, law, law.device, (*law.shape[: max(missing, 0)], *sizes))
+    _check_sizes(name, "sizes", sizes, 1)
+    if not sizes or block < 1 or any(size < block for size in sizes):
+        raise ValueError(f"{name}: block must be at least 1 and at most each of the sizes {tuple(sizes)}, got {block}")
+
+
+def _check_elements(name: str, role: str, tensor: Tensor) -> None:
+    if tensor.dtype not in SERVED:
+        raise TypeError(f"{name}: {role} must be one of {', '.join(map(str, COMPUTE_DTYPE))}, got {tensor.dtype}")
+    if tensor.layout is not _strided:
+        raise TypeError(f"{name}: {role} must be a strided tensor, got the layout {tensor.layout}")
+
+
+def _check_kind(name: str, role: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.dtype != x.dtype:
+        raise TypeError(f"{name}: {role} must have the first tensor's dtype {x.dtype}, got {tensor.dtype}")
+    if tensor.layout is not _strided:
+        raise TypeError(f"{name}: {role} must be a strided tensor, got the layout {tensor.layout}")
+    if tensor.device != x.device:
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but {name} got {role} on {tensor.device} beside a tensor "
+            f"on {x.device}"
+        )
+
+
+def _check_like(name: str, role: str, tensor: Tensor, x: Tensor) -> None:
+    _check_kind(name, role, tensor, x)
+    if tensor.shape != x.shape:
+        raise ValueError(
+            f"{name}: {role} must have the first tensor's shape {tuple(x.shape)}, got {tuple(tensor.shape)}"
+        )
+
+
+def _check_key(name: str, key: Tensor, device: torch.device) -> None:
+    if key.dtype is not _int64 or key.layout is not _strided:
+        raise TypeError(
+            f"{name}: key must be a strided int64 tensor, got one of {key.dtype} with the layout {key.layout}"
+        )
+    if key.dim() == 0 or key.shape[-1] != 2:
+        raise ValueError(f"{name}: key must hold (seed, stream) in its last dimension, got shape {tuple(key.shape)}")
+    if key.device != device:
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but {name} got key on {key.device} beside a tensor on "
+            f"{device}"
+        )
+
+
+def _check_law(name: str, law: Tensor, device: torch.device, sizes: Sequence[int] | None) -> None:
+    """`sizes` are those that a law of several dimensions must broadcast against; None for any."""
+    if law.dtype is not _float64 or law.layout is not _strided:
+        raise TypeError(
+            f"{name}: law must be a strided float64 tensor, got one of {law.dtype} with the layout {law.layout}"
+        )
+    dims = law.dim()
+    if dims == 0 or law.shape[-1] != 4:
+        raise ValueError(
+            f"{name}: law must hold (threshold, scale, shift, fill) in its last dimension, got shape {tuple(law.shape)}"
+        )
+    if not law.is_cpu and law.device != device:
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but {name} got law on {law.device} beside a tensor on "
+            f"{device}"
+        )
+    if dims > 1 and sizes is not None and not _fits(law.shape[:-1], sizes):
+        raise ValueError(
+            f"{name}: a law must be one for all, of shape (4,), or have a size for each of the dimensions "
+            f"{tuple(sizes)}, that size or 1, got shape {tuple(law.shape)}"
+        )
+
+
+def _check_single(name: str, key: Tensor, law: Tensor, device: torch.device) -> None:
+    _check_key(name, key, device)
+    _check_law(name, law, device, None)
+    if key.dim() != 1 or law.dim() != 1:
+        raise ValueError(
+            f"{name}: one key of shape (2,) and one law of shape (4,) must be given, got {tuple(key.shape)} and "
+            f"{tuple(law.shape)}"
+        )
+
+
+def _fits(sizes: Sequence[int], full: Sequence[int]) -> bool:
+    """Whether each size is the full one or 1. The order in which they are compared spares compiled code guards."""
+    if len(sizes) != len(full):
+        return False
+    return all(
+        (isinstance(size, int) and size == 1) or size == whole or size == 1
+        for size, whole in zip(sizes, full, strict=True)
+    )
+
+
+def _check_sizes(name: str, role: str, sizes: Sequence[int], least: int) -> None:
+    if any(size < least for size in sizes):
+        raise ValueError(f"{name}: {role} must hold sizes of at least {least}, got {tuple(sizes)}")
+
+
+def _check_part(name: str, part: Sequence[int], shape: Sequence[int]) -> None:
+    if len(part) != 3 or any(number < 0 for number in part):
+        raise ValueError(
+            f"{name}: part must hold start, run and pitch, none of them negative, or nothing, got {tuple(part)}"
+        )
+    n = 1
+    for size in shape:
+        n = n * size
+    if part[1] != 0 and n % part[1] != 0:
+        raise ValueError(
+            f"{name}: the run of a part must divide its number of elements, got a run of {part[1]} and {n}"
+        )

@@ -1,0 +1,362 @@
+"""The short roads: dropout of contiguous tensors in eager mode. Python's overhead is what small ones cost.
+
+They give what the general roads give (tests compare them) with fewer calls. On the CPU the key is drawn as 16 bytes
+instead of a tensor, and the kernel is called with addresses; on CUDA it stays a tensor in the device's memory. All that
+is held for backward is the key and the law, and the output of a rectifier.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from .. import kernels, random
+from ..core.torch_state import (
+    dispatch_modes,
+    forward_mode_active,
+    function_modes,
+    is_watched,
+    lean_node_of,
+    tracing_state,
+    transforms_active,
+    without_function_modes,
+)
+from ..kernels import native, triton
+from ..kernels.law import ONE, Law
+from . import fused, operators
+
+_CPU = torch.device("cpu")
+_empty_like = torch.empty_like
+_strided = torch.strided
+_is_grad_enabled = torch.is_grad_enabled
+_key = random.key_bytes
+_threads = native.threads
+_SERIAL = native.SERIAL
+_kind_of = native.KINDS.get
+_row: Any = native.library.masked_row if native.library is not None else None
+_groups: Any = native.library.grouped if native.library is not None else None
+_fused: Any = native.library.fused if native.library is not None else None
+_RECTIFIED, _ADD, _RELU_BACKWARD = native.RECTIFIED, native.ADD, native.RELU_BACKWARD
+_ANY_WIDTH = native.ANY_WIDTH
+
+State = tuple[int, int, bytes, int, Law]
+
+
+def _watched() -> bool:
+    """Whether a setting, transform, dispatch mode or trace has to see what is done."""
+    return (
+        bool(random._frozen)
+        or kernels._forced is not None
+        or transforms_active()
+        or dispatch_modes() > 0
+        or forward_mode_active()
+        or tracing_state() is not None
+    )
+
+
+def _unseen(road: Callable[..., Tensor | None], *args: Any) -> Tensor | None:
+    """What a road gives under function modes, if all they do is name a default device: every device is named here. The
+    modes are set aside meanwhile, for else each look at a tensor would be a call of theirs."""
+    if is_watched():
+        return None
+    with without_function_modes():
+        return road(*args, True)
+
+
+def _kind(x: Tensor) -> int | None:
+    """The kind of a CPU tensor that lies in its memory as a row; None where this road does not lead there."""
+    kind = type(x)
+    if (
+        (kind is not Tensor and kind is not Parameter)
+        or x.layout is not _strided
+        or x.is_neg()
+        or not x.is_cpu
+        or not x.is_contiguous()
+        or _row is None
+        or _watched()
+    ):
+        return None
+    return _kind_of(x.dtype)
+
+
+def _is_served_row(x: Tensor) -> bool:
+    """Whether it is a CUDA tensor that lies in its memory as a row, of a type for which kernels have run there."""
+    kind = type(x)
+    return (
+        (kind is Tensor or kind is Parameter)
+        and x.is_cuda
+        and (x.get_device(), x.dtype) in triton.served
+        and x.layout is _strided
+        and not x.is_neg()
+        and x.is_contiguous()
+        and x.data_ptr() != 0
+        and not _watched()
+    )
+
+
+def fast_dropout(x: Tensor, law: Law, unseen: bool = False) -> Tensor | None:
+    """Inverted dropout of x, or None where this road does not lead there.
+
+    It leads there under function modes if they have no say in what is done; `unseen` is for `_unseen` to set.
+    """
+    if function_modes() and not unseen:
+        return _unseen(fast_dropout, x, law)
+    code = _kind(x)
+    if code is None:
+        return _dropout_on_cuda(x, law) if _is_served_row(x) else None
+    n, source = x.numel(), x.data_ptr()
+    if not source:
+        return None
+    _key.draw()
+    if law.threshold == ONE:
+        return x
+    key = _key.memory.raw
+    if x.requires_grad and _is_grad_enabled():
+        return _record(x, (code, n, key, law.address, law))
+    out = _empty_like(x)
+    _row(code, out.data_ptr(), source, n, key, law.address, 1 if n < _SERIAL else _threads())
+    return out
+
+
+def _dropout_on_cuda(x: Tensor, law: Law) -> Tensor:
+    key = random.cuda_key(x.get_device())
+    if law.threshold == ONE:
+        return x
+    if x.requires_grad and _is_grad_enabled():
+        return _record_on_cuda(x, key, law)
+    return triton.masked_row(x, key, law)
+
+
+def fast_channel_dropout(x: Tensor, law: Law, mask: Sequence[int], unseen: bool = False) -> Tensor | None:
+    """Inverted dropout under a mask of this shape, x's with ones at its end; None as `fast_dropout`."""
+    if function_modes() and not unseen:
+        return _unseen(fast_channel_dropout, x, law, mask)
+    code = _kind(x)
+    if code is None or not x.data_ptr():
+        return None
+    _key.draw()
+    if law.threshold == ONE:
+        return x
+    n = x.numel()
+    state, group = (code, n, _key.memory.raw, law.address, law), n // math.prod(mask)
+    if x.requires_grad and _is_grad_enabled():
+        return _record_channels(x, state, mask, group)
+    return _grouped(x, state, group)
+
+
+def fast_dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor, law: Law, unseen: bool = False) -> Tensor | None:
+    """Dropout with a residual added after it and a bias before it, or None where this road does not lead there."""
+    if function_modes() and not unseen:
+        return _unseen(fast_dropout_add, x, bias, residual, law)
+    code = _kind(x)
+    if (
+        code is None
+        or not isinstance(residual, Tensor)
+        or residual.dtype != x.dtype
+        or residual.shape != x.shape
+        or _kind(residual) is None
+        or not x.data_ptr()
+        or not residual.data_ptr()
+    ):
+        return None
+    if bias is not None and (
+        not isinstance(bias, Tensor) or bias.dtype != x.dtype or bias.shape != x.shape[-1:] or _kind(bias) is None
+    ):
+        return None
+    _key.draw()
+    if law.threshold == ONE:
+        return fused.composed_add(x, bias, residual, lambda whole: whole)
+    state = (code, x.numel(), _key.memory.raw, law.address, law)
+    wanted = x.requires_grad or residual.requires_grad or (bias is not None and bias.requires_grad)
+    return _record_add(x, bias, residual, state) if wanted and _is_grad_enabled() else _added(x, bias, residual, state)
+
+
+def fast_activation_dropout(x: Tensor, law: Law, activation: str, unseen: bool = False) -> Tensor | None:
+    """An activation and inverted dropout of x, or None where this road does not lead there."""
+    if function_modes() and not unseen:
+        return _unseen(fast_activation_dropout, x, law, activation)
+    code = _kind(x)
+    if code is None or not x.data_ptr():
+        return None
+    _key.draw()
+    if law.threshold == ONE:
+        return fused.ACTIVATIONS[activation].function(x)
+    state = (code, x.numel(), _key.memory.raw, law.address, law)
+    recorded = x.requires_grad and _is_grad_enabled()
+    if activation == "relu":
+        return _record_relu(x, state) if recorded else _rectified(x, state)
+    return _record_gelu(x, state, activation) if recorded else _gelu(x, state, activation)
+
+
+def _again(grad: Tensor, state: State, shape: Sequence[int]) -> Tensor:
+    """The derivative's map, which is forward's under the law's linear part."""
+    code, n, key, address, law = state
+    if _is_row(grad, shape, code):
+        out = _empty_like(grad)
+        _row(code, out.data_ptr(), grad.data_ptr(), n, key, address, 1 if n < _SERIAL else _threads())
+        return out
+    return operators.masked(operators.fitting(grad, shape, _CPU), random.key_tensor(key), law, shape)
+
+
+def _is_row(grad: Tensor, shape: Sequence[int], code: int, device: int = -1) -> bool:
+    """Whether a gradient is like the output, lies in its memory as a row, and nothing watches.
+
+    Autograd gives no other than one like the output, but a node may be called by hand.
+    """
+    if (
+        type(grad) is not Tensor
+        or grad.shape != shape
+        or _kind_of(grad.dtype) != code
+        or grad.get_device() != device
+        or not grad.is_contiguous()
+        or grad.is_neg()
+        or _is_grad_enabled()
+        or transforms_active()
+        or dispatch_modes()
+        or forward_mode_active()
+    ):
+        return False
+    try:
+        return grad.data_ptr() != 0
+    except RuntimeError:  # the batched gradients of autograd.grad have no memory
+        return False
+
+
+def _grouped(x: Tensor, state: State, group: int) -> Tensor:
+    code, n, key, address, _ = state
+    out = _empty_like(x)
+    _groups(code, out.data_ptr(), x.data_ptr(), n // group, group, key, address, 1 if n < _SERIAL else _threads())
+    return out
+
+
+def _added(x: Tensor, bias: Tensor | None, residual: Tensor, state: State) -> Tensor:
+    code, n, key, address, _ = state
+    out = _empty_like(x)
+    _fused(
+        _ADD, code, out.data_ptr(), x.data_ptr(), None if bias is None else bias.data_ptr(),
+        1 if bias is None else bias.numel(), residual.data_ptr(), n, key, address, 1 if n < _SERIAL else _threads(),
+        _ANY_WIDTH,
+    )  # fmt: skip
+    return out
+
+
+def _rectified(x: Tensor, state: State) -> Tensor:
+    code, n, key, address, _ = state
+    out = _empty_like(x)
+    _row(code + _RECTIFIED, out.data_ptr(), x.data_ptr(), n, key, address, 1 if n < _SERIAL else _threads())
+    return out
+
+
+def _gelu(x: Tensor, state: State, activation: str) -> Tensor:
+    """Masked where it lies."""
+    code, n, key, address, _ = state
+    out = fused.ACTIVATIONS[activation].function(x)
+    _row(code, out.data_ptr(), out.data_ptr(), n, key, address, 1 if n < _SERIAL else _threads())
+    return out
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, state: State) -> Tensor:
+        ctx.state, ctx.shape = state, x.shape
+        code, n, key, address, _ = state
+        out = _empty_like(x)
+        _row(code, out.data_ptr(), x.data_ptr(), n, key, address, 1 if n < _SERIAL else _threads())
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _again(grad, ctx.state, ctx.shape), None
+
+
+class _DropoutOnCUDA(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, key: Tensor, law: Law) -> Tensor:
+        ctx.key, ctx.law, ctx.shape, ctx.code = key, law, x.shape, _kind_of(x.dtype)
+        return triton.masked_row(x, key, law)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        key, law, shape = ctx.key, ctx.law, ctx.shape
+        if _is_row(grad, shape, ctx.code, key.get_device()):
+            return triton.masked_row(grad, key, law), None, None
+        return operators.masked(operators.fitting(grad, shape, key.device), key, law, shape), None, None
+
+
+class _ChannelDropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, state: State, mask: Sequence[int], group: int) -> Tensor:
+        ctx.state, ctx.shape, ctx.mask, ctx.group = state, x.shape, mask, group
+        return _grouped(x, state, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        code, _, key, _, law = ctx.state
+        if _is_row(grad, ctx.shape, code):
+            return _grouped(grad, ctx.state, ctx.group), None, None, None
+        grad = operators.fitting(grad, ctx.shape, _CPU)
+        return operators.masked(grad, random.key_tensor(key), law, ctx.mask), None, None, None
+
+
+class _DropoutAdd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, residual: Tensor, state: State) -> Tensor:
+        ctx.state, ctx.shape, ctx.bias = state, x.shape, None if bias is None else bias.shape
+        return _added(x, bias, residual, state)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        of_x, of_bias, of_residual = ctx.needs_input_grad[:3]
+        if grad.shape != ctx.shape or not grad.is_cpu:
+            grad = operators.fitting(grad, ctx.shape, _CPU)
+        dropped = _again(grad, ctx.state, ctx.shape) if of_x or of_bias else None
+        summed = dropped.sum_to_size(ctx.bias) if of_bias and dropped is not None else None
+        return dropped if of_x else None, summed, grad if of_residual else None, None
+
+
+class _ReLUDropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, state: State) -> Tensor:
+        ctx.state = state
+        out = _rectified(x, state)
+        ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (y,) = ctx.saved_tensors
+        code, n, key, address, law = ctx.state
+        if not _is_row(grad, y.shape, code):
+            return fused.gradient(grad, y, random.key_tensor(key), law, "relu"), None
+        out = _empty_like(grad)
+        _fused(
+            _RELU_BACKWARD, code, out.data_ptr(), grad.data_ptr(), None, 1, y.data_ptr(), n, key, address,
+            1 if n < _SERIAL else _threads(), _ANY_WIDTH,
+        )  # fmt: skip
+        return out, None
+
+
+class _GELUDropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, state: State, activation: str) -> Tensor:
+        ctx.state, ctx.activation = state, activation
+        ctx.save_for_backward(x)
+        return _gelu(x, state, activation)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        if _is_row(grad, x.shape, ctx.state[0]):
+            return fused.ACTIVATIONS[ctx.activation].gradient(_again(grad, ctx.state, x.shape), x), None, None
+        _, _, key, _, law = ctx.state
+        return fused.gradient(grad, x, random.key_tensor(key), law, ctx.activation), None, None
+
+
+_record, _record_on_cuda, _record_channels, _record_add, _record_relu, _record_gelu = map(
+    lean_node_of, (_Dropout, _DropoutOnCUDA, _ChannelDropout, _DropoutAdd, _ReLUDropout, _GELUDropout)
+)
