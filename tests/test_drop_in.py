@@ -206,3 +206,18 @@ def test_jagged_tensors_meet_what_holds_for_others() -> None:
             f(x.transpose(1, 2))
     with pytest.raises(TypeError, match=r"alpha_dropout takes strided tensors, got the layout torch\.jagged"):
         TF.alpha_dropout(x, 0.5, True)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize(("name", "shape"), [("Dropout2d", (2, 3, 4)), ("Dropout3d", (2, 3, 4)), ("Dropout2d", (2, 3))])
+def test_shapes_of_which_torch_warns_compile_in_one_piece(name: str, shape: tuple[int, ...]) -> None:
+    layer, x = getattr(torchdrop, name)(), torch.ones(shape)
+    torch.compiler.reset()
+    with pytest.warns(UserWarning, match=f"{name.lower()}: Received a"):
+        y = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match=f"{name.lower()}: Received a"):
+        expected = layer(x)
+    torch.manual_seed(0)
+    assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), expected)
+    assert y.shape == x.shape

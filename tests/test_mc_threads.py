@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchdrop
+from torchdrop.monte_carlo.state import GENERATORS
 
 from .mc_models import Of, data, equal, passes, state, timm_path, unchanged
 
@@ -184,3 +185,21 @@ def test_contexts_of_several_threads_are_left_in_any_order() -> None:
     with unchanged(model):
         run_at_once(first, second)
     assert not {"forward", "_call_impl"} & set(vars(model[2]))
+
+
+def test_no_two_surveys_draw_from_the_shared_generators_at_once() -> None:
+    """A survey puts back the generators that it draws from, which would undo what another one draws meanwhile."""
+    meeting, seen = Meeting(), []
+    model = nn.Sequential(Of(lambda self, x: meeting.pause(self, x)), nn.Dropout(0.5), nn.Linear(8, 8)).eval()
+    x = torch.randn(6, 8)
+
+    def free() -> bool:
+        taken = GENERATORS.acquire(blocking=False)
+        if taken:
+            GENERATORS.release()
+        return taken
+
+    _, looks = meeting.run(lambda: torchdrop.mc_predict(model, x, samples=4, seed=0), lambda: seen.append(free()))
+    assert len(seen) == looks > 2
+    assert not seen[0], "the first forward is of a survey"
+    assert seen[-1], "the last one is of a sample, which draws from no generator"

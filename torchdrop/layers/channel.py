@@ -38,11 +38,10 @@ def _shape2d(input: Tensor) -> tuple[int, ...]:
     if dims not in (3, 4):
         _warn_dimensions("dropout2d", dims, "(N, C, H, W)")
     if dims == 3:
-        warnings.warn(
+        _warn(
             "dropout2d: Received a 3D input to dropout2d and assuming that channel-wise 1D dropout behavior is "
             "desired - input is interpreted as shape (N, C, L). torch.nn announces that this will become (C, H, W): "
-            "use dropout1d to keep the present meaning, or dropout with shared_axes to be explicit",
-            stacklevel=4,
+            "use dropout1d to keep the present meaning, or dropout with shared_axes to be explicit"
         )
     return (*input.shape[:2], *[1] * (dims - 2))
 
@@ -56,11 +55,17 @@ def _shape3d(input: Tensor) -> tuple[int, ...]:
 
 
 def _warn_dimensions(name: str, dims: int, usual: str) -> None:
-    warnings.warn(
+    _warn(
         f"{name}: Received a {dims}-D input to {name}, which is deprecated and will result in an error in a future "
         f"release of torch.nn. {name} drops whole channels of {usual}: use dropout with shared_axes for other shapes",
-        stacklevel=5,
+        stacklevel=7,
     )
+
+
+@torch.compiler.assume_constant_result
+def _warn(message: str, stacklevel: int = 6) -> None:
+    """Compiled code warns once, while it is compiled: Dynamo does not enter what Python warns with."""
+    warnings.warn(message, stacklevel=stacklevel)
 
 
 def check_channels(input: Tensor, least: int = 2) -> None:
