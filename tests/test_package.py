@@ -52,7 +52,8 @@ RANKS = {
     "demo": 9,
     "__main__": 9,
 }
-"""A part imports parts of its own rank or lower; a file may have a rank of its own. The empty name is ``import torchdrop`` itself."""
+"""A part imports parts of its own rank or lower; a file may have a rank of its own. The empty name is ``import
+torchdrop`` itself."""
 
 TWINS = ["dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"]
 CLASS_TWINS = ["Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout"]
