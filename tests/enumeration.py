@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from torchdrop import kernels
-from torchdrop.core import rate as _rate
 from torchdrop.core import sites
 from torchdrop.kernels.law import ONE, law
 from torchdrop.ops import fast_path
@@ -19,9 +18,8 @@ KEYS = torch.stack([torch.arange(20_000), torch.full((20_000,), 7)], -1)
 
 def force(patch: pytest.MonkeyPatch, key: Tensor) -> None:
     """From now on every layer draws this key."""
-    for module in (_rate, sites):
-        patch.setattr(module, "draw_key", lambda *_: key)
-    patch.setattr(fast_path, "_row", None)  # the short roads draw theirs as bytes
+    patch.setattr(sites, "draw_key", lambda *_: key)
+    patch.setattr(fast_path, "_row", None)  # the fast paths draw theirs as bytes
 
 
 def masks(patch: pytest.MonkeyPatch, shape: Sequence[int], keep_prob: float) -> Iterator[tuple[Tensor, float]]:

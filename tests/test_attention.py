@@ -28,7 +28,7 @@ compiles = pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")
 def every_draw(monkeypatch: pytest.MonkeyPatch, heads: int, levels: int) -> int:
     """Makes the draws of sample n the n-th of all combinations of `levels` equidistant ones; gives their number."""
     grid = torch.tensor(list(itertools.product(range(levels), repeat=heads))) * (ONE // levels)
-    monkeypatch.setattr(sites, "words", lambda like, shape, generator: grid.reshape(shape))
+    monkeypatch.setattr(sites, "random_bits", lambda like, shape, generator: grid.reshape(shape))
     return len(grid)
 
 

@@ -38,7 +38,7 @@ def seeded(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
 def evenly(monkeypatch: pytest.MonkeyPatch, n: int) -> Tensor:
     """An input of n ones whose uniforms are the midpoints of n equal parts of (0, 1): a mean is an integral over u."""
     words = (torch.arange(n) * 2 + 1) * 2**31 // n
-    monkeypatch.setattr(sites, "words", lambda *_: words)
+    monkeypatch.setattr(sites, "random_bits", lambda *_: words)
     return torch.ones(n, dtype=torch.float64)
 
 
@@ -129,7 +129,7 @@ def test_the_correction_is_accurate_to_rounding(monkeypatch: pytest.MonkeyPatch)
     for p in (1e-6, 0.01, 0.3, 0.8, 0.9999):
         a = p / (1 - p)
         expected = (a * math.log(a) - a + 1) / (a - 1) ** 2
-        monkeypatch.setattr(sites, "words", lambda like, shape, _: torch.full(shape, 2**31))
+        monkeypatch.setattr(sites, "random_bits", lambda like, shape, _: torch.full(shape, 2**31))
         x = torch.ones(1, dtype=torch.float64)
         ratio = concrete_dropout(x, logit(p), temperature=1.0) / concrete_dropout(
             x, logit(p), temperature=1.0, unbiased=True

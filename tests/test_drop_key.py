@@ -29,7 +29,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def every_draw(monkeypatch: pytest.MonkeyPatch, keys: int, levels: int) -> Tensor:
     """Makes the draws of row n the n-th of all combinations of `levels` equidistant ones; gives these, as levels."""
     grid = torch.tensor(list(itertools.product(range(levels), repeat=keys)))
-    monkeypatch.setattr(sites, "words", lambda like, shape, generator: (grid * (ONE // levels)).reshape(shape))
+    monkeypatch.setattr(sites, "random_bits", lambda like, shape, generator: (grid * (ONE // levels)).reshape(shape))
     return grid
 
 

@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 import torchdrop
 from torchdrop.core import sites
-from torchdrop.layers.efficient_path import EfficientStochasticDepth, efficient_stochastic_depth, subset
+from torchdrop.core.choices import subset
+from torchdrop.layers.efficient_path import EfficientStochasticDepth, efficient_stochastic_depth
 
 from .statistical import check_rate, draws_for
 
@@ -43,7 +44,7 @@ class Counting(nn.Module):
 
 
 def force(monkeypatch: pytest.MonkeyPatch, words: Tensor) -> None:
-    monkeypatch.setattr(sites, "words", lambda like, shape, generator=None: words.reshape(shape))
+    monkeypatch.setattr(sites, "random_bits", lambda like, shape, generator=None: words.reshape(shape))
 
 
 @pytest.mark.parametrize("k", [0.2, 0.4, 0.6, 0.8])
@@ -74,7 +75,7 @@ def test_every_subset_belongs_to_equally_many_orders_of_the_draws() -> None:
 def test_subsets_are_uniform() -> None:
     subsets = list(itertools.combinations(range(4), 2))
     n = draws_for(1 / 6, 0.01)
-    words = sites.words(torch.empty(0), (n, 4))
+    words = sites.random_bits(torch.empty(0), (n, 4))
     found = Counter(map(tuple, subset(words, 2).tolist()))
     for one in subsets:
         check_rate(found[one], n, 1 / 6, 0.01)

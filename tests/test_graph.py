@@ -125,7 +125,7 @@ def test_different_pairs_have_different_draws_of_a_key_of_128_bits(monkeypatch: 
     assert len({tuple(column) for column in first.T.tolist()}) == len(pairs)
     masks = set()
     for words in torch.eye(5, 4, dtype=torch.int64) * 2**31:
-        monkeypatch.setattr(sites, "words", lambda *_, words=words: words)
+        monkeypatch.setattr(sites, "random_bits", lambda *_, words=words: words)
         masks.add(tuple(drop_edge_weight(torch.arange(64).expand(2, 64), undirected=True).tolist()))
     assert len(masks) == 5
 

@@ -16,6 +16,7 @@ from torch.func import vmap
 from torch.utils.checkpoint import checkpoint
 
 import torchdrop
+from torchdrop.core import formulations
 from torchdrop.functional import dropout
 from torchdrop.layers import dropout as bernoulli
 from torchdrop.layers.multi_sample import MultiSampleDropout, multi_sample_dropout, multi_sample_loss
@@ -44,7 +45,7 @@ class Head(nn.Module):
 def force(monkeypatch: pytest.MonkeyPatch, mask: Tensor, k: float) -> None:
     """Dropout multiplies by this mask over k."""
     monkeypatch.setattr(bernoulli, "fast_dropout", lambda *_: None)
-    monkeypatch.setattr(bernoulli, "apply", lambda operator, input, *_: input * mask / k)
+    monkeypatch.setattr(formulations, "apply", lambda operator, input, *_: input * mask / k)
 
 
 def test_gradient_variance_falls_as_1_over_k_by_enumeration(monkeypatch: pytest.MonkeyPatch) -> None:

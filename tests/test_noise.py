@@ -77,7 +77,7 @@ def test_vmap_over_laws_and_keys_in_any_combination() -> None:
 def draws_of_everything(x: Tensor) -> list[Tensor]:
     return [
         sites.keep_mask(x, _rate.law_for(0.3, inverted, x.shape), x.shape),
-        sites.words(x, x.shape),
+        sites.random_bits(x, x.shape),
         sites.uniform(x, x.shape),
         sites.standard_normal(x, x.shape),
     ]
@@ -97,7 +97,7 @@ def test_compiled_code_draws_what_eager_code_draws() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_uniforms_lie_strictly_inside_and_symmetric(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     ends = torch.tensor([0, 2**32 - 1])
-    monkeypatch.setattr(sites, "words", lambda *_: ends)
+    monkeypatch.setattr(sites, "random_bits", lambda *_: ends)
     u = sites.uniform(torch.empty(2, dtype=dtype), (2,))
     assert u.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert 0 < u[0] < 1
@@ -107,19 +107,19 @@ def test_uniforms_lie_strictly_inside_and_symmetric(dtype: torch.dtype, monkeypa
 
 def test_every_draw_takes_a_new_key_and_generators_are_obeyed() -> None:
     x = torch.empty(50)
-    assert not torch.equal(sites.words(x, (50,)), sites.words(x, (50,)))
-    first, second = (sites.words(x, (50,), torch.Generator().manual_seed(2)) for _ in range(2))
+    assert not torch.equal(sites.random_bits(x, (50,)), sites.random_bits(x, (50,)))
+    first, second = (sites.random_bits(x, (50,), torch.Generator().manual_seed(2)) for _ in range(2))
     assert torch.equal(first, second)
     torch.manual_seed(5)
     key = random.draw_key(x.device)
     torch.manual_seed(5)
-    assert torch.equal(sites.words(x, (50,)), kernels.draws((50,), key))
+    assert torch.equal(sites.random_bits(x, (50,)), kernels.draws((50,), key))
 
 
 @pytest.mark.parametrize("randomness", ["same", "different"])
 def test_vmaps_randomness_modes(randomness: str) -> None:
     def f(x: Tensor) -> Tensor:
-        return sites.words(x, x.shape)
+        return sites.random_bits(x, x.shape)
 
     out = vmap(f, randomness=randomness)(torch.zeros(3, 40))
     assert torch.equal(out[0], out[1]) == (randomness == "same")
@@ -132,14 +132,14 @@ class Replaced(_rate.Rated):
     """A layer that puts -1 where it drops: it makes its mask itself."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return replaced(input, self._law_for(input.shape), self.training)
+        return replaced(input, self.rate.law_for(input.shape), self.training)
 
 
 def replaced(input: Tensor, given: object, training: bool) -> Tensor:
     if not sites.is_on(training):
         return input
     kept = sites.keep_mask(input, given, input.shape)  # type: ignore[arg-type]
-    return torch.where(kept, input, -1.0)
+    return input if kept is None else torch.where(kept, input, -1.0)
 
 
 class Functional(nn.Module):

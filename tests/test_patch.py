@@ -66,7 +66,7 @@ def test_the_count_is_the_integer_part_and_one_at_least(p: float, patches: int, 
 
 def test_every_subset_belongs_to_equally_many_orders_of_the_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     orders = torch.tensor(list(itertools.permutations(range(5))))
-    monkeypatch.setattr(sites, "words", lambda like, shape, generator=None: orders)
+    monkeypatch.setattr(sites, "random_bits", lambda like, shape, generator=None: orders)
     kept = patch_dropout_indices(torch.empty(120, 7, 1), 0.6, num_prefix_tokens=2)
     assert torch.equal(kept[:, :2], torch.tensor([0, 1]).expand(120, 2))
     found = Counter(map(tuple, (kept[:, 2:] - 2).tolist()))

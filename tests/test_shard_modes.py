@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import torchdrop
 import torchdrop.functional as F
 from torchdrop import Shard
-from torchdrop.core import rate as _rate
+from torchdrop.core import sites
 
 from .seeding import seeded
 
@@ -150,7 +150,7 @@ def test_a_leaf_is_not_written_to(shard: Shard | None) -> None:
 
 
 def test_a_default_device_costs_no_whole_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_rate, "apply_to_whole", None)
+    monkeypatch.setattr(sites, "apply_to_whole", None)
     x = torch.randn(6, 8)
     expected = of_last(seeded(7, F.dropout, x))
     with torch.device("cpu"):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import torchdrop
-from torchdrop.core.rate import apply
+from torchdrop.core.sites import apply
 from torchdrop.functional import dropout
 from torchdrop.kernels import native
 from torchdrop.ops import fast_path

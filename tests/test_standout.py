@@ -42,7 +42,7 @@ def test_eval_is_the_expectation_of_training_by_enumeration(monkeypatch: pytest.
     for bits in itertools.product((False, True), repeat=8):
         mask = torch.tensor(bits).reshape(2, 4)
         words = torch.where(mask, 0, 2**32 - 1)
-        monkeypatch.setattr(sites, "words", lambda *_, words=words: words)
+        monkeypatch.setattr(sites, "random_bits", lambda *_, words=words: words)
         weight = torch.where(mask, pi, 1 - pi).prod().item()
         mean, total = mean + weight * layer(x), total + weight
     assert total == pytest.approx(1.0)

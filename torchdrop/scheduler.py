@@ -15,7 +15,7 @@ from ._extras import axes_or_new
 from .configure.holders import Holder, check_keep_prob, compiled_parts, names_of, unwrapped
 from .configure.rates import chosen, shown
 from .core.names import near
-from .core.rate import Rate, Rated
+from .core.rate import KeepProb, Rated
 from .rules import Rule
 from .schedules import Scaled, as_schedule, keep_prob_at
 
@@ -29,8 +29,8 @@ class _Scheduled:
     holder: Holder
     pattern: str
     asked: Any
-    own: Rate
-    last: Rate = 1.0
+    own: KeepProb
+    last: KeepProb = 1.0
 
     def at(self, step: int) -> float:
         """Its keep_prob.
@@ -50,7 +50,7 @@ class _Scheduled:
                 raise ValueError(f"{error}, for {name!r}") from None
         return keep_prob_at(schedule, step, name)
 
-    def checked(self, step: int) -> Rate:
+    def checked(self, step: int) -> KeepProb:
         """Its keep_prob, as the layer can hold it."""
         value = self.at(step)
         try:
@@ -167,7 +167,7 @@ class KeepProbScheduler:
                 "create the scheduler after changing the model"
             )
 
-    def get_last_keep_prob(self) -> dict[str, Rate]:
+    def get_last_keep_prob(self) -> dict[str, KeepProb]:
         """The keep_prob that this scheduler has set last, for each of its layers by name."""
         return {layer.holder.name: layer.last for layer in self._layers}
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from ..core import rate as _rate
+from ..core import sites
 from ..monte_carlo.draw import Draw
 from ..monte_carlo.mode import Watching
 from ..monte_carlo.tracker import Tracker
@@ -139,7 +139,7 @@ class Flow(Watching):
         after = before.dropout if before is not None and not before.through else None
         call = Call(name, draw.kind, name in self._layers, rate, draw.on, draw.flagged, after)
         self.calls.append(call)
-        drops = draw.on and not draw.flagged and ("dropout" in draw.kind or func is _rate.apply)
+        drops = draw.on and not draw.flagged and ("dropout" in draw.kind or func is sites.apply)
         if self._measure and drops and rate is not None and input is not None and not call.is_layer:
 
             def on_ones(ones: Tensor) -> Tensor:

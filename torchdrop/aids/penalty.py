@@ -25,10 +25,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from ..core.rate import Rate, Rated, law_for, realised
+from ..core.mask_shape import mask_shape
+from ..core.rate import KeepProb, Rated, law_for, realised
 from ..kernels.law import inverted
-from ..layers.channel import Dropout1d, Dropout2d, Dropout3d
-from ..layers.dropout import Dropout, mask_shape
+from ..layers.channel import channel_shape
+from ..layers.dropout import Dropout
 from ..layers.gaussian import GaussianDropout
 from ..monte_carlo.inputs import Inputs, picker
 
@@ -199,15 +200,15 @@ def _check_layer(name: str, layer: _DropoutNd) -> None:
         raise ValueError(f"{where} must be in (0, 1], got {least}: with nothing kept the penalty is infinite")
 
 
-def _keep_prob(layer: _DropoutNd) -> Rate:
+def _keep_prob(layer: _DropoutNd) -> KeepProb:
     """The probability that the layer's masks really have."""
     return realised(layer.keep_prob) if isinstance(layer, Rated) else 1.0 - layer.p
 
 
 def _mask_of(layer: _DropoutNd, input: Tensor) -> tuple[int, ...]:
-    for kind, ours in ((nn.Dropout1d, Dropout1d), (nn.Dropout2d, Dropout2d), (nn.Dropout3d, Dropout3d)):
+    for spatial, kind in enumerate((nn.Dropout1d, nn.Dropout2d, nn.Dropout3d), 1):
         if isinstance(layer, kind):
-            return ours._shape_of(input)
+            return channel_shape(input, spatial)
     if isinstance(layer, Dropout):
         return tuple(mask_shape(input, layer.shared_axes, layer.noise_shape))
     return tuple(input.shape)
@@ -224,7 +225,7 @@ class _Gate(NamedTuple):
 
     layer: str
     ones: Tensor
-    variance: Rate
+    variance: KeepProb
 
     @property
     def acts(self) -> bool:

@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..core import rate as _rate
+from ..core import sites
+from ..core.formulations import Formulated
+from ..core.mask_shape import mask_shape
 from ..layers.alpha import AlphaDropout, FeatureAlphaDropout
 from ..layers.channel import Dropout1d, Dropout2d, Dropout3d
-from ..layers.dropout import Bernoulli, Dropout, mask_shape
+from ..layers.dropout import Dropout
 
 _ENOUGH, _MOST = 20_000, 400
 """Draws after which a share is known well enough, and calls after which it has to be."""
@@ -93,7 +95,7 @@ def mask_of_layer(layer: nn.Module, input: Tensor) -> tuple[int, ...] | None:
     return mask_of_function(_CHANNELS.get(type(layer).__name__, ""), input)
 
 
-_COUNTED = (Bernoulli, AlphaDropout, FeatureAlphaDropout)
+_COUNTED = (Formulated, AlphaDropout, FeatureAlphaDropout)
 
 _CHANNELS = {
     **{kind.__name__: kind.__name__.lower() for kind in (Dropout1d, Dropout2d, Dropout3d)},
@@ -112,4 +114,4 @@ def mask_of_function(name: str, input: Tensor) -> tuple[int, ...]:
 
 def mask_of_call(func: Any, args: tuple[Any, ...], input: Tensor) -> tuple[int, ...]:
     """Of a call that a function mode has seen."""
-    return tuple(args[3]) if func is _rate.apply else mask_of_function(func.__name__, input)
+    return tuple(args[3]) if func is sites.apply else mask_of_function(func.__name__, input)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils import parametrize
 
-from ..core.rate import Rate, Rated, read_rate
+from ..core.rate import KeepProb, Rate, Rated, read_rate
 from ..rules import LayerSize
 
 _NAMED = re.compile(
@@ -48,13 +48,13 @@ class Holder:
         return type(self.module).__name__
 
     @property
-    def keep_prob(self) -> Rate:
+    def keep_prob(self) -> KeepProb:
         if isinstance(self.module, Rated):
             return self.module.keep_prob
         value = float(getattr(self.module, self.attribute or "p"))
         return value if self._keeps else round(1.0 - value, 15)
 
-    def check(self, keep_prob: Any) -> Rate:
+    def check(self, keep_prob: Any) -> KeepProb:
         """A keep probability that can be set here.
 
         Raises:
@@ -74,7 +74,7 @@ class Holder:
             )
         return checked
 
-    def set(self, keep_prob: Rate) -> None:
+    def set(self, keep_prob: KeepProb) -> None:
         """Sets what `check` has let pass; the rate that is there already stays to the bit."""
         if self.is_disabled:
             _disabled[self.module][self.attribute] = (keep_prob, self._value_of(keep_prob))
@@ -87,7 +87,7 @@ class Holder:
         else:
             setattr(self.module, self.attribute or "p", self._value_of(keep_prob))
 
-    def _value_of(self, keep_prob: Rate) -> Any:
+    def _value_of(self, keep_prob: KeepProb) -> Any:
         """What an attribute holds for a keep_prob."""
         if self._keeps or isinstance(keep_prob, torch.Tensor):
             return keep_prob if self._keeps else 1.0 - keep_prob
@@ -114,7 +114,8 @@ class Holder:
 
     def restore(self, state: Any) -> None:
         if isinstance(self.module, Rated):
-            self.module._hold(*state)
+            keep_prob, p = state
+            self.module.rate = Rate(keep_prob, p, self.module._formula).held()
         else:
             setattr(self.module, self.attribute or "p", state[1])
 
@@ -123,7 +124,7 @@ class Holder:
         return bool(_KEPT.search(self.attribute))
 
 
-def check_keep_prob(keep_prob: Any) -> Rate:
+def check_keep_prob(keep_prob: Any) -> KeepProb:
     """A keep probability.
 
     Raises:

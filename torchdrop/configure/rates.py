@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..core.names import check_patterns, winner
-from ..core.rate import Rate
+from ..core.rate import KeepProb
 from ..schedules import Scaled, Schedule
 from .holders import Holder, check_keep_prob, compiled_parts, holders, names_of, sizes, unwrapped
 from .silence import silenced
@@ -17,7 +17,7 @@ from .silence import silenced
 WHAT = "layers with a rate"
 
 
-class KeepProbs(Mapping[str, Rate]):
+class KeepProbs(Mapping[str, KeepProb]):
     """The keep probability of each layer by name: a mapping that prints as a table, and that `set_keep_prob` takes.
 
     Args:
@@ -41,7 +41,7 @@ class KeepProbs(Mapping[str, Rate]):
             for holder in found
         ]
 
-    def __getitem__(self, name: str) -> Rate:
+    def __getitem__(self, name: str) -> KeepProb:
         return self._values[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -64,11 +64,11 @@ class KeepProbs(Mapping[str, Rate]):
         )
 
 
-def _dropping(keep_prob: Rate) -> Rate:
+def _dropping(keep_prob: KeepProb) -> KeepProb:
     return 1.0 - keep_prob if isinstance(keep_prob, Tensor) else round(1.0 - keep_prob, 15)
 
 
-def shown(keep_prob: Rate) -> str:
+def shown(keep_prob: KeepProb) -> str:
     """A keep probability in a table.
 
     >>> shown(0.8), shown(1 / 3)
@@ -161,7 +161,7 @@ def set_keep_prob(model: nn.Module, rates: Mapping[str, Any]) -> None:
         body.1  Dropout  0.8        train
         head    Dropout  0.7        train
     """
-    wanted: list[tuple[Holder, Rate]] = []
+    wanted: list[tuple[Holder, KeepProb]] = []
     for pattern, of_pattern in chosen(model, rates).items():
         values = _values(model, pattern, rates[pattern], of_pattern)
         wanted += [(holder, holder.check(one)) for holder, one in zip(of_pattern, values, strict=True)]

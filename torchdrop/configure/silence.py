@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..core import rate as _rate
 from ..core import sites
 from ..core.rate import Rated
 from ..core.torch_state import transforms_active
+from ..kernels.law import keeps_all
 from ..monte_carlo.mode import checkpointed
 from ..monte_carlo.sources import DESCRIBE, OPENED, RECURRENT
 from ..random import draw_key
@@ -44,8 +44,8 @@ class _Silence(TorchFunctionMode):
         if func in OPENED:
             with self:
                 return OPENED[func](*args, **kwargs)
-        if func is _rate.apply:
-            return _undropped(*args)
+        if func is sites.apply:
+            return self._undropped(*args)
         if func is sites.draw:  # a layer whose rate is set to 0
             return func(*args)
         if func is sites.is_on:
@@ -64,6 +64,16 @@ class _Silence(TorchFunctionMode):
             _refuse("dropout of torchdrop")
         return False
 
+    def _undropped(
+        self, operator: Any, input: Tensor, law: Any, shape: Any, inplace: bool, generator: torch.Generator | None
+    ) -> Tensor:
+        """What torchdrop's layers do at keep_prob 1: a key is drawn, so that what else draws does not depend on it."""
+        if not isinstance(self._modules[-1], Rated) and not keeps_all(law) and checkpointed():
+            _refuse("dropout of torchdrop")
+        if not transforms_active():
+            draw_key(input.device, generator)
+        return input
+
 
 def _refuse(kind: str) -> None:
     raise RuntimeError(
@@ -71,15 +81,6 @@ def _refuse(kind: str) -> None:
         "checkpointing off in the model, or let the call pass training=self.training with an attribute of the module "
         "as its rate"
     )
-
-
-def _undropped(
-    operator: Any, input: Tensor, law: Any, shape: Any, inplace: bool, generator: torch.Generator | None
-) -> Tensor:
-    """What torchdrop's layers do at keep_prob 1: a key is drawn, so that what else draws does not depend on it."""
-    if not transforms_active():
-        draw_key(input.device, generator)
-    return input
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +12,8 @@ from ..kernels.law import Law
 from ..ops import operators
 from ..ops.fused import Drop
 from . import portable
-from .rate import DEFAULT_P, Rated, apply, new_key, turned_on
 from .shard import is_dtensor
+from .sites import apply, new_key
 from .torch_state import function_modes, is_compiling, is_watched, pop_function_mode
 
 
@@ -51,22 +50,3 @@ def dropped(
         return compose(lambda x: apply(operators.masked, x, law, x.shape, False, generator))
     key = new_key(input, law, generator)
     return compose(unchanged) if key is None else fuse(key)
-
-
-class Fused(Rated):
-    """A rate and a generator."""
-
-    def __init__(self, p: Any = DEFAULT_P, *, keep_prob: Any = None, generator: torch.Generator | None = None) -> None:
-        super().__init__(p, keep_prob=keep_prob, generator=generator)
-
-    @property
-    def _short_law(self) -> Law | None:
-        """The law for the short road, if that may lead there."""
-        return self._law if self.training and self.generator is None and not is_compiling() else None
-
-    @property
-    def _on(self) -> bool:
-        return self.training or turned_on()
-
-    def extra_repr(self) -> str:
-        return super().extra_repr().removesuffix(", inplace=False")

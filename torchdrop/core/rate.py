@@ -1,28 +1,25 @@
-"""The keep probability of a layer: how it is given, checked, held and turned into a law."""
+"""The keep probability of a layer or a call: how it is given, checked, held, and turned into a law."""
 
 from __future__ import annotations
 
 import enum
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.modules.dropout import _DropoutNd
-from torch.overrides import handle_torch_function
 
-from .. import kernels
-from ..kernels.law import ONE, Formula, Law, inverted, law, law_tensor
-from ..kernels.masking import COMPUTE_DTYPE, SERVED, WHOLE
-from ..ops.operators import Operator
-from ..random import check_generator, draw_key
-from . import portable
+from ..kernels.law import ONE, Formula, Law, inverted, law, law_tensor, original
+from ..kernels.masking import SERVED
+from ..random import check_generator
 from .exported import switched
-from .shard import Cut, apply_to_dtensor, apply_to_whole, is_dtensor
-from .torch_state import function_modes, is_compiling, is_usual_view, is_watched, tracing_state, transforms_active
+from .portable import refuse_script
+from .shard import is_dtensor
+from .torch_state import is_compiling, transforms_active
 
-Rate = float | Tensor
+KeepProb = float | Tensor
 
 
 class Default(float, enum.Enum):
@@ -40,7 +37,7 @@ DEFAULT_P = Default.P
 """torch.nn's default rate."""
 
 
-def read_rate(p: Any, keep_prob: Any) -> tuple[Rate, Rate]:
+def read_rate(p: Any, keep_prob: Any) -> tuple[KeepProb, KeepProb]:
     """The two views of one rate, (keep_prob, p), from whichever of them was given.
 
     Raises:
@@ -60,7 +57,7 @@ def read_rate(p: Any, keep_prob: Any) -> tuple[Rate, Rate]:
     return keep_prob, round(1.0 - keep_prob, 15)
 
 
-def _checked(name: str, value: Any) -> Rate:
+def _checked(name: str, value: Any) -> KeepProb:
     if isinstance(value, Tensor):
         return _checked_tensor(name, value)
     if not isinstance(value, numbers.Real):
@@ -93,79 +90,12 @@ def _checked_tensor(name: str, value: Tensor) -> Tensor:
     return value
 
 
-def check_input(input: Any, name: str) -> None:
-    """Refuses, before anything is drawn, what no kernel takes, or what the forced backend does not.
-
-    Raises:
-        TypeError: `input` is no tensor or has another layout than strided.
-        RuntimeError: an integer tensor; torch.nn's class and leading text. Or the forced backend cannot serve it.
-        NotImplementedError: a complex tensor, or another element type that is not served.
-    """
-    if not isinstance(input, Tensor):
-        raise TypeError(f"{name}(): argument 'input' (position 1) must be Tensor, not {type(input).__name__}")
-    dtype = input.dtype
-    if dtype not in SERVED:
-        served = ", ".join(str(d).removeprefix("torch.") for d in COMPUTE_DTYPE)
-        if not (dtype.is_floating_point or dtype.is_complex):
-            kind = (
-                "Bool" if dtype is torch.bool else "Long" if dtype is torch.int64 else str(dtype).removeprefix("torch.")
-            )
-            raise RuntimeError(
-                f"result type Float can't be cast to the desired output type {kind}: {name} takes {served} tensors; "
-                "convert the input with .float() first"
-            )
-        raise NotImplementedError(f"{name} is not implemented for {dtype}: it takes {served} tensors")
-    if input.layout is not torch.strided:
-        raise TypeError(
-            f"{name} takes strided tensors, got the layout {input.layout}: apply it to the tensor of values"
-        )
-    if kernels._forced is not None:
-        kernels.backend_for(input.device, dtype)
+def formula_of(inverted_scale: bool) -> Formula:
+    """Of inverted dropout, or of the original formulation, which does not scale."""
+    return inverted if inverted_scale else original
 
 
-def undrawn(input: Any, keep_prob: Rate, inplace: bool) -> Tensor | None:
-    """What torch.nn gives for element types that no kernel takes, where there is nothing to draw: the input itself if
-    all is kept or it is empty, zeros if all is dropped. None elsewhere."""
-    if not isinstance(input, Tensor) or input.dtype in SERVED or isinstance(keep_prob, Tensor):
-        return None
-    if keep_prob == 1.0 or input.numel() == 0:
-        return input
-    if keep_prob == 0.0 and not input.is_floating_point():
-        zero = torch.zeros((), dtype=input.dtype, device=input.device)
-        return input.mul_(zero) if inplace else input * zero
-    return None
-
-
-def check_inplace(input: Tensor) -> None:
-    """Refuses what must not be written to, with PyTorch's words, before it is. Views under compilation, where they
-    cannot be told, are PyTorch's to refuse.
-
-    Raises:
-        RuntimeError: a leaf that wants a gradient, a view of one, one of several views of a tensor, a view that was
-            made under other rules of autograd, an inference tensor, or a tensor whose elements share memory.
-    """
-    if torch.is_grad_enabled() and input.requires_grad:
-        is_view = not is_compiling() and input._is_view()
-        if is_view and not is_usual_view(input):
-            input.mul_(1)  # PyTorch says why it refuses, before it writes
-        if input.is_leaf:
-            raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
-        base = input._base if is_view else None
-        if base is not None and base.is_leaf and base.requires_grad:
-            raise RuntimeError("a view of a leaf Variable that requires grad is being used in an in-place operation.")
-    if not is_compiling() and input.is_inference() and not torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            "Inplace update to inference tensor outside InferenceMode is not allowed. You can make a clone to get a "
-            "normal tensor before doing inplace update."
-        )
-    if any(stride == 0 and size > 1 for size, stride in zip(input.shape, input.stride(), strict=True)):
-        raise RuntimeError(
-            "unsupported operation: more than one element of the written-to tensor refers to a single memory location. "
-            "Please clone() the tensor before performing the operation."
-        )
-
-
-def law_for(keep_prob: Rate, formula: Formula, shape: Sequence[int]) -> Law | Tensor:
+def law_for(keep_prob: KeepProb, formula: Formula, shape: Sequence[int]) -> Law | Tensor:
     """The law of a rate that is a number, or a tensor that broadcasts against a mask of this shape.
 
     Raises:
@@ -189,7 +119,7 @@ def law_for(keep_prob: Rate, formula: Formula, shape: Sequence[int]) -> Law | Te
     return switched(law_tensor(keep_prob.reshape(sizes), formula), formula)
 
 
-def realised(keep_prob: Rate) -> Rate:
+def realised(keep_prob: KeepProb) -> KeepProb:
     """The keep probability that the threshold really has: within 2**-32 of the nominal one."""
     if isinstance(keep_prob, Tensor) or is_compiling():
         if not isinstance(keep_prob, Tensor):
@@ -198,15 +128,185 @@ def realised(keep_prob: Rate) -> Rate:
     return law(keep_prob).threshold / ONE
 
 
+class Rate:
+    """A keep probability that has been checked, with what masks need of it.
+
+    A layer holds one and hands it to its function in the place of `p`, so that nothing is read or checked twice, and so
+    that compiled code meets the law as a tensor whose values may change, and never looks at the number.
+
+    Attributes:
+        keep_prob: the probability of keeping.
+        p: the probability of dropping.
+        formula: how kept elements are scaled.
+        law: the law in eager mode, where it does not depend on the mask's shape; None where it does, as for tensors. A
+            search that trains many models at once gives a tensor with a law for each.
+    """
+
+    def __init__(self, keep_prob: KeepProb, p: KeepProb, formula: Formula, given: Law | Tensor | None = None) -> None:
+        self.keep_prob, self.p, self.formula = keep_prob, p, formula
+        self.law: Any = given
+        if given is None and not (isinstance(keep_prob, Tensor) or is_compiling()):
+            self.law = law(keep_prob, formula)
+        self._compiled: Tensor | None = None
+
+    def held(self) -> Rate:
+        """For a layer: with the law as a tensor, which compiled code takes as an input."""
+        # Compiled code makes the law of a layer that is built there when it needs one, from the rate.
+        if not is_compiling() and isinstance(self.law, Law):
+            self._compiled = self.law.tensor()
+        return self
+
+    def law_for(self, shape: Sequence[int]) -> Law | Tensor:
+        """The law for a mask of this shape.
+
+        Raises:
+            ValueError: a tensor of rates does not broadcast against it.
+        """
+        if not is_compiling():
+            return law_for(self.keep_prob, self.formula, shape) if self.law is None else self.law
+        if self._compiled is None:
+            return law_for(self.keep_prob, self.formula, shape)
+        return switched(self._compiled, self.formula)
+
+
+Check = Callable[[KeepProb], None]
+
+
+def as_rate(p: Any, keep_prob: Any, formula: Formula = inverted, check: Check | None = None) -> Rate:
+    """The rate of a call: that of the layer which makes it, or what a user gives as p or keep_prob.
+
+    Args:
+        p, keep_prob: as a user gives them; a layer gives its `Rate` as p.
+        formula: how kept elements are scaled.
+        check: raises where a keep probability in [0, 1] is not enough.
+
+    Raises:
+        TypeError, ValueError: as `read_rate`.
+    """
+    if isinstance(p, Rate):
+        return p
+    keep_prob, p = read_rate(p, keep_prob)
+    if check is not None:
+        check(keep_prob)
+    return Rate(keep_prob, p, formula)
+
+
+def rate_named(name: str, p: Any, keep_prob: Any) -> Any:
+    """What `as_rate` gets as p from an argument that has torchvision's or timm's name, with their errors.
+
+    Raises:
+        TypeError: both are given, or something that is no number.
+        ValueError: a number outside [0, 1].
+    """
+    if isinstance(p, Rate):
+        return p
+    if keep_prob is not None:
+        if p is not None and not isinstance(p, Default):
+            raise TypeError(
+                f"give the rate as {name} or as keep_prob, not both: got {name}={p} and keep_prob={keep_prob}"
+            )
+        return None
+    if not isinstance(p, numbers.Real | Tensor):
+        raise TypeError(f"{name} must be a number or a tensor, got {type(p).__name__}")
+    if isinstance(p, numbers.Real) and not 0.0 <= p <= 1.0:  # type: ignore[operator]
+        raise ValueError(f"drop probability has to be between 0 and 1, but got {p}")
+    return 0.0 if p is Default.NO_DROP else p
+
+
+def check_count(keep_prob: KeepProb, name: str) -> None:
+    """Refuses a rate that does not say how many are kept.
+
+    Raises:
+        TypeError: it is a tensor.
+        ValueError: it is 0.
+    """
+    if isinstance(keep_prob, Tensor):
+        raise TypeError(f"keep_prob must be a number for {name}, which keeps a fixed count of them, got a tensor")
+    if keep_prob <= 0.0:
+        raise ValueError(f"keep_prob must be in (0, 1] for {name}, got {keep_prob}: at least one must be kept")
+
+
+def check_leaves_one(keep_prob: KeepProb, function: str, unit: str) -> None:
+    """Raises ValueError where everything would be dropped, as far as that can be seen."""
+    if isinstance(keep_prob, Tensor):
+        if not keep_prob.is_cpu or is_compiling() or transforms_active() or not (keep_prob <= 0.0).any():
+            return
+        keep_prob = 0.0
+    if keep_prob <= 0.0:
+        raise ValueError(f"keep_prob must be in (0, 1] for {function}, got {keep_prob}: at least one {unit} stays")
+
+
+def shown(p: KeepProb) -> str:
+    """A rate as a layer's repr shows it."""
+    return f"<tensor of shape {tuple(p.shape)}>" if isinstance(p, Tensor) else str(p)
+
+
+def undrawn(input: Any, rate: Rate, inplace: bool) -> Tensor | None:
+    """What torch.nn gives for element types that no kernel takes, where there is nothing to draw: the input itself if
+    all is kept or it is empty, zeros if all is dropped. None elsewhere."""
+    if not isinstance(input, Tensor) or input.dtype in SERVED or isinstance(rate.keep_prob, Tensor):
+        return None
+    if rate.keep_prob == 1.0 or input.numel() == 0:
+        return input
+    if rate.keep_prob == 0.0 and not input.is_floating_point():
+        zero = torch.zeros((), dtype=input.dtype, device=input.device)
+        return input.mul_(zero) if inplace else input * zero
+    return None
+
+
 class Rated(_DropoutNd):
     """A layer with a rate, in two views: `keep_prob`, the probability of keeping, and torch.nn's `p`.
 
     Either can be read and set. A number set here reaches a compiled model as the value of a tensor, so it does not
     recompile.
+
+    Attributes:
+        rate: what the layer's function gets in the place of p.
+        generator: where keys are drawn from; None for PyTorch's default generator.
     """
 
+    inplace = False
     _formula: Formula = staticmethod(inverted)
-    __prepare_scriptable__ = portable.refuse_script
+    __prepare_scriptable__ = refuse_script
+
+    def __init__(self, p: Any = DEFAULT_P, *, keep_prob: Any = None, generator: torch.Generator | None = None) -> None:
+        super(_DropoutNd, self).__init__()  # of nn.Module, in the form that compiled code enters
+        check_generator(generator)
+        self.generator = generator
+        self._set(p, keep_prob)
+
+    def _set(self, p: Any, keep_prob: Any) -> None:
+        self.rate: Any = as_rate(p, keep_prob, self._formula, self._check_rate).held()
+
+    def _check_rate(self, keep_prob: KeepProb) -> None:
+        """What a layer demands of its rate beyond [0, 1]."""
+
+    @property
+    def keep_prob(self) -> KeepProb:
+        """The probability that an element is kept."""
+        return self.rate.keep_prob
+
+    @keep_prob.setter
+    def keep_prob(self, value: Any) -> None:
+        if value is None:
+            raise TypeError("keep_prob must be a number or a tensor, got NoneType")
+        self._set(None, value)
+
+    @property  # type: ignore[override]
+    def p(self) -> KeepProb:
+        """The probability that an element is dropped: 1 - keep_prob."""
+        return self.rate.p
+
+    @p.setter
+    def p(self, value: Any) -> None:
+        self._set(value, None)
+
+    def extra_repr(self) -> str:
+        return f"p={shown(self.p)}"
+
+
+class InplaceRated(Rated):
+    """A layer with a rate that can write its result into its input."""
 
     def __init__(
         self,
@@ -216,50 +316,11 @@ class Rated(_DropoutNd):
         keep_prob: Any = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        super(_DropoutNd, self).__init__()  # of nn.Module, in the form that compiled code enters
-        check_generator(generator)
+        super().__init__(p, keep_prob=keep_prob, generator=generator)
         self.inplace = inplace
-        self.generator = generator
-        self._hold(*read_rate(p, keep_prob))
-
-    def _hold(self, keep_prob: Rate, p: Rate) -> None:
-        self._check_rate(keep_prob)
-        # Compiled code makes the law of a layer that is built there when it needs one, from the rate.
-        number = None if isinstance(keep_prob, Tensor) or is_compiling() else law(keep_prob, self._formula)
-        self._keep_prob, self._p, self._law = keep_prob, p, number
-        self._law_tensor = None if number is None else number.tensor()
-
-    def _check_rate(self, keep_prob: Rate) -> None:
-        """What a layer demands of its rate beyond [0, 1]."""
-
-    @property
-    def keep_prob(self) -> Rate:
-        """The probability that an element is kept."""
-        return self._keep_prob
-
-    @keep_prob.setter
-    def keep_prob(self, value: Any) -> None:
-        if value is None:
-            raise TypeError("keep_prob must be a number or a tensor, got NoneType")
-        self._hold(*read_rate(None, value))
-
-    @property  # type: ignore[override]
-    def p(self) -> Rate:
-        """The probability that an element is dropped: 1 - keep_prob."""
-        return self._p
-
-    @p.setter
-    def p(self, value: Any) -> None:
-        self._hold(*read_rate(value, None))
-
-    def _law_for(self, shape: Sequence[int]) -> Law | Tensor:
-        if self._law_tensor is None:
-            return law_for(self._keep_prob, self._formula, shape)
-        return switched(self._law_tensor, self._formula) if is_compiling() else self._law  # type: ignore[return-value]
 
     def extra_repr(self) -> str:
-        p = f"<tensor of shape {tuple(self._p.shape)}>" if isinstance(self._p, Tensor) else self._p
-        return f"p={p}, inplace={self.inplace}"
+        return f"{super().extra_repr()}, inplace={self.inplace}"
 
 
 class RateOfChild:
@@ -268,7 +329,7 @@ class RateOfChild:
     dropout: Rated
 
     @property
-    def keep_prob(self) -> Rate:
+    def keep_prob(self) -> KeepProb:
         """The probability of keeping: that of `dropout`."""
         return self.dropout.keep_prob
 
@@ -277,63 +338,10 @@ class RateOfChild:
         self.dropout.keep_prob = value
 
     @property
-    def p(self) -> Rate:
+    def p(self) -> KeepProb:
         """The probability of dropping, 1 - keep_prob: that of `dropout`."""
         return self.dropout.p
 
     @p.setter
     def p(self, value: Any) -> None:
         self.dropout.p = value
-
-
-def turned_on() -> bool:
-    """Whether a function mode wants a layer on that is in eval mode: Monte Carlo inference answers here."""
-    return not is_compiling() and function_modes() > 0 and is_watched() and bool(handle_torch_function(turned_on, ()))
-
-
-def apply(
-    operator: Operator,
-    input: Tensor,
-    law: Law | Tensor,
-    shape: Sequence[int],
-    inplace: bool,
-    generator: torch.Generator | None,
-    cut: Cut | None = None,
-) -> Tensor:
-    """A checked `input` under an operator and a law, with a new key. The input itself where nothing is dropped.
-
-    Function modes see the call, so that Monte Carlo inference can put its own key in place of a drawn one.
-
-    Of a DTensor, `shape` is the whole mask's. Of a plain tensor that is a part of a larger one, `cut` says which part.
-    """
-    if type(input) is not Tensor and is_dtensor(input):
-        if inplace:
-            check_inplace(input)
-        return apply_to_dtensor(apply, operator, input, law, shape, inplace, generator)
-    compiling = is_compiling()
-    if not compiling and function_modes():
-        args = (operator, input, law, shape, inplace, generator)
-        if cut is None or (isinstance(law, Law) and law.threshold == ONE):
-            return handle_torch_function(apply, (input,), *args)
-        if not is_watched():
-            return handle_torch_function(apply, (input,), *args, cut)
-        return apply_to_whole(apply, *args, cut)
-    if inplace:
-        check_inplace(input)
-    if portable.is_in_onnx_export() if compiling else tracing_state() is not None:
-        return portable.apply(operator, input, law, shape, inplace, generator)
-    key = new_key(input, law, generator)
-    if key is None:
-        return input
-    return operator(input, key, law, shape, inplace, WHOLE if cut is None else cut.part)
-
-
-def new_key(input: Tensor, law: Law | Tensor, generator: torch.Generator | None) -> Tensor | None:
-    """None where nothing is dropped. A key is drawn then, too: what the layers after this one draw must not depend on
-    its rate. Compiled code, which cannot see the rate, does the same. Only vmap, where drawing may be forbidden, is
-    spared it."""
-    keeps_all = isinstance(law, Law) and law.threshold == ONE
-    if keeps_all and transforms_active():
-        return None
-    key = draw_key(input.device, generator)
-    return None if keeps_all else key

@@ -1,7 +1,15 @@
-"""Masks and random numbers for layers that do more with them than multiply: whether they are on, and what they draw.
+"""The verbs of a layer: whether this call drops, and what it draws. They are the only way to randomness.
 
-The one way to numbers beside `sites.apply`. Function modes see both, so that Monte Carlo inference and searches can put
-their keys in place of drawn ones.
+is_on              whether this call drops anything
+apply              a tensor under an operator and a law: a mask applied, or noise
+keep_mask          the mask itself, for layers that do more with it than multiply
+random_bits        integers that ranks and choices are made from
+uniform, standard_normal   random variates
+
+Each draws a key of its own, also where everything is kept: what the layers after this one draw must not depend on its
+rate, and compiled code, which cannot see the rate, draws one too. Only under vmap, where drawing may be forbidden, a
+rate that keeps everything draws none. Function modes see `is_on`, `apply` and `draw`, so that Monte Carlo inference and
+searches put keys of their own in the place of drawn ones.
 """
 
 from __future__ import annotations
@@ -12,49 +20,114 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
-from ..kernels.law import Law
-from ..kernels.masking import COMPUTE_DTYPE
-from ..ops import random_bits
+from ..kernels.law import Law, keeps_all
+from ..kernels.masking import COMPUTE_DTYPE, WHOLE
+from ..ops import random_bits as numbers
+from ..ops.operators import Operator
 from ..random import draw_key
 from . import portable
+from .checks import check_inplace
 from .exported import warn_stays_on
-from .torch_state import function_modes, is_compiling, is_watched
+from .shard import Cut, apply_to_dtensor, apply_to_whole, is_dtensor
+from .torch_state import function_modes, is_compiling, is_watched, tracing_state, transforms_active
 
 
 def is_on(training: bool) -> bool:
-    """Whether a layer or function with this flag drops anything. Monte Carlo inference turns layers in eval mode on,
-    and `torchdrop.disabled` turns functions off."""
+    """Whether a layer or function with this flag drops anything.
+
+    Monte Carlo inference turns layers in eval mode on, and `torchdrop.disabled` turns functions off. What ends in
+    `apply` need not ask where its flag is True, since the modes see that call.
+    """
     if is_compiling() or not function_modes() or not is_watched():
         return training
     return bool(handle_torch_function(is_on, (), training))
 
 
+def apply(
+    operator: Operator,
+    input: Tensor,
+    law: Law | Tensor,
+    shape: Sequence[int],
+    inplace: bool = False,
+    generator: torch.Generator | None = None,
+    cut: Cut | None = None,
+) -> Tensor:
+    """A checked `input` under an operator and a law, with a new key. The input itself where nothing is dropped.
+
+    Of a DTensor, `shape` is the whole mask's. Of a plain tensor that is a part of a larger one, `cut` says which part.
+    """
+    if type(input) is not Tensor and is_dtensor(input):
+        if inplace:
+            check_inplace(input)
+        return apply_to_dtensor(apply, operator, input, law, shape, inplace, generator)
+    compiling = is_compiling()
+    if not compiling and function_modes():
+        args = (operator, input, law, shape, inplace, generator)
+        if cut is None or keeps_all(law):
+            return handle_torch_function(apply, (input,), *args)
+        if not is_watched():
+            return handle_torch_function(apply, (input,), *args, cut)
+        return apply_to_whole(apply, *args, cut)
+    if inplace:
+        check_inplace(input)
+    if portable.is_in_onnx_export() if compiling else tracing_state() is not None:
+        return portable.apply(operator, input, law, shape, inplace, generator)
+    key = new_key(input, law, generator)
+    if key is None:
+        return input
+    return operator(input, key, law, shape, inplace, WHOLE if cut is None else cut.part)
+
+
+def new_key(input: Tensor, law: Law | Tensor, generator: torch.Generator | None) -> Tensor | None:
+    """None where nothing is dropped. A key is drawn then, too, but under transforms."""
+    every = keeps_all(law)
+    if every and transforms_active():
+        return None
+    key = draw_key(input.device, generator)
+    return None if every else key
+
+
 def draw(
-    numbers: random_bits.Numbers,
+    kind: numbers.Numbers,
     like: Tensor,
     shape: Sequence[int],
     generator: torch.Generator | None = None,
     law: Law | Tensor | None = None,
 ) -> Tensor:
-    """Numbers of this shape under a new key, on the device of `like`."""
+    """Numbers of this kind and shape under a new key, on the device of `like`."""
     compiling = is_compiling()
     if not compiling and function_modes():
-        return handle_torch_function(draw, (like,), numbers, like, shape, generator, law)
+        return handle_torch_function(draw, (like,), kind, like, shape, generator, law)
     if portable.is_wanted(compiling):
-        return portable.numbers(numbers, like, shape, generator, law)
-    return numbers(draw_key(like.device, generator), shape, law)
+        return portable.numbers(kind, like, shape, generator, law)
+    return kind(draw_key(like.device, generator), shape, law)
 
 
 def keep_mask(
     like: Tensor, law: Law | Tensor, shape: Sequence[int], generator: torch.Generator | None = None
-) -> Tensor:
-    """Bools, True with the law's probability: ``law.threshold / 2**32``."""
-    return draw(random_bits.keep_mask, like, shape, generator, law)
+) -> Tensor | None:
+    """Bools, True with the law's probability, ``law.threshold / 2**32``. None where the law keeps everything."""
+    every = keeps_all(law)
+    if every and transforms_active():
+        return None
+    kept = draw(numbers.keep_mask, like, shape, generator, law)
+    return None if every else kept
 
 
-def words(like: Tensor, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
+def random_bits(like: Tensor, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
     """Uniform integers in [0, 2**32), as int64: what ranks and choices are made from."""
-    return draw(random_bits.draws, like, shape, generator)
+    return draw(numbers.draws, like, shape, generator)
+
+
+def random_bits_under(
+    like: Tensor, law: Law | Tensor, shape: Sequence[int], generator: torch.Generator | None = None
+) -> Tensor | None:
+    """`random_bits` that are to be compared with a law's threshold. None where the law keeps everything."""
+    every = keeps_all(law)
+    if every and transforms_active():
+        return None
+    bits = random_bits(like, shape, generator)
+    return None if every else bits
 
 
 def uniform(like: Tensor, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
@@ -62,10 +135,10 @@ def uniform(like: Tensor, shape: Sequence[int], generator: torch.Generator | Non
     warn_stays_on()
     dtype = COMPUTE_DTYPE[like.dtype]
     digits = 32 if dtype == torch.float64 else 23  # u and 1 - u are both exact
-    return ((words(like, shape, generator) >> 32 - digits).to(dtype) + 0.5) * 2.0**-digits
+    return ((random_bits(like, shape, generator) >> 32 - digits).to(dtype) + 0.5) * 2.0**-digits
 
 
 def standard_normal(like: Tensor, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
     """Standard normal variates in the dtype that `like` is computed in."""
     warn_stays_on()
-    return draw(random_bits.standard_normal, like, shape, generator).to(COMPUTE_DTYPE[like.dtype])
+    return draw(numbers.standard_normal, like, shape, generator).to(COMPUTE_DTYPE[like.dtype])

@@ -128,3 +128,8 @@ def law_tensor(keep_prob: Tensor, formula: Formula = inverted) -> Tensor:
     below = torch.where(k <= 0, torch.zeros_like(k), torch.where(k >= 1, torch.full_like(k, ONE), below))
     scale, shift, fill = formula(below.clamp(min=1) / ONE)
     return torch.stack([below, scale, shift, torch.where(below > 0, fill, torch.zeros_like(fill))], -1)
+
+
+def keeps_all(law: Law | Tensor) -> bool:
+    """Whether it is known that a law keeps every element. It is not where the law is a tensor."""
+    return isinstance(law, Law) and law.threshold == ONE

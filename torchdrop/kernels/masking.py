@@ -101,3 +101,11 @@ def apply_normal(x: Tensor, z: Tensor, law: Law | Tensor, out: Tensor | None = N
     if out is None:
         out = torch.empty_like(x)
     return out.copy_(x.to(dtype) * factor.to(dtype))
+
+
+def scaled_where(kept: Tensor, x: Tensor, scale: Tensor | float) -> Tensor:
+    """``x * scale`` where kept, 0 elsewhere; half types are rounded once."""
+    if isinstance(scale, float):
+        return torch.where(kept, x * scale, 0.0)
+    wide = COMPUTE_DTYPE[x.dtype]
+    return torch.where(kept, x.to(wide) * scale.to(wide), 0.0).to(x.dtype)

@@ -14,22 +14,32 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Proxy
 
-from ..core.fused import Fused, dropped
-from ..core.rate import DEFAULT_P, check_input, law_for, read_rate, turned_on
-from ..core.symbolic import called, recorded
+from ..core import sites
+from ..core.checks import check_input
+from ..core.fused import dropped
+from ..core.rate import DEFAULT_P, Rate, Rated, as_rate
+from ..core.symbolic import leaf, recorded
 from ..core.torch_state import is_compiling
-from ..kernels.law import Law, inverted, law
 from ..ops import fused
 from ..ops.fast_path import fast_activation_dropout
 
 _GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
 
 
-def _activate(input: Tensor, law: Law | Tensor, generator: torch.Generator | None, activation: str) -> Tensor:
+def _activate(
+    name: str, input: Tensor, activation: str, rate: Rate, training: bool, generator: torch.Generator | None
+) -> Tensor:
+    if training and generator is None and not is_compiling() and rate.law is not None:
+        out = fast_activation_dropout(input, rate.law, activation)
+        if out is not None:
+            return out
+    check_input(input, name)
+    if not (training or sites.is_on(training)):
+        return fused.ACTIVATIONS[activation].function(input)
+    law = rate.law_for(input.shape)
     return dropped(
         input,
         law,
@@ -85,15 +95,7 @@ def relu_dropout(
     """
     if isinstance(input, Proxy):
         return recorded(relu_dropout, locals())
-    k, _ = read_rate(p, keep_prob)
-    if training and generator is None and not isinstance(k, Tensor) and not is_compiling():
-        out = fast_activation_dropout(input, law(k), "relu")
-        if out is not None:
-            return out
-    check_input(input, "relu_dropout")
-    if not (training or turned_on()):
-        return torch.relu(input)
-    return _activate(input, law_for(k, inverted, input.shape), generator, "relu")
+    return _activate("relu_dropout", input, "relu", as_rate(p, keep_prob), training, generator)
 
 
 def gelu_dropout(
@@ -139,19 +141,11 @@ def gelu_dropout(
     """
     if isinstance(input, Proxy):
         return recorded(gelu_dropout, locals())
-    k, _ = read_rate(p, keep_prob)
-    activation = _gelu(approximate)
-    if training and generator is None and not isinstance(k, Tensor) and not is_compiling():
-        out = fast_activation_dropout(input, law(k), activation)
-        if out is not None:
-            return out
-    check_input(input, "gelu_dropout")
-    if not (training or turned_on()):
-        return F.gelu(input, approximate=approximate)
-    return _activate(input, law_for(k, inverted, input.shape), generator, activation)
+    rate, activation = as_rate(p, keep_prob), _gelu(approximate)
+    return _activate("gelu_dropout", input, activation, rate, training, generator)
 
 
-class ReLUDropout(Fused):
+class ReLUDropout(Rated):
     """Module of `relu_dropout`: ``y = m max(input, 0) / k`` in training, the rectifier alone in eval mode.
 
     Args:
@@ -176,21 +170,12 @@ class ReLUDropout(Fused):
         (tensor([0., 2.]), tensor([0., 1.]))
     """
 
+    @leaf
     def forward(self, input: Tensor) -> Tensor:
-        short_law = self._short_law
-        if short_law is not None:
-            out = fast_activation_dropout(input, short_law, "relu")
-            if out is not None:
-                return out
-        if isinstance(input, Proxy):
-            return called(ReLUDropout, self, input)
-        check_input(input, "relu_dropout")
-        if not self._on:
-            return torch.relu(input)
-        return _activate(input, self._law_for(input.shape), self.generator, "relu")
+        return relu_dropout(input, self.rate, self.training, generator=self.generator)
 
 
-class GELUDropout(Fused):
+class GELUDropout(Rated):
     """Module of `gelu_dropout`: ``y = m GELU(input) / k`` in training, GELU alone in eval mode.
 
     Args:
@@ -227,18 +212,9 @@ class GELUDropout(Fused):
         super().__init__(p, keep_prob=keep_prob, generator=generator)
         self.approximate = approximate
 
+    @leaf
     def forward(self, input: Tensor) -> Tensor:
-        short_law = self._short_law
-        if short_law is not None:
-            out = fast_activation_dropout(input, short_law, _gelu(self.approximate))
-            if out is not None:
-                return out
-        if isinstance(input, Proxy):
-            return called(GELUDropout, self, input)
-        check_input(input, "gelu_dropout")
-        if not self._on:
-            return F.gelu(input, approximate=self.approximate)
-        return _activate(input, self._law_for(input.shape), self.generator, _gelu(self.approximate))
+        return gelu_dropout(input, self.rate, self.training, approximate=self.approximate, generator=self.generator)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, approximate={self.approximate!r}"

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from ..core.rate import DEFAULT_P, Rated, apply, check_input, law_for, read_rate, turned_on, undrawn
+from ..core import sites
+from ..core.checks import check_input
+from ..core.mask_shape import check_channels
+from ..core.rate import DEFAULT_P, InplaceRated, as_rate, undrawn
 from ..core.symbolic import leaf, recorded
 from ..kernels.law import alpha
 from ..ops import operators
-from .channel import check_channels
 
 
 def alpha_dropout(
@@ -63,20 +65,14 @@ def alpha_dropout(
     """
     if isinstance(input, Proxy):
         return recorded(alpha_dropout, locals())
-    k, _ = read_rate(p, keep_prob)
-    if not (training or turned_on()):
+    rate = as_rate(p, keep_prob, alpha)
+    if not (training or sites.is_on(training)):
         return input
-    whole = undrawn(input, k, inplace)
+    whole = undrawn(input, rate, inplace)
     if whole is not None:
         return whole
     check_input(input, "alpha_dropout")
-    return apply(operators.masked, input, law_for(k, alpha, input.shape), input.shape, inplace, generator)
-
-
-def _feature_shape(input: Tensor) -> tuple[int, ...]:
-    check_input(input, "feature_alpha_dropout")
-    check_channels(input)
-    return (*input.shape[:2], *[1] * (input.dim() - 2))
+    return sites.apply(operators.masked, input, rate.law_for(input.shape), input.shape, inplace, generator)
 
 
 def feature_alpha_dropout(
@@ -104,17 +100,19 @@ def feature_alpha_dropout(
     """
     if isinstance(input, Proxy):
         return recorded(feature_alpha_dropout, locals())
-    k, _ = read_rate(p, keep_prob)
-    if not (training or turned_on()):
+    rate = as_rate(p, keep_prob, alpha)
+    if not (training or sites.is_on(training)):
         return input
-    whole = undrawn(input, k, inplace)
+    whole = undrawn(input, rate, inplace)
     if whole is not None:
         return whole
-    shape = _feature_shape(input)
-    return apply(operators.masked, input, law_for(k, alpha, shape), shape, inplace, generator)
+    check_input(input, "feature_alpha_dropout")
+    check_channels(input)
+    shape = (*input.shape[:2], *[1] * (input.dim() - 2))
+    return sites.apply(operators.masked, input, rate.law_for(shape), shape, inplace, generator)
 
 
-class _Alpha(Rated):
+class _Alpha(InplaceRated):
     _formula = staticmethod(alpha)
 
 
@@ -133,13 +131,7 @@ class AlphaDropout(_Alpha, nn.AlphaDropout):
 
     @leaf
     def forward(self, input: Tensor) -> Tensor:
-        if not (self.training or turned_on()):
-            return input
-        whole = undrawn(input, self._keep_prob, self.inplace)
-        if whole is not None:
-            return whole
-        check_input(input, "alpha_dropout")
-        return apply(operators.masked, input, self._law_for(input.shape), input.shape, self.inplace, self.generator)
+        return alpha_dropout(input, self.rate, self.training, self.inplace, generator=self.generator)
 
 
 class FeatureAlphaDropout(_Alpha, nn.FeatureAlphaDropout):
@@ -155,10 +147,4 @@ class FeatureAlphaDropout(_Alpha, nn.FeatureAlphaDropout):
 
     @leaf
     def forward(self, input: Tensor) -> Tensor:
-        if not (self.training or turned_on()):
-            return input
-        whole = undrawn(input, self._keep_prob, self.inplace)
-        if whole is not None:
-            return whole
-        shape = _feature_shape(input)
-        return apply(operators.masked, input, self._law_for(shape), shape, self.inplace, self.generator)
+        return feature_alpha_dropout(input, self.rate, self.training, self.inplace, generator=self.generator)

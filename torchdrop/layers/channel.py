@@ -6,22 +6,20 @@ The map of `dropout` with a mask that is shared over the spatial axes: one draw 
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from ..core.exported import is_exporting
-from ..core.rate import DEFAULT_P, Rate, apply, check_input, law_for, read_rate, turned_on, undrawn
-from ..core.symbolic import called, recorded
+from ..core import sites
+from ..core.checks import check_input, warn
+from ..core.formulations import Formulated, eval_form, masked
+from ..core.mask_shape import check_channels
+from ..core.rate import DEFAULT_P, as_rate, formula_of, undrawn
+from ..core.symbolic import leaf, recorded
 from ..core.torch_state import is_compiling
-from ..kernels.law import Law, law
-from ..ops import operators
 from ..ops.fast_path import fast_channel_dropout
-from .dropout import Bernoulli, eval_form, exported_original, formula_of
 
 
 def _shape1d(input: Tensor) -> tuple[int, ...]:
@@ -38,10 +36,11 @@ def _shape2d(input: Tensor) -> tuple[int, ...]:
     if dims not in (3, 4):
         _warn_dimensions("dropout2d", dims, "(N, C, H, W)")
     if dims == 3:
-        _warn(
+        warn(
             "dropout2d: Received a 3D input to dropout2d and assuming that channel-wise 1D dropout behavior is "
             "desired - input is interpreted as shape (N, C, L). torch.nn announces that this will become (C, H, W): "
-            "use dropout1d to keep the present meaning, or dropout with shared_axes to be explicit"
+            "use dropout1d to keep the present meaning, or dropout with shared_axes to be explicit",
+            stacklevel=5,
         )
     return (*input.shape[:2], *[1] * (dims - 2))
 
@@ -55,55 +54,49 @@ def _shape3d(input: Tensor) -> tuple[int, ...]:
 
 
 def _warn_dimensions(name: str, dims: int, usual: str) -> None:
-    _warn(
+    warn(
         f"{name}: Received a {dims}-D input to {name}, which is deprecated and will result in an error in a future "
         f"release of torch.nn. {name} drops whole channels of {usual}: use dropout with shared_axes for other shapes",
-        stacklevel=7,
+        stacklevel=6,
     )
 
 
-@torch.compiler.assume_constant_result
-def _warn(message: str, stacklevel: int = 6) -> None:
-    """Compiled code warns once, while it is compiled: Dynamo does not enter what Python warns with."""
-    warnings.warn(message, stacklevel=stacklevel)
+def channel_shape(input: Tensor, spatial: int) -> tuple[int, ...]:
+    """The shape of a mask with a draw for each channel, for inputs with so many spatial dimensions.
 
-
-def check_channels(input: Tensor, least: int = 2) -> None:
-    """Raises RuntimeError, with torch.nn's text, if the input has too few dimensions for channels."""
-    if input.dim() < least:
-        raise RuntimeError("Feature dropout requires at least 2 dimensions in the input")
+    Raises:
+        RuntimeError: another number of dimensions, where torch.nn raises; it warns of others, and so does this.
+    """
+    return (_shape1d, _shape2d, _shape3d)[spatial - 1](input)
 
 
 def _drop_channels(
-    shape_of: Callable[[Tensor], tuple[int, ...]],
+    spatial: int,
     input: Tensor,
-    keep_prob: Rate,
-    law_of: Callable[[tuple[int, ...]], Law | Tensor],
-    number: Law | None,
+    p: Any,
     training: bool,
     inplace: bool,
+    keep_prob: Any,
     generator: torch.Generator | None,
     inverted: bool,
 ) -> Tensor:
-    """What the three channel forms share; they differ in how they read an input's shape."""
-    name = f"dropout{shape_of.__name__[-2:]}"
-    training = training or turned_on()
-    whole = undrawn(input, keep_prob, inplace) if training else None
+    """The three forms, which differ in how they read an input's shape."""
+    rate, name = as_rate(p, keep_prob, formula_of(inverted)), f"dropout{spatial}d"
+    training = training or sites.is_on(training)
+    whole = undrawn(input, rate, inplace) if training else None
     if whole is None and (training or not isinstance(input, Tensor)):
         check_input(input, name)
-    shape = shape_of(input)
+    shape = channel_shape(input, spatial)
     if whole is not None:
         return whole
     if not training:
-        return eval_form(input, keep_prob, inverted, inplace)
-    check_channels(input, least=1 if shape_of is _shape3d else 2)
-    if number is not None and not inplace and generator is None and inverted and not is_compiling():
-        out = fast_channel_dropout(input, number, shape)
+        return eval_form(input, rate, inverted, inplace)
+    check_channels(input, least=1 if spatial == 3 else 2)
+    if not inplace and generator is None and inverted and not is_compiling() and rate.law is not None:
+        out = fast_channel_dropout(input, rate.law, shape)
         if out is not None:
             return out
-    if not inverted and is_exporting():
-        return exported_original(input, keep_prob, law_of(shape), shape, inplace, generator)
-    return apply(operators.masked, input, law_of(shape), shape, inplace, generator)
+    return masked(input, rate, inverted, shape, inplace, generator)
 
 
 def dropout1d(
@@ -134,7 +127,7 @@ def dropout1d(
     """
     if isinstance(input, Proxy):
         return recorded(dropout1d, locals())
-    return _channels(_shape1d, input, p, training, inplace, keep_prob, generator, inverted)
+    return _drop_channels(1, input, p, training, inplace, keep_prob, generator, inverted)
 
 
 def dropout2d(
@@ -166,7 +159,7 @@ def dropout2d(
     """
     if isinstance(input, Proxy):
         return recorded(dropout2d, locals())
-    return _channels(_shape2d, input, p, training, inplace, keep_prob, generator, inverted)
+    return _drop_channels(2, input, p, training, inplace, keep_prob, generator, inverted)
 
 
 def dropout3d(
@@ -198,46 +191,10 @@ def dropout3d(
     """
     if isinstance(input, Proxy):
         return recorded(dropout3d, locals())
-    return _channels(_shape3d, input, p, training, inplace, keep_prob, generator, inverted)
+    return _drop_channels(3, input, p, training, inplace, keep_prob, generator, inverted)
 
 
-def _channels(
-    shape_of: Callable[[Tensor], tuple[int, ...]],
-    input: Tensor,
-    p: Any,
-    training: bool,
-    inplace: bool,
-    keep_prob: Any,
-    generator: torch.Generator | None,
-    inverted: bool,
-) -> Tensor:
-    k, _ = read_rate(p, keep_prob)
-    return _drop_channels(
-        shape_of,
-        input,
-        k,
-        lambda shape: law_for(k, formula_of(inverted), shape),
-        None if isinstance(k, Tensor) or is_compiling() else law(k),
-        training,
-        inplace,
-        generator,
-        inverted,
-    )
-
-
-class _ChannelDropout(Bernoulli):
-    _shape_of: Callable[[Tensor], tuple[int, ...]]
-
-    def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, Proxy):
-            return called(_ChannelDropout, self, input)
-        return _drop_channels(
-            self._shape_of, input, self._keep_prob, self._law_for, self._law, self.training, self.inplace,
-            self.generator, self.inverted,
-        )  # fmt: skip
-
-
-class Dropout1d(_ChannelDropout, nn.Dropout1d):
+class Dropout1d(Formulated, nn.Dropout1d):
     """Module of `dropout1d`: whole channels of (N, C, L) or (C, L). A drop-in for torch.nn.Dropout1d.
 
     See `Dropout` for the arguments and `dropout1d` for the definition.
@@ -249,10 +206,14 @@ class Dropout1d(_ChannelDropout, nn.Dropout1d):
         True
     """
 
-    _shape_of = staticmethod(_shape1d)
+    @leaf
+    def forward(self, input: Tensor) -> Tensor:
+        return dropout1d(
+            input, self.rate, self.training, self.inplace, generator=self.generator, inverted=self.inverted
+        )
 
 
-class Dropout2d(_ChannelDropout, nn.Dropout2d):
+class Dropout2d(Formulated, nn.Dropout2d):
     """Module of `dropout2d`: whole channels of (N, C, H, W). A drop-in for torch.nn.Dropout2d.
 
     See `Dropout` for the arguments and `dropout2d` for the definition.
@@ -264,10 +225,14 @@ class Dropout2d(_ChannelDropout, nn.Dropout2d):
         True
     """
 
-    _shape_of = staticmethod(_shape2d)
+    @leaf
+    def forward(self, input: Tensor) -> Tensor:
+        return dropout2d(
+            input, self.rate, self.training, self.inplace, generator=self.generator, inverted=self.inverted
+        )
 
 
-class Dropout3d(_ChannelDropout, nn.Dropout3d):
+class Dropout3d(Formulated, nn.Dropout3d):
     """Module of `dropout3d`: whole channels of (N, C, D, H, W) or (C, D, H, W). A drop-in for torch.nn.Dropout3d.
 
     See `Dropout` for the arguments and `dropout3d` for the definition.
@@ -279,4 +244,8 @@ class Dropout3d(_ChannelDropout, nn.Dropout3d):
         True
     """
 
-    _shape_of = staticmethod(_shape3d)
+    @leaf
+    def forward(self, input: Tensor) -> Tensor:
+        return dropout3d(
+            input, self.rate, self.training, self.inplace, generator=self.generator, inverted=self.inverted
+        )

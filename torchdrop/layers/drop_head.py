@@ -11,8 +11,6 @@ and nothing is drawn twice. Equal smallest draws stay together, which leaves hea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,39 +18,11 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from ..core import sites
-from ..core.rate import DEFAULT_P, Rate, Rated, check_input, law_for, read_rate
+from ..core.checks import check_input
+from ..core.choices import kept_or_smallest
+from ..core.rate import DEFAULT_P, KeepProb, Rate, Rated, as_rate, check_leaves_one
 from ..core.symbolic import leaf, recorded
-from ..core.torch_state import is_compiling, transforms_active
-from ..kernels.law import ONE, Law, inverted
-from ..kernels.masking import COMPUTE_DTYPE, trailing
-
-LawOf = Callable[[Sequence[int]], Law | Tensor]
-
-
-def check_some(keep_prob: Rate, function: str, unit: str) -> None:
-    """Raises ValueError where everything would be dropped, as far as that can be seen."""
-    if isinstance(keep_prob, Tensor):
-        if not keep_prob.is_cpu or is_compiling() or transforms_active() or not (keep_prob <= 0.0).any():
-            return
-        keep_prob = 0.0
-    if keep_prob <= 0.0:
-        raise ValueError(f"keep_prob must be in (0, 1] for {function}, got {keep_prob}: at least one {unit} stays")
-
-
-def keeps_all(law: Law | Tensor) -> bool:
-    return isinstance(law, Law) and law.threshold == ONE
-
-
-def kept_of(words: Tensor, law: Law | Tensor, dim: int, allowed: Tensor | None = None) -> Tensor:
-    """Where a draw is below the threshold or is the smallest along `dim`, among the allowed. All is kept where nothing
-    is allowed."""
-    if not words.shape[dim]:
-        return words >= 0
-    threshold = trailing(law, words.device)[0]
-    least = (words if allowed is None else torch.where(allowed, words, ONE)).amin(dim, keepdim=True)
-    if isinstance(threshold, Tensor):
-        return words <= torch.maximum(least, threshold.to(torch.int64) - 1)
-    return words <= least.clamp(min=threshold - 1)
+from ..kernels.masking import COMPUTE_DTYPE
 
 
 def _check_layout(dim: Any, heads: Any) -> None:
@@ -66,7 +36,7 @@ def _check_layout(dim: Any, heads: Any) -> None:
 
 
 def _drop_heads(
-    input: Tensor, law_of: LawOf, dim: int | None, heads: int | None, generator: torch.Generator | None
+    input: Tensor, rate: Rate, dim: int | None, heads: int | None, generator: torch.Generator | None
 ) -> Tensor:
     check_input(input, "drop_head")
     if heads is not None:
@@ -77,25 +47,27 @@ def _drop_heads(
                 f"input of {tuple(input.shape)}"
             )
         parts = input.unflatten(-1, (heads, size // heads))
-        return _drop_heads(parts, law_of, parts.dim() - 2, None, generator).flatten(-2)
+        return _drop_heads(parts, rate, parts.dim() - 2, None, generator).flatten(-2)
     dims = input.dim()
     at = 1 if dim is None else dim
     if not -dims <= at < dims:
         raise ValueError(f"dim must be in [{-dims}, {dims}) for a {dims}-D input, got {at}")
     at %= dims
     shape = [size if axis in (0, at) else 1 for axis, size in enumerate(input.shape)]
-    law = law_of(shape)
+    law = rate.law_for(shape)
     if isinstance(law, Tensor) and law.dim() > 1 and law.shape[at] != 1:
         raise ValueError(f"keep_prob must be the same for all heads of a sample, got one that varies along dim {at}")
-    if keeps_all(law) and transforms_active():
+    bits = sites.random_bits_under(input, law, shape, generator)
+    if bits is None:
         return input
-    words = sites.words(input, shape, generator)
-    if keeps_all(law):
-        return input
-    kept = kept_of(words, law, at)
+    kept = kept_or_smallest(bits, law, at)
     number = kept.sum(at, keepdim=True, dtype=COMPUTE_DTYPE[input.dtype])
     scale = torch.full_like(number, input.shape[at]) / number  # a number over a tensor is rounded twice
     return torch.where(kept, input * scale, 0.0).to(input.dtype)
+
+
+def _check_some(keep_prob: KeepProb) -> None:
+    check_leaves_one(keep_prob, "drop_head", "head")
 
 
 def drop_head(
@@ -152,12 +124,11 @@ def drop_head(
     """
     if isinstance(input, Proxy):
         return recorded(drop_head, locals())
-    k, _ = read_rate(p, keep_prob)
-    check_some(k, "drop_head", "head")
+    rate = as_rate(p, keep_prob, check=_check_some)
     _check_layout(dim, heads)
     if not sites.is_on(training):
         return input
-    return _drop_heads(input, partial(law_for, k, inverted), dim, heads, generator)
+    return _drop_heads(input, rate, dim, heads, generator)
 
 
 class DropHead(Rated):
@@ -224,15 +195,13 @@ class DropHead(Rated):
         _check_layout(dim, heads)
         self.dim, self.heads = dim, heads
 
-    def _check_rate(self, keep_prob: Rate) -> None:
-        check_some(keep_prob, "drop_head", "head")
+    def _check_rate(self, keep_prob: KeepProb) -> None:
+        _check_some(keep_prob)
 
     @leaf
     def forward(self, input: Tensor) -> Tensor:
-        if not sites.is_on(self.training):
-            return input
-        return _drop_heads(input, self._law_for, self.dim, self.heads, self.generator)
+        return drop_head(input, self.rate, self.training, dim=self.dim, heads=self.heads, generator=self.generator)
 
     def extra_repr(self) -> str:
         layout = f"dim={1 if self.dim is None else self.dim}" if self.heads is None else f"heads={self.heads}"
-        return f"{super().extra_repr().removesuffix(', inplace=False')}, {layout}"
+        return f"{super().extra_repr()}, {layout}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +16,11 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from ..core import sites
-from ..core.rate import DEFAULT_P, Rate, Rated, check_input, law_for, read_rate
+from ..core.checks import check_input
+from ..core.choices import kept_or_smallest
+from ..core.mask_shape import Axes, mask_shape
+from ..core.rate import DEFAULT_P, KeepProb, Rate, Rated, as_rate, check_leaves_one
 from ..core.symbolic import holds_proxy, leaf, recorded
-from ..core.torch_state import transforms_active
-from ..kernels.law import inverted
-from .drop_head import LawOf, check_some, keeps_all, kept_of
-from .dropout import Axes, mask_shape
 
 
 def _may_be_seen(logits: Tensor) -> Tensor:
@@ -33,7 +31,7 @@ def _may_be_seen(logits: Tensor) -> Tensor:
 def _kept_keys(
     like: Tensor,
     sizes: Sequence[int],
-    law_of: LawOf,
+    rate: Rate,
     allowed: Tensor | None,
     shared_axes: Axes,
     generator: torch.Generator | None,
@@ -42,19 +40,13 @@ def _kept_keys(
     shape = list(mask_shape(like.new_empty(()).expand(sizes), shared_axes, None))
     if shape[-1] != sizes[-1]:
         raise ValueError(f"shared_axes must leave the last dimension, the keys, to themselves, got {shared_axes}")
-    law = law_of(shape)
-    if keeps_all(law) and transforms_active():
-        return None
-    words = sites.words(like, shape, generator)
-    return None if keeps_all(law) else kept_of(words, law, -1, allowed)
+    law = rate.law_for(shape)
+    bits = sites.random_bits_under(like, law, shape, generator)
+    return None if bits is None else kept_or_smallest(bits, law, -1, allowed)
 
 
-def _drop_keys(input: Tensor, law_of: LawOf, shared_axes: Axes, generator: torch.Generator | None) -> Tensor:
-    check_input(input, "drop_key")
-    if not input.dim():
-        raise ValueError("drop_key takes logits with the keys in the last dimension, got a 0-D tensor")
-    kept = _kept_keys(input, input.shape, law_of, _may_be_seen(input), shared_axes, generator)
-    return input if kept is None else torch.where(kept, input, -math.inf)
+def _check_some(keep_prob: KeepProb) -> None:
+    check_leaves_one(keep_prob, "drop_key", "key")
 
 
 def drop_key(
@@ -108,11 +100,14 @@ def drop_key(
     """
     if isinstance(input, Proxy):
         return recorded(drop_key, locals())
-    k, _ = read_rate(p, keep_prob)
-    check_some(k, "drop_key", "key")
+    rate = as_rate(p, keep_prob, check=_check_some)
     if not sites.is_on(training):
         return input
-    return _drop_keys(input, partial(law_for, k, inverted), shared_axes, generator)
+    check_input(input, "drop_key")
+    if not input.dim():
+        raise ValueError("drop_key takes logits with the keys in the last dimension, got a 0-D tensor")
+    kept = _kept_keys(input, input.shape, rate, _may_be_seen(input), shared_axes, generator)
+    return input if kept is None else torch.where(kept, input, -math.inf)
 
 
 def _masked_by(mask: Tensor | None, other: Tensor) -> Tensor:
@@ -153,20 +148,6 @@ def _attention_mask(query: Tensor, key: Tensor, attn_mask: Tensor | None, is_cau
         return attn_mask
     sizes = (query.shape[-2], key.shape[-2])
     return _masked_by(attn_mask, torch.ones(sizes, dtype=torch.bool, device=query.device).tril())
-
-
-def _drop_key_mask(
-    query: Tensor,
-    key: Tensor,
-    law_of: LawOf,
-    mask: Tensor | None,
-    shared_axes: Axes,
-    generator: torch.Generator | None,
-) -> Tensor | None:
-    check_input(query, "drop_key_mask")
-    allowed = mask if mask is None or mask.dtype is torch.bool else _may_be_seen(mask)
-    kept = _kept_keys(query, _logits_shape(query, key), law_of, allowed, shared_axes, generator)
-    return mask if kept is None else _masked_by(mask, kept)
 
 
 def drop_key_mask(
@@ -218,12 +199,14 @@ def drop_key_mask(
     """
     if holds_proxy(query, key, attn_mask):
         return recorded(drop_key_mask, locals())
-    keep, _ = read_rate(p, keep_prob)
-    check_some(keep, "drop_key", "key")
+    rate = as_rate(p, keep_prob, check=_check_some)
     mask = _attention_mask(query, key, attn_mask, is_causal)
     if not sites.is_on(training):
         return mask
-    return _drop_key_mask(query, key, partial(law_for, keep, inverted), mask, shared_axes, generator)
+    check_input(query, "drop_key_mask")
+    allowed = mask if mask is None or mask.dtype is torch.bool else _may_be_seen(mask)
+    kept = _kept_keys(query, _logits_shape(query, key), rate, allowed, shared_axes, generator)
+    return mask if kept is None else _masked_by(mask, kept)
 
 
 class DropKey(Rated):
@@ -266,14 +249,12 @@ class DropKey(Rated):
         super().__init__(p, keep_prob=keep_prob, generator=generator)
         self.shared_axes = shared_axes
 
-    def _check_rate(self, keep_prob: Rate) -> None:
-        check_some(keep_prob, "drop_key", "key")
+    def _check_rate(self, keep_prob: KeepProb) -> None:
+        _check_some(keep_prob)
 
     @leaf
     def forward(self, input: Tensor) -> Tensor:
-        if not sites.is_on(self.training):
-            return input
-        return _drop_keys(input, self._law_for, self.shared_axes, self.generator)
+        return drop_key(input, self.rate, self.training, shared_axes=self.shared_axes, generator=self.generator)
 
     def attn_mask(
         self, query: Tensor, key: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -282,11 +263,11 @@ class DropKey(Rated):
 
         In Monte Carlo inference the draw belongs to the module that calls this, and `sources` name that one.
         """
-        mask = _attention_mask(query, key, attn_mask, is_causal)
-        if not sites.is_on(self.training):
-            return mask
-        return _drop_key_mask(query, key, self._law_for, mask, self.shared_axes, self.generator)
+        return drop_key_mask(
+            query, key, self.rate, self.training, attn_mask=attn_mask, is_causal=is_causal,
+            shared_axes=self.shared_axes, generator=self.generator,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         shared = "" if self.shared_axes is None else f", shared_axes={self.shared_axes}"
-        return f"{super().extra_repr().removesuffix(', inplace=False')}{shared}"
+        return f"{super().extra_repr()}{shared}"

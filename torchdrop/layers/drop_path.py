@@ -10,8 +10,6 @@ The functions here are what stands between f and the sum: y = x m / k.
 
 from __future__ import annotations
 
-import numbers
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,73 +17,22 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from ..core import sites
-from ..core.rate import DEFAULT_P, Default, Rate, Rated, apply, check_input, law_for, read_rate
+from ..core.checks import check_input
+from ..core.mask_shape import row_shape
+from ..core.rate import DEFAULT_P, Default, KeepProb, Rate, Rated, as_rate, formula_of, rate_named, shown
 from ..core.symbolic import leaf, recorded
-from ..kernels.law import Law, inverted
+from ..kernels.law import inverted
 from ..ops import operators
-from .dropout import formula_of
 
 NO_DROP = Default.NO_DROP
 """timm's default rate."""
 
 MODES = ("batch", "row")
 
-LawOf = Callable[[Sequence[int]], Law | Tensor]
-
-
-def _given(name: str, p: Any, keep_prob: Any) -> Any:
-    """What `read_rate` gets as p; the errors in which an argument of this name differs from its own.
-
-    Raises:
-        TypeError: both are given, or something that is no number.
-        ValueError: a number outside [0, 1]; torchvision's class and leading text.
-    """
-    if keep_prob is not None:
-        if p is not None and p is not NO_DROP and p is not DEFAULT_P:
-            raise TypeError(
-                f"give the rate as {name} or as keep_prob, not both: got {name}={p} and keep_prob={keep_prob}"
-            )
-        return None
-    if not isinstance(p, numbers.Real | Tensor):
-        raise TypeError(f"{name} must be a number or a tensor, got {type(p).__name__}")
-    if isinstance(p, numbers.Real) and not 0.0 <= p <= 1.0:  # type: ignore[operator]
-        raise ValueError(f"drop probability has to be between 0 and 1, but got {p}")
-    return 0.0 if p is NO_DROP else p
-
 
 def _check_mode(mode: Any) -> None:
     if mode not in MODES:
         raise ValueError(f"mode has to be either 'batch' or 'row', but got {mode}")
-
-
-def _shown(p: Rate) -> str:
-    return f"<tensor of shape {tuple(p.shape)}>" if isinstance(p, Tensor) else str(p)
-
-
-def row_shape(input: Tensor, name: str) -> tuple[int, ...]:
-    """(B, 1, ..., 1) for a checked input of shape (B, ...): the shape of a mask with a draw for each sample.
-
-    Raises:
-        ValueError: the input has no dimensions.
-    """
-    check_input(input, name)
-    if input.dim() == 0:
-        raise ValueError(f"{name}: input must have its samples in the first dimension, (B, ...), got a 0-d tensor")
-    return (input.shape[0], *[1] * (input.dim() - 1))
-
-
-def _drop(
-    name: str, input: Tensor, mode: str, law_of: LawOf, training: bool, generator: torch.Generator | None
-) -> Tensor:
-    """The map behind both names."""
-    if not sites.is_on(training):
-        return input
-    if mode == "row":
-        shape = row_shape(input, name)
-    else:
-        check_input(input, name)
-        shape = (1,) * input.dim()
-    return apply(operators.masked, input, law_of(shape), shape, False, generator)
 
 
 def drop_path(
@@ -133,9 +80,11 @@ def drop_path(
     """
     if isinstance(x, Proxy):
         return recorded(drop_path, locals())
-    k, _ = read_rate(_given("drop_prob", drop_prob, keep_prob), keep_prob)
-    formula = formula_of(scale_by_keep)
-    return _drop("drop_path", x, "row", lambda shape: law_for(k, formula, shape), training, generator)
+    rate = as_rate(rate_named("drop_prob", drop_prob, keep_prob), keep_prob, formula_of(scale_by_keep))
+    if not (training or sites.is_on(training)):
+        return x
+    shape = row_shape(x, "drop_path")
+    return sites.apply(operators.masked, x, rate.law_for(shape), shape, False, generator)
 
 
 def stochastic_depth(
@@ -181,9 +130,16 @@ def stochastic_depth(
     """
     if isinstance(input, Proxy):
         return recorded(stochastic_depth, locals())
-    k, _ = read_rate(_given("p", p, keep_prob), keep_prob)
+    rate = as_rate(rate_named("p", p, keep_prob), keep_prob)
     _check_mode(mode)
-    return _drop("stochastic_depth", input, mode, lambda shape: law_for(k, inverted, shape), training, generator)
+    if not (training or sites.is_on(training)):
+        return input
+    if mode == "row":
+        shape = row_shape(input, "stochastic_depth")
+    else:
+        check_input(input, "stochastic_depth")
+        shape = (1,) * input.dim()
+    return sites.apply(operators.masked, input, rate.law_for(shape), shape, False, generator)
 
 
 class DropPath(Rated):
@@ -225,16 +181,16 @@ class DropPath(Rated):
         generator: torch.Generator | None = None,
     ) -> None:
         self._formula = formula_of(scale_by_keep)
-        super().__init__(_given("drop_prob", drop_prob, keep_prob), keep_prob=keep_prob, generator=generator)
+        super().__init__(rate_named("drop_prob", drop_prob, keep_prob), keep_prob=keep_prob, generator=generator)
 
     @property
-    def drop_prob(self) -> Rate:
+    def drop_prob(self) -> KeepProb:
         """The probability that a sample is dropped: another name of p."""
-        return self._p
+        return self.p
 
     @drop_prob.setter
     def drop_prob(self, value: Any) -> None:
-        self.p = _given("drop_prob", value, None)
+        self.p = rate_named("drop_prob", value, None)
 
     @property
     def scale_by_keep(self) -> bool:
@@ -244,14 +200,14 @@ class DropPath(Rated):
     @scale_by_keep.setter
     def scale_by_keep(self, value: bool) -> None:
         self._formula = formula_of(value)
-        self._hold(self._keep_prob, self._p)
+        self.rate = Rate(self.keep_prob, self.p, self._formula).held()
 
     @leaf
     def forward(self, x: Tensor) -> Tensor:
-        return _drop("drop_path", x, "row", self._law_for, self.training, self.generator)
+        return drop_path(x, self.rate, self.training, self.scale_by_keep, generator=self.generator)
 
     def extra_repr(self) -> str:
-        return f"drop_prob={_shown(self._p)}" + ("" if self.scale_by_keep else ", scale_by_keep=False")
+        return f"drop_prob={shown(self.p)}" + ("" if self.scale_by_keep else ", scale_by_keep=False")
 
 
 class StochasticDepth(Rated):
@@ -291,14 +247,13 @@ class StochasticDepth(Rated):
         keep_prob: Any = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(_given("p", p, keep_prob), keep_prob=keep_prob, generator=generator)
+        super().__init__(rate_named("p", p, keep_prob), keep_prob=keep_prob, generator=generator)
         _check_mode(mode)
         self.mode = mode
 
     @leaf
     def forward(self, input: Tensor) -> Tensor:
-        _check_mode(self.mode)
-        return _drop("stochastic_depth", input, self.mode, self._law_for, self.training, self.generator)
+        return stochastic_depth(input, self.rate, self.mode, self.training, generator=self.generator)
 
     def extra_repr(self) -> str:
-        return f"p={_shown(self._p)}, mode={self.mode}"
+        return f"p={shown(self.p)}, mode={self.mode}"

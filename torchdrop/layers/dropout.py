@@ -17,58 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from ..core.exported import is_exporting, or_eval
+from ..core import sites
+from ..core.checks import check_input
+from ..core.formulations import Formulated, eval_form, masked
+from ..core.mask_shape import Axes, NoiseShape, mask_shape
 from ..core.nested import is_jagged, of_values
-from ..core.rate import DEFAULT_P, Rate, Rated, apply, check_input, law_for, read_rate, realised, turned_on, undrawn
+from ..core.rate import DEFAULT_P, as_rate, formula_of, undrawn
 from ..core.shard import Cut, Shards, cut_by, shards
 from ..core.symbolic import called, recorded
 from ..core.torch_state import is_compiling
-from ..kernels.law import Formula, Law, law, original
-from ..kernels.law import inverted as inverted_formula
-from ..ops import operators
 from ..ops.fast_path import fast_dropout
-
-Axes = int | Sequence[int] | None
-NoiseShape = Sequence[int | None] | None
-
-
-def mask_shape(input: Tensor, shared_axes: Axes, noise_shape: NoiseShape) -> Sequence[int]:
-    """The mask's shape: the input's, with ones on the axes over which it is shared.
-
-    Raises:
-        TypeError: both ways of saying it are used, or an axis is no integer.
-        ValueError: an axis is out of range or named twice; a noise shape of another length, or with a size that is
-            neither 1, None nor the input's.
-    """
-    if shared_axes is None and noise_shape is None:
-        return input.shape
-    if shared_axes is not None and noise_shape is not None:
-        raise TypeError("give shared_axes or noise_shape, not both")
-    sizes = list(input.shape)
-    if shared_axes is not None:
-        axes = (shared_axes,) if isinstance(shared_axes, int) else tuple(shared_axes)
-        dims = input.dim()
-        for axis in axes:
-            if not isinstance(axis, int):
-                raise TypeError(f"shared_axes must be integers, got {axis!r}")
-            if not -dims <= axis < dims:
-                raise ValueError(f"shared_axes must be in [{-dims}, {dims}) for a {dims}-D input, got {axis}")
-            sizes[axis] = 1
-        if len({axis % dims for axis in axes}) < len(axes):
-            raise ValueError(f"shared_axes must name each axis once, got {axes}")
-        return tuple(sizes)
-    assert noise_shape is not None
-    if len(noise_shape) != len(sizes):
-        raise ValueError(
-            f"noise_shape must have a size for each of the input's {len(sizes)} dimensions, got {tuple(noise_shape)}"
-        )
-    for noise, size in zip(noise_shape, sizes, strict=True):
-        if noise not in (None, 1, size):
-            raise ValueError(
-                "noise_shape must hold 1, None or the input's size: "
-                f"{tuple(noise_shape)} for an input of {tuple(sizes)}"
-            )
-    return tuple(size if noise is None else noise for noise, size in zip(noise_shape, sizes, strict=True))
 
 
 def _cut(shard: Shards, input: Tensor, shape: Sequence[int], shared_axes: Axes, noise_shape: NoiseShape) -> Cut | None:
@@ -81,36 +39,6 @@ def _cut(shard: Shards, input: Tensor, shape: Sequence[int], shared_axes: Axes, 
         axes = () if shared_axes is None else (shared_axes,) if isinstance(shared_axes, int) else shared_axes
         shared = {axis % input.dim() for axis in axes}
     return cut_by(shard, input, shape, shared)
-
-
-def formula_of(inverted: bool) -> Formula:
-    return inverted_formula if inverted else original
-
-
-def eval_form(input: Tensor, keep_prob: Rate, inverted: bool, inplace: bool) -> Tensor:
-    if inverted:
-        return input
-    k = realised(keep_prob)
-    if isinstance(k, Tensor):
-        k = k.to(input.device, torch.promote_types(input.dtype, torch.float32))
-    if inplace:
-        return input.mul_(k)
-    return (input * k).to(input.dtype)
-
-
-def exported_original(
-    input: Tensor,
-    keep_prob: Rate,
-    law: Law | Tensor,
-    shape: Sequence[int],
-    inplace: bool,
-    generator: torch.Generator | None,
-    cut: Cut | None = None,
-) -> Tensor:
-    """The original formulation in an exported program, whose eval mode scales."""
-    in_eval = eval_form(input, keep_prob, False, False)
-    out = or_eval(apply(operators.masked, input, law, shape, False, generator, cut), lambda: in_eval)
-    return input.copy_(out) if inplace else out
 
 
 def dropout(
@@ -173,62 +101,29 @@ def dropout(
     """
     if isinstance(input, Proxy):
         return recorded(dropout, locals())
-    k, _ = read_rate(p, keep_prob)
-    if not (training or turned_on()):
-        return eval_form(input, k, inverted, inplace)
-    if (
-        not is_compiling()
-        and inverted
-        and not inplace
-        and generator is None
-        and shared_axes is None
-        and noise_shape is None
-        and shard is None
-        and not isinstance(k, Tensor)
-    ):
-        out = fast_dropout(input, law(k))
+    rate = as_rate(p, keep_prob, formula_of(inverted))
+    if not (training or sites.is_on(training)):
+        return eval_form(input, rate, inverted, inplace)
+    plain = not inplace and generator is None and shared_axes is None and noise_shape is None and shard is None
+    if plain and not is_compiling() and rate.law is not None:
+        out = fast_dropout(input, rate.law)
         if out is not None:
             return out
-    whole = undrawn(input, k, inplace)
+    whole = undrawn(input, rate, inplace)
     if whole is not None:
         return whole
     if is_jagged(input):
         return of_values(
-            lambda values: dropout(values, None, keep_prob=k, generator=generator, inverted=inverted),
+            lambda values: dropout(values, rate, generator=generator, inverted=inverted),
             input, "dropout", inplace, shared_axes, noise_shape, shard,
         )  # fmt: skip
     check_input(input, "dropout")
     shape = mask_shape(input, shared_axes, noise_shape)
     cut = _cut(shard, input, shape, shared_axes, noise_shape)
-    drawn = law_for(k, formula_of(inverted), shape)
-    if not inverted and is_exporting():
-        return exported_original(input, k, drawn, shape, inplace, generator, cut)
-    return apply(operators.masked, input, drawn, shape, inplace, generator, cut)
+    return masked(input, rate, inverted, shape, inplace, generator, cut)
 
 
-class Bernoulli(Rated):
-    """What `Dropout` and the channel forms share; `inverted` tells the two formulations apart."""
-
-    inverted: bool
-
-    def __init__(
-        self,
-        p: Any = DEFAULT_P,
-        inplace: bool = False,
-        *,
-        keep_prob: Any = None,
-        generator: torch.Generator | None = None,
-        inverted: bool = True,
-    ) -> None:
-        self._formula = formula_of(inverted)
-        super().__init__(p, inplace, keep_prob=keep_prob, generator=generator)
-        self.inverted = inverted
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + ("" if self.inverted else ", inverted=False")
-
-
-class Dropout(Bernoulli, nn.Dropout):
+class Dropout(Formulated, nn.Dropout):
     """Module of `dropout`: y = x m / k in training, the input itself in eval mode. A drop-in for torch.nn.Dropout.
 
     Preserves the expectation exactly and keeps no mask for backward; see `dropout` for the definition.
@@ -289,37 +184,28 @@ class Dropout(Bernoulli, nn.Dropout):
         self.shard = shard
 
     def forward(self, input: Tensor) -> Tensor:
-        if not (self.training or turned_on()):
+        if not (self.training or sites.is_on(False)):
             if isinstance(input, Proxy):
                 return called(Dropout, self, input)
-            return input if self.inverted else eval_form(input, self._keep_prob, False, self.inplace)
+            return input if self.inverted else eval_form(input, self.rate, False, self.inplace)
         if (
             not is_compiling()
-            and self._law is not None
+            and self.rate.law is not None
             and not self.inplace
             and self.generator is None
             and self.shared_axes is None
             and self.noise_shape is None
             and self.shard is None
         ):
-            out = fast_dropout(input, self._law)
+            out = fast_dropout(input, self.rate.law)
             if out is not None:
                 return out
-        whole = undrawn(input, self._keep_prob, self.inplace)
-        if whole is not None:
-            return whole
-        if is_jagged(input):
-            unserved = self.shared_axes, self.noise_shape, self.shard
-            return of_values(self.forward, input, "dropout", self.inplace, *unserved)
         if isinstance(input, Proxy):
             return called(Dropout, self, input)
-        check_input(input, "dropout")
-        shape = mask_shape(input, self.shared_axes, self.noise_shape)
-        cut = _cut(self.shard, input, shape, self.shared_axes, self.noise_shape)
-        drawn = self._law_for(shape)
-        if not self.inverted and is_exporting():
-            return exported_original(input, self._keep_prob, drawn, shape, self.inplace, self.generator, cut)
-        return apply(operators.masked, input, drawn, shape, self.inplace, self.generator, cut)
+        return dropout(
+            input, self.rate, True, self.inplace, shared_axes=self.shared_axes, noise_shape=self.noise_shape,
+            shard=self.shard, generator=self.generator, inverted=self.inverted,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         given = {"shared_axes": self.shared_axes, "noise_shape": self.noise_shape, "shard": self.shard}

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
-from ..core.fused import Fused, dropped, unchanged
-from ..core.rate import DEFAULT_P, check_input, law_for, read_rate, turned_on
-from ..core.symbolic import called, holds_proxy, recorded
+from ..core import sites
+from ..core.checks import check_input
+from ..core.fused import dropped, unchanged
+from ..core.rate import DEFAULT_P, Rate, Rated, as_rate
+from ..core.symbolic import leaf, recorded
 from ..core.torch_state import is_compiling
-from ..kernels.law import Law, inverted, law
 from ..kernels.masking import SERVED
 from ..ops import fused
 from ..ops.fast_path import fast_dropout_add
@@ -78,8 +79,24 @@ def _checked(name: str, input: Any, bias: Any, residual: Any, with_bias: bool) -
 
 
 def _add(
-    input: Tensor, bias: Tensor | None, residual: Tensor, law: Law | Tensor, generator: torch.Generator | None
+    name: str,
+    input: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    rate: Rate,
+    training: bool,
+    generator: torch.Generator | None,
 ) -> Tensor:
+    with_bias = name == "bias_dropout_add"
+    plain = training and generator is None and (bias is not None or not with_bias)
+    if plain and not is_compiling() and rate.law is not None:
+        out = fast_dropout_add(input, bias, residual, rate.law)
+        if out is not None:
+            return out
+    input, bias, residual = _checked(name, input, bias, residual, with_bias)
+    if not (training or sites.is_on(training)):
+        return fused.composed_add(input, bias, residual, unchanged)
+    law = rate.law_for(input.shape)
     return dropped(
         input,
         law,
@@ -134,15 +151,7 @@ def dropout_add(
     """
     if isinstance(input, Proxy) or isinstance(residual, Proxy):
         return recorded(dropout_add, locals())
-    k, _ = read_rate(p, keep_prob)
-    if training and generator is None and not isinstance(k, Tensor) and not is_compiling():
-        out = fast_dropout_add(input, None, residual, law(k))
-        if out is not None:
-            return out
-    input, _, residual = _checked("dropout_add", input, None, residual, False)
-    if not (training or turned_on()):
-        return fused.composed_add(input, None, residual, unchanged)
-    return _add(input, None, residual, law_for(k, inverted, input.shape), generator)
+    return _add("dropout_add", input, None, residual, as_rate(p, keep_prob), training, generator)
 
 
 def bias_dropout_add(
@@ -189,18 +198,10 @@ def bias_dropout_add(
     """
     if isinstance(input, Proxy) or isinstance(bias, Proxy) or isinstance(residual, Proxy):
         return recorded(bias_dropout_add, locals())
-    k, _ = read_rate(p, keep_prob)
-    if training and generator is None and not isinstance(k, Tensor) and not is_compiling() and bias is not None:
-        out = fast_dropout_add(input, bias, residual, law(k))
-        if out is not None:
-            return out
-    input, bias_, residual = _checked("bias_dropout_add", input, bias, residual, True)
-    if not (training or turned_on()):
-        return fused.composed_add(input, bias_, residual, unchanged)
-    return _add(input, bias_, residual, law_for(k, inverted, input.shape), generator)
+    return _add("bias_dropout_add", input, bias, residual, as_rate(p, keep_prob), training, generator)
 
 
-class DropoutAdd(Fused):
+class DropoutAdd(Rated):
     """Module of `dropout_add`: ``y = residual + m input / k`` in training, ``residual + input`` in eval mode.
 
     Args:
@@ -225,21 +226,12 @@ class DropoutAdd(Fused):
         True
     """
 
+    @leaf
     def forward(self, input: Tensor, residual: Tensor) -> Tensor:
-        short_law = self._short_law
-        if short_law is not None:
-            out = fast_dropout_add(input, None, residual, short_law)
-            if out is not None:
-                return out
-        if holds_proxy(input, residual):
-            return called(DropoutAdd, self, input, residual)
-        input, _, residual = _checked("dropout_add", input, None, residual, False)
-        if not self._on:
-            return fused.composed_add(input, None, residual, unchanged)
-        return _add(input, None, residual, self._law_for(input.shape), self.generator)
+        return dropout_add(input, residual, self.rate, self.training, generator=self.generator)
 
 
-class BiasDropoutAdd(Fused):
+class BiasDropoutAdd(Rated):
     """Module of `bias_dropout_add`: ``y = residual + m (input + bias) / k`` in training, without m / k in eval mode.
 
     The bias is given at each call, as the parameter of the layer before, so that nothing is in the state_dict.
@@ -267,15 +259,6 @@ class BiasDropoutAdd(Fused):
         True
     """
 
+    @leaf
     def forward(self, input: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-        short_law = self._short_law
-        if short_law is not None and bias is not None:
-            out = fast_dropout_add(input, bias, residual, short_law)
-            if out is not None:
-                return out
-        if holds_proxy(input, bias, residual):
-            return called(BiasDropoutAdd, self, input, bias, residual)
-        input, bias_, residual = _checked("bias_dropout_add", input, bias, residual, True)
-        if not self._on:
-            return fused.composed_add(input, bias_, residual, unchanged)
-        return _add(input, bias_, residual, self._law_for(input.shape), self.generator)
+        return bias_dropout_add(input, bias, residual, self.rate, self.training, generator=self.generator)

@@ -16,35 +16,18 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from ..core import portable, sites
+from ..core.choices import subset
 from ..core.exported import warn_stays_on
-from ..core.rate import DEFAULT_P, Rate, Rated, law_for, read_rate, realised
+from ..core.mask_shape import row_shape
+from ..core.rate import DEFAULT_P, KeepProb, Rated, as_rate, check_count, realised
 from ..core.symbolic import leaf, recorded
-from ..kernels.law import inverted
 from ..kernels.masking import COMPUTE_DTYPE
-from .drop_path import LawOf, row_shape
 
 Branch = Callable[[Tensor], Tensor]
 
 
-def check_counting(keep_prob: Rate, name: str) -> None:
-    """Refuses a rate that does not say how many are kept.
-
-    Raises:
-        TypeError: it is a tensor.
-        ValueError: it is 0.
-    """
-    if isinstance(keep_prob, Tensor):
-        raise TypeError(f"keep_prob must be a number for {name}, which keeps a fixed count of them, got a tensor")
-    if keep_prob <= 0.0:
-        raise ValueError(f"keep_prob must be in (0, 1] for {name}, got {keep_prob}: at least one must be kept")
-
-
-def subset(words: Tensor, count: int) -> Tensor:
-    """The places of the `count` smallest along the last dimension, in order: every subset is equally likely.
-
-    Equal words, of probability 2**-32 a pair, count as in order.
-    """
-    return words.argsort(dim=-1, stable=True)[..., :count].sort(dim=-1).values
+def _check_rate(keep_prob: KeepProb) -> None:
+    check_count(keep_prob, "efficient stochastic depth")
 
 
 def _weighted_sum(input: Tensor, residual: Tensor, weight: Any) -> Tensor:
@@ -62,34 +45,6 @@ def _residual(branch: Branch, part: Tensor) -> Tensor:
             f"branch must keep the shape of its input, got {tuple(residual.shape)} for {tuple(part.shape)}"
         )
     return residual
-
-
-def _add_branch(
-    input: Tensor,
-    branch: Branch,
-    keep_prob: Rate,
-    law_of: LawOf,
-    training: bool,
-    generator: torch.Generator | None,
-) -> Tensor:
-    if not callable(branch):
-        raise TypeError(f"branch must be a module or function, got {type(branch).__name__}")
-    if not sites.is_on(training):
-        return input + _residual(branch, input)
-    rows = row_shape(input, "efficient_stochastic_depth")
-    if not training:  # Monte Carlo inference: no row's samples may depend on the rows beside it
-        kept = sites.keep_mask(input, law_of(rows[:1]), rows[:1], generator).reshape(rows)
-        residual = _residual(branch, input)
-        return _weighted_sum(input, torch.where(kept, residual, 0.0), 1.0 / realised(keep_prob))
-    rows = tuple(portable.numbered(rows))
-    count = min(rows[0], max(1, round(rows[0] * keep_prob)))  # type: ignore[arg-type]
-    chosen = subset(sites.words(input, rows[:1], generator), count)
-    if count == rows[0]:
-        return input + _residual(branch, input)
-    warn_stays_on()
-    part = input.index_select(0, chosen)
-    total = _weighted_sum(part, _residual(branch, part), rows[0] / count)
-    return input.to(total.dtype).index_put((chosen,), total)
 
 
 def efficient_stochastic_depth(
@@ -145,9 +100,27 @@ def efficient_stochastic_depth(
     """
     if isinstance(input, Proxy):
         return recorded(efficient_stochastic_depth, locals())
-    k, _ = read_rate(p, keep_prob)
-    check_counting(k, "efficient stochastic depth")
-    return _add_branch(input, branch, k, lambda shape: law_for(k, inverted, shape), training, generator)
+    rate = as_rate(p, keep_prob, check=_check_rate)
+    if not callable(branch):
+        raise TypeError(f"branch must be a module or function, got {type(branch).__name__}")
+    if not sites.is_on(training):
+        return input + _residual(branch, input)
+    rows = row_shape(input, "efficient_stochastic_depth")
+    if not training:  # Monte Carlo inference: no row's samples may depend on the rows beside it
+        kept = sites.keep_mask(input, rate.law_for(rows[:1]), rows[:1], generator)
+        residual = _residual(branch, input)
+        if kept is not None:
+            residual = torch.where(kept.reshape(rows), residual, 0.0)
+        return _weighted_sum(input, residual, 1.0 / realised(rate.keep_prob))
+    rows = tuple(portable.numbered(rows))
+    count = min(rows[0], max(1, round(rows[0] * rate.keep_prob)))  # type: ignore[arg-type]
+    chosen = subset(sites.random_bits(input, rows[:1], generator), count)
+    if count == rows[0]:
+        return input + _residual(branch, input)
+    warn_stays_on()
+    part = input.index_select(0, chosen)
+    total = _weighted_sum(part, _residual(branch, part), rows[0] / count)
+    return input.to(total.dtype).index_put((chosen,), total)
 
 
 class EfficientStochasticDepth(Rated):
@@ -176,15 +149,9 @@ class EfficientStochasticDepth(Rated):
         (torch.Size([8, 4]), True)
     """
 
-    def __init__(self, p: Any = DEFAULT_P, *, keep_prob: Any = None, generator: torch.Generator | None = None) -> None:
-        super().__init__(p, keep_prob=keep_prob, generator=generator)
-
-    def _check_rate(self, keep_prob: Rate) -> None:
-        check_counting(keep_prob, "efficient stochastic depth")
+    def _check_rate(self, keep_prob: KeepProb) -> None:
+        _check_rate(keep_prob)
 
     @leaf
     def forward(self, input: Tensor, branch: Branch) -> Tensor:
-        return _add_branch(input, branch, self._keep_prob, self._law_for, self.training, self.generator)
-
-    def extra_repr(self) -> str:
-        return f"p={self._p}"
+        return efficient_stochastic_depth(input, branch, self.rate, self.training, generator=self.generator)

@@ -11,7 +11,6 @@ looked up beside the vectors, so the matrix is never copied.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,14 +19,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..core import sites
+from ..core.checks import check_input
 from ..core.portable import refuse_script
-from ..core.rate import DEFAULT_P, Rated, RateOfChild, check_input, law_for, read_rate
+from ..core.rate import DEFAULT_P, Rate, Rated, RateOfChild, as_rate
 from ..core.symbolic import holds_proxy, leaf, recorded
-from ..core.torch_state import transforms_active
-from ..kernels.law import ONE, Law, inverted
+from ..kernels.law import Law
 from ..kernels.masking import COMPUTE_DTYPE
-
-LawOf = Callable[[tuple[int, ...]], Law | Tensor]
 
 
 def _check_batch_dim(batch_dim: Any) -> None:
@@ -59,16 +56,17 @@ def _drop_words(
     input: Tensor,
     rows: int,
     padding_idx: int | None,
-    law_of: LawOf,
+    rate: Rate,
     generator: torch.Generator | None,
     batch_dim: int | None,
 ) -> Tensor:
     check_input(vectors, "embedding_dropout")
     shape = _table_shape(input, rows, batch_dim)
-    law = law_of(shape)
-    if isinstance(law, Law) and law.threshold == ONE and transforms_active():
+    law = rate.law_for(shape)
+    mask = sites.keep_mask(vectors, law, shape, generator)
+    if mask is None:
         return vectors
-    kept = _looked_up(sites.keep_mask(vectors, law, shape, generator), input, batch_dim)
+    kept = _looked_up(mask, input, batch_dim)
     dtype = COMPUTE_DTYPE[vectors.dtype]
     scale: Any = law.scale if isinstance(law, Law) else law[..., 1].to(vectors.device, dtype)
     if isinstance(scale, Tensor) and scale.dim():
@@ -136,14 +134,12 @@ def embedding_dropout(
     """
     if holds_proxy(input, weight):
         return recorded(embedding_dropout, locals())
-    k, _ = read_rate(p, keep_prob)
+    rate = as_rate(p, keep_prob)
     _check_batch_dim(batch_dim)
     vectors = F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     if not sites.is_on(training):
         return vectors
-    return _drop_words(
-        vectors, input, weight.shape[0], padding_idx, lambda shape: law_for(k, inverted, shape), generator, batch_dim
-    )
+    return _drop_words(vectors, input, weight.shape[0], padding_idx, rate, generator, batch_dim)
 
 
 class _Words(Rated):
@@ -157,11 +153,11 @@ class _Words(Rated):
     def forward(self, vectors: Tensor, input: Tensor, rows: int, padding_idx: int | None) -> Tensor:
         if not sites.is_on(self.training):
             return vectors
-        return _drop_words(vectors, input, rows, padding_idx, self._law_for, self.generator, self.batch_dim)
+        return _drop_words(vectors, input, rows, padding_idx, self.rate, self.generator, self.batch_dim)
 
     def extra_repr(self) -> str:
         own = "" if self.batch_dim is None else f", batch_dim={self.batch_dim}"
-        return super().extra_repr().partition(", inplace")[0] + own
+        return super().extra_repr() + own
 
 
 class EmbeddingDropout(RateOfChild, nn.Embedding):

@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
-from ..core.rate import DEFAULT_P, Rate, Rated, apply, check_input, law_for, read_rate, turned_on
+from ..core import sites
+from ..core.checks import check_input
+from ..core.rate import DEFAULT_P, InplaceRated, KeepProb, as_rate
 from ..core.symbolic import leaf, recorded
 from ..kernels.law import gaussian
 from ..ops import operators
 
 
-def _check_positive(keep_prob: Rate) -> None:
+def _check_positive(keep_prob: KeepProb) -> None:
     if not isinstance(keep_prob, Tensor) and keep_prob <= 0.0:
         raise ValueError(
             f"keep_prob must be in (0, 1] for Gaussian dropout, got {keep_prob}: its noise would be infinite"
@@ -68,15 +70,14 @@ def gaussian_dropout(
     """
     if isinstance(input, Proxy):
         return recorded(gaussian_dropout, locals())
-    k, _ = read_rate(p, keep_prob)
-    _check_positive(k)
-    if not (training or turned_on()):
+    rate = as_rate(p, keep_prob, gaussian, _check_positive)
+    if not (training or sites.is_on(training)):
         return input
     check_input(input, "gaussian_dropout")
-    return apply(operators.gaussian, input, law_for(k, gaussian, input.shape), input.shape, inplace, generator)
+    return sites.apply(operators.gaussian, input, rate.law_for(input.shape), input.shape, inplace, generator)
 
 
-class GaussianDropout(Rated):
+class GaussianDropout(InplaceRated):
     """Module of `gaussian_dropout`: y = x (1 + sqrt((1 - k) / k) z) in training, the input itself in eval mode.
 
     Args:
@@ -98,12 +99,9 @@ class GaussianDropout(Rated):
 
     _formula = staticmethod(gaussian)
 
-    def _check_rate(self, keep_prob: Rate) -> None:
+    def _check_rate(self, keep_prob: KeepProb) -> None:
         _check_positive(keep_prob)
 
     @leaf
     def forward(self, input: Tensor) -> Tensor:
-        if not (self.training or turned_on()):
-            return input
-        check_input(input, "gaussian_dropout")
-        return apply(operators.gaussian, input, self._law_for(input.shape), input.shape, self.inplace, self.generator)
+        return gaussian_dropout(input, self.rate, self.training, self.inplace, generator=self.generator)

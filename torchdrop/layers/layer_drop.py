@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from ..core import portable, sites
-from ..core.rate import DEFAULT_P, Rate, Rated
+from ..core.checks import check_bool, check_integer
+from ..core.rate import DEFAULT_P, KeepProb, Rated
 from ..core.symbolic import recorded
 from ..core.torch_state import fx_tracing, is_batched, is_compiling, transforms_active
-from .drop_head import keeps_all
 
 
 def _all(layers: Iterable[nn.Module]) -> Iterable[nn.Module]:
@@ -152,8 +152,7 @@ class LayerDrop(Rated, nn.ModuleList):
             raise TypeError(
                 f"layers must be an iterable of modules, got {type(layers).__name__}: the order is LayerDrop(layers, p)"
             )
-        if not isinstance(keep_graph, bool):
-            raise TypeError(f"keep_graph must be True or False, got {keep_graph!r}")
+        check_bool("keep_graph", keep_graph)
         super().__init__(p, keep_prob=keep_prob, generator=generator)
         self.keep_graph = keep_graph
         if layers is not None:
@@ -161,10 +160,13 @@ class LayerDrop(Rated, nn.ModuleList):
 
     def _draw(self) -> Tensor | None:
         """Which layers stay; None where all do."""
-        shape = (len(self),)
-        if not sites.is_on(self.training) or (keeps_all(law := self._law_for(shape)) and transforms_active()):
+        if not sites.is_on(self.training):
             return None
-        return sites.keep_mask(torch.empty(0, device="cpu"), law, shape, self.generator)
+        shape = (len(self),)
+        kept = sites.keep_mask(torch.empty(0, device="cpu"), self.rate.law_for(shape), shape, self.generator)
+        if kept is None and self.keep_graph and not transforms_active():
+            return torch.ones(shape, dtype=torch.bool, device="cpu")  # its layers are checked at any rate
+        return kept
 
     def __iter__(self) -> Iterator[Any]:
         layers = list(self._modules.values())
@@ -213,19 +215,19 @@ class LayerDrop(Rated, nn.ModuleList):
         return self._like_this(list(self._modules.values())[idx], self._rate_of(idx))
 
     def __add__(self, other: Iterable[nn.Module]) -> LayerDrop:
-        return self._like_this([*self._modules.values(), *_all(other)], self._keep_prob)
+        return self._like_this([*self._modules.values(), *_all(other)], self.keep_prob)
 
     def __radd__(self, other: Any) -> nn.ModuleList:
         if not isinstance(other, nn.ModuleList):
             return NotImplemented
         return nn.ModuleList([*_all(other), *_all(self)])
 
-    def _rate_of(self, idx: slice) -> Rate:
-        each = isinstance(self._keep_prob, Tensor) and self._keep_prob.dim() == 1 and self._keep_prob.numel() > 1
+    def _rate_of(self, idx: slice) -> KeepProb:
+        each = isinstance(self.keep_prob, Tensor) and self.keep_prob.dim() == 1 and self.keep_prob.numel() > 1
         at = list(range(len(self)))[idx]  # a tensor takes no negative step
-        return self._keep_prob[at] if each else self._keep_prob  # type: ignore[index]
+        return self.keep_prob[at] if each else self.keep_prob  # type: ignore[index]
 
-    def _like_this(self, layers: Iterable[nn.Module], keep_prob: Rate) -> LayerDrop:
+    def _like_this(self, layers: Iterable[nn.Module], keep_prob: KeepProb) -> LayerDrop:
         other = LayerDrop(layers, keep_prob=keep_prob, keep_graph=self.keep_graph, generator=self.generator)
         other.training = self.training  # its own flag alone: the layers keep theirs
         return other
@@ -260,8 +262,7 @@ class LayerDrop(Rated, nn.ModuleList):
             >>> [i for i in range(6) if stack[i] in list(pruned)]
             [0, 1, 3, 4]
         """
-        if isinstance(n, bool) or not isinstance(n, int):
-            raise TypeError(f"n must be an integer, got {type(n).__name__}")
+        check_integer("n", n)
         if not 2 <= n <= len(self):
             raise ValueError(f"n must be between 2 and the number of layers, {len(self)}, got {n}")
         return nn.ModuleList(layer for at, layer in enumerate(self._modules.values(), 1) if at % n)
@@ -270,5 +271,5 @@ class LayerDrop(Rated, nn.ModuleList):
         return nn.Module.__repr__(self)
 
     def extra_repr(self) -> str:
-        rate = super().extra_repr().removesuffix(", inplace=False")
+        rate = super().extra_repr()
         return f"{rate}, keep_graph=True" if self.keep_graph else rate

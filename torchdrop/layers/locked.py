@@ -17,14 +17,12 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
-from ..core.rate import DEFAULT_P, Rated, apply, check_input, law_for, read_rate
-from ..core.sites import is_on, keep_mask
+from ..core import sites
+from ..core.checks import check_bool, check_input
+from ..core.rate import DEFAULT_P, InplaceRated, as_rate
 from ..core.symbolic import leaf, recorded
-from ..core.torch_state import transforms_active
-from ..kernels.law import ONE, Law, inverted
-from ..kernels.masking import trailing
+from ..kernels.masking import scaled_where, trailing
 from ..ops import operators
-from .recurrent.cells import select
 
 Sequences = TypeVar("Sequences", Tensor, PackedSequence)
 
@@ -36,8 +34,7 @@ def _mask_shape(input: Tensor | PackedSequence, batch_first: bool) -> tuple[int,
         TypeError: it is neither a tensor nor packed sequences; `batch_first` is no bool.
         ValueError: it has another rank.
     """
-    if not isinstance(batch_first, bool):
-        raise TypeError(f"batch_first must be True or False, got {batch_first!r}")
+    check_bool("batch_first", batch_first)
     if isinstance(input, PackedSequence):
         return int(input.batch_sizes[0]), *input.data.shape[1:]
     if not isinstance(input, Tensor):
@@ -51,32 +48,6 @@ def _mask_shape(input: Tensor | PackedSequence, batch_first: bool) -> tuple[int,
     shape = list(input.shape)
     shape[1 if batch_first and len(shape) == 3 else 0] = 1
     return tuple(shape)
-
-
-def _drop(
-    input: Sequences, law: Law | Tensor, shape: tuple[int, ...], inplace: bool, generator: torch.Generator | None
-) -> Sequences:
-    if isinstance(input, Tensor):
-        check_input(input, "locked_dropout")
-        return apply(operators.masked, input, law, shape, inplace, generator)
-    if inplace:
-        raise ValueError("inplace must be False for a PackedSequence: its data are copied")
-    check_input(input.data, "locked_dropout")
-    keeps_all = isinstance(law, Law) and law.threshold == ONE
-    if keeps_all and transforms_active():
-        return input
-    kept = keep_mask(input.data, law, shape, generator)
-    if keeps_all:
-        return input
-    order = input.sorted_indices
-    if order is None:
-        order = torch.arange(shape[0], device=kept.device)
-    rows = torch.cat([order[:size] for size in input.batch_sizes.tolist()])
-    scale: Any = trailing(law, kept.device)[1]
-    if isinstance(scale, Tensor):
-        scale = scale.to(kept.device).expand(shape)[rows]
-    out = select(input.data, kept[rows], scale)
-    return PackedSequence(out, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
 
 
 def locked_dropout(
@@ -127,14 +98,31 @@ def locked_dropout(
     """
     if isinstance(input, Proxy):
         return recorded(locked_dropout, locals())
-    k, _ = read_rate(p, keep_prob)
-    shape = _mask_shape(input, batch_first)
-    if not is_on(training):
+    rate, shape = as_rate(p, keep_prob), _mask_shape(input, batch_first)
+    if not sites.is_on(training):
         return input
-    return _drop(input, law_for(k, inverted, shape), shape, inplace, generator)
+    if isinstance(input, Tensor):
+        check_input(input, "locked_dropout")
+        return sites.apply(operators.masked, input, rate.law_for(shape), shape, inplace, generator)
+    if inplace:
+        raise ValueError("inplace must be False for a PackedSequence: its data are copied")
+    check_input(input.data, "locked_dropout")
+    law = rate.law_for(shape)
+    kept = sites.keep_mask(input.data, law, shape, generator)
+    if kept is None:
+        return input
+    order = input.sorted_indices
+    if order is None:
+        order = torch.arange(shape[0], device=kept.device)
+    rows = torch.cat([order[:size] for size in input.batch_sizes.tolist()])
+    scale: Any = trailing(law, kept.device)[1]
+    if isinstance(scale, Tensor):
+        scale = scale.to(kept.device).expand(shape)[rows]
+    out = scaled_where(kept[rows], input.data, scale)
+    return PackedSequence(out, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
 
 
-class LockedDropout(Rated):
+class LockedDropout(InplaceRated):
     """Module of `locked_dropout`: one mask for each sequence, the same at all of its time steps.
 
     Also known as variational dropout. A different mask is drawn for each sequence and in each forward.
@@ -177,16 +165,14 @@ class LockedDropout(Rated):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(p, inplace, keep_prob=keep_prob, generator=generator)
-        if not isinstance(batch_first, bool):
-            raise TypeError(f"batch_first must be True or False, got {batch_first!r}")
+        check_bool("batch_first", batch_first)
         self.batch_first = batch_first
 
     @leaf
     def forward(self, input: Sequences) -> Sequences:
-        shape = _mask_shape(input, self.batch_first)
-        if not is_on(self.training):
-            return input
-        return _drop(input, self._law_for(shape), shape, self.inplace, self.generator)
+        return locked_dropout(
+            input, self.rate, self.training, self.inplace, batch_first=self.batch_first, generator=self.generator
+        )
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, batch_first={self.batch_first}"

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from ..core import sites
+from ..core.checks import check_input
+from ..core.choices import subset
 from ..core.portable import refuse_script
-from ..core.rate import check_input
 from ..core.symbolic import holds_proxy, leaf, recorded
 from ..kernels.masking import COMPUTE_DTYPE
 from ..random import check_generator
-from .efficient_path import subset
 
 
 def _count(name: str, value: Any) -> int:
@@ -113,17 +113,17 @@ def masksembles_masks(channels: int, n: int, scale: float = 2.0, *, generator: t
     check_generator(generator)
     with torch.device("cpu"):
         like = torch.empty(0)
-        order = sites.words(like, (channels,), generator).argsort(stable=True)
+        order = sites.random_bits(like, (channels,), generator).argsort(stable=True)
         owner = torch.empty(channels, dtype=torch.int64).scatter_(0, order, torch.arange(channels) % n)
         own = owner == torch.arange(n).unsqueeze(1)
         masks, again = torch.zeros(n, channels, dtype=torch.bool), torch.ones(n, 1, dtype=torch.bool)
         while True:
-            words = sites.words(like, (n, channels), generator)
-            chosen = subset(torch.where(own, -1, words), kept)  # what a mask owns comes first
+            bits = sites.random_bits(like, (n, channels), generator)
+            chosen = subset(torch.where(own, -1, bits), kept)  # what a mask owns comes first
             masks = torch.where(again, torch.zeros_like(masks).scatter_(1, chosen, True), masks)
             if kept == channels or type(masks) is not Tensor:  # without values there is nothing to compare
                 return masks
-            again = _repeated(masks, words.argsort(0)[:, 0]).unsqueeze(1)
+            again = _repeated(masks, bits.argsort(0)[:, 0]).unsqueeze(1)
             if not again.any():
                 return masks
 

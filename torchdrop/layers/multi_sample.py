@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from ..core.checks import check_input, check_integer, check_module
 from ..core.portable import refuse_script
-from ..core.rate import DEFAULT_P, RateOfChild, check_input, read_rate
+from ..core.rate import DEFAULT_P, RateOfChild, as_rate
 from ..core.symbolic import leaf, recorded
 from .dropout import Dropout, dropout
 
@@ -29,8 +30,7 @@ Head = Callable[[Tensor], Tensor]
 
 
 def _check_samples(samples: Any) -> None:
-    if isinstance(samples, bool) or not isinstance(samples, int):
-        raise TypeError(f"samples must be an integer, got {samples!r}")
+    check_integer("samples", samples)
     if samples < 1:
         raise ValueError(f"samples must be positive, got {samples}")
 
@@ -171,11 +171,9 @@ def _under_masks(
     keep_prob: Any,
     generator: torch.Generator | None,
 ) -> Tensor:
-    k, _ = read_rate(p, keep_prob)
+    rate = as_rate(p, keep_prob)
     _check_samples(samples)
-    return _outputs(
-        input, head, samples, training, lambda x: dropout(x, None, training, keep_prob=k, generator=generator)
-    )
+    return _outputs(input, head, samples, training, lambda x: dropout(x, rate, training, generator=generator))
 
 
 class MultiSampleDropout(RateOfChild, nn.Module):
@@ -225,8 +223,7 @@ class MultiSampleDropout(RateOfChild, nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(head, nn.Module):
-            raise TypeError(f"head must be a torch.nn.Module, got {type(head).__name__}")
+        check_module("head", head)
         _check_samples(samples)
         self.dropout = Dropout(p, keep_prob=keep_prob, generator=generator)
         self.head = head

@@ -15,17 +15,15 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from ..core import sites
+from ..core.checks import check_input, check_integer
+from ..core.choices import subset
 from ..core.exported import warn_stays_on
-from ..core.rate import DEFAULT_P, Rate, Rated, check_input, read_rate
+from ..core.rate import DEFAULT_P, KeepProb, Rate, Rated, as_rate, check_count
 from ..core.symbolic import leaf, recorded
-from .efficient_path import check_counting, subset
-
-NAME = "patch dropout"
 
 
 def _check_prefix(num_prefix_tokens: Any) -> None:
-    if isinstance(num_prefix_tokens, bool) or not isinstance(num_prefix_tokens, int):
-        raise TypeError(f"num_prefix_tokens must be an integer, got {num_prefix_tokens!r}")
+    check_integer("num_prefix_tokens", num_prefix_tokens)
     if num_prefix_tokens < 0:
         raise ValueError(f"num_prefix_tokens must not be negative, got {num_prefix_tokens}")
 
@@ -47,12 +45,16 @@ def _number_kept(tokens: int, keep_prob: float) -> int:
     return min(tokens, max(1, math.floor(tokens * keep_prob + 1e-6)))
 
 
-def _kept(input: Tensor, num_prefix_tokens: int, keep_prob: Rate, generator: torch.Generator | None) -> Tensor | None:
+def _check_rate(keep_prob: KeepProb) -> None:
+    check_count(keep_prob, "patch dropout")
+
+
+def _kept(input: Tensor, num_prefix_tokens: int, rate: Rate, generator: torch.Generator | None) -> Tensor | None:
     """The kept tokens' numbers, (B, num_prefix_tokens + n), in order; None where all are kept."""
     samples, patches = input.shape[0], input.shape[1] - num_prefix_tokens
-    count = _number_kept(patches, keep_prob)  # type: ignore[arg-type]
+    count = _number_kept(patches, rate.keep_prob)  # type: ignore[arg-type]
     warn_stays_on()
-    chosen = subset(sites.words(input, (samples, patches), generator), count)
+    chosen = subset(sites.random_bits(input, (samples, patches), generator), count)
     if count == patches:
         return None
     prefix = torch.arange(num_prefix_tokens, device=input.device).expand(samples, -1)
@@ -101,11 +103,10 @@ def patch_dropout_indices(
     """
     if isinstance(input, Proxy):
         return recorded(patch_dropout_indices, locals())
-    k, _ = read_rate(p, keep_prob)
-    check_counting(k, NAME)
+    rate = as_rate(p, keep_prob, check=_check_rate)
     _check_prefix(num_prefix_tokens)
     _check_tokens(input, num_prefix_tokens)
-    kept = _kept(input, num_prefix_tokens, k, generator) if sites.is_on(training) else None
+    kept = _kept(input, num_prefix_tokens, rate, generator) if sites.is_on(training) else None
     if kept is None:
         return torch.arange(input.shape[1], device=input.device).expand(input.shape[0], -1)
     return kept
@@ -157,20 +158,13 @@ def patch_dropout(
     """
     if isinstance(input, Proxy):
         return recorded(patch_dropout, locals())
-    k, _ = read_rate(p, keep_prob)
-    check_counting(k, NAME)
-    return _drop_tokens(input, num_prefix_tokens, k, training, generator)
-
-
-def _drop_tokens(
-    input: Tensor, num_prefix_tokens: int, keep_prob: Rate, training: bool, generator: torch.Generator | None
-) -> Tensor:
+    rate = as_rate(p, keep_prob, check=_check_rate)
     _check_prefix(num_prefix_tokens)
     _check_tokens(input, num_prefix_tokens)
     if not sites.is_on(training):
         return input
     check_input(input, "patch_dropout")
-    return _taken(input, _kept(input, num_prefix_tokens, keep_prob, generator))
+    return _taken(input, _kept(input, num_prefix_tokens, rate, generator))
 
 
 class PatchDropout(Rated):
@@ -214,12 +208,14 @@ class PatchDropout(Rated):
         _check_prefix(num_prefix_tokens)
         self.num_prefix_tokens = num_prefix_tokens
 
-    def _check_rate(self, keep_prob: Rate) -> None:
-        check_counting(keep_prob, NAME)
+    def _check_rate(self, keep_prob: KeepProb) -> None:
+        _check_rate(keep_prob)
 
     @leaf
     def forward(self, input: Tensor) -> Tensor:
-        return _drop_tokens(input, self.num_prefix_tokens, self._keep_prob, self.training, self.generator)
+        return patch_dropout(
+            input, self.rate, self.training, num_prefix_tokens=self.num_prefix_tokens, generator=self.generator
+        )
 
     def extra_repr(self) -> str:
-        return f"p={self._p}, num_prefix_tokens={self.num_prefix_tokens}"
+        return f"p={self.p}, num_prefix_tokens={self.num_prefix_tokens}"

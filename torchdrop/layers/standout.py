@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from ..core import sites
+from ..core.checks import check_input
 from ..core.exported import warn_stays_on
 from ..core.portable import refuse_script
-from ..core.rate import check_input, read_rate
+from ..core.rate import read_rate
 from ..core.symbolic import leaf, recorded
 from ..core.torch_state import transforms_active
 from ..kernels.law import ONE, has_float64
@@ -97,7 +98,7 @@ def _thinned(input: Tensor, pi: Tensor, on: bool, generator: torch.Generator | N
         dtype = COMPUTE_DTYPE[input.dtype]
         return (input.to(dtype) * pi.to(dtype)).to(input.dtype)
     warn_stays_on()
-    dropped = sites.words(input, input.shape, generator) >= _thresholds(
+    dropped = sites.random_bits(input, input.shape, generator) >= _thresholds(
         pi.detach(), input.device
     )  # not so where pi is NaN
     return torch.where(_laid_out(dropped, input), 0.0, input)

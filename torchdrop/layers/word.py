@@ -17,12 +17,10 @@ import torch
 from torch import Tensor
 
 from ..core import sites
-from ..core.rate import DEFAULT_P, Rated, apply, check_input, law_for, read_rate
+from ..core.checks import check_input
+from ..core.rate import DEFAULT_P, Rated, as_rate, formula_of
 from ..core.symbolic import holds_proxy, leaf, recorded
-from ..core.torch_state import transforms_active
-from ..kernels.law import ONE, Law
 from ..ops import operators
-from .dropout import formula_of
 
 
 def _check_id(name: str, value: Any) -> None:
@@ -101,29 +99,6 @@ def _protected(
     return protected
 
 
-def _drop(
-    input: Tensor,
-    law: Law | Tensor,
-    unk_id: int | None,
-    protected: Tensor | None,
-    generator: torch.Generator | None,
-) -> Tensor:
-    if unk_id is not None:
-        keeps_all = isinstance(law, Law) and law.threshold == ONE
-        if keeps_all and transforms_active():
-            return input
-        kept = sites.keep_mask(input, law, input.shape, generator)
-        if keeps_all:
-            return input
-        return torch.where(kept if protected is None else kept | protected, input, unk_id)
-    out = apply(operators.masked, input, law, (*input.shape[:-1], 1), False, generator)
-    return out if protected is None else torch.where(protected.unsqueeze(-1), input, out)
-
-
-def _places(input: Tensor, unk_id: int | None) -> tuple[int, ...]:
-    return tuple(input.shape if unk_id is not None else input.shape[:-1])
-
-
 def word_dropout(
     input: Tensor,
     p: Any = DEFAULT_P,
@@ -180,15 +155,19 @@ def word_dropout(
     """
     if holds_proxy(input, protected):
         return recorded(word_dropout, locals())
-    k, _ = read_rate(p, keep_prob)
+    rate = as_rate(p, keep_prob, formula_of(inverted))
     special = _check_ids(unk_id, special_ids, inverted)
     if not sites.is_on(training):
         return input
     _check_kind(input, unk_id, special)
-    places = _places(input, unk_id)
+    places = tuple(input.shape if unk_id is not None else input.shape[:-1])
     shape = places if unk_id is not None else (*places, 1)
-    law = law_for(k, formula_of(inverted), shape)
-    return _drop(input, law, unk_id, _protected(input, places, special, protected), generator)
+    law, protected = rate.law_for(shape), _protected(input, places, special, protected)
+    if unk_id is not None:
+        kept = sites.keep_mask(input, law, shape, generator)
+        return input if kept is None else torch.where(kept if protected is None else kept | protected, input, unk_id)
+    out = sites.apply(operators.masked, input, law, shape, False, generator)
+    return out if protected is None else torch.where(protected.unsqueeze(-1), input, out)
 
 
 class WordDropout(Rated):
@@ -238,14 +217,12 @@ class WordDropout(Rated):
 
     @leaf
     def forward(self, input: Tensor, protected: Tensor | None = None) -> Tensor:
-        if not sites.is_on(self.training):
-            return input
-        _check_kind(input, self.unk_id, self.special_ids)
-        places = _places(input, self.unk_id)
-        law = self._law_for(places if self.unk_id is not None else (*places, 1))
-        return _drop(input, law, self.unk_id, _protected(input, places, self.special_ids, protected), self.generator)
+        return word_dropout(
+            input, self.rate, self.training, unk_id=self.unk_id, special_ids=self.special_ids, protected=protected,
+            inverted=self.inverted, generator=self.generator,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         own = {"unk_id": self.unk_id, "special_ids": self.special_ids or None, "inverted": self.inverted or None}
         shown = "".join(f", {name}={value}" for name, value in own.items() if value is not None)
-        return super().extra_repr().partition(", inplace")[0] + shown
+        return super().extra_repr() + shown

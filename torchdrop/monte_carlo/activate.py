@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core import rate as _rate
 from ..core import sites
 from ..core.torch_state import transforms_active, tree_flatten
 from ..random import start
@@ -361,8 +360,6 @@ class _Context:
 
 def _is_left_off(server: Server, func: Any, args: Any, kwargs: Any) -> bool:
     """Whether it is dropout with a rate that is off."""
-    if func is _rate.turned_on:
-        return True
     if func is sites.is_on:
         return not args[0]
     if func not in DESCRIBE or "dropout" not in func.__name__:

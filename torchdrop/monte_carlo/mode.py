@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..core import rate as _rate
 from ..core import sites
 from ..core.torch_state import TorchDispatchMode, in_backward, transforms_active
 from .draw import Draw, Site
@@ -74,13 +73,11 @@ class Watching(TorchFunctionMode):
     def _inside(self, func: Any, args: Any, kwargs: Any) -> Any:
         describe = DESCRIBE.get(func) or (describe_other if func in self.others else None)
         if describe is not None:
-            if self._bound is not None and func is _rate.apply:
+            if self._bound is not None and func is sites.apply:
                 slot, self._bound = self._bound, None
                 operator, input, law, shape, inplace, _ = args
                 return slot.apply(operator, input, law, shape, inplace)
             return self._meet(func, describe(self, func, *args, **kwargs))
-        if func is _rate.turned_on:
-            return self._turns_on()
         if func is sites.is_on:
             return self._is_on(*args)
         if func in OPENED:
@@ -220,7 +217,7 @@ def _source(site: Site, draw: Draw) -> Source:
     return Source(*site, rate, draw.on, replayable=not draw.loose, reason=draw.loose, draws=draw.draws)
 
 
-_ASKED = frozenset((_rate.turned_on, sites.is_on, *OPENED))
+_ASKED = frozenset((sites.is_on, *OPENED))
 """Functions that do not draw themselves, and whose answer decides if others do."""
 
 _UNPLACED = "the size of its tensor does not follow the number of rows, so its masks depend on the batch"

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import functional
-from ..core import rate as _rate
 from ..core import sites
 from ..kernels.law import ONE, Law, law
 from ..ops import operators, random_bits
@@ -247,7 +246,7 @@ _T = Tensor
 RECURRENT = frozenset((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu))
 
 DESCRIBE: dict[Any, Callable[..., Draw]] = {
-    _rate.apply: _layer,
+    sites.apply: _layer,
     sites.draw: _numbers,
     F.dropout: _dropout("dropout", functional.dropout),
     F.dropout1d: _dropout("dropout1d", functional.dropout1d),

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..configure.holders import holders
 from ..configure.rates import set_keep_prob
-from ..core.rate import Rate
+from ..core.rate import KeepProb
 
 Setting = Mapping[str, Any]
 """For each pattern of layer names a keep_prob, as `torchdrop.set_keep_prob` takes them."""
@@ -94,7 +94,7 @@ def check_integer(name: str, value: Any, least: int | None) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
-def rates_of(model: nn.Module, settings: Sequence[Setting]) -> list[list[Rate]]:
+def rates_of(model: nn.Module, settings: Sequence[Setting]) -> list[list[KeepProb]]:
     """The rates of all places in the model that hold one, under each setting; the model is left as it was.
 
     Raises:

@@ -18,7 +18,7 @@ from torch.func import functional_call, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..configure.holders import holders
-from ..core.rate import Rate, Rated
+from ..core.rate import KeepProb, Rate, Rated
 from ..kernels.law import law_tensor
 from .alone import with_rates
 from .graph import lean
@@ -46,7 +46,7 @@ class Job:
     """One model of the search: its fold, and its rates in the order of `holders`."""
 
     fold: Fold
-    rates: Sequence[Rate]
+    rates: Sequence[KeepProb]
 
 
 class Stack:
@@ -140,7 +140,7 @@ class Stack:
     ) -> Tensor:
         for layer, (keep, law) in zip(self._layers, rates, strict=True):
             # What a layer derives from its rate is given to it, so that it is not worked out in every step.
-            layer._keep_prob, layer._p, layer._law, layer._law_tensor = keep, 1.0 - keep, law, law  # type: ignore[assignment]
+            layer.rate = Rate(keep, 1.0 - keep, layer._formula, law)
         with self._masks.at(stream):
             output = functional_call(self._model, {**own, **frozen, **buffers}, (x,))
         return self._training.loss(output, y)

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..core import rate as _rate
 from ..core import sites
 from ..kernels.law import ONE, Law
 
@@ -108,7 +107,7 @@ class Masks(TorchFunctionMode):
         if func is sites.draw:
             numbers, like, shape, _, law = args
             return numbers(self._key(like.device), shape, law)
-        if func is not _rate.apply:
+        if func is not sites.apply:
             return func(*args, **(kwargs or {}))
         operator, input, law, shape, inplace, _ = args
         key = self._key(input.device)

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...core.checks import check_input
 from ...core.portable import refuse_script
-from ...core.rate import check_input
 from ...core.symbolic import leaf
 from ...core.torch_state import forward_mode_active, function_modes, is_compiling, tracing_state, transforms_active
 from ...kernels.masking import COMPUTE_DTYPE

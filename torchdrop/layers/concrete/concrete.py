@@ -27,12 +27,13 @@ from torch.fx import Proxy
 from torch.nn.functional import logsigmoid, softplus
 
 from ...core import sites
+from ...core.checks import check_input
+from ...core.mask_shape import Axes, NoiseShape, mask_shape
 from ...core.portable import refuse_script
-from ...core.rate import check_input, read_rate
+from ...core.rate import read_rate
 from ...core.symbolic import leaf, recorded
 from ...kernels.masking import COMPUTE_DTYPE
 from ...random import check_generator
-from ..dropout import Axes, NoiseShape, mask_shape
 
 TEMPERATURE = 0.1
 

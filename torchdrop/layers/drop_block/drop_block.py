@@ -12,7 +12,6 @@ from the rate and the shape alone, never from the mask that was drawn, which wou
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -21,14 +20,14 @@ from torch.fx import Proxy
 
 from ... import kernels
 from ...core import portable, sites
-from ...core.rate import Rated, check_inplace, check_input, law_for, read_rate
+from ...core.checks import check_bool, check_inplace, check_input
+from ...core.mask_shape import Axes, mask_shape
+from ...core.rate import InplaceRated, as_rate, rate_named
 from ...core.symbolic import leaf, recorded
-from ...core.torch_state import is_compiling, transforms_active
-from ...kernels.law import ONE, Law, inverted
+from ...core.torch_state import is_compiling
+from ...kernels.law import ONE, Law
 from ...kernels.masking import COMPUTE_DTYPE
 from ...ops import operators
-from ..drop_path import _given
-from ..dropout import Axes, mask_shape
 from .geometry import anchor_law, free, position_scales
 
 Scaling = Literal["mean", "marginal"]
@@ -41,13 +40,12 @@ def _check_form(block_size: Any, scaling: Any, inplace: Any) -> None:
         raise ValueError(f"block_size must be at least 1, got {block_size}")
     if scaling not in ("mean", "marginal"):
         raise ValueError(f"scaling must be 'mean' or 'marginal', got {scaling!r}")
-    if not isinstance(inplace, bool):  # timm's third argument is a number, gamma_scale
-        raise TypeError(f"inplace must be True or False, got {inplace!r}")
+    check_bool("inplace", inplace)  # timm's third argument is a number, gamma_scale
 
 
-def _read(p: Any, keep_prob: Any) -> Any:
-    """`_given`, where no rate at all is for `read_rate` to refuse."""
-    return None if p is None else _given("p", p, keep_prob)
+def _named(p: Any, keep_prob: Any) -> Any:
+    """`rate_named`, where no rate at all is for `as_rate` to refuse."""
+    return None if p is None else rate_named("p", p, keep_prob)
 
 
 def _mask_shape(input: Tensor, spatial: int, block_size: int, shared_axes: Axes) -> tuple[int, ...]:
@@ -120,15 +118,17 @@ def _masked(x: Tensor, kept: Tensor, scale: Law | Tensor) -> Tensor:
 def _drop_block(
     spatial: int,
     input: Tensor,
-    law_of: Callable[[tuple[int, ...]], Law | Tensor],
+    p: Any,
     block_size: int,
-    training: bool,
     inplace: bool,
+    training: bool,
+    keep_prob: Any,
     scaling: Scaling,
     shared_axes: Axes,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """What the three forms share; they differ in the number of the map's dimensions."""
+    """The three forms, which differ in the number of the map's dimensions."""
+    rate = as_rate(_named(p, keep_prob), keep_prob)
     _check_form(block_size, scaling, inplace)
     if not sites.is_on(training):
         return input
@@ -137,15 +137,12 @@ def _drop_block(
     if inplace:
         check_inplace(input)
     sizes = portable.numbered(shape[-spatial:])
-    law = anchor_law(law_of((*shape[:-spatial], *[1] * spatial)), sizes, block_size)
-    keeps_all = isinstance(law, Law) and law.threshold == ONE
-    if keeps_all and transforms_active():
-        return input
+    law = anchor_law(rate.law_for((*shape[:-spatial], *[1] * spatial)), sizes, block_size)
     scale: Law | Tensor = law if isinstance(law, Law) else law[..., 1]
     if scaling == "marginal":
         scale = position_scales(law, sizes, block_size)
     unstarted = sites.keep_mask(input, law, shape, generator)
-    if keeps_all:
+    if unstarted is None:
         return input
     out = _masked(input, free(unstarted, sizes, block_size), scale)
     return input.copy_(out) if inplace else out
@@ -176,7 +173,7 @@ def drop_block1d(
     """
     if isinstance(input, Proxy):
         return recorded(drop_block1d, locals())
-    return _function(1, input, p, block_size, inplace, training, keep_prob, scaling, shared_axes, generator)
+    return _drop_block(1, input, p, block_size, inplace, training, keep_prob, scaling, shared_axes, generator)
 
 
 def drop_block2d(
@@ -241,7 +238,7 @@ def drop_block2d(
     """
     if isinstance(input, Proxy):
         return recorded(drop_block2d, locals())
-    return _function(2, input, p, block_size, inplace, training, keep_prob, scaling, shared_axes, generator)
+    return _drop_block(2, input, p, block_size, inplace, training, keep_prob, scaling, shared_axes, generator)
 
 
 def drop_block3d(
@@ -269,31 +266,10 @@ def drop_block3d(
     """
     if isinstance(input, Proxy):
         return recorded(drop_block3d, locals())
-    return _function(3, input, p, block_size, inplace, training, keep_prob, scaling, shared_axes, generator)
+    return _drop_block(3, input, p, block_size, inplace, training, keep_prob, scaling, shared_axes, generator)
 
 
-def _function(
-    spatial: int,
-    input: Tensor,
-    p: Any,
-    block_size: int,
-    inplace: bool,
-    training: bool,
-    keep_prob: Any,
-    scaling: Scaling,
-    shared_axes: Axes,
-    generator: torch.Generator | None,
-) -> Tensor:
-    k, _ = read_rate(_read(p, keep_prob), keep_prob)
-    return _drop_block(
-        spatial, input, lambda shape: law_for(k, inverted, shape), block_size, training, inplace, scaling, shared_axes,
-        generator,
-    )  # fmt: skip
-
-
-class _DropBlock(Rated):
-    _spatial: int
-
+class _DropBlock(InplaceRated):
     def __init__(
         self,
         p: Any = None,
@@ -306,18 +282,11 @@ class _DropBlock(Rated):
         shared_axes: Axes = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(_read(p, keep_prob), inplace, keep_prob=keep_prob, generator=generator)
+        super().__init__(_named(p, keep_prob), inplace, keep_prob=keep_prob, generator=generator)
         _check_form(block_size, scaling, inplace)
         self.block_size = block_size
         self.scaling = scaling
         self.shared_axes = shared_axes
-
-    @leaf
-    def forward(self, input: Tensor) -> Tensor:
-        return _drop_block(
-            self._spatial, input, self._law_for, self.block_size, self.training, self.inplace, self.scaling,
-            self.shared_axes, self.generator,
-        )  # fmt: skip
 
     def extra_repr(self) -> str:
         rate, inplace = super().extra_repr().rsplit(", ", 1)
@@ -339,7 +308,12 @@ class DropBlock1d(_DropBlock):
         (torch.Size([2, 3, 16]), True)
     """
 
-    _spatial = 1
+    @leaf
+    def forward(self, input: Tensor) -> Tensor:
+        return drop_block1d(
+            input, self.rate, self.block_size, self.inplace, training=self.training, scaling=self.scaling,
+            shared_axes=self.shared_axes, generator=self.generator,
+        )  # fmt: skip
 
 
 class DropBlock2d(_DropBlock):
@@ -379,7 +353,12 @@ class DropBlock2d(_DropBlock):
         (True, True)
     """
 
-    _spatial = 2
+    @leaf
+    def forward(self, input: Tensor) -> Tensor:
+        return drop_block2d(
+            input, self.rate, self.block_size, self.inplace, training=self.training, scaling=self.scaling,
+            shared_axes=self.shared_axes, generator=self.generator,
+        )  # fmt: skip
 
 
 class DropBlock3d(_DropBlock):
@@ -395,4 +374,9 @@ class DropBlock3d(_DropBlock):
         (torch.Size([2, 3, 5, 5, 5]), True)
     """
 
-    _spatial = 3
+    @leaf
+    def forward(self, input: Tensor) -> Tensor:
+        return drop_block3d(
+            input, self.rate, self.block_size, self.inplace, training=self.training, scaling=self.scaling,
+            shared_axes=self.shared_axes, generator=self.generator,
+        )  # fmt: skip

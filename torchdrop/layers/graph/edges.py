@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ...core import sites
-from ...core.rate import check_input
+from ...core.checks import check_input
 from ...core.torch_state import is_compiling, transforms_active
 from ...kernels.law import ONE
-from ...ops import random_bits
+from ...ops import random_bits as numbers
 
 
 def check_edges(edge_index: Any, edge_weight: Any, num_nodes: int | None) -> None:
@@ -45,11 +45,11 @@ def check_edges(edge_index: Any, edge_weight: Any, num_nodes: int | None) -> Non
         raise ValueError(f"edge_index must hold numbers of nodes, from 0 and below {most}, got {wrong}")
 
 
-def draws_of_pairs(edge_index: Tensor, generator: torch.Generator | None) -> Tensor:
+def bits_of_pairs(edge_index: Tensor, generator: torch.Generator | None) -> Tensor:
     """An integer in [0, 2**32) for each edge, the same for (i, j) and (j, i): 128 bits are drawn and are the key, in
     which each pair has a stream of its own."""
-    high, low, top, bottom = sites.words(edge_index, (4,), generator).unbind(-1)
+    high, low, top, bottom = sites.random_bits(edge_index, (4,), generator).unbind(-1)
     source, target = edge_index.to(torch.int64).unbind(0)
     pair = torch.minimum(source, target) << 32 ^ torch.maximum(source, target)
     stream = (top << 32 | bottom) ^ pair
-    return random_bits.draws(torch.stack([(high << 32 | low).expand_as(stream), stream], -1), ())
+    return numbers.draws(torch.stack([(high << 32 | low).expand_as(stream), stream], -1), ())

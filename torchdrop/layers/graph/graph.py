@@ -14,7 +14,6 @@ the expectation is kept of the sum, not of what it is divided by.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,14 +21,14 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from ...core import sites
-from ...core.rate import DEFAULT_P, Rated, apply, check_input, law_for, read_rate
+from ...core.checks import check_input
+from ...core.rate import DEFAULT_P, InplaceRated, Rate, Rated, as_rate
 from ...core.symbolic import holds_proxy, leaf, recorded
 from ...core.torch_state import transforms_active
-from ...kernels.law import inverted
+from ...kernels.law import Law, keeps_all
 from ...kernels.masking import COMPUTE_DTYPE, trailing
 from ...ops import operators
-from ..drop_head import LawOf, keeps_all
-from .edges import check_edges, draws_of_pairs
+from .edges import bits_of_pairs, check_edges
 
 
 def _drop_edges(
@@ -37,7 +36,7 @@ def _drop_edges(
     edge_weight: Tensor | None,
     num_nodes: int | None,
     training: bool,
-    law_of: LawOf,
+    rate: Rate,
     undirected: bool,
     keep_self_loops: bool,
     generator: torch.Generator | None,
@@ -46,13 +45,11 @@ def _drop_edges(
     check_edges(edge_index, edge_weight, num_nodes)
     shape = (edge_index.shape[1],)
     weight = torch.ones(shape, device=edge_index.device) if edge_weight is None else edge_weight
-    if not sites.is_on(training) or (keeps_all(law := law_of(shape)) and transforms_active()):
+    if not sites.is_on(training):
         return None, weight
-    if undirected:
-        kept = draws_of_pairs(edge_index, generator) < trailing(law, edge_index.device)[0]
-    else:
-        kept = sites.keep_mask(edge_index, law, shape, generator)
-    if keeps_all(law):
+    law = rate.law_for(shape)
+    kept = _kept_edges(edge_index, law, undirected, generator)
+    if kept is None:
         return None, weight
     dtype = COMPUTE_DTYPE[weight.dtype]
     scale = trailing(law, weight.device)[1]
@@ -63,6 +60,18 @@ def _drop_edges(
     if isinstance(scale, Tensor):
         scale = scale.to(dtype).reshape(each if scale.dim() else ())
     return kept, torch.where(kept.reshape(each), weight.to(dtype) * scale, 0.0).to(weight.dtype)
+
+
+def _kept_edges(
+    edge_index: Tensor, law: Law | Tensor, undirected: bool, generator: torch.Generator | None
+) -> Tensor | None:
+    if not undirected:
+        return sites.keep_mask(edge_index, law, (edge_index.shape[1],), generator)
+    every = keeps_all(law)
+    if every and transforms_active():
+        return None
+    bits = bits_of_pairs(edge_index, generator)
+    return None if every else bits < trailing(law, edge_index.device)[0]
 
 
 def _without(edge_index: Tensor, kept: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,9 +109,8 @@ def drop_edge_weight(
     """
     if holds_proxy(edge_index, edge_weight):
         return recorded(drop_edge_weight, locals())
-    k, _ = read_rate(p, keep_prob)
-    law_of = partial(law_for, k, inverted)
-    return _drop_edges(edge_index, edge_weight, num_nodes, training, law_of, undirected, keep_self_loops, generator)[1]
+    rate = as_rate(p, keep_prob)
+    return _drop_edges(edge_index, edge_weight, num_nodes, training, rate, undirected, keep_self_loops, generator)[1]
 
 
 def drop_edge(
@@ -157,11 +165,10 @@ def drop_edge(
     """
     if holds_proxy(edge_index, edge_weight):
         return recorded(drop_edge, locals())
-    k, _ = read_rate(p, keep_prob)
-    law_of = partial(law_for, k, inverted)
+    rate = as_rate(p, keep_prob)
     return _without(
         edge_index,
-        *_drop_edges(edge_index, edge_weight, num_nodes, training, law_of, undirected, keep_self_loops, generator),
+        *_drop_edges(edge_index, edge_weight, num_nodes, training, rate, undirected, keep_self_loops, generator),
     )
 
 
@@ -201,31 +208,30 @@ class DropEdge(Rated):
         super().__init__(p, keep_prob=keep_prob, generator=generator)
         self.undirected, self.keep_self_loops = undirected, keep_self_loops
 
-    def _drop(self, edge_index: Tensor, edge_weight: Tensor | None) -> tuple[Tensor | None, Tensor]:
-        return _drop_edges(
-            edge_index, edge_weight, None, self.training, self._law_for, self.undirected, self.keep_self_loops,
-            self.generator,
-        )  # fmt: skip
-
     @leaf
     def forward(self, edge_index: Tensor, edge_weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return _without(edge_index, *self._drop(edge_index, edge_weight))
+        return drop_edge(
+            edge_index, edge_weight, self.rate, self.training, undirected=self.undirected,
+            keep_self_loops=self.keep_self_loops, generator=self.generator,
+        )  # fmt: skip
 
     def edge_weight(self, edge_index: Tensor, edge_weight: Tensor | None = None) -> Tensor:
         """What `drop_edge_weight` gives, at this layer's rate and mode: all edges, with the weight 0 where dropped. In
         Monte Carlo inference the draw belongs to the module that calls this."""
-        return self._drop(edge_index, edge_weight)[1]
+        return drop_edge_weight(
+            edge_index, edge_weight, self.rate, self.training, undirected=self.undirected,
+            keep_self_loops=self.keep_self_loops, generator=self.generator,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
-        rate = super().extra_repr().removesuffix(", inplace=False")
+        rate = super().extra_repr()
         return f"{rate}, undirected={self.undirected}, keep_self_loops={self.keep_self_loops}"
 
 
 def _drop_features(
-    name: str, input: Tensor, training: bool, law_of: LawOf, inplace: bool, generator: torch.Generator | None
+    name: str, input: Tensor, rate: Rate, training: bool, inplace: bool, generator: torch.Generator | None
 ) -> Tensor:
-    """What nodes and messages share: for nodes one draw for each row, for messages one for each element."""
-    if not sites.is_on(training):
+    if not (training or sites.is_on(training)):
         return input
     check_input(input, name)
     rows = name == "drop_node"
@@ -233,7 +239,7 @@ def _drop_features(
         expected = "features of shape (nodes, ...)" if rows else "messages of shape (edges, features, ...)"
         raise ValueError(f"{name} takes {expected}, got a {input.dim()}-D tensor")
     shape = (input.shape[0], *[1] * (input.dim() - 1)) if rows else input.shape
-    return apply(operators.masked, input, law_of(shape), shape, inplace, generator)
+    return sites.apply(operators.masked, input, rate.law_for(shape), shape, inplace, generator)
 
 
 def drop_node(
@@ -277,11 +283,10 @@ def drop_node(
     """
     if isinstance(input, Proxy):
         return recorded(drop_node, locals())
-    k, _ = read_rate(p, keep_prob)
-    return _drop_features("drop_node", input, training, partial(law_for, k, inverted), inplace, generator)
+    return _drop_features("drop_node", input, as_rate(p, keep_prob), training, inplace, generator)
 
 
-class DropNode(Rated):
+class DropNode(InplaceRated):
     """Module of `drop_node`: rows of x m / k in training, the input itself in eval mode.
 
     Args:
@@ -300,7 +305,7 @@ class DropNode(Rated):
 
     @leaf
     def forward(self, input: Tensor) -> Tensor:
-        return _drop_features("drop_node", input, self.training, self._law_for, self.inplace, self.generator)
+        return drop_node(input, self.rate, self.training, self.inplace, generator=self.generator)
 
 
 def drop_message(
@@ -345,11 +350,10 @@ def drop_message(
     """
     if isinstance(input, Proxy):
         return recorded(drop_message, locals())
-    k, _ = read_rate(p, keep_prob)
-    return _drop_features("drop_message", input, training, partial(law_for, k, inverted), inplace, generator)
+    return _drop_features("drop_message", input, as_rate(p, keep_prob), training, inplace, generator)
 
 
-class DropMessage(Rated):
+class DropMessage(InplaceRated):
     """Module of `drop_message`: messages m / k in training, the input itself in eval mode.
 
     In a layer of torch_geometric it is called from a hook; as a part of the model it has a name and a mode:
@@ -372,4 +376,4 @@ class DropMessage(Rated):
 
     @leaf
     def forward(self, input: Tensor) -> Tensor:
-        return _drop_features("drop_message", input, self.training, self._law_for, self.inplace, self.generator)
+        return drop_message(input, self.rate, self.training, self.inplace, generator=self.generator)

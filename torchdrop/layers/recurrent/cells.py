@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...kernels.masking import COMPUTE_DTYPE
+from ...kernels.masking import scaled_where
 
 Update = Tensor | float | None
 """Which units of a state are updated, as bools; the weight of the update, in expectation; or None: all are."""
@@ -60,14 +60,6 @@ def _unbound(value: Any, count: int) -> Sequence[Any]:
     return value.unbind(1) if isinstance(value, Tensor) and value.dim() == 3 else [value] * count
 
 
-def select(x: Tensor, kept: Tensor, scale: Tensor | float) -> Tensor:
-    """``x * scale`` where kept, 0 elsewhere; half types are rounded once."""
-    if isinstance(scale, float):
-        return torch.where(kept, x * scale, 0.0)
-    wide = COMPUTE_DTYPE[x.dtype]
-    return torch.where(kept, x.to(wide) * scale.to(wide), 0.0).to(x.dtype)
-
-
 def updated(new: Tensor, old: Tensor, update: Update) -> Tensor:
     """`new` where a unit is updated and `old` elsewhere, or the expectation of that; half types are rounded once."""
     if update is None:
@@ -94,7 +86,7 @@ def lstm(x: Tensor, state: State, noise: Noise, weight: Tensor, projection: Tens
     i, f, g, o = torch.addmm(x, before, weight.t()).chunk(4, 1)
     g = g.tanh()
     if noise.kept is not None:
-        g = select(g, noise.kept, noise.scale)
+        g = scaled_where(noise.kept, g, noise.scale)
     cell = torch.addcmul(f.sigmoid() * memory, i.sigmoid(), g)
     hidden = o.sigmoid() * cell.tanh()
     if projection is not None:
@@ -118,7 +110,7 @@ def gru(x: Tensor, state: State, noise: Noise, weight: Tensor, bias: Tensor | No
     r, z = (x[:, : 2 * size] + recurrent[:, : 2 * size]).sigmoid().chunk(2, 1)
     g = torch.addcmul(x[:, 2 * size :], r, recurrent[:, 2 * size :]).tanh()
     if noise.kept is not None:
-        g = select(g, noise.kept, noise.scale)
+        g = scaled_where(noise.kept, g, noise.scale)
     return (updated(torch.addcmul(g, z, before - g), before, noise.hidden),)
 
 

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core import sites
+from ...core.checks import check_bool
 from ...core.rate import Rated
-from ...core.sites import is_on, keep_mask
-from ...core.torch_state import transforms_active
-from ...kernels.law import ONE, Law
+from ...kernels.law import Law
 from ...kernels.masking import trailing
 from .base import Unrolled, named
 from .cells import Noise
@@ -36,27 +36,28 @@ class RecurrentDropoutSteps(Rated):
     def __init__(self, p: Any, per_step: bool, generator: torch.Generator | None) -> None:
         with named("recurrent_dropout"):
             super().__init__(p, generator=generator)
-        if not isinstance(per_step, bool):
-            raise TypeError(f"per_step must be True or False, got {per_step!r}")
+        check_bool("per_step", per_step)
         self.per_step = per_step
 
     def forward(self, like: Tensor, shape: Sequence[int]) -> tuple[Tensor | None, Tensor | float]:
         """What of the candidates is kept, and its scale."""
+        if not sites.is_on(self.training):
+            return None, 1.0
         batch, steps, units = shape
         drawn = (batch, steps if self.per_step else 1, units)
-        law = self._law_for(drawn)
-        every = isinstance(law, Law) and law.threshold == ONE
-        if not is_on(self.training) or (every and transforms_active()):
+        law = self.rate.law_for(drawn)
+        kept = sites.keep_mask(like, law, drawn, self.generator)
+        if kept is None:
             return None, 1.0
-        kept = keep_mask(like, law, drawn, self.generator).expand(batch, steps, units)
+        kept = kept.expand(batch, steps, units)
         if isinstance(law, Law):
-            return None if every else kept, law.scale
+            return kept, law.scale
         scale: Any = trailing(law, like.device)[1]
         scale = scale.to(like.device)
         return kept, scale if scale.dim() == 0 else scale.expand(batch, steps, units)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr().partition(', inplace')[0]}, per_step={self.per_step}"
+        return f"{super().extra_repr()}, per_step={self.per_step}"
 
 
 class ZoneoutLSTM(Unrolled):

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...core.torch_state import is_compiling
+from ...kernels.masking import scaled_where
 from ...ops.operators import is_plain
-from .cells import Noise, State, Update, Weights, run, select, unroll, updated
+from .cells import Noise, State, Update, Weights, run, unroll, updated
 
 _of_sigmoid = torch.ops.aten.sigmoid_backward
 _of_tanh = torch.ops.aten.tanh_backward
@@ -159,7 +160,7 @@ def _lstm_forward(
         g.tanh_()
         o.sigmoid_()
         if noise.kept is not None:
-            g = select(g, noise.kept, noise.scale)
+            g = scaled_where(noise.kept, g, noise.scale)
         cell = torch.addcmul(f * memory, i, g)
         hidden = o * torch.tanh(cell, out=next(slots))
         return updated(hidden, before, noise.hidden), updated(cell, memory, noise.cell)
@@ -218,7 +219,7 @@ def _gru_forward(
         r, z, g = x.chunk(3, 1)
         g.addcmul_(r, parts[-1]).tanh_()
         if noise.kept is not None:
-            g = select(g, noise.kept, noise.scale)
+            g = scaled_where(noise.kept, g, noise.scale)
         return (updated(torch.addcmul(g, z, before - g), before, noise.hidden),)
 
     outputs, final = unroll(step, gates.split(list(sizes)), state, noise, backwards)

@@ -16,29 +16,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core import sites
+from ...core.checks import check_input
 from ...core.exported import or_eval
-from ...core.rate import DEFAULT_P, Rate, Rated, check_input, law_for, read_rate, realised
-from ...core.sites import is_on, keep_mask
+from ...core.rate import DEFAULT_P, Rate, Rated, as_rate, realised
 from ...core.symbolic import holds_proxy, leaf, recorded
-from ...core.torch_state import transforms_active
-from ...kernels.law import ONE, Law, inverted
+from ...kernels.law import ONE, Law, keeps_all
 from ...kernels.masking import COMPUTE_DTYPE
 from .cells import Update, updated
 
 
 def _update(
-    like: Tensor, keep_prob: Rate, law: Law | Tensor, shape: Sequence[int], on: bool, generator: torch.Generator | None
+    like: Tensor, rate: Rate, shape: Sequence[int], training: bool, generator: torch.Generator | None
 ) -> Update:
-    """What of a state is updated: a mask of this shape where the noise is on, else the mask's expectation."""
+    law, on = rate.law_for(shape), sites.is_on(training)
     if isinstance(law, Law):
-        every = law.threshold == ONE
-        if on and not (every and transforms_active()):
-            mask = keep_mask(like, law, shape, generator)
-            return None if every else mask
-        return None if every else law.threshold / ONE
+        if on:
+            return sites.keep_mask(like, law, shape, generator)
+        return None if keeps_all(law) else law.threshold / ONE
     if on:
-        mask = keep_mask(like, law, shape, generator)
-        return or_eval(mask, lambda: _expected(like, torch.as_tensor(realised(keep_prob)), shape))
+        mask: Any = sites.keep_mask(like, law, shape, generator)
+        return or_eval(mask, lambda: _expected(like, torch.as_tensor(realised(rate.keep_prob)), shape))
     return _expected(like, law[..., 0] / ONE, shape)
 
 
@@ -100,9 +98,9 @@ def zoneout(
     """
     if holds_proxy(new, old):
         return recorded(zoneout, locals())
-    k, _ = read_rate(p, keep_prob)
+    rate = as_rate(p, keep_prob)
     _check_states(new, old)
-    return updated(new, old, _update(new, k, law_for(k, inverted, new.shape), new.shape, is_on(training), generator))
+    return updated(new, old, _update(new, rate, new.shape, training, generator))
 
 
 class Zoneout(Rated):
@@ -126,27 +124,13 @@ class Zoneout(Rated):
         Zoneout(p=0.1)
     """
 
-    def __init__(self, p: Any = DEFAULT_P, *, keep_prob: Any = None, generator: torch.Generator | None = None) -> None:
-        super().__init__(p, keep_prob=keep_prob, generator=generator)
-
     @leaf
     def forward(self, new: Tensor, old: Tensor) -> Tensor:
-        _check_states(new, old)
-        return updated(
-            new,
-            old,
-            _update(new, self._keep_prob, self._law_for(new.shape), new.shape, is_on(self.training), self.generator),
-        )
-
-    def extra_repr(self) -> str:
-        return super().extra_repr().partition(", inplace")[0]
+        return zoneout(new, old, self.rate, self.training, generator=self.generator)
 
 
 class ZoneoutSteps(Rated):
     """The rate of zoneout in a recurrent layer, which draws for all of its time steps at once."""
 
     def forward(self, like: Tensor, shape: Sequence[int]) -> Update:
-        return _update(like, self._keep_prob, self._law_for(shape), shape, is_on(self.training), self.generator)
-
-    def extra_repr(self) -> str:
-        return super().extra_repr().partition(", inplace")[0]
+        return _update(like, self.rate, shape, self.training, self.generator)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from ...core.rate import check_input
+from ...core.checks import check_input
 from ...core.symbolic import recorded
 from ...kernels.masking import COMPUTE_DTYPE
 from ...random import check_generator

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from ...core.rate import check_input, read_rate
+from ...core.checks import check_input
+from ...core.rate import read_rate
 from ...core.symbolic import recorded
 from ...kernels.masking import COMPUTE_DTYPE
 from ...random import check_generator

@@ -13,34 +13,22 @@ together, as if a dropout layer stood before the linear one, which is what the a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ...core import sites
-from ...core.rate import DEFAULT_P, apply, check_input, law_for, read_rate
+from ...core.checks import check_input
+from ...core.mask_shape import Axes, mask_shape
+from ...core.rate import DEFAULT_P, as_rate
 from ...core.symbolic import holds_proxy, recorded
-from ...kernels.law import ONE, Law, inverted
+from ...kernels.law import ONE, Law
 from ...kernels.masking import COMPUTE_DTYPE
 from ...ops import operators
-from ..dropout import Axes, mask_shape
 from .parametrize import Layers, Names, OfWeight, register, remove
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
-
-
-def _mixed(
-    input: Tensor, target: Tensor, law: Law | Tensor, shape: Sequence[int], generator: torch.Generator | None
-) -> Tensor:
-    wide = COMPUTE_DTYPE[input.dtype]
-    base = target.to(wide)
-    out = (base + apply(operators.masked, input.to(wide) - base, law, shape, False, generator)).to(input.dtype)
-    # The sum rounds: where nothing is dropped the input is what it was, bit for bit.
-    if isinstance(law, Law):
-        return input if law.threshold == ONE else out
-    return torch.where((law[..., 0] >= ONE).to(input.device), input, out)
 
 
 def _check_target(input: Tensor, target: Any) -> None:
@@ -102,12 +90,18 @@ def mixout(
     """
     if holds_proxy(input, target):
         return recorded(mixout, locals())
-    k, _ = read_rate(p, keep_prob)
-    if not sites.is_on(training):
+    rate = as_rate(p, keep_prob)
+    if not (training or sites.is_on(training)):
         return input
     _check_target(input, target)
     shape = mask_shape(input, shared_axes, None)
-    return _mixed(input, target, law_for(k, inverted, shape), shape, generator)
+    law, wide = rate.law_for(shape), COMPUTE_DTYPE[input.dtype]
+    base = target.to(wide)
+    out = (base + sites.apply(operators.masked, input.to(wide) - base, law, shape, False, generator)).to(input.dtype)
+    # The sum rounds: where nothing is dropped the input is what it was, bit for bit.
+    if isinstance(law, Law):
+        return input if law.threshold == ONE else out
+    return torch.where((law[..., 0] >= ONE).to(input.device), input, out)
 
 
 class Mixout(OfWeight):
@@ -152,11 +146,9 @@ class Mixout(OfWeight):
         self.register_buffer("target", target.detach().clone())
 
     def forward(self, weight: Tensor) -> Tensor:
-        if not sites.is_on(self.training):
-            return weight
-        _check_target(weight, self.target)
-        shape = mask_shape(weight, self.shared_axes, None)
-        return _mixed(weight, self.target, self._law_for(shape), shape, self.generator)
+        return mixout(
+            weight, self.target, self.rate, self.training, shared_axes=self.shared_axes, generator=self.generator
+        )
 
 
 def apply_mixout(

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from ...core.mask_shape import Axes, mask_shape
 from ...core.rate import DEFAULT_P, Rated
 from ...kernels.masking import COMPUTE_DTYPE, SERVED
-from ..dropout import Axes, mask_shape
 
 Names = str | Sequence[str]
 Layers = type[nn.Module] | tuple[type[nn.Module], ...]
@@ -48,13 +48,17 @@ class OfWeight(Rated):
         super().__init__(p, keep_prob=keep_prob, generator=generator)
         self.shared_axes = shared_axes
 
+    def check_weight(self, weight: Tensor) -> None:
+        """Raises ValueError where the rate does not broadcast against a weight's mask."""
+        self.rate.law_for(mask_shape(weight, self.shared_axes, None))
+
     def right_inverse(self, weight: Tensor) -> Tensor:
         """What is stored when a weight is assigned."""
         return weight
 
     def extra_repr(self) -> str:
         shared = "" if self.shared_axes is None else f", shared_axes={self.shared_axes}"
-        return super().extra_repr().partition(", inplace")[0] + shared
+        return super().extra_repr() + shared
 
 
 class Place(NamedTuple):
@@ -186,7 +190,7 @@ def _made(place: Place, make: Callable[[Tensor], OfWeight]) -> OfWeight:
         )
     made = make(weight)
     try:
-        made._law_for(mask_shape(weight, made.shared_axes, None))
+        made.check_weight(weight)
     except ValueError as error:
         raise ValueError(f"{error}, for {place.path!r}") from None
     return made

@@ -20,10 +20,11 @@ from torch.fx import Proxy
 from torch.nn.utils import parametrize
 
 from ...core import sites
-from ...core.rate import DEFAULT_P, Rate, check_input, law_for, read_rate
+from ...core.checks import check_bool, check_input, check_integer
+from ...core.rate import DEFAULT_P, KeepProb, as_rate
 from ...core.symbolic import recorded
 from ...core.torch_state import is_compiling
-from ...kernels.law import Law, original
+from ...kernels.law import original
 from .parametrize import Layers, Names, OfWeight, register, remove
 from .targets import Choice
 
@@ -36,12 +37,10 @@ def _without(weight: Tensor, dropped: Tensor) -> Tensor:
     return torch.where(dropped, 0.0, weight)
 
 
-def _drop(weight: Tensor, choice: Choice, law: Law | Tensor, generator: torch.Generator | None) -> Tensor:
-    kept = sites.keep_mask(weight, law, choice.mask_shape(weight.shape), generator)
-    return _without(weight, choice.targets(weight) & ~kept)
-
-
-def _check_fraction(fraction: Any) -> float:
+def _check_fraction(fraction: Any) -> Any:
+    """The fraction as a float; a layer in compiled code, which has checked its own, gives a tensor."""
+    if isinstance(fraction, Tensor) and is_compiling():
+        return fraction
     if isinstance(fraction, bool) or not isinstance(fraction, numbers.Real):
         raise TypeError(f"target_fraction must be a number, got {type(fraction).__name__}")
     if not 0.0 <= fraction <= 1.0:  # type: ignore[operator]
@@ -49,7 +48,7 @@ def _check_fraction(fraction: Any) -> float:
     return float(fraction)
 
 
-def _check_leaves_some(fraction: float, keep_prob: Rate, pruned: bool) -> None:
+def _check_leaves_some(fraction: float, keep_prob: KeepProb, pruned: bool) -> None:
     """Refuses what would leave no weight."""
     if fraction == 1.0 and not isinstance(keep_prob, Tensor) and keep_prob == 0.0:
         raise ValueError(
@@ -60,11 +59,9 @@ def _check_leaves_some(fraction: float, keep_prob: Rate, pruned: bool) -> None:
 
 
 def _check_form(units: Any, dim: Any, pruned: Any) -> None:
-    for name, value in (("units", units), ("pruned", pruned)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} must be True or False, got {value!r}")
-    if isinstance(dim, bool) or not isinstance(dim, int):
-        raise TypeError(f"dim must be an integer, got {dim!r}")
+    check_bool("units", units)
+    check_bool("pruned", pruned)
+    check_integer("dim", dim)
 
 
 def _check_shape(shape: Sequence[int], dim: int) -> None:
@@ -136,19 +133,20 @@ def targeted_dropout(
     """
     if isinstance(weight, Proxy):
         return recorded(targeted_dropout, locals())
-    k, _ = read_rate(p, keep_prob)
     fraction = _check_fraction(target_fraction)
     _check_form(units, dim, pruned)
-    _check_leaves_some(fraction, k, pruned)
+    rate = as_rate(p, keep_prob, original, lambda k: _check_leaves_some(fraction, k, pruned))
     on = sites.is_on(training)
-    if not on and not pruned:
+    if not on and not (pruned and not training):
         return weight
     _check_weight(weight)
     _check_shape(weight.shape, dim)
     choice = Choice(fraction, units, dim)
     if not on:
         return _without(weight, choice.targets(weight))
-    return _drop(weight, choice, law_for(k, original, choice.mask_shape(weight.shape)), generator)
+    shape = choice.mask_shape(weight.shape)
+    kept = sites.keep_mask(weight, rate.law_for(shape), shape, generator)
+    return weight if kept is None else _without(weight, choice.targets(weight) & ~kept)
 
 
 class TargetedDropout(OfWeight):
@@ -209,7 +207,7 @@ class TargetedDropout(OfWeight):
         with torch.inference_mode(False):
             self._fraction_tensor = torch.tensor([fraction], dtype=torch.float64, device="cpu")
 
-    def _check_rate(self, keep_prob: Rate) -> None:
+    def _check_rate(self, keep_prob: KeepProb) -> None:
         _check_leaves_some(self._fraction, keep_prob, self._pruned)
 
     @property
@@ -220,7 +218,7 @@ class TargetedDropout(OfWeight):
     @target_fraction.setter
     def target_fraction(self, value: float) -> None:
         fraction = _check_fraction(value)
-        _check_leaves_some(fraction, self._keep_prob, self._pruned)
+        _check_leaves_some(fraction, self.keep_prob, self._pruned)
         self._set_fraction(fraction)
 
     @property
@@ -231,11 +229,14 @@ class TargetedDropout(OfWeight):
     @pruned.setter
     def pruned(self, value: bool) -> None:
         _check_form(self.units, self.dim, value)
-        _check_leaves_some(self._fraction, self._keep_prob, value)
+        _check_leaves_some(self._fraction, self.keep_prob, value)
         self._pruned = value
 
+    def _given_fraction(self) -> Any:
+        return self._fraction_tensor if is_compiling() else self._fraction
+
     def _choice(self) -> Choice:
-        return Choice(self._fraction_tensor if is_compiling() else self._fraction, self.units, self.dim)
+        return Choice(self._given_fraction(), self.units, self.dim)
 
     def without_targets(self, weight: Tensor) -> Tensor:
         """The weight with all targets 0."""
@@ -244,15 +245,14 @@ class TargetedDropout(OfWeight):
         return _without(weight, self._choice().targets(weight))
 
     def forward(self, weight: Tensor) -> Tensor:
-        if not sites.is_on(self.training):
-            return self.without_targets(weight) if self._pruned and not self.training else weight
-        _check_weight(weight)
-        return _drop(weight, self._choice(), self._law_for(weight.shape), self.generator)
+        return targeted_dropout(
+            weight, self.rate, self.training, target_fraction=self._given_fraction(), units=self.units, dim=self.dim,
+            pruned=self._pruned, generator=self.generator,
+        )  # fmt: skip
 
-    def _law_for(self, shape: Sequence[int]) -> Law | Tensor:
-        """That of the mask for a weight of this shape: what `register` asks for, to name a parameter it cannot have."""
-        _check_shape(shape, self.dim)
-        return super()._law_for(self._choice().mask_shape(shape))
+    def check_weight(self, weight: Tensor) -> None:
+        _check_shape(weight.shape, self.dim)
+        self.rate.law_for(self._choice().mask_shape(weight.shape))
 
     def extra_repr(self) -> str:
         flags = f", units={self.units}, dim={self.dim}, pruned={self._pruned}"

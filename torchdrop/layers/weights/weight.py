@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from ...core import sites
-from ...core.rate import DEFAULT_P, apply, check_input, law_for, read_rate
+from ...core.checks import check_input
+from ...core.mask_shape import Axes, mask_shape
+from ...core.rate import DEFAULT_P, as_rate
 from ...core.symbolic import recorded
-from ...kernels.law import inverted
 from ...ops import operators
-from ..dropout import Axes, mask_shape
 from .parametrize import Layers, Names, OfWeight, register, remove
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -73,12 +73,12 @@ def weight_dropout(
     """
     if isinstance(weight, Proxy):
         return recorded(weight_dropout, locals())
-    k, _ = read_rate(p, keep_prob)
-    if not sites.is_on(training):
+    rate = as_rate(p, keep_prob)
+    if not (training or sites.is_on(training)):
         return weight
     check_input(weight, "weight_dropout")
     shape = mask_shape(weight, shared_axes, None)
-    return apply(operators.masked, weight, law_for(k, inverted, shape), shape, False, generator)
+    return sites.apply(operators.masked, weight, rate.law_for(shape), shape, False, generator)
 
 
 class WeightDropout(OfWeight):
@@ -107,11 +107,7 @@ class WeightDropout(OfWeight):
     undone_by = "torchdrop.remove_weight_dropout"
 
     def forward(self, weight: Tensor) -> Tensor:
-        if not sites.is_on(self.training):
-            return weight
-        check_input(weight, "weight_dropout")
-        shape = mask_shape(weight, self.shared_axes, None)
-        return apply(operators.masked, weight, self._law_for(shape), shape, False, self.generator)
+        return weight_dropout(weight, self.rate, self.training, shared_axes=self.shared_axes, generator=self.generator)
 
 
 def apply_weight_dropout(

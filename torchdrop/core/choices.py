@@ -1,0 +1,29 @@
+"""Choices made from random bits: a subset of a fixed size, and a mask that leaves at least one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..kernels.law import ONE, Law
+from ..kernels.masking import trailing
+
+
+def subset(bits: Tensor, count: int) -> Tensor:
+    """The places of the `count` smallest along the last dimension, in order: every subset is equally likely.
+
+    Equal bits, of probability 2**-32 a pair, count as in order.
+    """
+    return bits.argsort(dim=-1, stable=True)[..., :count].sort(dim=-1).values
+
+
+def kept_or_smallest(bits: Tensor, law: Law | Tensor, dim: int, allowed: Tensor | None = None) -> Tensor:
+    """Where a draw is below the threshold or is the smallest along `dim`, among the allowed. All is kept where nothing
+    is allowed."""
+    if not bits.shape[dim]:
+        return bits >= 0
+    threshold = trailing(law, bits.device)[0]
+    least = (bits if allowed is None else torch.where(allowed, bits, ONE)).amin(dim, keepdim=True)
+    if isinstance(threshold, Tensor):
+        return bits <= torch.maximum(least, threshold.to(torch.int64) - 1)
+    return bits <= least.clamp(min=threshold - 1)

@@ -1,0 +1,69 @@
+"""Inverted dropout, which scales in training, and the original formulation, which scales in eval mode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops import operators
+from .exported import or_eval
+from .rate import DEFAULT_P, InplaceRated, Rate, formula_of, realised
+from .shard import Cut
+from .sites import apply
+from .torch_state import is_exporting
+
+
+def eval_form(input: Tensor, rate: Rate, inverted: bool, inplace: bool) -> Tensor:
+    """What the two formulations give in eval mode: the input itself, or k times it."""
+    if inverted:
+        return input
+    k = realised(rate.keep_prob)
+    if isinstance(k, Tensor):
+        k = k.to(input.device, torch.promote_types(input.dtype, torch.float32))
+    if inplace:
+        return input.mul_(k)
+    return (input * k).to(input.dtype)
+
+
+def masked(
+    input: Tensor,
+    rate: Rate,
+    inverted: bool,
+    shape: Sequence[int],
+    inplace: bool,
+    generator: torch.Generator | None,
+    cut: Cut | None = None,
+) -> Tensor:
+    """A checked input under a mask of this shape. In an exported program, the original formulation has its eval mode
+    beside it."""
+    law = rate.law_for(shape)
+    if inverted or not is_exporting():
+        return apply(operators.masked, input, law, shape, inplace, generator, cut)
+    in_eval = eval_form(input, rate, False, False)
+    out = or_eval(apply(operators.masked, input, law, shape, False, generator, cut), lambda: in_eval)
+    return input.copy_(out) if inplace else out
+
+
+class Formulated(InplaceRated):
+    """A layer in either formulation."""
+
+    inverted: bool
+
+    def __init__(
+        self,
+        p: Any = DEFAULT_P,
+        inplace: bool = False,
+        *,
+        keep_prob: Any = None,
+        generator: torch.Generator | None = None,
+        inverted: bool = True,
+    ) -> None:
+        self._formula = formula_of(inverted)
+        super().__init__(p, inplace, keep_prob=keep_prob, generator=generator)
+        self.inverted = inverted
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.inverted else ", inverted=False")
