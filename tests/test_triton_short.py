@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import torchdrop
-from torchdrop import kernels
+from torchdrop import kernels, random
 from torchdrop.kernels import triton as backend
 from torchdrop.kernels.law import law
 from torchdrop.ops import fast_path, operators
@@ -45,7 +45,9 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
     if DEVICE.type == "cpu":
         monkeypatch.setattr(fast_path, "_kind", lambda x: None)
         monkeypatch.setitem(torchdrop.random._keys, -1, torch.empty(2, dtype=torch.int64))
-        monkeypatch.setattr(fast_path, "_is_served_row", lambda x: x.is_contiguous() and not fast_path._watched())
+        monkeypatch.setattr(
+            fast_path, "_is_served_row", lambda x: x.is_contiguous() and not (random._frozen or fast_path.is_observed())
+        )
     # Not in the backend itself, where the general road leads, too.
     monkeypatch.setattr(fast_path, "triton", types.SimpleNamespace(masked_row=masked_row, served=backend.served))
     for dtype in DTYPES:

@@ -131,16 +131,18 @@ def is_watched() -> bool:
     return any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
 
 
+def is_observed() -> bool:
+    """Whether a transform, dispatch mode or trace has to see what is done. Function modes are left to the caller."""
+    return transforms_active() or dispatch_modes() > 0 or forward_ad._current_level >= 0 or tracing_state() is not None
+
+
 def is_plain(x: Tensor) -> bool:
     """Whether x is what lies in its memory, and no transform, mode or trace has to see what is done to it."""
     kind = type(x)
     return (
         (kind is Tensor or kind is Parameter)
-        and not transforms_active()
-        and not dispatch_modes()
         and not function_modes()
-        and forward_ad._current_level < 0
-        and tracing_state() is None
+        and not is_observed()
         and has_storage(x)
         and not x.is_neg()
         and not x._is_zerotensor()

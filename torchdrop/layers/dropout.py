@@ -190,14 +190,14 @@ class Dropout(Formulated, nn.Dropout):
             return input if self.inverted else eval_form(input, self.rate, False, self.inplace)
         if (
             not is_compiling()
-            and self.rate.law is not None
+            and (law := self.rate.law) is not None
             and not self.inplace
             and self.generator is None
             and self.shared_axes is None
             and self.noise_shape is None
             and self.shard is None
         ):
-            out = fast_dropout(input, self.rate.law)
+            out = fast_dropout(input, law)
             if out is not None:
                 return out
         if isinstance(input, Proxy):

@@ -16,16 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .. import kernels, random
-from ..core.torch_state import (
-    dispatch_modes,
-    forward_mode_active,
-    function_modes,
-    is_watched,
-    lean_node_of,
-    tracing_state,
-    transforms_active,
-    without_function_modes,
-)
+from ..core.torch_state import function_modes, is_observed, is_watched, lean_node_of, without_function_modes
 from ..kernels import native, triton
 from ..kernels.law import ONE, Law
 from . import fused, operators
@@ -47,18 +38,6 @@ _ANY_WIDTH = native.ANY_WIDTH
 State = tuple[int, int, bytes, int, Law]
 
 
-def _watched() -> bool:
-    """Whether a setting, transform, dispatch mode or trace has to see what is done."""
-    return (
-        bool(random._frozen)
-        or kernels._forced is not None
-        or transforms_active()
-        or dispatch_modes() > 0
-        or forward_mode_active()
-        or tracing_state() is not None
-    )
-
-
 def _unseen(road: Callable[..., Tensor | None], *args: Any) -> Tensor | None:
     """What a road gives under function modes, if all they do is name a default device: every device is named here. The
     modes are set aside meanwhile, for else each look at a tensor would be a call of theirs."""
@@ -78,7 +57,9 @@ def _kind(x: Tensor) -> int | None:
         or not x.is_cpu
         or not x.is_contiguous()
         or _row is None
-        or _watched()
+        or random._frozen
+        or kernels._forced is not None
+        or is_observed()
     ):
         return None
     return _kind_of(x.dtype)
@@ -95,7 +76,9 @@ def _is_served_row(x: Tensor) -> bool:
         and not x.is_neg()
         and x.is_contiguous()
         and x.data_ptr() != 0
-        and not _watched()
+        and not random._frozen
+        and kernels._forced is None
+        and not is_observed()
     )
 
 
@@ -216,9 +199,7 @@ def _is_row(grad: Tensor, shape: Sequence[int], code: int, device: int = -1) -> 
         or not grad.is_contiguous()
         or grad.is_neg()
         or _is_grad_enabled()
-        or transforms_active()
-        or dispatch_modes()
-        or forward_mode_active()
+        or is_observed()
     ):
         return False
     try:

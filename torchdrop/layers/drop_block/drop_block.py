@@ -24,7 +24,7 @@ from ...core.checks import check_bool, check_inplace, check_input
 from ...core.mask_shape import Axes, mask_shape
 from ...core.rate import InplaceRated, as_rate, rate_named
 from ...core.symbolic import leaf, recorded
-from ...core.torch_state import is_compiling
+from ...core.torch_state import is_compiling, is_plain
 from ...kernels.law import ONE, Law
 from ...kernels.masking import COMPUTE_DTYPE
 from ...ops import operators
@@ -105,7 +105,7 @@ def _selected(x: Tensor, kept: Tensor, law: Law) -> Tensor:
 def _masked(x: Tensor, kept: Tensor, scale: Law | Tensor) -> Tensor:
     """``x * scale`` where kept and 0 elsewhere, differentiable in x."""
     dtype = COMPUTE_DTYPE[x.dtype]
-    if not is_compiling() and operators.is_plain(x):
+    if not is_compiling() and is_plain(x):
         if isinstance(scale, Law):
             return _selected(x, kept, scale)
         return (_selected(x, kept, _UNSCALED).to(dtype) * scale.to(x.device, dtype)).to(x.dtype)

@@ -18,9 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...core.torch_state import is_compiling
+from ...core.torch_state import is_compiling, is_plain
 from ...kernels.masking import scaled_where
-from ...ops.operators import is_plain
 from .cells import Noise, State, Update, Weights, run, unroll, updated
 
 _of_sigmoid = torch.ops.aten.sigmoid_backward
