@@ -13,9 +13,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
 import torchdrop
+from torchdrop.core import sites
 from torchdrop.kernels.law import ONE, law
-from torchdrop.layers.recurrent import lstm_gru as recurrent
-from torchdrop.layers.recurrent import zoneout
 from torchdrop.layers.recurrent.lstm_gru import (
     RecurrentDropoutGRU,
     RecurrentDropoutLSTM,
@@ -43,14 +42,13 @@ roads = pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "pla
 def masks(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Those that layers draw in this test."""
     drawn: list[Tensor] = []
-    for module in (recurrent, zoneout):
-        original = module.keep_mask
+    original = sites.keep_mask
 
-        def kept(*args: Any, original: Any = original) -> Tensor:
-            drawn.append(original(*args))
-            return drawn[-1]
+    def kept(*args: Any) -> Tensor:
+        drawn.append(original(*args))  # type: ignore[arg-type]
+        return drawn[-1]
 
-        monkeypatch.setattr(module, "keep_mask", kept)
+    monkeypatch.setattr(sites, "keep_mask", kept)
     return drawn
 
 
@@ -60,8 +58,7 @@ def put_in(monkeypatch: pytest.MonkeyPatch, bits: Iterator[bool]) -> None:
     def kept(like: Tensor, law: Any, shape: Any, generator: Any) -> Tensor:
         return torch.tensor([next(bits) for _ in range(torch.Size(shape).numel())]).reshape(tuple(shape))
 
-    for module in (recurrent, zoneout):
-        monkeypatch.setattr(module, "keep_mask", kept)
+    monkeypatch.setattr(sites, "keep_mask", kept)
 
 
 def states(layer: Any, *batch: int) -> Any:

@@ -14,8 +14,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 import torchdrop
+from torchdrop.core import sites
 from torchdrop.kernels.law import ONE, law
-from torchdrop.layers import locked as sequence
 from torchdrop.layers.locked import LockedDropout, locked_dropout
 
 from .seeding import seeded
@@ -63,7 +63,7 @@ def test_expectation_is_the_input_by_enumeration(k: float, monkeypatch: pytest.M
     x = pack_sequence([torch.tensor([[1.5, -2.0]] * 3).double(), torch.tensor([[3.0, 0.25]]).double()])
     mean = torch.zeros_like(x.data)
     for bits in itertools.product([False, True], repeat=4):
-        monkeypatch.setattr(sequence, "keep_mask", lambda *_, bits=bits: torch.tensor(bits).reshape(2, 2))
+        monkeypatch.setattr(sites, "keep_mask", lambda *_, bits=bits: torch.tensor(bits).reshape(2, 2))
         weight = q ** sum(bits) * (1 - q) ** (4 - sum(bits))
         mean += weight * locked_dropout(x, keep_prob=k).data
     torch.testing.assert_close(mean, x.data, rtol=1e-12, atol=0)

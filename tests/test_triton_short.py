@@ -46,7 +46,9 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
         monkeypatch.setattr(fast_path, "_kind", lambda x: None)
         monkeypatch.setitem(torchdrop.random._keys, -1, torch.empty(2, dtype=torch.int64))
         monkeypatch.setattr(
-            fast_path, "_is_served_row", lambda x: x.is_contiguous() and not (random._frozen or fast_path.is_observed())
+            fast_path,
+            "_is_served_row",
+            lambda x: x.is_contiguous() and not (random._frozen or kernels._forced or fast_path.is_observed()),
         )
     # Not in the backend itself, where the general road leads, too.
     monkeypatch.setattr(fast_path, "triton", types.SimpleNamespace(masked_row=masked_row, served=backend.served))

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import torchdrop
+from torchdrop.core import sites
 from torchdrop.kernels.law import ONE, law
-from torchdrop.layers.recurrent import zoneout as module
 from torchdrop.layers.recurrent.zoneout import Zoneout, zoneout
 
 from .seeding import seeded
@@ -32,7 +32,7 @@ def test_eval_is_the_expectation_of_training_by_enumeration(p: float, monkeypatc
     q = law(1 - p).threshold / ONE
     mean = torch.zeros_like(NEW)
     for bits in itertools.product([False, True], repeat=4):
-        monkeypatch.setattr(module, "keep_mask", lambda *_, bits=bits: torch.tensor(bits))
+        monkeypatch.setattr(sites, "keep_mask", lambda *_, bits=bits: torch.tensor(bits))
         y = zoneout(NEW, OLD, p)
         assert torch.equal(y, torch.where(torch.tensor(bits), NEW, OLD))  # nothing is scaled
         mean += q ** sum(bits) * (1 - q) ** (4 - sum(bits)) * y
