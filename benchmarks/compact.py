@@ -25,7 +25,7 @@ import torchdrop
 from torchdrop import compact
 
 NONE, COMPACT, MASKED, STOCK = "no dropout", "compact", "torchdrop.Dropout", "torch.nn.Dropout"
-LOOP, VECTORISED, DENSE = "compact, loop", "compact, vectorised", "masked, vectorised"
+LOOP, VECTORISED, DENSE = "compact, loop", "compact, vectorized", "masked, vectorized"
 REQUIRED = 1.7
 """How many times faster than without dropout the MLP's step must be at keep_prob 0.5."""
 
@@ -188,13 +188,13 @@ def measure_samples(case: Case, keep_prob: float, samples: int, effort: Effort) 
 
     calls = {
         LOOP: sampled(models[COMPACT].eval(), "loop"),
-        VECTORISED: sampled(models[COMPACT], "vectorised"),
-        DENSE: sampled(models[MASKED].eval(), "vectorised"),
+        VECTORISED: sampled(models[COMPACT], "vectorized"),
+        DENSE: sampled(models[MASKED].eval(), "vectorized"),
     }
     means = {name: call().mean for name, call in calls.items()}  # type: ignore[attr-defined]
     faults: dict[str, str | None] = dict.fromkeys(calls)
     if not torch.allclose(means[LOOP], means[VECTORISED], rtol=1e-3, atol=1e-5):
-        faults[LOOP] = "another mean than vectorised"
+        faults[LOOP] = "another mean than vectorized"
     result = compared(calls, faults, effort)
     label = f"{case.label()}, keep_prob {keep_prob:g}, {samples} samples"
     return {"label": label, "case": case.name, "keep_prob": keep_prob, **result}

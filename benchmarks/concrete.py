@@ -6,7 +6,7 @@ python benchmarks/concrete.py --render FILE
 Gal, Hron and Kendall (NeurIPS 2017, section 4.1) learn y = 2 x + 8 + e, with x and e standard normal, from N examples,
 N from 10 to 10,000. Their network has three hidden layers of rectified linear units and two outputs, a mean f and a
 log-variance s, each layer with concrete dropout of its input; the loss is the mean of exp(-s) (y - f)^2 + s plus the
-regularisers with length scale 1e-4. With more data the network should grow surer of itself, that is drop less:
+regularizers with length scale 1e-4. With more data the network should grow surer of itself, that is drop less:
 published is a fall of the learned rates from 0.40 at N = 10 to 0.16 at N = 10,000. Its epistemic uncertainty, the
 spread of f over stochastic passes, should fall with it, while the aleatoric one, exp(s / 2), should tend to the noise's
 standard deviation, 1.
@@ -40,8 +40,8 @@ from harness import digits, markdown_table, settle_allocator
 from torch import Tensor, nn
 
 import torchdrop
-from torchdrop import ConcreteLayer, concrete_regularisers, regularisation
-from torchdrop.layers.concrete.layer import Regularisers
+from torchdrop import ConcreteLayer, concrete_regularizers, regularization
+from torchdrop.layers.concrete.layer import Regularizers
 
 SIZES = (10, 25, 50, 100, 1000, 10_000)
 BATCH = 20
@@ -79,14 +79,14 @@ def sample(examples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 class Network(nn.Module):
     """Hidden layers, and the mean and the log-variance of the output, in columns."""
 
-    def __init__(self, units: int, factors: Regularisers) -> None:
+    def __init__(self, units: int, factors: Regularizers) -> None:
         super().__init__()
 
         def layer(inputs: int, outputs: int) -> ConcreteLayer:
             linear = nn.Linear(inputs, outputs)
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
-            return ConcreteLayer(linear, START, regularisers=factors, temperature=TEMPERATURE)
+            return ConcreteLayer(linear, START, regularizers=factors, temperature=TEMPERATURE)
 
         self.hidden = nn.ModuleList(layer(inputs, units) for inputs in (1, units, units))
         self.mean, self.log_variance = layer(units, 1), layer(units, 1)
@@ -120,7 +120,7 @@ def train(network: Network, x: Tensor, y: Tensor, updates: Iterable[int], pace: 
     optimizer = torch.optim.Adam(groups, fused=True)
     for _, batch in zip(updates, batches(len(x), order), strict=False):
         optimizer.zero_grad()
-        (heteroscedastic(network(x[batch]), y[batch]) + regularisation(network)).backward()
+        (heteroscedastic(network(x[batch]), y[batch]) + regularization(network)).backward()
         optimizer.step()
 
 
@@ -141,7 +141,7 @@ def measure(protocol: Protocol, examples: int, seed: int, loop: Loop) -> dict[st
     data = torch.Generator().manual_seed(seed)
     (x, y), new = sample(examples, data), sample(TESTS, data)
     torch.manual_seed(seed)
-    network = Network(protocol.units, concrete_regularisers(examples, length_scale=LENGTH_SCALE))
+    network = Network(protocol.units, concrete_regularizers(examples, length_scale=LENGTH_SCALE))
     begin = time.perf_counter()
     train(network, x, y, loop(range(protocol.updates[examples])), protocol.rate_learning_rate, data)
     seconds = time.perf_counter() - begin

@@ -60,7 +60,7 @@ WEIGHTS = ("rnn.weight_hh_*", "decoder.weight")
 """What weight dropout is of."""
 
 ROWS, CHUNK = 8, 50
-"""Held-out text is read in so many rows, and its errors are those of chunks of so many neighbouring words."""
+"""Held-out text is read in so many rows, and its errors are those of chunks of so many neighboring words."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def losses(network: LanguageModel, words: Tensor) -> Tensor:
 
 
 def chunks(nats: Tensor) -> Tensor:
-    """The means of chunks of neighbouring words."""
+    """The means of chunks of neighboring words."""
     return nats[: len(nats) // CHUNK * CHUNK].reshape(-1, CHUNK).mean(1)
 
 
@@ -335,7 +335,7 @@ def render(report: dict[str, Any]) -> str:
         f"of {text['characters']} characters; a vocabulary of {text['vocabulary']}. An embedding and one LSTM layer of "
         f"{settings['units']} units, {settings['epochs']} epochs, {seeds}. Nats and perplexity are "
         f"those of words of the {part} part, by the network of the epoch that is best on the validation part; standard "
-        f"errors are over chunks of {CHUNK} neighbouring words, paired. So small a training part is overfitted without "
+        f"errors are over chunks of {CHUNK} neighboring words, paired. So small a training part is overfitted without "
         "dropout."
     )
     if settings["quick"]:

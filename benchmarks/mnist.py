@@ -299,7 +299,7 @@ def average(network: nn.Module, digits: Digits, passes: int, most: int, seed: in
     for part in shown("Monte Carlo", range(sets), lambda part: part / sets):
         images = iter(digits.test_images.split(1000))
         prediction = torchdrop.mc_predict(
-            network, images, most, task="classification", outputs="logits", seed=seed + part, keep_samples=True
+            network, images, most, task="classification", scores="logits", seed=seed + part, keep_samples=True
         )
         assert prediction.samples is not None
         for k, found in errors.items():

@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from harness import markdown_table, settle_allocator
 from torch import Tensor, nn
 
-from torchdrop import SparseVariationalLinear, regularisation, sparsity
+from torchdrop import SparseVariationalLinear, regularization, sparsity
 from torchdrop._extras import optional
 
 UNITS = (64, 300, 100, 10)
@@ -120,7 +120,7 @@ def train(network: nn.Module, digits: Digits, epochs: int, seed: int, factor: fl
             loss = F.cross_entropy(network(digits.images[batch]), digits.labels[batch])
             if factor:
                 now = factor * min(1.0, step / (WARM_UP * steps))
-                loss = loss + now * regularisation(network) / rows
+                loss = loss + now * regularization(network) / rows
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

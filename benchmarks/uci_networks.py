@@ -22,7 +22,7 @@ LEARNING_RATE, EPSILON = 1e-3, 1e-7  # Keras' Adam
 class Splits:
     """The splits of one data set, stacked: S splits of N training and M test rows with D features.
 
-    Inputs and training targets are standardised with their own split's training rows; test targets are in the data's
+    Inputs and training targets are standardized with their own split's training rows; test targets are in the data's
     own unit, and `y_mean` and `y_std` lead back to it.
     """
 
@@ -91,7 +91,7 @@ class Networks(nn.Module):
     """One network with one hidden layer for each split, dropout before both linear layers.
 
     Every parameter has the splits in its first dimension, and no operation mixes them, so that the gradient of the
-    sum of their losses is each one's own gradient, and an optimiser that works by elements trains each as if alone.
+    sum of their losses is each one's own gradient, and an optimizer that works by elements trains each as if alone.
     """
 
     def __init__(self, splits: Splits, seed: int, hidden: int = HIDDEN) -> None:
@@ -166,7 +166,7 @@ def monte_carlo(networks: Networks, splits: Splits, samples: int, seed: int) -> 
         samples,
         seed=seed,
         batch_dim=1,
-        output=lambda f: f.double() * splits.y_std[:, None] + splits.y_mean[:, None],
+        select_output=lambda f: f.double() * splits.y_std[:, None] + splits.y_mean[:, None],
         keep_samples=True,
     )
     assert result.samples is not None

@@ -113,7 +113,7 @@ def _layers(quick: bool) -> Iterator[Own]:
         mixed.parametrizations.weight.original.copy_(linear.weight)
     yield case("mixout (0.5)", mixed)
     yield case("targeted dropout (0.5, 0.5)", apply_targeted_dropout(copy.deepcopy(linear), "weight", 0.5, 0.5))
-    yield case("ConcreteLayer", ConcreteLayer(copy.deepcopy(linear), 0.1, regularisers=(1e-6, 1e-3)))
+    yield case("ConcreteLayer", ConcreteLayer(copy.deepcopy(linear), 0.1, regularizers=(1e-6, 1e-3)))
     yield case("VariationalLinear", VariationalLinear(width, width), same=False)
     yield case("SparseVariationalLinear", SparseVariationalLinear(width, width), same=False)
     yield case(
@@ -160,7 +160,7 @@ def _sequences(quick: bool) -> Iterator[Own]:
 
 
 def _graphs(quick: bool) -> Iterator[Own]:
-    """DropEdge before a sum over neighbours."""
+    """DropEdge before a sum over neighbors."""
     nodes, edges = (50, 200) if quick else (10_000, 100_000)
     torch.manual_seed(0)
     edge_index = torch.randint(nodes, (2, edges))
@@ -171,7 +171,7 @@ def _graphs(quick: bool) -> Iterator[Own]:
         return torch.zeros_like(x).index_add(0, index[1], messages)
 
     yield Own(
-        "DropEdge(0.5)", "sum over neighbours", _Calls(lambda x: summed(x, *layer(edge_index)), layer),
+        "DropEdge(0.5)", "sum over neighbors", _Calls(lambda x: summed(x, *layer(edge_index)), layer),
         _Calls(lambda x: summed(x, edge_index)), x,
     )  # fmt: skip
 

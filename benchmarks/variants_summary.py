@@ -15,7 +15,7 @@ Row = dict[str, str]
 Table = tuple[str, list[str], list[list[str]]]
 
 RATE_ERROR = 0.001
-"""How far a realised keep rate may be from the nominal one, as a share of it."""
+"""How far a realized keep rate may be from the nominal one, as a share of it."""
 
 
 def _row(case: str, required: str, measured: str, held: bool | None) -> Row:

@@ -81,7 +81,7 @@ class Stack(nn.Module):
 
 
 class Graph(nn.Module):
-    """A sum over neighbours, with dropout of edges, nodes and messages."""
+    """A sum over neighbors, with dropout of edges, nodes and messages."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -249,7 +249,7 @@ VARIANTS: dict[str, Variant] = {
     ),
     "concrete": Variant(lambda: between(torchdrop.ConcreteDropout(0.3)), whole=False),
     "concrete_layer": Variant(
-        lambda: nn.Sequential(torchdrop.ConcreteLayer(nn.Linear(12, 12), 0.3, regularisers=(1e-6, 1e-3))), whole=False
+        lambda: nn.Sequential(torchdrop.ConcreteLayer(nn.Linear(12, 12), 0.3, regularizers=(1e-6, 1e-3))), whole=False
     ),
     "standout": Variant(lambda: nn.Sequential(torchdrop.Standout(nn.Linear(12, 12))), whole=False),
     "variational": Variant(lambda: between(torchdrop.VariationalLinear(12, 12)), whole=False),

@@ -218,7 +218,14 @@ def check_rows(model: nn.Module, inputs: Any, dim: int = 0, **options: Any) -> P
     def predict(*bounds: int) -> Prediction:
         parts = [rows_of(inputs, a, b, dim) for a, b in itertools.pairwise(bounds)]
         return torchdrop.mc_predict(
-            model, iter(parts), samples=6, seed=3, batch_dim=dim, select=lambda batch: batch, output=main, **options
+            model,
+            iter(parts),
+            samples=6,
+            seed=3,
+            batch_dim=dim,
+            select=lambda batch: batch,
+            select_output=main,
+            **options,
         )
 
     whole = predict(0, count)
@@ -278,8 +285,8 @@ def huggingface_path(self: nn.Module, x: Tensor) -> Tensor:
 def drop_block(self: nn.Module, x: Tensor) -> Tensor:
     if not self.training:
         return x
-    centres = (torch.rand(x.shape[0], 1, 2, 2) < 0.3).to(x)
-    return x * (1 - F.max_pool2d(F.pad(centres, [1] * 4), 3, 1, 1))
+    centers = (torch.rand(x.shape[0], 1, 2, 2) < 0.3).to(x)
+    return x * (1 - F.max_pool2d(F.pad(centers, [1] * 4), 3, 1, 1))
 
 
 def layer_drop(self: nn.Module, x: Tensor) -> Tensor:

@@ -342,7 +342,7 @@ def _save(p: Program, modes: list[str], at: Address, source: Any) -> None:
 
 
 def _save_matrices(p: Program, modes: list[str], at: Address, registers: list[str]) -> None:
-    """Thread t of a warp holds two neighbours of row t // 4; the address of row r of matrix i is thread 8 i + r's."""
+    """Thread t of a warp holds two neighbors of row t // 4; the address of row r of matrix i is thread 8 i + r's."""
     assert modes[:4] == ["sync", "aligned", "m8n8", f"x{len(registers)}"]
     assert p.active.all()
     addresses = (p.raw(at.base, 32).astype(np.uint64) + np.uint64(at.offset)).reshape(-1, WARP)

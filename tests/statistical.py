@@ -14,7 +14,7 @@ MISS = 1e-6
 
 
 def deviation(n: int, variance: float, probability: float) -> float:
-    """t such that P(|sum of n independent, centred variables within [-1, 1]| > t) <= probability (Bernstein)."""
+    """t such that P(|sum of n independent, centered variables within [-1, 1]| > t) <= probability (Bernstein)."""
     log = math.log(2 / probability)
     return log / 3 + math.sqrt(log**2 / 9 + 2 * n * variance * log)
 

@@ -1,4 +1,4 @@
-"""DropHead: the expectation, the sum of scales, at least one head, and the package's common behaviour."""
+"""DropHead: the expectation, the sum of scales, at least one head, and the package's common behavior."""
 
 from __future__ import annotations
 
@@ -275,7 +275,7 @@ def test_monte_carlo_fires_with_masks_that_do_not_depend_on_the_batch() -> None:
     assert not torch.allclose(first, model(x))
     results = [
         torchdrop.mc_predict(model, x, samples=12, seed=3, strategy=strategy, task="regression").mean
-        for strategy in ("loop", "vectorised", "repeated")
+        for strategy in ("loop", "vectorized", "repeated")
     ]
     for result in results[1:]:
         torch.testing.assert_close(result, results[0])

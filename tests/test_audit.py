@@ -320,7 +320,7 @@ def test_layer_that_eval_does_not_turn_off() -> None:
 @pytest.mark.parametrize("broken", [Swapped, SwappedOurs, Forgetful, ByHand, Idle])
 def test_layer_that_keeps_another_share(broken: Callable[..., nn.Module]) -> None:
     model = between(broken(0.2))
-    assert ("realised rate", "1") in found(model, rows(16, 4))
+    assert ("realized rate", "1") in found(model, rows(16, 4))
     assert found(between(broken.__mro__[1](0.2)), rows(16, 4)) == []  # type: ignore[attr-defined]
 
 
@@ -357,14 +357,14 @@ def test_right_layers_are_measured_and_raise_no_alarm(name: str, p: float) -> No
         (call,) = result.calls
         assert call.rate == pytest.approx(p, abs=1e-8)
         assert call.draws >= 100
-        assert call.realised == pytest.approx(1 - p, abs=6 * math.sqrt(0.25 / call.draws))
+        assert call.realized == pytest.approx(1 - p, abs=6 * math.sqrt(0.25 / call.draws))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 4), (30, 4)])
 def test_noise_is_not_measured(shape: tuple[int, ...]) -> None:
     model = Of(lambda m, x: m.layer(x).sum(-1), layer=torchdrop.GaussianDropout(0.5))
     result = torchdrop.audit(model, rows(*shape))
-    assert [call.realised for call in result.calls] == [None]
+    assert [call.realized for call in result.calls] == [None]
     assert result.findings == []
     assert "not measured" in str(result)
 
@@ -387,7 +387,7 @@ def test_plain_data_and_table() -> None:
     result = torchdrop.audit(model, rows(16, 4))
     assert [(c.module, c.kind, c.on) for c in result.calls] == [("1", "dropout", True), ("3", "torchdrop", True)]
     head, first, second, end = str(result).splitlines()
-    assert head.split() == ["layer", "call", "keep_prob", "realised", "draws"]
+    assert head.split() == ["layer", "call", "keep_prob", "realized", "draws"]
     assert first.split()[:3] == ["1", "dropout", "0.75"]
     assert second.split()[:3] == ["3", "torchdrop", "0.9"]
     assert int(first.split()[-1]) == result.calls[0].draws >= 20_000

@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import concrete
 
-from torchdrop.core.regularization import regularisation
-from torchdrop.layers.concrete.layer import ConcreteLayer, concrete_regularisers
+from torchdrop.core.regularization import regularization
+from torchdrop.layers.concrete.layer import ConcreteLayer, concrete_regularizers
 
 TINY = concrete.Protocol(8, {10: 4, 30: 6}, 1e-2)
 
@@ -44,11 +44,11 @@ def test_the_loss_is_twice_the_negative_log_likelihood_up_to_a_constant() -> Non
 
 
 def test_the_network_has_five_layers_with_rates_of_their_own() -> None:
-    factors = concrete_regularisers(100, length_scale=concrete.LENGTH_SCALE)
+    factors = concrete_regularizers(100, length_scale=concrete.LENGTH_SCALE)
     network = concrete.Network(16, factors)
     layers = [m for m in network.modules() if isinstance(m, ConcreteLayer)]
     assert [layer.layer.in_features for layer in layers] == [1, 16, 16, 16, 16]
-    assert all(layer.regularisers == factors for layer in layers)
+    assert all(layer.regularizers == factors for layer in layers)
     assert network.rates() == pytest.approx([0.1] * len(concrete.LAYERS))
     x = torch.randn(6, 1)
     assert network(x).shape == (6, 2)
@@ -67,13 +67,13 @@ def test_batches_go_through_the_examples_in_new_orders() -> None:
     assert not torch.equal(first, second)
 
 
-def test_training_is_adam_on_loss_and_regulariser_with_a_pace_of_its_own_for_rates(
+def test_training_is_adam_on_loss_and_regularizer_with_a_pace_of_its_own_for_rates(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     x, y = concrete.sample(30, generator())
-    network = concrete.Network(8, concrete_regularisers(30))
+    network = concrete.Network(8, concrete_regularizers(30))
     seen: list[Tensor] = []
-    monkeypatch.setattr(concrete, "regularisation", lambda model: seen.append(regularisation(model)) or seen[-1])
+    monkeypatch.setattr(concrete, "regularization", lambda model: seen.append(regularization(model)) or seen[-1])
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
     concrete.train(network, x, y, range(1), 1e-2, generator())
     assert len(seen) == 1
@@ -85,7 +85,7 @@ def test_training_is_adam_on_loss_and_regulariser_with_a_pace_of_its_own_for_rat
 
 
 def test_uncertainty_is_that_of_stochastic_passes_in_eval_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    network = concrete.Network(32, concrete_regularisers(30))
+    network = concrete.Network(32, concrete_regularizers(30))
     with torch.no_grad():
         network.log_variance.layer.weight.zero_()
         network.log_variance.layer.bias.fill_(math.log(4.0))

@@ -107,7 +107,7 @@ def test_masks_and_outputs_do_not_depend_on_the_device(
 
 
 def enumerate_masks(k: float, n: int) -> list[tuple[Tensor, float]]:
-    """All masks of n elements with the probability that each has at the keep probability that is realised."""
+    """All masks of n elements with the probability that each has at the keep probability that is realized."""
     q = law(k).threshold / ONE
     found = []
     for bits in itertools.product([0.0, 1.0], repeat=n):
@@ -141,7 +141,7 @@ def test_linear_regression_gets_the_published_l2_penalty(k: float) -> None:
 
 @pytest.mark.parametrize("k", [0.2, 0.5, 0.95])
 def test_the_layer_draws_each_mask_as_often_as_enumeration_says(k: float, device: torch.device) -> None:
-    """Joint distribution of three neighbours, bounded error rates."""
+    """Joint distribution of three neighbors, bounded error rates."""
     n = max(draws_for(w, 0.2 * w) for _, w in enumerate_masks(k, 3) if w > 0.005)
     kept = (TF.dropout(torch.ones(n, 3, device=device), keep_prob=k) != 0).double().cpu()
     for mask, w in enumerate_masks(k, 3):

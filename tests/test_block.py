@@ -385,7 +385,7 @@ def test_empty_batches(spatial: int) -> None:
         (lambda x: DropBlock2d(-1), ValueError, "^drop probability has to be between 0 and 1, but got -1$"),
         (lambda x: DropBlock2d(keep_prob=float("nan")), ValueError, r"keep_prob must be in \[0, 1\], got nan"),
         (lambda x: DropBlock2d(0.1, scaling="batch"), ValueError, "^scaling must be 'mean' or 'marginal', got 'batch'"),
-        (lambda x: drop_block2d(x, 0.9, 3, scaling="marginal"), ValueError, r"would multiply the centre of a map of "
+        (lambda x: drop_block2d(x, 0.9, 3, scaling="marginal"), ValueError, r"would multiply the center of a map of "
          r"\(8, 9\) with block_size=3 by [\d.e+]+, and 10 is the most it may: use a larger keep_prob"),
         (lambda x: drop_block2d(x.int(), 0.1, 3), RuntimeError, "result type Float can't be cast"),
         (lambda x: drop_block2d([1.0], 0.1, 3), TypeError, "must be Tensor, not list"),

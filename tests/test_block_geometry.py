@@ -130,9 +130,9 @@ def test_mean_keep_probability_is_exactly_the_nominal_one(length: int, side: int
             q = _geometry.solve(k, sizes, side)
             assert probabilities(q, sizes, side).mean().item() == pytest.approx(k, abs=1e-12)
             found = _geometry.anchor_law(law(k), sizes, side)
-            realised = probabilities(found.threshold / ONE, sizes, side).mean().item()
-            assert abs(realised - k) <= (side ** len(sizes) + 1) / 2**33
-            assert found.scale == pytest.approx(1 / realised, rel=1e-14)
+            realized = probabilities(found.threshold / ONE, sizes, side).mean().item()
+            assert abs(realized - k) <= (side ** len(sizes) + 1) / 2**33
+            assert found.scale == pytest.approx(1 / realized, rel=1e-14)
 
 
 @pytest.mark.parametrize("sizes", [(7,), (7, 7), (7, 7, 7), (56, 56), (1,), (1, 1)])
@@ -181,7 +181,7 @@ def variance_of_the_mean(q: float, sizes: tuple[int, int], side: int) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize("side", [3, 5, 7])
 @pytest.mark.parametrize("length", [7, 14, 28, 56])
-def test_realised_keep_rate_is_the_nominal_one_within_a_thousandth(length: int, side: int) -> None:
+def test_realized_keep_rate_is_the_nominal_one_within_a_thousandth(length: int, side: int) -> None:
     k, sizes = 0.9, (length, length)
     error = 0.001 * k
     found = _geometry.anchor_law(law(k), sizes, side)

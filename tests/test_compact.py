@@ -54,7 +54,7 @@ def stacks() -> dict[str, list[nn.Module]]:
         "around the activation": [
             nn.Linear(6, 9), Fixed(factors(9, 8, 0.8)), nn.SiLU(), Fixed(factors(9, 9, 0.7)), nn.Linear(9, 3)
         ],
-        "normalised": [nn.Linear(6, 9), nn.LayerNorm(9), nn.ReLU(), Fixed(factors(9, 10)), nn.Linear(9, 3)],
+        "normalized": [nn.Linear(6, 9), nn.LayerNorm(9), nn.ReLU(), Fixed(factors(9, 10)), nn.Linear(9, 3)],
         "at the end": [nn.Linear(6, 9), nn.ReLU(), Fixed(factors(9, 11)), nn.Linear(9, 3), Fixed(factors(3, 12))],
         "PReLU": [nn.Linear(6, 9), nn.PReLU(), Fixed(factors(9, 13)), nn.Linear(9, 3)],
         "all kept": [nn.Linear(6, 9), nn.ReLU(), Fixed([2.0] * 9), nn.Linear(9, 3)],
@@ -175,7 +175,7 @@ def test_bias_is_what_is_left_where_all_units_are_dropped() -> None:
     assert torch.equal(bare(torch.full((5, 8), torch.nan)), torch.zeros(5, 3))
 
 
-@pytest.mark.parametrize("name", ["two hidden", "input", "normalised", "all dropped", "around the activation"])
+@pytest.mark.parametrize("name", ["two hidden", "input", "normalized", "all dropped", "around the activation"])
 def test_gradcheck_and_gradgradcheck(name: str) -> None:
     _, cut = both(stacks()[name], torch.float64)
     for module in cut:
@@ -356,7 +356,7 @@ class OwnForward(nn.Linear):
             [nn.Linear(6, 9), nn.ReLU(), torchdrop.Dropout(), nn.Linear(8, 3)],
             "Linear '3' must take as many inputs as Linear '0' gives, got 8 and 9",
         ),
-        ([torchdrop.Dropout(), nn.LazyLinear(3)], "Linear '1' is not initialised: run the model once"),
+        ([torchdrop.Dropout(), nn.LazyLinear(3)], "Linear '1' is not initialized: run the model once"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning")

@@ -212,13 +212,13 @@ def test_monte_carlo_samples_are_one_function_each_and_those_of_a_loop_are_cut(
         torch.testing.assert_close(model(x[:2]), first[:2])
     made = cuts(monkeypatch)
     means = []
-    for strategy in ("loop", "vectorised", "auto"):
+    for strategy in ("loop", "vectorized", "auto"):
         before = len(made)
         masks = "shared" if strategy == "loop" else "independent"
         result = torchdrop.mc_predict(model, x, 8, seed=3, masks=masks, strategy=strategy, task="regression")
         means.append(result.mean)
-        assert (len(made) - before > 8 * 3) == (strategy != "vectorised")
-        assert result.strategy == ("vectorised" if strategy == "vectorised" else "loop")
+        assert (len(made) - before > 8 * 3) == (strategy != "vectorized")
+        assert result.strategy == ("vectorized" if strategy == "vectorized" else "loop")
     for mean in means[1:]:
         torch.testing.assert_close(mean, means[0])
     with torchdrop.mc_dropout(model, seed=1, sources="1.2") as report:

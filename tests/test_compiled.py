@@ -337,7 +337,7 @@ BATCH, TIME, CHANNELS = 8, 4096, 64
 
 
 def check_independent(kept: Tensor) -> None:
-    """Asserts that no two channels of a sample, and no neighbours in time, agree beyond chance.
+    """Asserts that no two channels of a sample, and no neighbors in time, agree beyond chance.
 
     Each of the twelve checks fails a correct mask with probability FALSE_ALARM at most. Two channels that agree in 62
     of 100 places are missed with probability 1e-6 at most, equal ones never.

@@ -1,4 +1,4 @@
-"""`ConcreteLayer`: dropout before the layer, the published regulariser, and a rate that data move."""
+"""`ConcreteLayer`: dropout before the layer, the published regularizer, and a rate that data move."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import torchdrop
-from torchdrop.core.regularization import regularisation
+from torchdrop.core.regularization import regularization
 from torchdrop.layers.concrete.concrete import ConcreteDropout, concrete_dropout
-from torchdrop.layers.concrete.layer import ConcreteLayer, Regularisers, concrete_regularisers
+from torchdrop.layers.concrete.layer import ConcreteLayer, Regularizers, concrete_regularizers
 
 FACTORS = (0.01, 0.2)
 
@@ -41,7 +41,7 @@ def seeded(call: Callable[..., Any], *args: Any) -> Any:
 def test_dropout_comes_before_the_layer_and_drops_whole_channels_of_images(name: str) -> None:
     make, shape, _ = LAYERS[name]
     inner, x = make(), torch.randn(shape)
-    layer = ConcreteLayer(inner, 0.4, regularisers=FACTORS, temperature=1.0)
+    layer = ConcreteLayer(inner, 0.4, regularizers=FACTORS, temperature=1.0)
     axes = None if isinstance(inner, nn.Linear) else tuple(range(-len(inner.kernel_size), 0))
     noisy = seeded(lambda: concrete_dropout(x, layer.dropout.logit_p, temperature=1.0, shared_axes=axes))
     assert torch.equal(seeded(layer, x), inner(noisy))
@@ -54,20 +54,20 @@ def test_dropout_comes_before_the_layer_and_drops_whole_channels_of_images(name:
 
 @pytest.mark.parametrize("p", [0.01, 0.3, 0.95])
 @pytest.mark.parametrize("name", LAYERS)
-def test_the_regulariser_is_the_published_one(name: str, p: float) -> None:
+def test_the_regularizer_is_the_published_one(name: str, p: float) -> None:
     make, _, inputs = LAYERS[name]
     inner = make().double()
-    layer = ConcreteLayer(inner, p, regularisers=FACTORS).double()
+    layer = ConcreteLayer(inner, p, regularizers=FACTORS).double()
     layer.dropout.p = p
     squares = sum(w**2 for w in inner.weight.flatten().tolist())
     entropy = p * math.log(p) + (1 - p) * math.log(1 - p)
     expected = 0.01 * squares / (1 - p) + 0.2 * inputs * entropy
-    assert layer.regulariser().item() == pytest.approx(expected, rel=1e-7)
-    assert regularisation(nn.Sequential(layer, nn.ReLU(), layer)).item() == pytest.approx(expected, rel=1e-7)
+    assert layer.regularizer().item() == pytest.approx(expected, rel=1e-7)
+    assert regularization(nn.Sequential(layer, nn.ReLU(), layer)).item() == pytest.approx(expected, rel=1e-7)
 
 
-def test_the_regularisers_gradients() -> None:
-    layer = ConcreteLayer(nn.Linear(4, 3), 0.3, regularisers=FACTORS).double()
+def test_the_regularizers_gradients() -> None:
+    layer = ConcreteLayer(nn.Linear(4, 3), 0.3, regularizers=FACTORS).double()
 
     class Sum(nn.Module):
         def __init__(self) -> None:
@@ -75,7 +75,7 @@ def test_the_regularisers_gradients() -> None:
             self.inner = layer
 
         def forward(self) -> Tensor:
-            return regularisation(self)
+            return regularization(self)
 
     def value(weight: Tensor, rate: Tensor) -> Tensor:
         given = {"inner.layer.weight": weight, "inner.dropout.logit_p": rate}
@@ -83,15 +83,15 @@ def test_the_regularisers_gradients() -> None:
 
     start = (layer.layer.weight.detach().requires_grad_(), layer.dropout.logit_p.detach().requires_grad_())
     assert torch.autograd.gradcheck(value, start)
-    layer.regulariser().backward()
+    layer.regularizer().backward()
     assert layer.layer.bias.grad is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_weights_do_not_overflow(dtype: torch.dtype) -> None:
-    layer = ConcreteLayer(nn.Linear(300, 300), 0.3, regularisers=FACTORS).to(dtype)
+    layer = ConcreteLayer(nn.Linear(300, 300), 0.3, regularizers=FACTORS).to(dtype)
     nn.init.constant_(layer.layer.weight, 2.0)
-    term = layer.regulariser()
+    term = layer.regularizer()
     assert term.dtype == torch.float32
     k = layer.dropout.keep_prob.item()
     assert term.item() == pytest.approx(0.01 * 360_000 / k, rel=2e-2)
@@ -100,21 +100,21 @@ def test_half_weights_do_not_overflow(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("value", [-1000.0, 80.0])
 def test_extreme_rates_stay_finite(value: float) -> None:
-    layer = ConcreteLayer(nn.Linear(4, 3), regularisers=FACTORS)
+    layer = ConcreteLayer(nn.Linear(4, 3), regularizers=FACTORS)
     with torch.no_grad():
         layer.dropout.logit_p.fill_(value)
-    term = layer.regulariser()
+    term = layer.regularizer()
     term.backward()
     assert term.isfinite()
     assert layer.dropout.logit_p.grad.isfinite()
 
 
 def test_the_factors() -> None:
-    assert concrete_regularisers(100, length_scale=0.1, precision=2.0) == pytest.approx((5e-5, 0.01))
-    assert concrete_regularisers(100, length_scale=0.1, loss="cross_entropy") == pytest.approx((1e-4, 0.01))
-    assert concrete_regularisers(200).dropout == concrete_regularisers(100).dropout / 2
-    layer = ConcreteLayer(nn.Linear(1, 1), regularisers=concrete_regularisers(10))
-    assert layer.regularisers == Regularisers(1e-5, 0.2)
+    assert concrete_regularizers(100, length_scale=0.1, precision=2.0) == pytest.approx((5e-5, 0.01))
+    assert concrete_regularizers(100, length_scale=0.1, loss="cross_entropy") == pytest.approx((1e-4, 0.01))
+    assert concrete_regularizers(200).dropout == concrete_regularizers(100).dropout / 2
+    layer = ConcreteLayer(nn.Linear(1, 1), regularizers=concrete_regularizers(10))
+    assert layer.regularizers == Regularizers(1e-5, 0.2)
 
 
 @pytest.mark.parametrize("rate", [{"p": 0.2}, {"keep_prob": torch.tensor([0.8, 0.8])}])
@@ -133,9 +133,9 @@ def test_reset_parameters_starts_the_rate_anew(rate: dict[str, Any]) -> None:
 
 
 def test_states_names_and_copies() -> None:
-    layer = ConcreteLayer(nn.Linear(4, 3), 0.2, regularisers=FACTORS, temperature=0.5, unbiased=True)
+    layer = ConcreteLayer(nn.Linear(4, 3), 0.2, regularizers=FACTORS, temperature=0.5, unbiased=True)
     assert list(layer.state_dict()) == ["layer.weight", "layer.bias", "dropout.logit_p"]
-    other = ConcreteLayer(nn.Linear(4, 3), 0.7, regularisers=FACTORS, temperature=0.5, unbiased=True)
+    other = ConcreteLayer(nn.Linear(4, 3), 0.7, regularizers=FACTORS, temperature=0.5, unbiased=True)
     other.load_state_dict(layer.state_dict())
     x = torch.randn(5, 4)
     for copied in (other, copy.deepcopy(layer)):
@@ -146,17 +146,17 @@ def test_states_names_and_copies() -> None:
 
 
 def test_layers_that_are_still_lazy() -> None:
-    layer = ConcreteLayer(nn.LazyLinear(3), 0.3, regularisers=(0.0, 1.0))
+    layer = ConcreteLayer(nn.LazyLinear(3), 0.3, regularizers=(0.0, 1.0))
     layer(torch.randn(2, 7))
     entropy = 0.3 * math.log(0.3) + 0.7 * math.log(0.7)
-    assert layer.regulariser().item() == pytest.approx(7 * entropy)
+    assert layer.regularizer().item() == pytest.approx(7 * entropy)
 
 
 def test_monte_carlo_inference_and_its_eval_mode() -> None:
     model = nn.Sequential(
-        ConcreteLayer(nn.Conv2d(2, 4, 3), 0.3, regularisers=FACTORS),
+        ConcreteLayer(nn.Conv2d(2, 4, 3), 0.3, regularizers=FACTORS),
         nn.Flatten(),
-        ConcreteLayer(nn.Linear(64, 2), 0.3, regularisers=FACTORS),
+        ConcreteLayer(nn.Linear(64, 2), 0.3, regularizers=FACTORS),
     ).eval()
     x = torch.randn(3, 2, 6, 6)
     with torchdrop.mc_dropout(model, seed=1) as report:
@@ -171,11 +171,11 @@ def test_monte_carlo_inference_and_its_eval_mode() -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")
 def test_a_step_compiles_without_breaks() -> None:
-    model = nn.Sequential(ConcreteLayer(nn.Linear(4, 3), 0.3, regularisers=FACTORS))
+    model = nn.Sequential(ConcreteLayer(nn.Linear(4, 3), 0.3, regularizers=FACTORS))
     x = torch.randn(5, 4)
 
     def loss(x: Tensor) -> Tensor:
-        return model(x).square().mean() + regularisation(model)
+        return model(x).square().mean() + regularization(model)
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(seeded(compiled, x), seeded(loss, x))
@@ -186,11 +186,11 @@ def learned(p: float, examples: int) -> float:
     torch.manual_seed(0)
     x = torch.randn(examples, 8)
     y = x.sum(1, keepdim=True) + torch.randn(examples, 1)
-    model = ConcreteLayer(nn.Linear(8, 1), p, regularisers=concrete_regularisers(examples, length_scale=1e-2))
+    model = ConcreteLayer(nn.Linear(8, 1), p, regularizers=concrete_regularizers(examples, length_scale=1e-2))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
     for _ in range(150):
         optimizer.zero_grad()
-        ((model(x) - y).square().mean() + regularisation(model)).backward()
+        ((model(x) - y).square().mean() + regularization(model)).backward()
         optimizer.step()
     return model.dropout.p.item()
 
@@ -205,48 +205,48 @@ def test_more_data_teach_a_smaller_rate_whatever_the_start() -> None:
     ("call", "error", "message"),
     [
         (
-            lambda: ConcreteLayer(nn.ReLU(), regularisers=FACTORS),
+            lambda: ConcreteLayer(nn.ReLU(), regularizers=FACTORS),
             TypeError,
             r"^layer must be an nn.Linear or a convolution of torch.nn, got ReLU: put ConcreteDropout before other la",
         ),
-        (lambda: ConcreteLayer(nn.Linear(1, 1)), TypeError, r"regularisers"),
+        (lambda: ConcreteLayer(nn.Linear(1, 1)), TypeError, r"regularizers"),
         (
-            lambda: ConcreteLayer(nn.Linear(1, 1), regularisers=0.1),
+            lambda: ConcreteLayer(nn.Linear(1, 1), regularizers=0.1),
             TypeError,
-            r"^regularisers must be two numbers, lambda_w and lambda_d, got 0.1: see concrete_regularisers$",
+            r"^regularizers must be two numbers, lambda_w and lambda_d, got 0.1: see concrete_regularizers$",
         ),
-        (lambda: ConcreteLayer(nn.Linear(1, 1), regularisers=(1.0,)), TypeError, r"got \(1.0,\): see"),
+        (lambda: ConcreteLayer(nn.Linear(1, 1), regularizers=(1.0,)), TypeError, r"got \(1.0,\): see"),
         (
-            lambda: ConcreteLayer(nn.Linear(1, 1), regularisers=("a", 1.0)),
+            lambda: ConcreteLayer(nn.Linear(1, 1), regularizers=("a", 1.0)),
             TypeError,
             r"must be two numbers",
         ),
         (
-            lambda: ConcreteLayer(nn.Linear(1, 1), regularisers=(1.0, -1.0)),
+            lambda: ConcreteLayer(nn.Linear(1, 1), regularizers=(1.0, -1.0)),
             ValueError,
-            r"^regularisers must be finite and not negative, got \(1.0, -1.0\)$",
+            r"^regularizers must be finite and not negative, got \(1.0, -1.0\)$",
         ),
         (
-            lambda: ConcreteLayer(nn.Linear(1, 1), regularisers=(math.nan, 1.0)),
+            lambda: ConcreteLayer(nn.Linear(1, 1), regularizers=(math.nan, 1.0)),
             ValueError,
             r"must be finite and",
         ),
         (
-            lambda: ConcreteLayer(nn.Linear(2, 1), torch.tensor([0.1, 0.2]), regularisers=FACTORS),
+            lambda: ConcreteLayer(nn.Linear(2, 1), torch.tensor([0.1, 0.2]), regularizers=FACTORS),
             ValueError,
             r"^a wrapped layer has a single rate, got a tensor of shape \(2,\)$",
         ),
-        (lambda: ConcreteLayer(nn.Linear(1, 1), 0.0, regularisers=FACTORS), ValueError, r"^p must be strictly between"),
-        (lambda: concrete_regularisers(0), ValueError, r"^examples must be positive and finite, got 0$"),
-        (lambda: concrete_regularisers("9"), TypeError, r"^examples must be a number, got str$"),
+        (lambda: ConcreteLayer(nn.Linear(1, 1), 0.0, regularizers=FACTORS), ValueError, r"^p must be strictly between"),
+        (lambda: concrete_regularizers(0), ValueError, r"^examples must be positive and finite, got 0$"),
+        (lambda: concrete_regularizers("9"), TypeError, r"^examples must be a number, got str$"),
         (
-            lambda: concrete_regularisers(9, precision=math.inf),
+            lambda: concrete_regularizers(9, precision=math.inf),
             ValueError,
             r"^precision must be positive and finite",
         ),
-        (lambda: concrete_regularisers(9, length_scale=-1), ValueError, r"^length_scale must be positive and finite"),
+        (lambda: concrete_regularizers(9, length_scale=-1), ValueError, r"^length_scale must be positive and finite"),
         (
-            lambda: concrete_regularisers(9, loss="mse"),
+            lambda: concrete_regularizers(9, loss="mse"),
             ValueError,
             r"^loss must be one of 'squared', 'cross_entropy', got 'mse'$",
         ),

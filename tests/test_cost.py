@@ -403,8 +403,8 @@ def test_training_goes_on_as_if_nothing_had_been(own: bool) -> None:
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_a_learning_rate_set_before_the_optimisers_step(named: bool) -> None:
-    """As in warm-up by hand. It is part of the optimiser's state, whether or not restore= names the optimiser."""
+def test_a_learning_rate_set_before_the_optimizers_step(named: bool) -> None:
+    """As in warm-up by hand. It is part of the optimizer's state, whether or not restore= names the optimizer."""
     task = Task(mlp(nn.Dropout()))
     task.step()
 
@@ -419,7 +419,7 @@ def test_a_learning_rate_set_before_the_optimisers_step(named: bool) -> None:
     assert same(moments(task), before)
 
 
-def test_several_optimisers_and_those_of_other_models() -> None:
+def test_several_optimizers_and_those_of_other_models() -> None:
     task, other = Task(mlp(nn.Dropout())), Task(mlp(), ADAM)
     other.step()
     first, last = torch.optim.Adam(task.model[0].parameters()), torch.optim.SGD(task.model[3].parameters(), lr=0.01)
@@ -438,7 +438,7 @@ def test_several_optimisers_and_those_of_other_models() -> None:
     assert all(a is b for a, b in zip(other.optimizer.state.values(), untouched, strict=True))
 
 
-def test_parameters_of_the_optimiser_outside_the_model() -> None:
+def test_parameters_of_the_optimizer_outside_the_model() -> None:
     """A loss with parameters of its own: the second run starts where the first did."""
     task = Task(mlp(nn.Dropout(0.0), nn.Dropout(1e-9)))
     scale = nn.Parameter(torch.zeros(()))

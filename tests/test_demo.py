@@ -218,7 +218,7 @@ def test_interrupt_ends_with_status_130(tmp_path: Path, monkeypatch: pytest.Monk
     assert main(["demo", "--output", str(tmp_path)]) == 130
 
 
-def test_split_is_fixed_stratified_and_centred() -> None:
+def test_split_is_fixed_stratified_and_centered() -> None:
     digits, again = load(torch.device("cpu")), load(torch.device("cpu"))
     assert torch.equal(digits.train_images, again.train_images)
     assert digits.train_images.shape == (TRAIN_SIZE, 64)

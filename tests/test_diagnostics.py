@@ -171,7 +171,7 @@ class TestLayers:
         assert [one.training for one in model] == [True, True, True, True, True, False, True]
 
     def test_each_activation_is_known(self) -> None:
-        """All of torch.nn that act on elements; the others normalise over units, or are layers of attention."""
+        """All of torch.nn that act on elements; the others normalize over units, or are layers of attention."""
         others = {"MultiheadAttention", "Softmin", "Softmax", "Softmax2d", "LogSoftmax"}
         assert {one.__name__ for one in ACTIVATIONS} == set(nn.modules.activation.__all__) - others
 

@@ -321,7 +321,7 @@ def test_monte_carlo_fires_with_masks_that_do_not_depend_on_the_batch(by_mask: b
         torch.testing.assert_close(model(x[:2]), first[:2])
     results = [
         torchdrop.mc_predict(model, x, samples=12, seed=3, strategy=strategy, task="regression").mean
-        for strategy in ("loop", "vectorised", "repeated")
+        for strategy in ("loop", "vectorized", "repeated")
     ]
     assert not torch.allclose(results[0], model(x))
     for result in results[1:]:

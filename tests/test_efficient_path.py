@@ -193,7 +193,7 @@ def test_nothing_is_in_the_state_and_copies_and_names_work() -> None:
     torchdrop.set_keep_prob(block, {"drop": 0.2})
     assert str(block.drop) == "EfficientStochasticDepth(p=0.8)"
     assert int((block(x) != x).any(1).sum()) == 2
-    scheduler = torchdrop.KeepProbScheduler(block, {"*": torchdrop.linear(1.0, 0.5, 2)})
+    scheduler = torchdrop.KeepProbScheduler(block, {"*": torchdrop.schedules.linear(1.0, 0.5, 2)})
     for _ in range(2):
         scheduler.step()
     assert block.drop.keep_prob == 0.5

@@ -246,7 +246,7 @@ class TestModule:
         torchdrop.set_keep_prob(model, {"0": 0.25})
         assert (model[0].keep_prob, model[0].p) == (0.25, 0.75)
         model[0].keep_prob = 0.75
-        scheduler = torchdrop.KeepProbScheduler(model, {"0.dropout": torchdrop.linear(1.0, 0.5, steps=2)})
+        scheduler = torchdrop.KeepProbScheduler(model, {"0.dropout": torchdrop.schedules.linear(1.0, 0.5, steps=2)})
         scheduler.step()
         assert model[0].keep_prob == 0.75
         words = torch.randint(50, (3, 20))
@@ -282,7 +282,7 @@ class TestModule:
             assert torch.allclose(model(words[:2]), first[:2], atol=1e-6)
         results = [
             torchdrop.mc_predict(model, words, samples=8, seed=2, task="regression", strategy=strategy)
-            for strategy in ("loop", "vectorised")
+            for strategy in ("loop", "vectorized")
         ]
         assert torch.allclose(results[0].mean, results[1].mean, atol=1e-5)
         assert (results[0].std > 0).all()

@@ -242,7 +242,7 @@ def test_audit_is_quiet(name: str, device: torch.device) -> None:
         pytest.skip("it is for models of rows")
     model = nn.Sequential(*built(name, device), nn.Tanh())
     found = torchdrop.audit(model, inputs(VARIANTS[name], device))
-    noise = {"realised rate", "active in eval mode", "ignores training", "never called", "rate captured elsewhere"}
+    noise = {"realized rate", "active in eval mode", "ignores training", "never called", "rate captured elsewhere"}
     assert [finding for finding in found.findings if finding.code in noise] == []
 
 

@@ -1,4 +1,4 @@
-"""DropEdge, DropNode, DropMessage: the expectation of sums over neighbours, undirected pairs, bad input."""
+"""DropEdge, DropNode, DropMessage: the expectation of sums over neighbors, undirected pairs, bad input."""
 
 from __future__ import annotations
 
@@ -286,7 +286,7 @@ def test_empty_graphs() -> None:
 
 
 class Network(nn.Module):
-    """Two sums over neighbours with all three, by plain index_add."""
+    """Two sums over neighbors with all three, by plain index_add."""
 
     def __init__(self, removed: bool, undirected: bool = True) -> None:
         super().__init__()
@@ -338,7 +338,7 @@ def test_monte_carlo_on_a_graph(removed: bool) -> None:
     assert not torch.equal(first, second)
     options: dict[str, Any] = {"samples": 12, "seed": 3, "task": "regression", "batch_dim": None}
     loop = torchdrop.mc_predict(model, (x, edges), strategy="loop", **options).mean
-    strategy = "auto" if removed else "vectorised"
+    strategy = "auto" if removed else "vectorized"
     torch.testing.assert_close(torchdrop.mc_predict(model, (x, edges), strategy=strategy, **options).mean, loop)
 
 

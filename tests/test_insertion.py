@@ -167,7 +167,10 @@ class TestInsert:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             assert (
-                float(torchdrop.mc_predict(model, inputs, samples=3, output=lambda out: tensors(out)[0]).std.max()) > 0
+                float(
+                    torchdrop.mc_predict(model, inputs, samples=3, select_output=lambda out: tensors(out)[0]).std.max()
+                )
+                > 0
             )
         put.undo()
         assert shape_of(model) == before

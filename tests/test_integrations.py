@@ -22,11 +22,11 @@ ROOT = Path(__file__).resolve().parents[1]
 DOWN = schedules.linear(1.0, 0.0, 10)
 HALVED = schedules.scale(schedules.linear(0.0, 1.0, 10))
 RATES = {"drops.0": DOWN, "drops.1": HALVED}
-BATCHES, TOGETHER, STEPS = 6, 2, 6  # an epoch is 3 steps of the optimiser, of 2 batches each
+BATCHES, TOGETHER, STEPS = 6, 2, 6  # an epoch is 3 steps of the optimizer, of 2 batches each
 
 
 class Net(nn.Module):
-    """Notes in each forward of training the optimiser's step, by its own count, and the rates."""
+    """Notes in each forward of training the optimizer's step, by its own count, and the rates."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,9 +41,9 @@ class Net(nn.Module):
         y = self.fc(self.drops(x))
         return {"loss": y.square().mean(), "logits": y}
 
-    def counted_by(self, optimiser: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        optimiser.register_step_post_hook(lambda *_: setattr(self, "done", self.done + 1))
-        return optimiser
+    def counted_by(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        optimizer.register_step_post_hook(lambda *_: setattr(self, "done", self.done + 1))
+        return optimizer
 
 
 def expected(start: int, stop: int, every: str = "step", error: float = 1e-12) -> list[Any]:
@@ -112,14 +112,14 @@ class HuggingFace:
             save_steps=1, eval_strategy="steps", eval_steps=2, use_cpu=True, report_to=[], disable_tqdm=True, **more,
         )  # fmt: skip
         data = [{"x": torch.randn(4), "labels": torch.tensor(0)} for _ in range(2 * BATCHES)]
-        optimiser = net.counted_by(torch.optim.SGD(net.parameters(), 0.1))
+        optimizer = net.counted_by(torch.optim.SGD(net.parameters(), 0.1))
         trainer = self.hf.Trainer(
             net,
             arguments,
             train_dataset=data,
             eval_dataset=data,
             callbacks=[callback, *beside],
-            optimizers=(optimiser, None),
+            optimizers=(optimizer, None),
         )
         net.done = resume
         trainer.train(resume_from_checkpoint=str(self.path / f"checkpoint-{resume}") if resume else None)

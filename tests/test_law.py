@@ -41,7 +41,7 @@ def test_threshold_honours_the_rate_to_one_part_in_2_to_the_32(k: float) -> None
 
 
 @given(keep_probs.filter(lambda k: k > 0))
-def test_scale_times_realised_keep_probability_is_one(k: float) -> None:
+def test_scale_times_realized_keep_probability_is_one(k: float) -> None:
     drawn = law(k)
     assert abs(drawn.scale * (drawn.threshold / ONE) - 1) <= 1e-12
     kernels_own = torch.tensor(drawn.scale, dtype=torch.float32).item()

@@ -345,7 +345,7 @@ def test_monte_carlo_makes_it_fire(keep_graph: bool) -> None:
     auto = torchdrop.mc_predict(model, x, samples=12, seed=3, task="regression").mean
     torch.testing.assert_close(auto, loop)
     if keep_graph:
-        strategy: Any = "vectorised"
+        strategy: Any = "vectorized"
         fast = torchdrop.mc_predict(model, x, samples=12, seed=3, strategy=strategy, task="regression").mean
         torch.testing.assert_close(fast, loop)
     assert not torch.allclose(loop, model(x))

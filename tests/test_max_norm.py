@@ -1,4 +1,4 @@
-"""The constraint on the norms of incoming weights, as a parametrization and as a step after the optimiser."""
+"""The constraint on the norms of incoming weights, as a parametrization and as a step after the optimizer."""
 
 from __future__ import annotations
 
@@ -266,7 +266,7 @@ class TestModels:
         assert torch.allclose(mine(x)[0], lstm(x)[0], atol=1e-6)
 
     def test_training_under_it(self) -> None:
-        """Both keep the bound while an optimiser pushes against it."""
+        """Both keep the bound while an optimizer pushes against it."""
         x, y = torch.randn(30, 5), 50 * torch.randn(30, 3)
         for step in (False, True):
             layer = nn.Linear(5, 3) if step else max_norm(nn.Linear(5, 3), 0.5)

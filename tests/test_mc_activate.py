@@ -49,7 +49,7 @@ class Counting(nn.Module):
 
 class TestNothingElseChanges:
     @pytest.mark.parametrize("training", [False, True])
-    def test_normalisation(self, training: bool) -> None:
+    def test_normalization(self, training: bool) -> None:
         """Running statistics are used and left alone, whatever mode the model is in."""
         model, x = network(), data()
         model.train()(x)
@@ -181,7 +181,7 @@ class TestExceptions:
 
         model = network()
         with unchanged(model), pytest.raises(KeyError):
-            torchdrop.mc_predict(model, data(), samples=3, seed=0, output=fail)
+            torchdrop.mc_predict(model, data(), samples=3, seed=0, select_output=fail)
 
 
 class TestNesting:

@@ -27,7 +27,7 @@ def _one_thread() -> Iterator[None]:
 
 
 class Network(nn.Module):
-    """One convolution, batch normalisation, functional dropout and a linear layer, with something dropped before."""
+    """One convolution, batch normalization, functional dropout and a linear layer, with something dropped before."""
 
     def __init__(self, convolution: nn.Module, features: int, before: Callable[..., Any] | None = None) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ from tests.statistical import check_rate, draws_for
 from torchdrop import kernels
 from torchdrop.kernels import native
 from torchdrop.kernels.law import ONE, Law, gaussian, law
-from torchdrop.monte_carlo.masks import Hypercube, Layout, Pass, Slot, UnvectorisableError, find_layout, source_seed
+from torchdrop.monte_carlo.masks import Hypercube, Layout, NotVectorizableError, Pass, Slot, find_layout, source_seed
 from torchdrop.ops import operators
 
 SEED = 12345
@@ -154,7 +154,7 @@ class TestRows:
 
     def test_folding_needs_rows(self) -> None:
         run = Pass(7, torch.arange(2), 3, folded=True)
-        with pytest.raises(UnvectorisableError, match="belong to no row"):
+        with pytest.raises(NotVectorizableError, match="belong to no row"):
             dropped(run, torch.ones(4), None)
 
     def test_in_place(self) -> None:

@@ -168,11 +168,13 @@ def test_rows_have_their_masks_in_any_batch(name: str) -> None:
 @every_model
 def test_strategies_agree(name: str) -> None:
     model, inputs = built(name)
-    expected = torchdrop.mc_predict(model, inputs, samples=6, seed=3, strategy="loop", output=main)
+    expected = torchdrop.mc_predict(model, inputs, samples=6, seed=3, strategy="loop", select_output=main)
     worked = set()
-    for strategy in ("vectorised", "repeated"):
+    for strategy in ("vectorized", "repeated"):
         try:
-            other = torchdrop.mc_predict(model, inputs, samples=6, seed=3, strategy=strategy, output=main, chunk=4)
+            other = torchdrop.mc_predict(
+                model, inputs, samples=6, seed=3, strategy=strategy, select_output=main, chunk=4
+            )
         except RuntimeError as error:
             if "does not work here" not in str(error):
                 raise
@@ -191,7 +193,7 @@ def test_spread_is_that_of_train_mode(name: str) -> None:
         model.train()
         trained = torch.stack([main(call(model, inputs)) for _ in range(300)]).var(0)
         model.eval()
-    served = torchdrop.mc_predict(model, inputs, samples=300, seed=0, output=main)
+    served = torchdrop.mc_predict(model, inputs, samples=300, seed=0, select_output=main)
     assert float(trained.mean()) == pytest.approx(float(served.variance.mean()), rel=0.05)
 
 

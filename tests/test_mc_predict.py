@@ -102,7 +102,7 @@ class TestOneResult:
         loop = predict(model, data(), strategy="loop", sampling=sampling, masks=masks)
         assert loop.std.max() > 0
         served = {"loop"}
-        for strategy in ("vectorised", "repeated"):
+        for strategy in ("vectorized", "repeated"):
             try:
                 other = predict(model, data(), strategy=strategy, sampling=sampling, masks=masks)
             except RuntimeError:
@@ -153,7 +153,7 @@ class TestOneResult:
             assert batches.samples is not None
             assert torch.equal(whole.samples, batches.samples)
 
-    @pytest.mark.parametrize("strategy", ["vectorised", "repeated"])
+    @pytest.mark.parametrize("strategy", ["vectorized", "repeated"])
     @pytest.mark.parametrize("chunk", [1, 5, 12, 100])
     def test_chunks(self, strategy: str, chunk: int) -> None:
         one, other = (predict(mlp().eval(), data(), strategy=strategy, chunk=size) for size in (None, chunk))
@@ -213,7 +213,7 @@ class TestOneResult:
 class TestPrefix:
     """What comes before the first draw runs once for each batch."""
 
-    @pytest.mark.parametrize("strategy", ["vectorised", "loop"])
+    @pytest.mark.parametrize("strategy", ["vectorized", "loop"])
     def test_runs_once(self, strategy: str) -> None:
         calls: list[int] = []
 
@@ -362,7 +362,7 @@ class TestAgainstAllMasks:
         plain = torchdrop.mc_predict(model, x, **options)
         self.agree(plain, "mean", outputs.mean(0))
         self.agree(plain, "variance", outputs.var(0, correction=0))
-        classes = torchdrop.mc_predict(model, x, task="classification", outputs="logits", **options)
+        classes = torchdrop.mc_predict(model, x, task="classification", scores="logits", **options)
         p = outputs.softmax(-1)
         entropy = torch.special.entr(p).sum(-1).mean(0)
         self.agree(classes, "mean", p.mean(0))
@@ -443,9 +443,9 @@ class TestInputs:
             def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
                 return self.body(x)
 
-        with pytest.raises(TypeError, match=r"one tensor, got Tensor, Tensor: give output="):
+        with pytest.raises(TypeError, match=r"one tensor, got Tensor, Tensor: give select_output="):
             predict(Many().eval(), data())
-        assert close(predict(Many().eval(), data(), output=lambda y: y[0]), predict(One().eval(), data()))
+        assert close(predict(Many().eval(), data(), select_output=lambda y: y[0]), predict(One().eval(), data()))
 
     def test_one_whole(self) -> None:
         result = predict(mlp().eval(), data(), batch_dim=None)
@@ -497,16 +497,16 @@ class TestBadInput:
             ({"tolerance": 0.0}, ValueError, "tolerance must be positive, got 0.0"),
             ({"masks": "same"}, ValueError, "masks must be 'independent' or 'shared', got 'same'"),
             ({"sampling": "sobol"}, ValueError, "sampling must be 'iid' or 'latin', got 'sobol'"),
-            ({"strategy": "fast"}, ValueError, "strategy must be 'auto', 'vectorised', 'repeated', 'loop', got 'fast'"),
+            ({"strategy": "fast"}, ValueError, "strategy must be 'auto', 'vectorized', 'repeated', 'loop', got 'fast'"),
             ({"chunk": 0}, ValueError, "chunk must be at least 1, got 0"),
             ({"seed": "a"}, TypeError, "seed must be an integer, got str"),
             ({"sources": "3x"}, ValueError, "'3x' matches none: near misses: 3"),
             ({"sources": "dropout*"}, ValueError, "matches none: there are 0, 1, 2, 3, 4, 5"),
             ({"sources": "0"}, ValueError, "(?s)nothing random is active.*not chosen by the patterns"),
             ({"task": "ranking"}, ValueError, "task must be"),
-            ({"task": "classification", "output": lambda y: y[:, :1]}, ValueError, "one column"),
-            ({"task": "classification", "output": lambda y: y.argmax(1)}, ValueError, "floating-point"),
-            ({"task": "classification", "outputs": "probabilities"}, ValueError, "must be probabilities"),
+            ({"task": "classification", "select_output": lambda y: y[:, :1]}, ValueError, "one column"),
+            ({"task": "classification", "select_output": lambda y: y.argmax(1)}, ValueError, "floating-point"),
+            ({"task": "classification", "scores": "probabilities"}, ValueError, "must be probabilities"),
         ],
     )  # fmt: skip
     def test_arguments(self, options: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -574,7 +574,7 @@ class TestBadInput:
     def test_errors_leave_the_model_as_it_was(self) -> None:
         model = mlp().eval()
         with pytest.raises(ValueError, match="one column"):
-            predict(model, data(), task="classification", output=lambda y: y[:, :1])
+            predict(model, data(), task="classification", select_output=lambda y: y[:, :1])
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
         with warnings.catch_warnings():
             warnings.simplefilter("error")

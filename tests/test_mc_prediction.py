@@ -380,16 +380,16 @@ class TestGal:
         assert tau_from_weight_decay(0.01, 0.95, 927, decay) == pytest.approx(0.2, rel=1e-14)
         assert tau_from_weight_decay(0.01, 0.0, 927, decay) == 0
 
-    def test_the_weight_decay_of_an_optimiser(self) -> None:
+    def test_the_weight_decay_of_an_optimizer(self) -> None:
         """The docstring's factors: a step on each loss with its weight decay is a step on Gal's objective."""
         x, y, decay = torch.randn(8, 3).double(), torch.randn(8, 1).double(), 0.1
         start = torch.randn(3, 1).double()
 
         def step(loss: Any, weight_decay: float, rate: float) -> Tensor:
             weight = start.clone().requires_grad_()
-            optimiser = torch.optim.SGD([weight], lr=rate, weight_decay=weight_decay)
+            optimizer = torch.optim.SGD([weight], lr=rate, weight_decay=weight_decay)
             loss(weight).backward()
-            optimiser.step()
+            optimizer.step()
             return weight.detach()
 
         half = lambda w: (y - x @ w).square().sum() / 2 / 8  # noqa: E731

@@ -211,11 +211,11 @@ def test_strategies_agree_with_single_passes(name: str) -> None:
     with torchdrop.mc_dropout(model, seed=3, batch_dim=dim):
         expected = torch.stack([main(call(model, values)) for _ in range(6)]).movedim(1 + dim, 1)
     worked = 0
-    for strategy in ("loop", "repeated", "vectorised", "auto"):
+    for strategy in ("loop", "repeated", "vectorized", "auto"):
         try:
             result = torchdrop.mc_predict(
                 model, values, samples=6, seed=3, strategy=strategy, batch_dim=dim, chunk=4, keep_samples=True,
-                output=main,
+                select_output=main,
             )  # fmt: skip
         except RuntimeError as error:
             if "does not work here" not in str(error) or strategy in ("loop", "auto"):
@@ -285,7 +285,7 @@ def test_rrelu(inplace: bool) -> None:
 
 
 def test_dense_network() -> None:
-    """Functional dropout in each of 100 blocks, with batch normalisation."""
+    """Functional dropout in each of 100 blocks, with batch normalization."""
 
     class Dense(nn.Module):
         def __init__(self) -> None:

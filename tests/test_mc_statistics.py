@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from torchdrop.monte_carlo.statistics import Collector, Mean, Moments, Statistic
-from torchdrop.monte_carlo.tasks import Classification, Plain, Regression, normalised, read_task
+from torchdrop.monte_carlo.tasks import Classification, Plain, Regression, normalized, read_task
 
 F64 = torch.float64
 
@@ -49,8 +49,8 @@ class TestMoments:
     @given(
         st.lists(st.integers(0, 40), max_size=6), st.integers(1, 40), st.integers(0, 2**32 - 1), st.floats(-1e6, 1e6)
     )
-    def test_any_chunks_give_the_two_pass_result(self, cuts: list[int], count: int, seed: int, centre: float) -> None:
-        values = centre + np.random.default_rng(seed).normal(size=(count, 3))
+    def test_any_chunks_give_the_two_pass_result(self, cuts: list[int], count: int, seed: int, center: float) -> None:
+        values = center + np.random.default_rng(seed).normal(size=(count, 3))
         moments = Moments()
         for chunk in chunks_of(count, cuts):
             moments.add(torch.tensor(values[chunk.start : chunk.stop]))
@@ -238,15 +238,15 @@ class TestTasks:
     def test_auto_knows_softmax_from_logits(self, dtype: torch.dtype) -> None:
         logits = torch.randn(8, 50, 1000).to(dtype)
         for one in (logits.softmax(2), logits.float().softmax(2).double()):
-            assert Classification().settled(one).outputs == "probabilities"
+            assert Classification().settled(one).scores == "probabilities"
         for one in (logits, logits.log_softmax(2)):
-            assert Classification().settled(one).outputs == "logits"
-        assert Classification("logits").settled(logits.softmax(2)).outputs == "logits"
+            assert Classification().settled(one).scores == "logits"
+        assert Classification("logits").settled(logits.softmax(2)).scores == "logits"
 
-    def test_normalised_has_an_edge(self) -> None:
+    def test_normalized_has_an_edge(self) -> None:
         for error, expected in ((5e-6, True), (5e-5, False)):
-            assert normalised(torch.tensor([[0.5, 0.5 + error]]), 1) is expected
-        assert not normalised(torch.tensor([[1.5, -0.5]]), 1)
+            assert normalized(torch.tensor([[0.5, 0.5 + error]]), 1) is expected
+        assert not normalized(torch.tensor([[1.5, -0.5]]), 1)
 
     def test_auto_is_decided_once(self) -> None:
         collector = Collector(Classification())
@@ -265,14 +265,14 @@ class TestTasks:
         [
             ({"task": "ranking"}, "task must be None, 'classification' or 'regression', got 'ranking'"),
             (
-                {"task": "regression", "outputs": "logits"},
-                "outputs='logits' is for task='classification', got task='regr",
+                {"task": "regression", "scores": "logits"},
+                "scores='logits' is for task='classification', got task='regr",
             ),
             ({"task": None, "tau": 1.0}, "tau and noise are for task='regression', got task=None"),
             ({"task": "classification", "noise": "log_variance"}, "tau and noise are for task='regression'"),
             (
-                {"task": "classification", "outputs": "scores"},
-                "outputs must be 'auto', 'logits' or 'probabilities', got",
+                {"task": "classification", "scores": "scores"},
+                "scores must be 'auto', 'logits' or 'probabilities', got",
             ),
             ({"task": "regression", "tau": 0.0}, "tau must be positive and finite, got 0.0"),
             ({"task": "regression", "tau": math.nan}, "tau must be positive and finite, got nan"),
@@ -286,7 +286,7 @@ class TestTasks:
 
     def test_read_task(self) -> None:
         assert read_task(None) == Plain()
-        assert read_task("classification", outputs="logits") == Classification("logits")
+        assert read_task("classification", scores="logits") == Classification("logits")
         assert read_task("regression", noise="log_variance") == Regression(noise="log_variance")
 
     @pytest.mark.parametrize(
@@ -306,7 +306,7 @@ class TestTasks:
                 torch.ones(2, 3, 1),
                 r"outputs must have a column for each class, got one .*\(3, 1\).*torch.cat",
             ),
-            (Classification(), torch.full((2, 3, 2), 0.7), r"in \[0, 1\] but do not sum to 1 .* say outputs='logits'"),
+            (Classification(), torch.full((2, 3, 2), 0.7), r"in \[0, 1\] but do not sum to 1 .* say scores='logits'"),
             (
                 Classification("probabilities"),
                 torch.full((2, 3, 2), 2.0),
@@ -330,16 +330,16 @@ class TestTasks:
 
     @pytest.mark.parametrize("outputs", ["text", {"logits": torch.ones(2, 3)}, (torch.ones(2, 3), None)])
     def test_outputs_that_are_no_tensors(self, outputs: Any) -> None:
-        with pytest.raises(TypeError, match=r"outputs must be tensors, got .*: pick them with output="):
+        with pytest.raises(TypeError, match=r"outputs must be tensors, got .*: pick them with select_output="):
             Collector(Plain()).add(outputs, range(2))
 
     @pytest.mark.parametrize("task", [Plain(), Classification(), Regression(tau=1.0)])
     def test_a_pair_where_one_tensor_is_due(self, task: Any) -> None:
-        with pytest.raises(TypeError, match="outputs must be one tensor, got tuple: pick it with output="):
+        with pytest.raises(TypeError, match="outputs must be one tensor, got tuple: pick it with select_output="):
             Collector(task).add((torch.ones(2, 3, 2), torch.ones(2, 3, 2)), range(2))
 
     def test_an_auto_that_was_not_settled(self) -> None:
-        with pytest.raises(ValueError, match="outputs='auto' must be settled by a first chunk"):
+        with pytest.raises(ValueError, match="scores='auto' must be settled by a first chunk"):
             Classification().observe(torch.randn(2, 3, 4))
 
     def test_a_binary_model_made_two_columns_as_the_message_says(self) -> None:

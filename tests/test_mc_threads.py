@@ -24,7 +24,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def network() -> nn.Sequential:
-    """Layers, a function, code that asks its flag, and normalisation; none of them may be seen in another mode."""
+    """Layers, a function, code that asks its flag, and normalization; none of them may be seen in another mode."""
     return nn.Sequential(
         nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), Of(timm_path), torchdrop.Dropout(0.3),
         Of(lambda self, x: F.dropout(x, 0.2, self.training)),
@@ -73,7 +73,7 @@ class Meeting:
 
 WAYS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "context": lambda model, x: passes(model, x, 3, seed=0),
-    "vectorised": lambda model, x: torchdrop.mc_predict(model, x, 4, seed=0, strategy="vectorised").mean,
+    "vectorized": lambda model, x: torchdrop.mc_predict(model, x, 4, seed=0, strategy="vectorized").mean,
     "repeated": lambda model, x: torchdrop.mc_predict(model, x, 4, seed=0, strategy="repeated").mean,
     "loop": lambda model, x: torchdrop.mc_predict(model, x, 4, seed=0, strategy="loop", weight_scaling=True).mean,
 }

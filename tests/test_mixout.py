@@ -145,9 +145,9 @@ class TestParametrization:
         apply_mixout(model, "*.weight", 0.9, layers=nn.Linear)
         assert torch.equal(model(x), plain)
         assert len(torchdrop.keep_probs(model)) == 2
-        optimiser = torch.optim.SGD(model.parameters(), 0.1)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
         model(x).square().sum().backward()
-        optimiser.step()
+        optimizer.step()
         assert not torch.equal(model(x), model(x))
         assert torch.equal(model.eval()(x), model(x))
 
@@ -199,7 +199,7 @@ class TestParametrization:
         assert torch.equal(off, model.eval()(x))
         results = [
             torchdrop.mc_predict(model, x, samples=8, seed=2, task="regression", strategy=strategy)
-            for strategy in ("loop", "vectorised")
+            for strategy in ("loop", "vectorized")
         ]
         assert torch.allclose(results[0].mean, results[1].mean, atol=1e-5)
         assert (results[0].std > 0).all()

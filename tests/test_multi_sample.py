@@ -185,7 +185,7 @@ def test_names_schedules_copies_and_state() -> None:
     assert classifier.dropout.keep_prob == 0.75  # type: ignore[union-attr]
     classifier.keep_prob = 0.5
     assert classifier.dropout.p == 0.5  # type: ignore[union-attr]
-    scheduler = torchdrop.KeepProbScheduler(model, {"*": torchdrop.linear(1.0, 0.7, 2)})
+    scheduler = torchdrop.KeepProbScheduler(model, {"*": torchdrop.schedules.linear(1.0, 0.7, 2)})
     for _ in range(2):
         scheduler.step()
     assert classifier.keep_prob == pytest.approx(0.7)

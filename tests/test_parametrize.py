@@ -106,7 +106,7 @@ class TestState:
 
     @pytest.mark.parametrize("applied", [["weight", "bias"], ["bias", "weight"]])
     @pytest.mark.parametrize("removed", [["weight", "bias"], ["bias", "weight"], ["*"]])
-    def test_removal_gives_the_order_back_that_optimisers_number_by(
+    def test_removal_gives_the_order_back_that_optimizers_number_by(
         self, applied: list[str], removed: list[str]
     ) -> None:
         layer, given = nn.Linear(4, 3), torch.optim.Adam(nn.Linear(4, 3).parameters())

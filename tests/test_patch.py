@@ -176,7 +176,7 @@ def test_names_schedules_copies_and_state() -> None:
     torchdrop.set_keep_prob(model, {"drop": 0.25})
     assert str(model.drop) == "PatchDropout(p=0.75, num_prefix_tokens=2)"
     assert model.drop(x).shape[1] == 2 + 5
-    scheduler = torchdrop.KeepProbScheduler(model, {"*": torchdrop.linear(1.0, 0.5, 2)})
+    scheduler = torchdrop.KeepProbScheduler(model, {"*": torchdrop.schedules.linear(1.0, 0.5, 2)})
     assert model.drop(x) is x
     for _ in range(2):
         scheduler.step()

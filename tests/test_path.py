@@ -70,11 +70,11 @@ def test_expectation_of_a_block_is_x_plus_f_by_enumeration(form: str, k: float) 
         y = seeded(seed, FORMS[form], branch, 1 - k)
         found[tuple((y != 0).flatten(1).all(1).tolist())] = x + y
     masks = itertools.product([False, True], repeat=3) if form != "batch" else [(False,) * 3, (True,) * 3]
-    realised = law(k).threshold / ONE
+    realized = law(k).threshold / ONE
     mean, total = torch.zeros_like(x), 0.0
     for mask in masks:
         draws = mask[:1] if form == "batch" else mask
-        chance = realised ** sum(draws) * (1 - realised) ** (len(draws) - sum(draws))
+        chance = realized ** sum(draws) * (1 - realized) ** (len(draws) - sum(draws))
         mean, total = mean + chance * found.pop(mask), total + chance
     assert not found
     assert total == pytest.approx(1, abs=1e-12)
@@ -287,7 +287,7 @@ def test_the_linear_rule_sets_a_stack_by_name_and_the_expected_depth_is_3L_minus
 
 def test_schedules_reach_them() -> None:
     model = Stack(3)
-    scheduler = torchdrop.KeepProbScheduler(model, {"*": torchdrop.linear(1.0, 0.5, 10)})
+    scheduler = torchdrop.KeepProbScheduler(model, {"*": torchdrop.schedules.linear(1.0, 0.5, 10)})
     for _ in range(10):
         scheduler.step()
     assert set(torchdrop.keep_probs(model).values()) == {0.5}

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import torchdrop
 from torchdrop.aids.penalty import equivalent_l2
-from torchdrop.core.rate import realised
+from torchdrop.core.rate import realized
 
 RATES = [0.1, 0.5, 0.8, 0.97]
 
@@ -27,8 +27,8 @@ def _double() -> Any:
     torch.set_default_dtype(torch.float32)
 
 
-def realised_number(keep_prob: float) -> float:
-    k = realised(keep_prob)
+def realized_number(keep_prob: float) -> float:
+    k = realized(keep_prob)
     assert isinstance(k, float)
     return k
 
@@ -69,7 +69,7 @@ class TestExact:
     def test_linear_regression_by_all_masks(self, k: float, outputs: int) -> None:
         """All 2^(n d) masks at once, of a matrix of n rows and d columns."""
         x, y, layer = torch.randn(3, 3), torch.randn(3, outputs), nn.Linear(3, outputs)
-        q = realised_number(k)
+        q = realized_number(k)
         with torch.no_grad():
             noisy = expectation(lambda gates: (y - layer(x * gates)).square().sum(), (3, 3), q)
             expected = noisy - (y - layer(x)).square().sum()
@@ -88,10 +88,10 @@ class TestExact:
         expected = p / (1 - p) * (layer.weight.square() * x.square().sum(0)).sum()
         assert found.item() == pytest.approx(expected.item(), rel=1e-14)
 
-    def test_the_realised_rate_counts(self) -> None:
+    def test_the_realized_rate_counts(self) -> None:
         """At a keep_prob of 1e-9 the threshold is a whole number of 2**-32s, 7 % off."""
         x, layer = torch.ones(1, 1), nn.Linear(1, 1)
-        q = realised_number(1e-9)
+        q = realized_number(1e-9)
         assert abs(q / 1e-9 - 1) > 0.01
         found = equivalent_l2(nn.Sequential(torchdrop.Dropout(keep_prob=1e-9), layer), x).total
         assert found.item() == pytest.approx((1 - q) / q * layer.weight.item() ** 2, rel=1e-12)
@@ -188,12 +188,12 @@ class TestExact:
 GLMS = ["bernoulli", "poisson", "categorical"]
 
 
-class TestGeneralisedLinearModels:
+class TestGeneralizedLinearModels:
     @pytest.mark.parametrize("k", RATES)
     def test_wager_for_one_output(self, k: float) -> None:
         """R = 1/2 sum_i A''(x_i b) Var[x~_i b], with Var = (1 - k) / k sum_j x_ij^2 b_j^2."""
         x, layer = torch.randn(7, 5), nn.Linear(5, 1)
-        q = realised_number(k)
+        q = realized_number(k)
         variance = (1 - q) / q * x.square() @ layer.weight[0].square()
         z = layer(x)[:, 0]
         p = 1 / (1 + (-z).exp())
@@ -534,7 +534,7 @@ class TestState:
         assert [one.training for one in model.modules()] == flags
         assert not any(one._forward_hooks for one in model.modules())
 
-    def test_normalisation_uses_running_statistics(self) -> None:
+    def test_normalization_uses_running_statistics(self) -> None:
         model = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.5), nn.Linear(3, 1))
         model(5 + torch.randn(50, 3))
         x = torch.randn(4, 3)

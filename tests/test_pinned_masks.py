@@ -128,7 +128,7 @@ def sites() -> Iterator[tuple[str, list[float]]]:
         model, x = make().eval(), torch.randn(6, 5, 12)
         for sampling in ("iid", "latin"):
             prediction = torchdrop.mc_predict(
-                model, x, samples=4, seed=5, sampling=sampling, task="regression", output=first
+                model, x, samples=4, seed=5, sampling=sampling, task="regression", select_output=first
             )
             yield f"{name}, {sampling}", projections(torch.stack([prediction.mean, prediction.std]))
 

@@ -308,7 +308,7 @@ def test_rates_by_name_schedules_and_disabled(name: str) -> None:
     model.forward = lambda x: model["rnn"](x)[0]  # type: ignore[method-assign]
     with torchdrop.disabled(model):
         plain = model(x)
-    scheduler = torchdrop.KeepProbScheduler(model, {"rnn.*": torchdrop.linear(1.0, 0.5, 2)})
+    scheduler = torchdrop.KeepProbScheduler(model, {"rnn.*": torchdrop.schedules.linear(1.0, 0.5, 2)})
     torch.testing.assert_close(model(x), plain)
     for _ in range(2):
         scheduler.step()

@@ -83,16 +83,16 @@ class TestSteps:
     def test_the_loop_of_learning_rates(self, per: str) -> None:
         """Forward i sees the rate of step i, with a learning-rate scheduler beside it, in either order."""
         model = net()
-        optimiser = torch.optim.SGD(model.parameters(), lr=1.0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         scheduler = KeepProbScheduler(model, {"drop*": DOWN})
-        of_lr = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 0.9**step)
+        of_lr = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
         seen = []
         for _ in range(3):
             for _ in range(2):
                 seen.append((model.drop1.keep_prob, model.drop2.keep_prob, of_lr.get_last_lr()[0]))
-                optimiser.zero_grad()
+                optimizer.zero_grad()
                 model(torch.randn(3, 4)).square().mean().backward()
-                optimiser.step()
+                optimizer.step()
                 if per == "step":
                     scheduler.step()
                     of_lr.step()
@@ -429,8 +429,8 @@ def train(given: str, path: Path | None, start: int, stop: int, load: bool = Tru
         torchdrop.set_keep_prob(model, {"0.drop1": 0.6})  # which a resumed run does not know
     drop = schedules.scale(schedules.triangular(0.1, 1.0, 8)) if given == "scale" else schedules.cosine(1.0, 0.2, 20)
     scheduler = KeepProbScheduler(model, {"*": drop})
-    optimiser = torch.optim.AdamW(model.parameters(), lr=0.05)
-    parts = {"model": model, "optimiser": optimiser, "scheduler": scheduler}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     if start and path:
         saved = torch.load(path, weights_only=True)
         for name, part in parts.items():
@@ -439,9 +439,9 @@ def train(given: str, path: Path | None, start: int, stop: int, load: bool = Tru
         torch.set_rng_state(saved["random"])
     for step in range(start, stop):
         x = torch.linspace(-1, 1, 40).reshape(10, 4) * (1 + step)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         (model(x) - 1).square().mean().backward()
-        optimiser.step()
+        optimizer.step()
         scheduler.step()
     if start == 0 and path:
         saved = {name: part.state_dict() for name, part in parts.items()}

@@ -38,7 +38,7 @@ class TestStates:
         assert not any(torch.equal(a, b) for a, b in itertools.combinations(masks, 2))
 
     @pytest.mark.parametrize("other", [(7, 1), (8, 0), (0, 7), (7 + 2**32, 0), (-7, 0)])
-    def test_neighbours_are_unrelated(self, other: tuple[int, int]) -> None:
+    def test_neighbors_are_unrelated(self, other: tuple[int, int]) -> None:
         n = draws_for(0.5, 0.005)
         check_rate(int((mask(7, 0, n) == mask(*other, n)).sum()), n, 0.5, 0.005)
 
@@ -178,9 +178,9 @@ class TestCuda:
             pass
         assert calls[2] not in calls[:2]
 
-    def test_an_initialisation_inside_is_reported(self, calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_an_initialization_inside_is_reported(self, calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
-        with pytest.warns(UserWarning, match="^seeded: CUDA was initialised inside") as caught, torchdrop.seeded(1):
+        with pytest.warns(UserWarning, match="^seeded: CUDA was initialized inside") as caught, torchdrop.seeded(1):
             monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
         assert [warning.filename for warning in caught] == [__file__]
         assert calls == []

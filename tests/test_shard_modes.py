@@ -133,7 +133,7 @@ def test_disabled() -> None:
 
 def test_audit() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), torchdrop.Dropout(0.4, shard=LAST), nn.Linear(3, 2))
-    noise = {"realised rate", "active in eval mode", "ignores training", "never called"}
+    noise = {"realized rate", "active in eval mode", "ignores training", "never called"}
     found = torchdrop.audit(model, torch.randn(32, 3))
     assert [finding for finding in found.findings if finding.code in noise] == []
 

@@ -208,7 +208,7 @@ def test_rates_and_schedules_reach_it_by_name() -> None:
     assert dict(torchdrop.keep_probs(model)) == {name: 0.75}
     torchdrop.set_keep_prob(model, {name: 0.0})
     assert (model[0].weight == 0).sum() == 8
-    scheduler = torchdrop.KeepProbScheduler(model, {"0": torchdrop.linear(1.0, 0.0, steps=2)})
+    scheduler = torchdrop.KeepProbScheduler(model, {"0": torchdrop.schedules.linear(1.0, 0.0, steps=2)})
     counts = []
     for _ in range(3):
         counts.append(model[0].parametrizations.weight[0].p)

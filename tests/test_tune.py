@@ -284,13 +284,13 @@ def counted(model: Any, x: Tensor) -> Tensor:
 
 
 REFUSED: dict[str, tuple[Build, Any, str]] = {
-    "LSTM": (Recurrent, grid({"drop": [0.5, 0.9]}), "cannot be vectorised"),
+    "LSTM": (Recurrent, grid({"drop": [0.5, 0.9]}), "cannot be vectorized"),
     "a rate of an LSTM": (Recurrent, grid({"*": [0.5, 0.9]}), "rate that is no layer, 'lstm' .LSTM."),
     "torch's random numbers": (
-        lambda: Odd(lambda model, x: x + torch.rand_like(x)), grid({"drop": [0.5, 0.9]}), "vectorised .*random"
+        lambda: Odd(lambda model, x: x + torch.rand_like(x)), grid({"drop": [0.5, 0.9]}), "vectorized .*random"
     ),
     "control flow": (
-        lambda: Odd(lambda model, x: x if x.sum() > 0 else -x), grid({"drop": [0.5, 0.9]}), "vectorised .*control"
+        lambda: Odd(lambda model, x: x if x.sum() > 0 else -x), grid({"drop": [0.5, 0.9]}), "vectorized .*control"
     ),
     "state": (lambda: Odd(counted), grid({"drop": [0.5, 0.9]}), "the forward changes an attribute .*, 'calls'"),
     "a rate for each element": (
@@ -300,7 +300,7 @@ REFUSED: dict[str, tuple[Build, Any, str]] = {
 
 
 @pytest.mark.parametrize(("build", "settings", "reason"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_vectorised_is_trained_one_after_another(build: Build, settings: Any, reason: str) -> None:
+def test_what_cannot_be_vectorized_is_trained_one_after_another(build: Build, settings: Any, reason: str) -> None:
     with pytest.warns(UserWarning, match=f"one model after another.*{reason}") as caught:
         result = found(build, settings)
     assert len(caught) == 1
@@ -313,7 +313,7 @@ def test_what_cannot_be_vectorised_is_trained_one_after_another(build: Build, se
     assert not asked.reason
 
 
-def test_an_optimiser_that_may_mix_elements_is_not_given_stacked_parameters() -> None:
+def test_an_optimizer_that_may_mix_elements_is_not_given_stacked_parameters() -> None:
     class Normed(torch.optim.SGD):
         pass
 
@@ -665,7 +665,7 @@ def test_optuna_searches_a_real_model() -> None:
 
 def test_optuna_failing_and_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     study, batches = a_study(), []
-    with pytest.raises(ValueError, match=r"must maximise one value.*got .'MINIMIZE'"):
+    with pytest.raises(ValueError, match=r"must maximize one value.*got .'MINIMIZE'"):
         optuna_search(a_study("minimize"), suggest, pretended(batches), trials=2)
     with pytest.raises(TypeError, match=r"study must be an optuna.Study, got NoneType"):
         optuna_search(None, suggest, pretended(batches), trials=2)

@@ -126,7 +126,7 @@ def test_batches_of_an_epoch_are_all_rows_once_and_each_split_has_its_order() ->
     assert [known[tuple(x)] for x in epochs[0][1].tolist()] == targets[1].tolist()
 
 
-def test_splits_are_standardised_with_their_training_rows() -> None:
+def test_splits_are_standardized_with_their_training_rows() -> None:
     splits, a = made(), arrays()
     torch.testing.assert_close(splits.y.mean(1), torch.zeros(SPLITS, dtype=torch.float64), rtol=0, atol=1e-6)
     torch.testing.assert_close(splits.x[:, :, 0].std(1, correction=0), torch.ones(SPLITS, dtype=torch.float64))

@@ -17,7 +17,7 @@ from torch.func import jacrev, vmap
 
 import torchdrop
 from torchdrop.core import sites
-from torchdrop.core.regularization import regularisation
+from torchdrop.core.regularization import regularization
 from torchdrop.layers.variational import sparse
 from torchdrop.layers.variational import variational as gaussian
 from torchdrop.layers.variational.base import Variational, local_reparameterization
@@ -189,7 +189,7 @@ def test_gradients_are_finite_where_there_is_no_variance(form: str) -> None:
     x[1, 1] = 1.0
     x.requires_grad_()
     y = layer(x)
-    (y.square().sum() + regularisation(layer)).backward()
+    (y.square().sum() + regularization(layer)).backward()
     for tensor in (x, *layer.parameters()):
         assert tensor.grad is not None
         assert tensor.grad.isfinite().all()
@@ -288,7 +288,7 @@ def test_compiled_code_has_the_noise_of_eager_code(kind: str, form: str) -> None
     for module in (layer, compiled):
         torch.manual_seed(4)
         y = module(x)
-        outputs.append((y, *torch.autograd.grad(y.sum() + layer.regulariser(), layer.parameters())))
+        outputs.append((y, *torch.autograd.grad(y.sum() + layer.regularizer(), layer.parameters())))
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*outputs, strict=True))
     assert counter.frame_count == 1
     layer.eval()

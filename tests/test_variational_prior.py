@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchdrop.core.regularization import regularisation
+from torchdrop.core.regularization import regularization
 from torchdrop.layers.variational.sparse import SparseVariationalConv2d, SparseVariationalLinear, sparse_variational_kl
 from torchdrop.layers.variational.sparsity import sparsity
 from torchdrop.layers.variational.variational import CONSTANT, VariationalConv1d, VariationalLinear, variational_kl
@@ -69,19 +69,19 @@ def test_sparse_kl_is_finite_and_vanishes_for_boundless_alpha() -> None:
     assert torch.autograd.grad(value.sum(), far)[0][:3].isfinite().all()
 
 
-def test_regulariser_counts_each_weight() -> None:
+def test_regularizer_counts_each_weight() -> None:
     linear = VariationalLinear(5, 4, keep_prob=0.8)
     one = variational_kl(torch.tensor(0.25).log())
-    assert linear.regulariser().item() == pytest.approx(20 * one.item(), rel=1e-5)
+    assert linear.regularizer().item() == pytest.approx(20 * one.item(), rel=1e-5)
     for rates in ("unit", "weight"):
         conv = VariationalConv1d(4, 6, 3, groups=2, keep_prob=0.8, rates=rates)
-        assert conv.regulariser().item() == pytest.approx(conv.weight.numel() * one.item(), rel=1e-5)
+        assert conv.regularizer().item() == pytest.approx(conv.weight.numel() * one.item(), rel=1e-5)
     pruning = SparseVariationalLinear(5, 4)
     alpha = pruning.log_sigma2.exp() / pruning.weight**2
-    assert pruning.regulariser().item() == pytest.approx(sparse_variational_kl(alpha.log()).sum().item(), rel=1e-4)
+    assert pruning.regularizer().item() == pytest.approx(sparse_variational_kl(alpha.log()).sum().item(), rel=1e-4)
     model = nn.ModuleList([linear, pruning, linear])
-    assert regularisation(model).item() == pytest.approx((linear.regulariser() + pruning.regulariser()).item())
-    regularisation(model).backward()
+    assert regularization(model).item() == pytest.approx((linear.regularizer() + pruning.regularizer()).item())
+    regularization(model).backward()
     assert all(p.grad is not None for p in (linear.logit_alpha, pruning.weight, pruning.log_sigma2))
 
 
@@ -137,7 +137,7 @@ def trained(layer: nn.Module, x: Tensor, y: Tensor, steps: int = 400) -> list[fl
         if step % (steps // 4) == 0:
             shares.append(sparsity(layer).share)
         likelihood = F.mse_loss(layer(x), y, reduction="sum") / (2 * 0.1**2)
-        loss = (likelihood + min(1.0, 2 * step / steps) * regularisation(layer)) / len(x)
+        loss = (likelihood + min(1.0, 2 * step / steps) * regularization(layer)) / len(x)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -122,17 +122,17 @@ class TestGradients:
             model(torch.randn(4, 6)).sum().backward()
         assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
 
-    def test_optimiser_that_knew_the_parameter_trains_it(self) -> None:
+    def test_optimizer_that_knew_the_parameter_trains_it(self) -> None:
         layer = nn.Linear(4, 1)
-        optimiser = torch.optim.SGD(layer.parameters(), 0.1)
+        optimizer = torch.optim.SGD(layer.parameters(), 0.1)
         weight = layer.weight
         apply_weight_dropout(layer, p=0.5)
         assert raw(layer) is weight
         before = weight.detach().clone()
         for _ in range(10):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             layer(torch.ones(1, 4)).sum().backward()
-            optimiser.step()
+            optimizer.step()
         assert (weight != before).all()
 
     def test_checkpointing_runs_under_the_same_mask(self) -> None:
@@ -213,7 +213,7 @@ class TestPackage:
         torchdrop.set_keep_prob(model, {"0": 1.0, "3.parametrizations.weight.0": 0.0})
         assert model[0].weight is raw(model[0])
         assert torch.equal(model[3].weight, torch.zeros(3, 40))
-        scheduler = torchdrop.KeepProbScheduler(model, {"*": torchdrop.linear(1.0, 0.5, steps=2)})
+        scheduler = torchdrop.KeepProbScheduler(model, {"*": torchdrop.schedules.linear(1.0, 0.5, steps=2)})
         scheduler.step()
         assert dict(torchdrop.keep_probs(model)) == dict.fromkeys(
             ("0.parametrizations.weight.0", "3.parametrizations.weight.0"), 0.75
@@ -235,7 +235,7 @@ class TestPackage:
             assert torch.allclose(model(x[:2]), first[:2], atol=1e-6)
         results = [
             torchdrop.mc_predict(model, x, samples=20, seed=2, task="regression", strategy=strategy, sampling=sampling)
-            for strategy in ("loop", "vectorised")
+            for strategy in ("loop", "vectorized")
         ]
         assert torch.allclose(results[0].mean, results[1].mean, atol=1e-6)
         assert (results[0].std > 0).all()

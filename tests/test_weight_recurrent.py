@@ -134,11 +134,11 @@ class TestWeights:
         parameters = dict(rnn.named_parameters())
         apply_weight_dropout(rnn, "weight_hh_*", 0.5)
         before = {name: value.detach().clone() for name, value in parameters.items()}
-        optimiser = torch.optim.SGD(rnn.parameters(), 0.1)
+        optimizer = torch.optim.SGD(rnn.parameters(), 0.1)
         for _ in range(10):
             rnn(torch.randn(4, 3, 5))[0].square().sum().backward()
         assert all(torch.equal(parameters[name], value) for name, value in before.items())
-        optimiser.step()
+        optimizer.step()
         assert all((parameters[name] != value).float().mean() > 0.9 for name, value in before.items())
         held = [rnn.parametrizations.weight_hh_l0.original, *(p for n, p in parameters.items() if "hh_l0" not in n)]
         assert {id(p) for p in held} <= {id(p) for p in rnn._flat_weights}

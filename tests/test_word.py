@@ -176,7 +176,7 @@ class TestLayer:
         model = nn.Sequential(make(p=0.5))
         torchdrop.set_keep_prob(model, {"0": 0.0})
         assert torch.equal(model(input), torch.zeros_like(input))
-        scheduler = torchdrop.KeepProbScheduler(model, {"0": torchdrop.linear(1.0, 0.5, steps=2)})
+        scheduler = torchdrop.KeepProbScheduler(model, {"0": torchdrop.schedules.linear(1.0, 0.5, steps=2)})
         scheduler.step()
         assert model[0].keep_prob == 0.75
         with torchdrop.disabled(model):
@@ -211,7 +211,7 @@ class TestLayer:
             assert torch.allclose(model(input[:3]), first[:3], atol=1e-5)
         results = [
             torchdrop.mc_predict(model, input, samples=8, seed=2, task="regression", strategy=strategy).mean
-            for strategy in ("loop", "vectorised", "repeated")
+            for strategy in ("loop", "vectorized", "repeated")
         ]
         assert torch.allclose(results[0], results[1], atol=1e-5)
         assert torch.allclose(results[0], results[2], atol=1e-5)

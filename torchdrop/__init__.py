@@ -4,7 +4,7 @@ from . import functional, losses, monte_carlo, rules, schedules, tune
 from ._version import __version__ as __version__
 from .aids import audit, check_cost_decreases, equivalent_l2, feature_statistics, max_norm, max_norm_
 from .configure import disabled, insert, keep_probs, replace, set_keep_prob
-from .core.regularization import regularisation
+from .core.regularization import regularization
 from .core.shard import Shard
 from .kernels import available_backends, use_backend
 from .layers.activated import GELUDropout, ReLUDropout
@@ -12,7 +12,7 @@ from .layers.alpha import AlphaDropout, FeatureAlphaDropout
 from .layers.channel import Dropout1d, Dropout2d, Dropout3d
 from .layers.compact.sequential import CompactSequential, compact
 from .layers.concrete.concrete import ConcreteDropout
-from .layers.concrete.layer import ConcreteLayer, concrete_regularisers
+from .layers.concrete.layer import ConcreteLayer, concrete_regularizers
 from .layers.drop_block.drop_block import DropBlock1d, DropBlock2d, DropBlock3d
 from .layers.drop_head import DropHead
 from .layers.drop_key import DropKey
@@ -51,7 +51,6 @@ from .layers.word import WordDropout
 from .monte_carlo import mc_dropout, mc_predict
 from .random import frozen_masks
 from .scheduler import KeepProbScheduler
-from .schedules import linear
 from .seeding import seeded
 
 __all__ = [
@@ -113,7 +112,7 @@ __all__ = [
     "available_backends",
     "check_cost_decreases",
     "compact",
-    "concrete_regularisers",
+    "concrete_regularizers",
     "disabled",
     "equivalent_l2",
     "feature_statistics",
@@ -121,7 +120,6 @@ __all__ = [
     "functional",
     "insert",
     "keep_probs",
-    "linear",
     "losses",
     "max_norm",
     "max_norm_",
@@ -129,7 +127,7 @@ __all__ = [
     "mc_predict",
     "monte_carlo",
     "prune_targeted_dropout",
-    "regularisation",
+    "regularization",
     "remove_mixout",
     "remove_targeted_dropout",
     "remove_weight_dropout",

@@ -250,7 +250,7 @@ def two_passes(model: nn.Module, inputs: Any, *, batch_dim: int = 0, batched: bo
     """What a model gives for the same inputs under two masks, by one forward on the inputs put behind themselves.
 
     Every row is there twice and its two copies have their own masks. Two things follow from the one forward:
-    normalisation over the batch sees both copies, and a mask that the whole batch shares (of weights, of embeddings, of
+    normalization over the batch sees both copies, and a mask that the whole batch shares (of weights, of embeddings, of
     compact dropout) is the same in both passes. ``batched=False`` makes two forwards, one after the other.
 
     Args:

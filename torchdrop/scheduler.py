@@ -63,7 +63,7 @@ class KeepProbScheduler:
     """Lets keep probabilities follow schedules, layer by layer.
 
     As with PyTorch's learning-rate schedulers, creating one sets the rates of step 0, and ``step()``, after the
-    optimiser's, those of the next; whether that is once a batch or once an epoch is the caller's choice. Layers of
+    optimizer's, those of the next; whether that is once a batch or once an epoch is the caller's choice. Layers of
     torchdrop in a compiled model are not recompiled.
 
     Args:

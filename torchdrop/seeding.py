@@ -16,7 +16,7 @@ def seeded(seed: int, rank: int | None = None) -> Iterator[None]:
     """What is drawn inside the context follows from `seed` and `rank` alone, and nothing outside notices.
 
     PyTorch's default generators, the CPU's and those of all CUDA devices, start from a hash of (seed, rank), so that
-    neighbouring seeds and ranks have nothing in common; on leaving, also by an exception, they go on from where they
+    neighboring seeds and ranks have nothing in common; on leaving, also by an exception, they go on from where they
     were. All that draws from them is governed, torch.nn's layers and torchdrop's alike; a layer with a `generator` of
     its own follows that. Activation checkpointing finds its masks wherever backward runs, contexts nest, and compiled
     code draws what eager code draws, save that a torch.func.vmap within it has draws of its own. As a decorator
@@ -46,7 +46,7 @@ def seeded(seed: int, rank: int | None = None) -> Iterator[None]:
         ValueError: `rank` is negative.
 
     Warns:
-        UserWarning: at the end, if CUDA was initialised inside: its generators did not exist on entering.
+        UserWarning: at the end, if CUDA was initialized inside: its generators did not exist on entering.
 
     Example:
         >>> import torch, torchdrop
@@ -79,7 +79,7 @@ def seeded(seed: int, rank: int | None = None) -> Iterator[None]:
         put_back(before)
         if torch.cuda.is_initialized() and not cuda:
             warnings.warn(
-                "seeded: CUDA was initialised inside the context, so what was drawn there does not follow from the "
+                "seeded: CUDA was initialized inside the context, so what was drawn there does not follow from the "
                 "seed. Enter the context after the model was moved there, or call torch.cuda.init() before",
                 UserWarning,
                 stacklevel=3,

@@ -30,7 +30,7 @@ class Finding:
 
     Args:
         code: what it is, for programs: "active in eval mode", "before batch norm", "on the output", "two in a row",
-            "rate 0", "rate 1", "ignores training", "rate captured elsewhere", "realised rate" or "never called".
+            "rate 0", "rate 1", "ignores training", "rate captured elsewhere", "realized rate" or "never called".
         module: where.
         message: what was seen, and what to do.
     """
@@ -61,11 +61,11 @@ class Audit:
         dropping = [call for call in self.calls if not call.flagged]
         if dropping:
             width = max(5, *(len(call.module or "(model)") for call in dropping))
-            lines.append(f"{'layer':{width}}  {'call':<14}  keep_prob  realised  draws")
+            lines.append(f"{'layer':{width}}  {'call':<14}  keep_prob  realized  draws")
             for call in {(call.module, call.kind, call.rate): call for call in reversed(dropping)}.values():
                 nominal = "         " if call.rate is None else f"{1 - call.rate:<9.4g}"
-                realised = "not measured" if call.realised is None else f"{call.realised:<8.4f}  {call.draws}"
-                lines.insert(1, f"{call.module or '(model)':{width}}  {call.kind:<14}  {nominal}  {realised}")
+                realized = "not measured" if call.realized is None else f"{call.realized:<8.4f}  {call.draws}"
+                lines.insert(1, f"{call.module or '(model)':{width}}  {call.kind:<14}  {nominal}  {realized}")
         else:
             lines.append("No dropout in a forward in train mode.")
         if not self.findings:
@@ -79,7 +79,7 @@ def audit(model: nn.Module, example_input: Any) -> Audit:
     """Runs a model in train and in eval mode and reports what is wrong, or likely wrong, with its dropout.
 
     Found are: randomness that is on in eval mode, and functional dropout that ignores `training`; dropout whose output
-    batch normalisation takes, as it is or through one linear map (its variance then differs between training and eval
+    batch normalization takes, as it is or through one linear map (its variance then differs between training and eval
     mode: Li et al.); dropout on the model's output; two dropouts in a row; rates of 0 or 1 left in; rates that are
     constants in a forward, so that no name reaches them; dropout layers that are never called; and layers that keep
     another share of elements than they say. The model is run a few times, and afterwards its flags, buffers, rates and
@@ -91,7 +91,7 @@ def audit(model: nn.Module, example_input: Any) -> Audit:
             rows are enough.
 
     Returns:
-        The findings, as text and as plain data, and each call's realised keep rate against the nominal one. A realised
+        The findings, as text and as plain data, and each call's realized keep rate against the nominal one. A realized
         rate is a finding if a right layer would show it with a probability below 1e-9.
 
     Raises:
@@ -126,7 +126,7 @@ def audit(model: nn.Module, example_input: Any) -> Audit:
     noisy = not all(map(torch.equal, leaves(first), leaves(second)))
     found += _active(at_rest.calls, noisy)
     found += _extreme(holders(model))
-    found += _normalised(flow)
+    found += _normalized(flow)
     found += [
         Finding("on the output", name, "Its output is the model's output: predictions are zeroed. Leave it out.")
         for name in flow.dropped_outputs(output)
@@ -142,13 +142,13 @@ def _refuse_lazy(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if any(map(is_lazy, module.parameters(recurse=False))):
             raise ValueError(
-                f"{name!r} ({type(module).__name__}) is not initialised: call the model once before it is audited"
+                f"{name!r} ({type(module).__name__}) is not initialized: call the model once before it is audited"
             )
 
 
 @contextmanager
 def _following(model: nn.Module, measure: bool, training: bool) -> Iterator[Flow]:
-    """Normalisation with running statistics stays in eval mode: a single row would be refused otherwise."""
+    """Normalization with running statistics stays in eval mode: a single row would be refused otherwise."""
     flow = Flow(model, measure)
     try:
         with flags(model, lambda m: training and not hasattr(m, "running_mean")), flow:
@@ -183,7 +183,7 @@ def _with_layers(model: nn.Module, flow: Flow) -> list[Call]:
             own = [Call(name, type(layer).__name__, True, layer.p, layer.p > 0, False, None)]
             calls += own
         for call in own:
-            call.rate, call.realised, call.draws = float(layer.p), *share
+            call.rate, call.realized, call.draws = float(layer.p), *share
     return calls
 
 
@@ -233,8 +233,8 @@ def _extreme(found: Iterable[Holder]) -> Iterator[Finding]:
             yield Finding("rate 1", holder.name, message)
 
 
-def _normalised(flow: Flow) -> Iterator[Finding]:
-    for name, dropout, through in flow.normalised:
+def _normalized(flow: Flow) -> Iterator[Finding]:
+    for name, dropout, through in flow.normalized:
         way = f"by way of {through}, " if through else "directly, "
         message = (
             f"It takes the output of the dropout {dropout or '(model)'} {way}whose variance is larger in training than "
@@ -288,5 +288,5 @@ def _unlikely(calls: Iterable[Call]) -> Iterator[Finding]:
     for call in calls:
         if call.unlikely:
             assert call.rate is not None
-            message = f"It kept {call.realised:.4f} of {call.draws} elements, and not {1 - call.rate:.4f}."
-            yield Finding("realised rate", call.module, message)
+            message = f"It kept {call.realized:.4f} of {call.draws} elements, and not {1 - call.rate:.4f}."
+            yield Finding("realized rate", call.module, message)

@@ -106,7 +106,7 @@ def check_cost_decreases(
     works. With keep_prob 1 it must fall at every iteration of gradient descent with a small enough learning rate, and
     with the masks frozen too, as by `frozen_masks`, functional dropout and torch.nn's layers included. Both runs start
     from the parameters as they are. Afterwards everything is as it was: parameters, gradients, buffers, training flags,
-    rates, random states, and the state of every optimiser of the parameters.
+    rates, random states, and the state of every optimizer of the parameters.
 
     Args:
         model: in train or eval mode; it is trained in train mode.

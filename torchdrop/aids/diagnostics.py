@@ -148,9 +148,9 @@ class FeatureStatistics:
         for number, layer in enumerate(self.layers, before):
             counts, edges = self._means_of(layer) if of == "mean activations" else (layer.counts, layer.edges)
             heights = counts / counts.sum() / edges.diff()
-            colour, line = _COLOURS[number % 4], _LINES[number // 4 % 4]
+            color, line = _COLOURS[number % 4], _LINES[number // 4 % 4]
             name = f"{label} {layer.name}".strip()
-            ax.stairs(heights.numpy(), edges.numpy(), color=colour, linestyle=line, linewidth=1.4, label=name)
+            ax.stairs(heights.numpy(), edges.numpy(), color=color, linestyle=line, linewidth=1.4, label=name)
         if of == "activations":
             ax.set_yscale("log")
         ax.set(xlabel=of.removesuffix("s"), ylabel="density of units" if of == "mean activations" else "density")
@@ -302,8 +302,8 @@ def _statistics(name: str, rows: Tensor) -> LayerStatistics:
         counts += _histogram(some, least, most, BINS)[0]
         zeros += some.numel() - int(some.count_nonzero())
         sparseness.append(_sparseness(some.double()))
-        centred = (some.double() - means) / scale
-        covariance += centred.T @ centred
+        centered = (some.double() - means) / scale
+        covariance += centered.T @ centered
     varies = low != high
     spread = covariance.diagonal().sqrt()
     measured = torch.cat(sparseness)

@@ -38,7 +38,7 @@ class Call:
         on: whether the call drops anything.
         flagged: whether it draws a plain random tensor, whatever that is for.
         after: the module whose dropout gave the call's input, as it came or reshaped; None if none did.
-        realised: the fraction of elements kept in `draws` draws; None if it was not measured.
+        realized: the fraction of elements kept in `draws` draws; None if it was not measured.
     """
 
     module: str
@@ -48,13 +48,13 @@ class Call:
     on: bool
     flagged: bool
     after: str | None
-    realised: float | None = None
+    realized: float | None = None
     draws: int = 0
 
     @property
     def unlikely(self) -> bool:
         """Whether dropout at its rate would keep another share with a probability of all but 1e-9."""
-        return self.rate is not None and Share(self.realised, self.draws).unlikely(self.rate)
+        return self.rate is not None and Share(self.realized, self.draws).unlikely(self.rate)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Flow(Watching):
 
     Attributes:
         calls: that drop or draw, in order.
-        normalised: for each batch normalisation of a dropout's output (its module, the dropout, the linear map
+        normalized: for each batch normalization of a dropout's output (its module, the dropout, the linear map
             between).
         ran: the modules that were called, each dropout layer with its first input.
     """
@@ -86,7 +86,7 @@ class Flow(Watching):
     def __init__(self, model: nn.Module, measure: bool) -> None:
         super().__init__(Tracker())
         self.calls: list[Call] = []
-        self.normalised: list[tuple[str, str, str]] = []
+        self.normalized: list[tuple[str, str, str]] = []
         self.ran: dict[nn.Module, Tensor | None] = {}
         self._measure = measure
         self._layers = {name for name, m in model.named_modules() if isinstance(m, _DropoutNd)}
@@ -146,7 +146,7 @@ class Flow(Watching):
                 named = {key: ones if value is input else value for key, value in kwargs.items()}
                 return func(*(ones if value is input else value for value in args), **named)
 
-            call.realised, call.draws = measured(on_ones, input, mask_of_call(func, args, input))
+            call.realized, call.draws = measured(on_ones, input, mask_of_call(func, args, input))
         out = draw.original()
         if drops and isinstance(out, Tensor):
             self._mark(out, name)
@@ -161,7 +161,7 @@ class Flow(Watching):
         here = self._tracker.next("call").module
         if func is F.batch_norm:
             if (args[1] if len(args) > 1 else kwargs.get("running_mean")) is not None:
-                self.normalised.append((here, trace.dropout, trace.through))
+                self.normalized.append((here, trace.dropout, trace.through))
         elif func in _LINEAR:
             if not trace.through:
                 self._mark(out, trace.dropout, here)

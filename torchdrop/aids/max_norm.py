@@ -35,13 +35,13 @@ def max_norm(module: ModuleT, c: float, dim: int | None = None, *, name: str = "
     """Constrains the norm of each unit's incoming weights to c, as a parametrization of a layer or a whole model.
 
     ``w_u = v_u min(1, c / |v_u|)``, where v is what is trained. Units whose norm is at most c have their weights bit
-    for bit, and gradients as without the constraint; of the others the optimiser sees the direction alone. The state
+    for bit, and gradients as without the constraint; of the others the optimizer sees the direction alone. The state
     dict holds v, as ``parametrizations.weight.original`` in place of ``weight``, which may be longer than c.
     ``torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")`` undoes it and leaves w.
 
     Args:
         module: a layer, or a model: then it applies to the weight of each linear layer, convolution, embedding and the
-            like in it, that is to each parameter of that name with two dimensions or more. Those of normalisation
+            like in it, that is to each parameter of that name with two dimensions or more. Those of normalization
             layers and parameters of one dimension, such as biases, are left alone; so are others' names, such as
             ``in_proj_weight`` of nn.MultiheadAttention. Tied weights stay tied.
         c: the largest norm, in the units of the weights; 2 to 4 are usual.

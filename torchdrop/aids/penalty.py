@@ -7,7 +7,7 @@ order in the gates, the loss without dropout plus
 
 with z_i the outputs of row i and H_i the Hessian of its loss in them. For a mask element u whose positions v carry
 activations h_v, dz_i / dg_u = sum_v h_v dz_i / dh_v. Terms with the curvature of the network are left out, as in the
-generalised Gauss-Newton matrix. What is left is exact for a linear model under squared error, where with one weight
+generalized Gauss-Newton matrix. What is left is exact for a linear model under squared error, where with one weight
 vector w it is (1 - k) / k sum_j w_j^2 sum_i x_ij^2. Elsewhere the remainder is of third order in what a dropped element
 adds to z (of fourth at k = 1/2), whatever k: a rare drop is still a whole one.
 """
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..core.mask_shape import mask_shape
-from ..core.rate import KeepProb, Rated, law_for, realised
+from ..core.rate import KeepProb, Rated, law_for, realized
 from ..kernels.law import inverted
 from ..layers.channel import channel_shape
 from ..layers.dropout import Dropout
@@ -67,7 +67,7 @@ def equivalent_l2(module: nn.Module, inputs: Any, *, loss: Loss = "squared", kee
 
     ``R = 1/2 sum_u (1 - k) / k sum_i (dz_i / dg_u)^T H_i (dz_i / dg_u)``, as this file's beginning explains: the
     expected loss with dropout less the loss without, to second order. It is exact for linear models under squared error
-    and the quadratic approximation of Wager, Wang and Liang for generalised linear models, where
+    and the quadratic approximation of Wager, Wang and Liang for generalized linear models, where
     ``R = 1/2 sum_i A''(x_i b) Var[x~_i b]``; in networks it is the Gauss-Newton part of the second order, the sum over
     the layers. Targets do not enter. At keep_prob 1 it is 0; it grows without bound towards 0.
 
@@ -202,7 +202,7 @@ def _check_layer(name: str, layer: _DropoutNd) -> None:
 
 def _keep_prob(layer: _DropoutNd) -> KeepProb:
     """The probability that the layer's masks really have."""
-    return realised(layer.keep_prob) if isinstance(layer, Rated) else 1.0 - layer.p
+    return realized(layer.keep_prob) if isinstance(layer, Rated) else 1.0 - layer.p
 
 
 def _mask_of(layer: _DropoutNd, input: Tensor) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..ops import operators
 from .exported import or_eval
-from .rate import DEFAULT_P, InplaceRated, Rate, formula_of, realised
+from .rate import DEFAULT_P, InplaceRated, Rate, formula_of, realized
 from .shard import Cut
 from .sites import apply
 from .torch_state import is_exporting
@@ -20,7 +20,7 @@ def eval_form(input: Tensor, rate: Rate, inverted: bool, inplace: bool) -> Tenso
     """What the two formulations give in eval mode: the input itself, or k times it."""
     if inverted:
         return input
-    k = realised(rate.keep_prob)
+    k = realized(rate.keep_prob)
     if isinstance(k, Tensor):
         k = k.to(input.device, torch.promote_types(input.dtype, torch.float32))
     if inplace:

@@ -119,7 +119,7 @@ def law_for(keep_prob: KeepProb, formula: Formula, shape: Sequence[int]) -> Law 
     return switched(law_tensor(keep_prob.reshape(sizes), formula), formula)
 
 
-def realised(keep_prob: KeepProb) -> KeepProb:
+def realized(keep_prob: KeepProb) -> KeepProb:
     """The keep probability that the threshold really has: within 2**-32 of the nominal one."""
     if isinstance(keep_prob, Tensor) or is_compiling():
         if not isinstance(keep_prob, Tensor):

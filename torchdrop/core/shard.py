@@ -109,7 +109,7 @@ def cut_of(shape: Sequence[int], whole: Sequence[int], first: Sequence[int]) -> 
 def part_of(shape: Sequence[int], whole: Sequence[int], first: Sequence[int]) -> Part:
     """The elements of a block of this shape, whose first one lies at `first`, within a tensor of shape `whole`.
 
-    They are runs at equal distances if dimensions that are neighbours in memory are taken together.
+    They are runs at equal distances if dimensions that are neighbors in memory are taken together.
 
     Raises:
         NotImplementedError: they are not, as they are not if the tensor is cut along two inner dimensions.

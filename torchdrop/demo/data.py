@@ -27,7 +27,7 @@ class Digits(NamedTuple):
 
 
 def load(device: torch.device) -> Digits:
-    """The same stratified split for every seed, pixels scaled to [0, 1] and centred on the training set's mean image.
+    """The same stratified split for every seed, pixels scaled to [0, 1] and centered on the training set's mean image.
 
     A dropped pixel is 0, so it says "the mean of this pixel". Pixels are not divided by their own deviation: some are
     blank in nearly every image.

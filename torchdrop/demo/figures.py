@@ -19,7 +19,7 @@ from .network import RATES, SIZES, scheduled
 from .regression import GRID, LEVEL, TAU, Fit, function
 from .report import PUBLISHED, mean_and_error
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
+# Okabe and Ito's colors, which color-blind readers can tell apart.
 PLAIN, DETERMINISTIC, MONTE_CARLO, WRONG = "#E69F00", "#009E73", "#0072B2", "#D55E00"
 DPI = 150
 
@@ -32,13 +32,13 @@ def error_against_k(outcomes: Sequence[Outcome], labels: Tensor) -> Figure:
     mean, spread = mean_and_error(errors)
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for label, colour, style, predictions in (
+    for label, color, style, predictions in (
         ("no dropout", PLAIN, "--", [outcome.plain for outcome in outcomes]),
         ("dropout, deterministic pass", DETERMINISTIC, "-.", [outcome.deterministic for outcome in outcomes]),
     ):
         level, width = mean_and_error([100 * error(predicted, labels) for predicted in predictions])
-        axes.axhline(float(level), color=colour, linestyle=style, label=label)
-        axes.axhspan(float(level - width), float(level + width), color=colour, alpha=0.15, linewidth=0)
+        axes.axhline(float(level), color=color, linestyle=style, label=label)
+        axes.axhspan(float(level - width), float(level + width), color=color, alpha=0.15, linewidth=0)
     axes.plot(ks, mean, color=MONTE_CARLO, label="dropout, Monte Carlo", marker="o", markersize=2.5)
     axes.fill_between(ks, mean - spread, mean + spread, color=MONTE_CARLO, alpha=0.2, linewidth=0)
     if samples >= PUBLISHED:
@@ -105,8 +105,8 @@ def most_uncertain(outcome: Outcome, labels: Tensor, pictures: Any) -> Figure:
         )
         picture.imshow(pictures[i], cmap="gray_r", vmin=0, vmax=16)
         picture.set_axis_off()
-        colours = [DETERMINISTIC if c == truth else WRONG if c == answer else "0.7" for c in range(predicted.shape[1])]
-        bars.bar(range(predicted.shape[1]), predicted[i].numpy(), color=colours)
+        colors = [DETERMINISTIC if c == truth else WRONG if c == answer else "0.7" for c in range(predicted.shape[1])]
+        bars.bar(range(predicted.shape[1]), predicted[i].numpy(), color=colors)
         bars.set_ylim(0, 1)
         bars.set_xticks(range(predicted.shape[1]))
         bars.set_yticks([0, 0.5, 1])

@@ -23,7 +23,7 @@ RATES = {"*": by_weight_size(0.5, smallest=0.8, input=0.9, output=1.0)}
 - Input: 0.9. A pixel that is lost cannot be had from elsewhere, so nearly all are kept.
 - Hidden layers: 0.5 for the one with the largest weight matrix, which can overfit most, nearly 0.8 for one with a tiny
   matrix: the range that Srivastava et al. (JMLR 2014, appendix A.4) give for hidden units.
-- Output: 1. A dropped logit would be a wrong answer and not a regularised one.
+- Output: 1. A dropped logit would be a wrong answer and not a regularized one.
 """
 
 WITHOUT = {"*": 1.0}

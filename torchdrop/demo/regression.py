@@ -56,7 +56,7 @@ def function(x: Tensor) -> Tensor:
 
 
 def decay() -> float:
-    """The optimiser's weight decay that belongs to `TAU`: 4 lambda beside `torch.nn.functional.mse_loss`.
+    """The optimizer's weight decay that belongs to `TAU`: 4 lambda beside `torch.nn.functional.mse_loss`.
 
     Example:
         >>> round(decay(), 6)

@@ -18,7 +18,7 @@ except ImportError as error:
 class KeepProbCallback(TrainerCallback):
     """Lets keep probabilities follow schedules while the Hugging Face Trainer trains.
 
-    The step is the Trainer's own (`global_step`, of the optimiser, or whole epochs), which its checkpoints hold, so
+    The step is the Trainer's own (`global_step`, of the optimizer, or whole epochs), which its checkpoints hold, so
     that training resumed from one goes on with the right rates.
 
     Args:

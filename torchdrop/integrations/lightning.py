@@ -21,7 +21,7 @@ except ImportError:
 class KeepProbCallback(pl.Callback):
     """Lets keep probabilities follow schedules while Lightning trains.
 
-    The step is the Trainer's own (`global_step`, of the optimiser, or `current_epoch`), which its checkpoints hold,
+    The step is the Trainer's own (`global_step`, of the optimizer, or `current_epoch`), which its checkpoints hold,
     so that training resumed from one goes on with the right rates. Rates are logged as ``keep_prob/NAME`` if `log` is
     set.
 

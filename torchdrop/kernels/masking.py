@@ -26,7 +26,7 @@ SERVED = frozenset(COMPUTE_DTYPE)
 class Part(NamedTuple):
     """Which elements of a larger mask: element e has the index ``start + (e // run) * pitch + e % run`` there.
 
-    So the part is made of rows of `run` neighbours, `pitch` apart. With a run of 0 it is one row.
+    So the part is made of rows of `run` neighbors, `pitch` apart. With a run of 0 it is one row.
     """
 
     start: int = 0

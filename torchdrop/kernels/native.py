@@ -298,7 +298,7 @@ def _address(law: Law | Tensor) -> int:
 
 
 def _group(x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int]) -> int:
-    """How many neighbours of a contiguous x share a draw under one key and law; 0 where the mask has another form."""
+    """How many neighbors of a contiguous x share a draw under one key and law; 0 where the mask has another form."""
     if key.dim() != 1 or not key.is_contiguous() or x.numel() == 0:
         return 0
     if not isinstance(law, Law) and law.dim() != 1:

@@ -35,7 +35,7 @@ _INTERPRETED = 4096
 """The vectors of a program in the interpreter, which takes as long for many as for few."""
 
 _TILES = ((16, 128), (64, 32), (256, 8))
-"""Neighbours of a group, and groups, that a program serves where they share draws."""
+"""Neighbors of a group, and groups, that a program serves where they share draws."""
 
 
 @functools.cache
@@ -290,7 +290,7 @@ def masked(
 
 
 def _width(x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int]) -> int:
-    """How many neighbours of x, once contiguous, share a draw under one law; 0 where the mask has another form."""
+    """How many neighbors of x, once contiguous, share a draw under one law; 0 where the mask has another form."""
     keys, split = key.dim() - 1, len(shape)
     if native._law_dims(law) or x.numel() == 0:
         return 0

@@ -1,11 +1,11 @@
 """The kernels of the Triton backend. This file imports triton, so it is itself imported only when used.
 
 Tensors here have the shape (vectors, lanes): a vector is 16 bytes that a thread reads and writes at once. A Philox
-block decides eight neighbours; where they are several vectors, each of their threads makes the block, which costs less
+block decides eight neighbors; where they are several vectors, each of their threads makes the block, which costs less
 than an exchange between threads.
 
 A law's numbers are arguments, or are read from `laws` where that is given: four doubles in the device's memory. Neither
-they nor sizes and indices, which have 64 bits, are specialised: another rate or size compiles nothing.
+they nor sizes and indices, which have 64 bits, are specialized: another rate or size compiles nothing.
 
 A kernel has two bodies, one for programs all of whose elements exist: masks would keep loads and stores from being
 vectors.
@@ -176,7 +176,7 @@ def rows(
     makes: tl.constexpr, affine: tl.constexpr, law_of: tl.constexpr, single: tl.constexpr, aligned: tl.constexpr,
     vectors: tl.constexpr, lanes: tl.constexpr,
 ):  # fmt: skip
-    """Rows of `length` neighbours that lie end to end. Row r of a key starts at the index ``start + r * pitch``.
+    """Rows of `length` neighbors that lie end to end. Row r of a key starts at the index ``start + r * pitch``.
 
     A program serves a chunk of one row. `aligned` says that rows start with whole vectors, in the mask and in memory.
     """
@@ -218,7 +218,7 @@ def groups(
     start: tl.int64, length: tl.int64, width: tl.int64, tiles: tl.int32, chunks: tl.int32,
     affine: tl.constexpr, aligned: tl.constexpr, tile_groups: tl.constexpr, tile_width: tl.constexpr,
 ):  # fmt: skip
-    """For each key, `length` groups of `width` neighbours that share a draw: group g has that of index ``start + g``.
+    """For each key, `length` groups of `width` neighbors that share a draw: group g has that of index ``start + g``.
 
     A program serves `tile_width` elements of each of `tile_groups` groups. Groups that are dropped are not read.
     `aligned` says that groups are whole vectors.

@@ -19,7 +19,7 @@ from ..core import portable, sites
 from ..core.choices import subset
 from ..core.exported import warn_stays_on
 from ..core.mask_shape import row_shape
-from ..core.rate import DEFAULT_P, KeepProb, Rated, as_rate, check_count, realised
+from ..core.rate import DEFAULT_P, KeepProb, Rated, as_rate, check_count, realized
 from ..core.symbolic import leaf, recorded
 from ..kernels.masking import COMPUTE_DTYPE
 
@@ -69,7 +69,7 @@ def efficient_stochastic_depth(
 
     Args:
         input: x, (B, ...): float16, bfloat16, float32 or float64.
-        branch: f, from (n, ...) to the same shape: a module or function, with normalisation and layer scale in it.
+        branch: f, from (n, ...) to the same shape: a module or function, with normalization and layer scale in it.
         p: probability of dropping a sample, in [0, 1), with k = 1 - p. Default: 0.5.
         training: whether anything is dropped.
         keep_prob: k, in place of `p`: a number.
@@ -111,7 +111,7 @@ def efficient_stochastic_depth(
         residual = _residual(branch, input)
         if kept is not None:
             residual = torch.where(kept.reshape(rows), residual, 0.0)
-        return _weighted_sum(input, residual, 1.0 / realised(rate.keep_prob))
+        return _weighted_sum(input, residual, 1.0 / realized(rate.keep_prob))
     rows = tuple(portable.numbered(rows))
     count = min(rows[0], max(1, round(rows[0] * rate.keep_prob)))  # type: ignore[arg-type]
     chosen = subset(sites.random_bits(input, rows[:1], generator), count)

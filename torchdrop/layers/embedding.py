@@ -242,7 +242,7 @@ class EmbeddingDropout(RateOfChild, nn.Embedding):
         batch_dim: int | None = None,
         generator: torch.Generator | None = None,
     ) -> EmbeddingDropout:
-        """The same embedding with dropout: it has the very Parameter, so tied weights and optimisers stay as they are.
+        """The same embedding with dropout: it has the very Parameter, so tied weights and optimizers stay as they are.
 
         Args:
             embedding: a torch.nn.Embedding.

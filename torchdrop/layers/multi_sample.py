@@ -84,7 +84,7 @@ def multi_sample_dropout(
     ``y = (1/K) sum_j h(x m_j / k)``. Each term is `dropout` of x under a mask of its own, then the head. For a linear
     head E[y] = h(x). The loss of this mean is not the method's: that is the mean of the losses, `multi_sample_loss`,
     which is larger for a convex loss. In eval mode it is h(x); under Monte Carlo inference one mask is one sample. A
-    head that looks at the batch as a whole, such as one with batch normalisation, sees K B rows.
+    head that looks at the batch as a whole, such as one with batch normalization, sees K B rows.
 
     Args:
         input: x, (B, ...): float16, bfloat16, float32 or float64.

@@ -203,7 +203,7 @@ def mc_dropout(
     Everything random fires that would fire in train mode, and nothing else changes: layers of torchdrop and of
     torch.nn, functional dropout, the dropout inside nn.LSTM, nn.GRU, nn.RNN, nn.MultiheadAttention,
     nn.TransformerEncoder and scaled_dot_product_attention, DropPath, StochasticDepth, DropBlock, StableDropout and
-    LayerDrop of other packages. Normalisation uses its running statistics and leaves them alone; auxiliary heads and
+    LayerDrop of other packages. Normalization uses its running statistics and leaves them alone; auxiliary heads and
     augmentation stay off. Training flags are never touched, and random states are as before after each call.
 
     The first call of the model, or of a part of it, is preceded by a few forwards on two or three rows of its inputs

@@ -31,7 +31,7 @@ def tau_from_weight_decay(length_scale: float, keep_prob: float, n: int, weight_
         keep_prob: the probability of keeping a unit before the layer.
         n: the number of training points.
         weight_decay: lambda in ``1/n sum_i |y_i - f(x_i)|^2 / 2 + lambda sum |W|^2``. The `weight_decay` of a torch
-            optimiser, whose gradient step adds it times W, is 2 lambda beside this loss, and 4 lambda beside
+            optimizer, whose gradient step adds it times W, is 2 lambda beside this loss, and 4 lambda beside
             torch.nn.MSELoss, which lacks the half.
 
     Raises:

@@ -119,22 +119,22 @@ def _selected(batch: Any) -> Any:
     )
 
 
-def picker(output: Callable[[Any], Any] | None, pair: bool) -> Callable[[Any], tuple[Tensor, ...]]:
+def picker(select_output: Callable[[Any], Any] | None, pair: bool) -> Callable[[Any], tuple[Tensor, ...]]:
     """What gets the tensors of interest out of what a model returns, as a tuple.
 
     Args:
-        output: the user's own function.
+        select_output: the user's own function.
         pair: whether two tensors are expected.
     """
 
     def pick(returned: Any) -> tuple[Tensor, ...]:
-        chosen = _usual(returned, pair) if output is None else output(returned)
+        chosen = _usual(returned, pair) if select_output is None else select_output(returned)
         parts = tuple(chosen) if isinstance(chosen, tuple | list) else (chosen,)
         if not all(isinstance(part, Tensor) for part in parts) or len(parts) not in ((1, 2) if pair else (1,)):
             named = ", ".join(type(part).__name__ for part in parts)
             raise TypeError(
-                f"the outputs must be one tensor{' or a pair of them' if pair else ''}, got {named}: give output=, a "
-                "function that gets it out of what the model returns, such as output=lambda y: y[0]"
+                f"the outputs must be one tensor{' or a pair of them' if pair else ''}, got {named}: give "
+                "select_output=, a function that gets it out of what the model returns, such as lambda y: y[0]"
             )
         return parts
 

@@ -11,7 +11,7 @@ Latin sampling: across the T samples the draws of one unit are, in units of 2**-
 with w the unit's own 32-bit draw and g its own permutation of 0 ... T - 1. For each s, D_s is exactly uniform because w
 is; across s there is one draw in each of T intervals of equal length, so a unit with keep probability k is kept T k
 times, rounded up or down. g comes from a family of permutations whose differences g(s) - g(t) are close to uniform,
-so that the units' joint behaviour over samples is that of a Latin hypercube (McKay, Beckman and Conover, 1979).
+so that the units' joint behavior over samples is that of a Latin hypercube (McKay, Beckman and Conover, 1979).
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from ..kernels.masking import trailing
 from ..ops import operators, random_bits
 
 
-class UnvectorisableError(RuntimeError):
+class NotVectorizableError(RuntimeError):
     """The samples cannot be run together in the way that was tried."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the rows of the data lie in a source's tensor: dimension `dim` holds `ratio` neighbours for each row.
+    """Where the rows of the data lie in a source's tensor: dimension `dim` holds `ratio` neighbors for each row.
 
     `own` tells whether the mask differs between rows, or has one place there for all of them.
     """
@@ -207,12 +207,12 @@ class Slot:
     def _place(self, shape: Sequence[int], mask: Sequence[int]) -> None:
         self._layout = self._find(shape, mask)
         if self._run.folded and self._layout is None:
-            raise UnvectorisableError("a source draws numbers that belong to no row of the data")
+            raise NotVectorizableError("a source draws numbers that belong to no row of the data")
         self._own = self._layout is not None and self._layout.own and not self._run.shared
 
     @property
     def _lead(self) -> list[int]:
-        """What the rows' dimension is split into: samples, rows, neighbours."""
+        """What the rows' dimension is split into: samples, rows, neighbors."""
         assert self._layout is not None
         lead = [self._run.copies] if self._run.folded else []
         return [*lead, self._run.rows or 1, *([self._layout.ratio] if self._layout.ratio > 1 else [])]
@@ -236,8 +236,8 @@ class Slot:
         if self._layout is None:
             return list(shape)
         dim, ratio = self._layout.dim, self._layout.ratio
-        neighbours = [ratio if self._layout.own else 1] if ratio > 1 else []
-        return [*([] if self._own else [1]), *neighbours, *shape[:dim], *shape[dim + 1 :]]
+        neighbors = [ratio if self._layout.own else 1] if ratio > 1 else []
+        return [*([] if self._own else [1]), *neighbors, *shape[:dim], *shape[dim + 1 :]]
 
     def _law(self, law: Law | Tensor, dims: int) -> Law | Tensor:
         """A law that varies over the mask, in the order of `_forward`."""
@@ -334,11 +334,11 @@ def written(x: Tensor, out: Tensor) -> Tensor:
     """`out` in x's memory.
 
     Raises:
-        UnvectorisableError: under vmap, if x is the same for all samples and `out` is not.
+        NotVectorizableError: under vmap, if x is the same for all samples and `out` is not.
     """
     try:
         return x.copy_(out)
     except RuntimeError as error:
         if transforms_active():
-            raise UnvectorisableError(f"a tensor that all samples share is written to: {error}") from error
+            raise NotVectorizableError(f"a tensor that all samples share is written to: {error}") from error
         raise

@@ -15,7 +15,7 @@ from torch import Tensor
 from .._extras import optional
 from .gal import check_targets
 from .prediction import ClassificationPrediction
-from .tasks import normalised
+from .tasks import normalized
 
 BINS = 15
 """Bins of confidence, as in Guo et al., ICML 2017."""
@@ -49,7 +49,7 @@ def flat(prediction: Classes, targets: Tensor) -> Flat:
         tensor([True])
     """
     probabilities = prediction if isinstance(prediction, Tensor) else prediction.mean
-    if probabilities.dim() < 2 or not probabilities.is_floating_point() or not normalised(probabilities, 1):
+    if probabilities.dim() < 2 or not probabilities.is_floating_point() or not normalized(probabilities, 1):
         raise ValueError(
             "prediction must hold probabilities (B, C, ...), in [0, 1] and with sum 1 over dimension 1, "
             f"got {probabilities.dtype} of shape {tuple(probabilities.shape)}"

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from ..core import sites
 from ..core.torch_state import TorchDispatchMode, in_backward, transforms_active
 from .draw import Draw, Site
-from .masks import Layout, Pass, Slot, UnvectorisableError, find_layout, source_seed
+from .masks import Layout, NotVectorizableError, Pass, Slot, find_layout, source_seed
 from .prefix import Prefix
 from .report import UNCHECKED, Seen, Source
 from .sources import DESCRIBE, OPENED, describe_other
@@ -318,7 +318,7 @@ class Server(Watching):
             return draw.served(self._slot(site, source), float(rate or 0.0))
         assert self.run is not None
         if transforms_active() or self.run.folded:
-            raise UnvectorisableError(f"{draw.kind} in {site.module or 'the model'} draws torch's own numbers")
+            raise NotVectorizableError(f"{draw.kind} in {site.module or 'the model'} draws torch's own numbers")
         self.drew = True
         return draw.original()
 

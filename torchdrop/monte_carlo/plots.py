@@ -127,9 +127,9 @@ def uncertainty_histogram(
             raise ValueError(f"uncertainties {label} must be finite and at least one, got {len(one)}")
     ax = axes_or_new(ax)
     every = torch.cat(values)
-    for label, one, colour in zip(shown, values, (BLUE, VERMILION), strict=False):
+    for label, one, color in zip(shown, values, (BLUE, VERMILION), strict=False):
         ends = (every.min().item(), every.max().item())
-        ax.hist(one.numpy(), bins, range=ends, density=True, color=colour, alpha=0.5, label=f"{label} ({len(one)})")
+        ax.hist(one.numpy(), bins, range=ends, density=True, color=color, alpha=0.5, label=f"{label} ({len(one)})")
     ax.set(xlabel=name, ylabel="density")
     ax.legend(frameon=False, fontsize=9)
     return ax
@@ -141,7 +141,7 @@ def band(
     """A regression on one input: the mean, the band of the model's uncertainty, and that of a new observation.
 
     Both bands are ``mean -+ z std``: the inner one with the epistemic variance, the outer one, where the noise is
-    modelled, with the total. Without a model of the noise there is one band.
+    modeled, with the total. Without a model of the noise there is one band.
 
     Args:
         x: the inputs, of shape (B,) or (B, 1), in any order.
@@ -180,12 +180,12 @@ def band(
         bands.insert(0, ("new observations", _one_column("prediction", prediction.variance), OUTER))
 
     ax = axes_or_new(ax)
-    xs, centre = at.numpy(), mean[order].numpy()
-    ax.plot(xs, centre, color=BLUE, label="mean", zorder=2)
-    for what, variance, colour in bands:
+    xs, center = at.numpy(), mean[order].numpy()
+    ax.plot(xs, center, color=BLUE, label="mean", zorder=2)
+    for what, variance, color in bands:
         half = normal_quantile((1 + level) / 2) * variance[order].sqrt().numpy()
         label = f"{100 * level:g} % of {what}"
-        ax.fill_between(xs, centre - half, centre + half, color=colour, linewidth=0, label=label)
+        ax.fill_between(xs, center - half, center + half, color=color, linewidth=0, label=label)
     if points:
         ax.plot(*points, "o", color="black", markersize=2.5, alpha=0.7, label="data", zorder=3)
     ax.set(xlabel="x", ylabel="y")

@@ -34,7 +34,7 @@ def mc_predict(
     samples: int = 100,
     *,
     task: str | None = None,
-    outputs: str = "auto",
+    scores: str = "auto",
     tau: float | None = None,
     noise: str | None = None,
     seed: int | None = None,
@@ -48,7 +48,7 @@ def mc_predict(
     batch_dim: int | None = 0,
     method: str | None = None,
     select: Callable[[Any], Any] | None = None,
-    output: Callable[[Any], Any] | None = None,
+    select_output: Callable[[Any], Any] | None = None,
     keep_samples: bool = False,
     weight_scaling: bool = False,
     progress: bool = False,
@@ -69,7 +69,7 @@ def mc_predict(
             as a DataLoader. A batch that is a pair is taken as (inputs, targets), and the targets are left out.
         samples: T, or the largest T if there is a tolerance.
         task: "classification" (outputs of shape (rows, classes, ...)), "regression", or None for plain moments.
-        outputs: for classification, "logits", "probabilities" or "auto".
+        scores: what the outputs are in classification: "logits", "probabilities" or "auto".
         tau: for regression, the precision of the noise.
         noise: for regression, "log_variance" if the model gives it: as the second of a pair of outputs, or in the
             second half of their last dimension.
@@ -82,15 +82,15 @@ def mc_predict(
             a hypercube under "latin".
         sources: glob patterns of names of modules in which randomness is wanted ("head": all that is in it); everything
             if None.
-        strategy: "vectorised", "repeated" or "loop" (see `sample`), or "auto" for the first that works.
+        strategy: "vectorized", "repeated" or "loop" (see `sample`), or "auto" for the first that works.
         chunk: how many samples are run at a time; what fits into `memory` if None.
         memory: bound, in bytes, for what the samples of a chunk hold at once, estimated from two rows. Default: 32 MiB
             on the CPU, 1 GiB elsewhere. At least one sample is run.
         batch_dim: the dimension of the inputs that counts rows; None if they are one whole, as a graph is.
         method: the name of the model's method that is called, such as "encode"; the model itself is if None.
         select: gets the inputs out of a batch of an iterable.
-        output: gets the tensor out of what the model returns. By default a tensor is taken as it is, and from a mapping
-            `logits` or `last_hidden_state`.
+        select_output: gets the tensor out of what the model returns. By default a tensor is taken as it is, and from a
+            mapping `logits` or `last_hidden_state`.
         keep_samples: whether all samples are kept, for quantiles and the like.
         weight_scaling: whether the deterministic pass of eval mode is made as well, to compare with.
         progress: whether to show a progress bar (tqdm).
@@ -128,10 +128,10 @@ def mc_predict(
     effort = Effort(_positive("samples", samples), _tolerance(tolerance), _sampling(sampling) == "latin", group)
     if strategy not in ("auto", *STRATEGIES):
         raise ValueError(f"strategy must be 'auto', {', '.join(map(repr, STRATEGIES))}, got {strategy!r}")
-    kind = read_task(task, outputs=outputs, tau=tau, noise=noise)
+    kind = read_task(task, scores=scores, tau=tau, noise=noise)
     shared, patterns = check_masks(masks), check_sources(model, sources)
     chosen_seed = _agreed_seed(new_seed() if seed is None else check_seed(seed), group)
-    pick = picker(output, pair=noise == "log_variance")
+    pick = picker(select_output, pair=noise == "log_variance")
     activation = Activation(model, patterns, batch_dim, method)
     sampler = Sampler(activation, pick, chosen_seed, shared, effort.hypercube)
     job = _Job(
@@ -235,9 +235,9 @@ class _Job:
         if not report.replayable:
             order = ["loop"]
         elif any(isinstance(module, CompactSequential) for module in activation.model.modules()):
-            order.sort(key=["loop", "vectorised", "repeated"].index)  # one sample at a time has its units cut out
+            order.sort(key=["loop", "vectorized", "repeated"].index)  # one sample at a time has its units cut out
         elif share < _FEW:
-            order.sort(key=["repeated", "vectorised", "loop"].index)
+            order.sort(key=["repeated", "vectorized", "loop"].index)
         for strategy in order if self._strategy == "auto" else [self._strategy]:
             reason = sampler.works(strategy)
             if not reason:

@@ -67,7 +67,7 @@ class Report:
         expected: how many random draws a train-mode forward makes.
         draws: how many the last Monte Carlo forward made.
         rows: the dimension of the inputs that holds the rows of data; None if the inputs are one whole.
-        strategy: how the samples were run: "vectorised", "repeated" or "loop"; None before.
+        strategy: how the samples were run: "vectorized", "repeated" or "loop"; None before.
         chunk: how many samples were run at a time; None before.
         notes: what else is worth knowing.
         unseen: how many random draws of a train-mode forward were made where calls cannot be seen.

@@ -1,6 +1,6 @@
 """Running samples: one after another, as more rows of one batch, or under vmap. The masks are the same in all three.
 
-- "vectorised": `torch.func.vmap` over the samples' numbers. Tensors are the same for all samples up to the first random
+- "vectorized": `torch.func.vmap` over the samples' numbers. Tensors are the same for all samples up to the first random
   call, so what comes before it runs once.
 - "repeated": the rows of the data once for each sample, in one batch. For what vmap does not take: nn.LSTM, for
 example.
@@ -24,7 +24,7 @@ from .prefix import Prefix
 
 Outputs = tuple[Tensor, ...]
 
-STRATEGIES = ("vectorised", "repeated", "loop")
+STRATEGIES = ("vectorized", "repeated", "loop")
 
 
 class Sampler:
@@ -102,7 +102,7 @@ class Sampler:
         _check_shapes(outputs, samples)
         return tuple(torch.stack(parts) for parts in zip(*outputs, strict=True))
 
-    def _vectorised(self, inputs: Inputs, samples: Sequence[int], first_row: int) -> Outputs:
+    def _vectorized(self, inputs: Inputs, samples: Sequence[int], first_row: int) -> Outputs:
         numbers, cube = torch.tensor(samples, device=inputs.device), self._cube(samples[0])
         offsets = None if cube is None else cube.offsets(numbers % cube.size)
 
@@ -190,8 +190,8 @@ def _check_shapes(outputs: Sequence[Outputs], samples: Sequence[int]) -> None:
         if shapes != first:
             raise ValueError(
                 f"outputs change their shape between samples: {shapes} in sample {number}, {first} in "
-                f"sample {samples[0]}. Give output=, a function that gets a tensor of fixed shape out of what the "
-                "model returns"
+                f"sample {samples[0]}. Give select_output=, a function that gets a tensor of fixed shape out of what "
+                "the model returns"
             )
 
 

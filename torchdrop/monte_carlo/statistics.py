@@ -28,7 +28,7 @@ def wide(values: Tensor) -> Tensor:
 class Moments:
     """Count, mean and sum of squared deviations of what was added, updated in one pass.
 
-    Chunks are centred before they are squared and combined by the pairwise formula, in float64 where the device has it:
+    Chunks are centered before they are squared and combined by the pairwise formula, in float64 where there is one:
     the variance keeps its digits where E[x^2] - E[x]^2 loses all of them, and equal values give exactly 0.
 
     Args:
@@ -65,9 +65,9 @@ class Moments:
         if len(values) == 1:
             self._combine(1, first, torch.zeros_like(first))
             return
-        centred = values - first
-        shift = centred.mean(0)
-        self._combine(len(values), first + shift, (centred - shift).square_().sum(0))
+        centered = values - first
+        shift = centered.mean(0)
+        self._combine(len(values), first + shift, (centered - shift).square_().sum(0))
 
     @staticmethod
     def merged(several: Iterable[Moments]) -> Moments:
@@ -133,11 +133,13 @@ def raw(outputs: Any) -> Outputs:
     parts = tuple(outputs) if isinstance(outputs, tuple | list) else (outputs,)
     for part in parts:
         if not isinstance(part, Tensor):
-            raise TypeError(f"outputs must be tensors, got {type(part).__name__}: pick them with output=")
+            raise TypeError(f"outputs must be tensors, got {type(part).__name__}: pick them with select_output=")
         if part.dim() < 2:
             raise ValueError("outputs must have a first dimension for the rows of the data, got a number for each pass")
         if not part.is_floating_point():
-            raise ValueError(f"outputs must be floating-point, got {part.dtype}: pick scores or floats with output=")
+            raise ValueError(
+                f"outputs must be floating-point, got {part.dtype}: pick scores or floats with select_output="
+            )
     return parts[0].detach() if len(parts) == 1 else tuple(part.detach() for part in parts)
 
 
@@ -373,8 +375,8 @@ def _joined(one: Mapping[str, Moments], other: Mapping[str, Moments]) -> dict[st
 
 def _spread(moves: Sequence[Tensor], inverse_shares: Sequence[float]) -> Tensor:
     """The jackknife's standard error from d_g and h_g: see `Collector.standard_errors`."""
-    centre = sum(move / h for move, h in zip(moves, inverse_shares, strict=True))
-    squares = [(move - centre).square() / (h - 1) for move, h in zip(moves, inverse_shares, strict=True)]
+    center = sum(move / h for move, h in zip(moves, inverse_shares, strict=True))
+    squares = [(move - center).square() / (h - 1) for move, h in zip(moves, inverse_shares, strict=True)]
     return torch.stack(squares).mean(0).sqrt()
 
 

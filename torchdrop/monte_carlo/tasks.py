@@ -53,7 +53,7 @@ def variation_ratio(moments: Mapping[str, Moments]) -> Tensor:
 
 def _one_tensor(outputs: Outputs) -> Tensor:
     if not isinstance(outputs, Tensor):
-        raise TypeError(f"outputs must be one tensor, got {type(outputs).__name__}: pick it with output=")
+        raise TypeError(f"outputs must be one tensor, got {type(outputs).__name__}: pick it with select_output=")
     return outputs
 
 
@@ -76,11 +76,11 @@ class Plain:
         return {"mean": Mean("value"), "variance": variance("value"), "std": std("value")}
 
 
-def normalised(probabilities: Tensor, dim: int) -> bool:
+def normalized(probabilities: Tensor, dim: int) -> bool:
     """Whether all lie in [0, 1] and sum to 1 to rounding: to twice the dtype's epsilon, and 1e-5 at the finest.
 
     Example:
-        >>> normalised(torch.tensor([[0.25, 0.75]]), 1), normalised(torch.tensor([[0.25, 0.25]]), 1)
+        >>> normalized(torch.tensor([[0.25, 0.75]]), 1), normalized(torch.tensor([[0.25, 0.25]]), 1)
         (True, False)
     """
     tolerance = max(1e-5, 2 * torch.finfo(probabilities.dtype).eps)
@@ -96,7 +96,7 @@ class Classification:
     each sample, in nats, of shape (S, B, ...).
 
     Args:
-        outputs: "logits", "probabilities", or "auto" for probabilities if all lie in [0, 1] and sum to 1, and logits
+        scores: "logits", "probabilities", or "auto" for probabilities if all lie in [0, 1] and sum to 1, and logits
             otherwise. What "auto" finds in the first chunk holds for all later ones: see `settled`.
 
     Raises:
@@ -106,42 +106,42 @@ class Classification:
     Example:
         >>> task = Classification("auto").settled(torch.tensor([[[0.5, 0.5]]]))
         >>> task
-        Classification(outputs='probabilities')
+        Classification(scores='probabilities')
         >>> {name: value.tolist() for name, value in task.observe(torch.tensor([[[0.0, 1.0]]])).items()}
         {'probability': [[[0.0, 1.0]]], 'entropy': [[0.0]], 'vote': [[[0.0, 1.0]]]}
     """
 
-    outputs: str = "auto"
+    scores: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.outputs not in ("auto", "logits", "probabilities"):
-            raise ValueError(f"outputs must be 'auto', 'logits' or 'probabilities', got {self.outputs!r}")
+        if self.scores not in ("auto", "logits", "probabilities"):
+            raise ValueError(f"scores must be 'auto', 'logits' or 'probabilities', got {self.scores!r}")
 
     def settled(self, outputs: Outputs) -> Classification:
         """The task with "auto" decided by these outputs; itself where nothing is open."""
-        if self.outputs != "auto":
+        if self.scores != "auto":
             return self
         values = self._checked(outputs)
-        if normalised(values, 2):
-            return replace(self, outputs="probabilities")
+        if normalized(values, 2):
+            return replace(self, scores="probabilities")
         if values.numel() and values.min() >= 0 and values.max() <= 1:
             raise ValueError(
                 "outputs lie in [0, 1] but do not sum to 1 over the classes, so they can be told to be neither "
-                "probabilities nor logits: say outputs='logits', or give a probability for each class with output="
+                "probabilities nor logits: say scores='logits', or give a probability for each class by select_output="
             )
-        return replace(self, outputs="logits")
+        return replace(self, scores="logits")
 
     def observe(self, outputs: Outputs) -> dict[str, Tensor]:
         values = self._checked(outputs)
-        if self.outputs == "auto":
-            raise ValueError("outputs='auto' must be settled by a first chunk")
-        if self.outputs == "probabilities" and not normalised(values, 2):
+        if self.scores == "auto":
+            raise ValueError("scores='auto' must be settled by a first chunk")
+        if self.scores == "probabilities" and not normalized(values, 2):
             total = wide(values).sum(2)
             raise ValueError(
                 "outputs must be probabilities, in [0, 1] and with sum 1 over dimension 2, got values from "
                 f"{values.min():.4g} to {values.max():.4g} and sums from {total.min():.4g} to {total.max():.4g}"
             )
-        probability = wide(values).softmax(2) if self.outputs == "logits" else wide(values)
+        probability = wide(values).softmax(2) if self.scores == "logits" else wide(values)
         vote = torch.zeros_like(probability).scatter_(2, values.argmax(2, keepdim=True), 1)
         return {"probability": probability, "entropy": torch.special.entr(probability).sum(2), "vote": vote}
 
@@ -159,7 +159,7 @@ class Classification:
     def _checked(self, outputs: Outputs) -> Tensor:
         values = _one_tensor(outputs)
         shape = tuple(values.shape[1:])
-        two = "give two with output=lambda z: torch.stack([torch.zeros_like(z), z], dim=1)"
+        two = "give two with select_output=lambda z: torch.stack([torch.zeros_like(z), z], dim=1)"
         if len(shape) < 2:
             raise ValueError(
                 f"outputs must have a dimension of classes after the rows, got shape {shape}; "
@@ -249,7 +249,7 @@ class Regression:
         return outputs[0], outputs[1]
 
 
-def read_task(task: str | None, *, outputs: str = "auto", tau: float | None = None, noise: str | None = None) -> Task:
+def read_task(task: str | None, *, scores: str = "auto", tau: float | None = None, noise: str | None = None) -> Task:
     """The task of this name, with the arguments that belong to it.
 
     Raises:
@@ -261,10 +261,10 @@ def read_task(task: str | None, *, outputs: str = "auto", tau: float | None = No
     """
     if task not in (None, "classification", "regression"):
         raise ValueError(f"task must be None, 'classification' or 'regression', got {task!r}")
-    if task != "classification" and outputs != "auto":
-        raise ValueError(f"outputs={outputs!r} is for task='classification', got task={task!r}")
+    if task != "classification" and scores != "auto":
+        raise ValueError(f"scores={scores!r} is for task='classification', got task={task!r}")
     if task != "regression" and (tau is not None or noise is not None):
         raise ValueError(f"tau and noise are for task='regression', got task={task!r}")
     if task == "classification":
-        return Classification(outputs)
+        return Classification(scores)
     return Regression(tau, noise) if task == "regression" else Plain()

@@ -1,4 +1,4 @@
-"""Training one model after another: for models that cannot be vectorised, and what the others are compared with."""
+"""Training one model after another: for models that cannot be vectorized, and what the others are compared with."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def optuna_search(
     setting that diverges is told as a failed trial.
 
     Args:
-        study: an ``optuna.Study`` that maximises one value: ``optuna.create_study(direction="maximize")``.
+        study: an ``optuna.Study`` that maximizes one value: ``optuna.create_study(direction="maximize")``.
         suggest: gives the setting of a trial, ``lambda trial: {"fc*": trial.suggest_float("fc", 0.3, 1.0)}``.
         evaluate: cross-validates settings, ``lambda settings: cross_validate(build, x, y, settings, epochs=50)``.
         trials: how many.
@@ -38,7 +38,7 @@ def optuna_search(
     Raises:
         ImportError: Optuna is not installed.
         TypeError: `study` is no study.
-        ValueError: it does not maximise one value, or a number is below 1.
+        ValueError: it does not maximize one value, or a number is below 1.
 
     References:
         Akiba et al., "Optuna: A Next-generation Hyperparameter Optimization Framework", KDD 2019.
@@ -48,7 +48,7 @@ def optuna_search(
         raise TypeError(f"study must be an optuna.Study, got {type(study).__name__}")
     if study.directions != [optuna.study.StudyDirection.MAXIMIZE]:
         raise ValueError(
-            "study must maximise one value, since higher scores are better: optuna.create_study(direction='maximize'), "
+            "study must maximize one value, since higher scores are better: optuna.create_study(direction='maximize'), "
             f"got {[direction.name for direction in study.directions]}"
         )
     check_integer("trials", trials, 1)

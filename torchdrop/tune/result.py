@@ -88,7 +88,7 @@ class SearchResult:
 
     @property
     def one_standard_error(self) -> dict[str, Any]:
-        """The most regularised setting that is not clearly worse than the best one.
+        """The most regularized setting that is not clearly worse than the best one.
 
         Of the settings whose mean is at least ``best mean - standard error of the best``, the one with the lowest mean
         keep_prob over the model's layers; of equal ones that with the higher mean.

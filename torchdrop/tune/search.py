@@ -56,7 +56,7 @@ def cross_validate(
     at_once: int | None = None,
     progress: bool = False,
 ) -> SearchResult:
-    """Cross-validates keep probabilities: K folds times S settings, trained together as one vectorised model.
+    """Cross-validates keep probabilities: K folds times S settings, trained together as one vectorized model.
 
     Each setting is trained on the training part of every fold and scored, in eval mode, on its test part. All settings
     of a fold start from the same parameters and see the same batches and the same draws for their masks, so that their
@@ -64,9 +64,9 @@ def cross_validate(
     do not depend on `at_once` either.
 
     Small networks gain most: their steps are dominated by the cost of calling operations, which is paid once for all
-    models. A model that cannot be vectorised (torch.func's rules: nn.LSTM, control flow that depends on data, random
+    models. A model that cannot be vectorized (torch.func's rules: nn.LSTM, control flow that depends on data, random
     numbers other than torchdrop's, attributes that a forward changes) is trained one after another. So it is where
-    settings differ in rates that are no layers, and with an optimiser that is not known to work element by element.
+    settings differ in rates that are no layers, and with an optimizer that is not known to work element by element.
 
     Args:
         build: gives a fresh model, which maps rows of `inputs` to what `loss` takes. Called once for each fold, under a
@@ -253,7 +253,7 @@ def _stack(jobs: Sequence[Job], training: Training) -> tuple[Stack | None, str]:
         return None, str(error)
     except Exception as error:  # whatever vmap or the model says
         lines = str(error).strip().splitlines() or [""]
-        return None, f"the model cannot be vectorised ({type(error).__name__}: {lines[0]})"
+        return None, f"the model cannot be vectorized ({type(error).__name__}: {lines[0]})"
 
 
 def _scores_at_once(stack: Stack, jobs: Sequence[Job], training: Training, advance: Advance) -> list[float]:

@@ -27,7 +27,7 @@ from .training import Fold, Masks, Training, first_stream
 ELEMENTWISE = (
     "ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD",
 )  # fmt: skip
-"""The optimisers of torch.optim that update each element by itself: on stacked parameters they do what they do for
+"""The optimizers of torch.optim that update each element by itself: on stacked parameters they do what they do for
 each model."""
 
 _STEPS = 32

@@ -217,7 +217,7 @@ TD_EXPORT void td_masked_row(int kind, void *out, const void *in, int64_t length
     }
 }
 
-/* Groups [from, to) of `size` neighbours that share a draw. */
+/* Groups [from, to) of `size` neighbors that share a draw. */
 static void td_groups(const td_kernels *kernels, int kind, char *out, const char *in, int64_t from, int64_t to, int64_t size,
                       td_key key, const td_law *law) {
     const int64_t step = size * td_item_size[kind];
@@ -238,7 +238,7 @@ static void td_groups(const td_kernels *kernels, int kind, char *out, const char
     }
 }
 
-/* out = kept ? in * scale + shift : fill for contiguous tensors in which every `size` neighbours share a draw. */
+/* out = kept ? in * scale + shift : fill for contiguous tensors in which every `size` neighbors share a draw. */
 TD_EXPORT void td_grouped(int kind, void *out, const void *in, int64_t groups, int64_t size, const void *key,
                           const double *laws, int threads) {
     const td_kernels *kernels = td_best();

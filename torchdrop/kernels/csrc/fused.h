@@ -1,6 +1,6 @@
 /* Dropout together with what stands beside it, for one instruction set: included after rows.h, once for each.
  *
- * Selects are made on bits, so that loops vectorise and a dropped infinity or NaN is zero.
+ * Selects are made on bits, so that loops vectorize and a dropped infinity or NaN is zero.
  */
 
 #define TD_DEFINE_FUSED(dtype, store_t, real_t, word_t, LOAD, STORE, BITS, REAL)                                     \

@@ -1,5 +1,5 @@
 /* Numbers as bits and back. float16 and bfloat16 to and from float32 round to nearest even, without branches so that
- * loops over them vectorise. What becomes of a NaN is what the processors' own conversions and PyTorch's make of it. */
+ * loops over them vectorize. What becomes of a NaN is what the processors' own conversions and PyTorch's make of it. */
 
 static inline TD_INLINE double td_double(uint64_t bits) {
     double value;

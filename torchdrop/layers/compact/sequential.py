@@ -99,7 +99,7 @@ def _feeds(modules: _Named) -> list[_Feed]:
 def _check_feed(modules: _Named, source: int, dropouts: Sequence[int], linear: int) -> None:
     name, fed = modules[linear]
     if isinstance(fed, nn.LazyLinear):
-        raise ValueError(f"Linear {name!r} is not initialised: run the model once before it is made compact")
+        raise ValueError(f"Linear {name!r} is not initialized: run the model once before it is made compact")
     for position in dropouts:
         module = modules[position][1]
         for attribute in ("shared_axes", "noise_shape", "shard"):
@@ -229,7 +229,7 @@ class CompactSequential(nn.Sequential):
 
     Raises:
         ValueError: a Dropout before a Linear that cannot be cut, since something else lies between; one with
-            `shared_axes`, `noise_shape` or `shard`; two Linear layers that do not fit; one that is not initialised.
+            `shared_axes`, `noise_shape` or `shard`; two Linear layers that do not fit; one that is not initialized.
 
     References:
         Graham, Reizenstein and Robinson, "Efficient batchwise dropout training using submatrices", 2015

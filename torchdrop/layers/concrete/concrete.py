@@ -5,7 +5,7 @@ A mask has no gradient in its rate p. With u uniform on (0, 1), k = 1 - p and a 
     y = x (1 - z) / k,   z = sigmoid((logit p + logit u) / t)
 
 has one (Gal, Hron and Kendall, NeurIPS 2017). As t falls to 0, z becomes the indicator of u > k and y dropout with keep
-probability k. The wrapper `ConcreteLayer` adds the regulariser without which p would follow the training data alone.
+probability k. The wrapper `ConcreteLayer` adds the regularizer without which p would follow the training data alone.
 
 The relaxation has a bias: E[1 - z] is not k, but
 
@@ -174,7 +174,7 @@ class ConcreteDropout(nn.Module):
     """Module of `concrete_dropout`: dropout with a rate that is learned; the input itself in eval mode.
 
     The rate is the parameter `logit_p`. Nothing here keeps a loss from teaching it to drop less and less: wrap the
-    layer that follows in `ConcreteLayer` instead, which has the regulariser, or add one of your own in `p`.
+    layer that follows in `ConcreteLayer` instead, which has the regularizer, or add one of your own in `p`.
 
     `p` and `keep_prob` are two views of the rate, differentiable tensors; setting one sets `logit_p`. As the rate is
     learned, `keep_probs`, `set_keep_prob` and schedules pass it by. `mc_dropout` and `mc_predict` turn the layer on,

@@ -1,6 +1,6 @@
-"""A layer whose input has concrete dropout, and the regulariser that its rate is learned with: `ConcreteLayer`.
+"""A layer whose input has concrete dropout, and the regularizer that its rate is learned with: `ConcreteLayer`.
 
-For a layer with weights W and K inputs, a rate p of dropping and k = 1 - p, the regulariser is
+For a layer with weights W and K inputs, a rate p of dropping and k = 1 - p, the regularizer is
 
     lambda_w ||W||^2 / k + lambda_d K (p ln p + k ln k)
 
@@ -28,17 +28,17 @@ from .concrete import TEMPERATURE, ConcreteDropout
 Loss = Literal["squared", "cross_entropy"]
 
 
-class Regularisers(NamedTuple):
-    """The factors of `ConcreteLayer`'s regulariser: lambda_w of the weights, lambda_d of the entropy."""
+class Regularizers(NamedTuple):
+    """The factors of `ConcreteLayer`'s regularizer: lambda_w of the weights, lambda_d of the entropy."""
 
     weight: float
     dropout: float
 
 
-def concrete_regularisers(
+def concrete_regularizers(
     examples: float, *, length_scale: float = 1e-2, precision: float = 1.0, loss: Loss = "squared"
-) -> Regularisers:
-    """The factors lambda_w and lambda_d of concrete dropout's regulariser, for a loss that is a mean over examples.
+) -> Regularizers:
+    """The factors lambda_w and lambda_d of concrete dropout's regularizer, for a loss that is a mean over examples.
 
     ``lambda_w = l^2 / (tau N)``, and ``lambda_d = 2 / (tau N)`` or, for cross-entropy, ``1 / (tau N)``. The first pair
     goes with a squared error whose noise has precision tau and, at tau = 1, with twice a negative log-likelihood, such
@@ -62,8 +62,8 @@ def concrete_regularisers(
         Gal, Hron and Kendall, "Concrete Dropout", NeurIPS 2017 (arXiv:1705.07832), section 3.
 
     Example:
-        >>> concrete_regularisers(1000, length_scale=2.0)
-        Regularisers(weight=0.004, dropout=0.002)
+        >>> concrete_regularizers(1000, length_scale=2.0)
+        Regularizers(weight=0.004, dropout=0.002)
     """
     for name, value in (("examples", examples), ("length_scale", length_scale), ("precision", precision)):
         if not isinstance(value, numbers.Real):
@@ -73,21 +73,21 @@ def concrete_regularisers(
     if loss not in get_args(Loss):
         raise ValueError(f"loss must be one of {', '.join(map(repr, get_args(Loss)))}, got {loss!r}")
     unit = 1.0 / (precision * examples)
-    return Regularisers(length_scale**2 * unit, (2.0 if loss == "squared" else 1.0) * unit)
+    return Regularizers(length_scale**2 * unit, (2.0 if loss == "squared" else 1.0) * unit)
 
 
 class ConcreteLayer(nn.Module):
-    """A linear or convolutional layer with concrete dropout of its input, and the regulariser that goes with it.
+    """A linear or convolutional layer with concrete dropout of its input, and the regularizer that goes with it.
 
     ``layer(concrete_dropout(x))``, element by element before nn.Linear and by whole channels of a sample before a
-    convolution. The regulariser ``lambda_w ||W||^2 / k + lambda_d K (p ln p + k ln k)``, with W the layer's weight
+    convolution. The regularizer ``lambda_w ||W||^2 / k + lambda_d K (p ln p + k ln k)``, with W the layer's weight
     (without its bias) and K the number of its input features or channels, is to be added to the loss:
-    ``loss + torchdrop.regularisation(model)`` collects it over a model. In eval mode this is ``layer(x)``.
+    ``loss + torchdrop.regularization(model)`` collects it over a model. In eval mode this is ``layer(x)``.
 
     Args:
         layer: an nn.Linear, nn.Conv1d to nn.Conv3d or their transposed forms; it is held, not copied.
         p: probability of dropping at first, a number strictly between 0 and 1. Default: 0.1.
-        regularisers: (lambda_w, lambda_d), from `concrete_regularisers` or any two numbers that are not negative.
+        regularizers: (lambda_w, lambda_d), from `concrete_regularizers` or any two numbers that are not negative.
         keep_prob: probability of keeping at first, in place of `p`.
         temperature: t, in (0, 1]. Default: 0.1.
         unbiased: whether the noise divides by E[1 - z] in place of k.
@@ -96,7 +96,7 @@ class ConcreteLayer(nn.Module):
     Attributes:
         layer: the wrapped layer.
         dropout: the `ConcreteDropout` before it; its `p` is the rate that has been learned.
-        regularisers: (lambda_w, lambda_d).
+        regularizers: (lambda_w, lambda_d).
 
     Shape:
         Those of the layer. The state_dict has the layer's entries after ``layer.``, and ``dropout.logit_p``.
@@ -110,14 +110,14 @@ class ConcreteLayer(nn.Module):
 
     Example:
         >>> import torch, torchdrop
-        >>> factors = torchdrop.concrete_regularisers(500, length_scale=1e-2)
+        >>> factors = torchdrop.concrete_regularizers(500, length_scale=1e-2)
         >>> model = torch.nn.Sequential(
-        ...     torchdrop.ConcreteLayer(torch.nn.Linear(4, 32), regularisers=factors),
+        ...     torchdrop.ConcreteLayer(torch.nn.Linear(4, 32), regularizers=factors),
         ...     torch.nn.ReLU(),
-        ...     torchdrop.ConcreteLayer(torch.nn.Linear(32, 1), regularisers=factors),
+        ...     torchdrop.ConcreteLayer(torch.nn.Linear(32, 1), regularizers=factors),
         ... )
         >>> x, y = torch.randn(20, 4), torch.randn(20, 1)
-        >>> loss = torch.nn.functional.mse_loss(model(x), y) + torchdrop.regularisation(model)
+        >>> loss = torch.nn.functional.mse_loss(model(x), y) + torchdrop.regularization(model)
         >>> loss.backward()
         >>> round(model[2].dropout.p.item(), 6)
         0.1
@@ -130,7 +130,7 @@ class ConcreteLayer(nn.Module):
         layer: nn.Module,
         p: Any = None,
         *,
-        regularisers: tuple[float, float],
+        regularizers: tuple[float, float],
         keep_prob: Any = None,
         temperature: float = TEMPERATURE,
         unbiased: bool = False,
@@ -140,7 +140,7 @@ class ConcreteLayer(nn.Module):
         if not isinstance(layer, nn.Linear | _ConvNd):
             raise TypeError(
                 f"layer must be an nn.Linear or a convolution of torch.nn, got {type(layer).__name__}: put "
-                "ConcreteDropout before other layers, and give them a method regulariser()"
+                "ConcreteDropout before other layers, and give them a method regularizer()"
             )
         axes = tuple(range(-len(layer.kernel_size), 0)) if isinstance(layer, _ConvNd) else None
         dropout = ConcreteDropout(
@@ -148,30 +148,30 @@ class ConcreteLayer(nn.Module):
         )
         if dropout.logit_p.dim():
             raise ValueError(f"a wrapped layer has a single rate, got a tensor of shape {tuple(dropout.logit_p.shape)}")
-        self.regularisers = _checked_factors(regularisers)
+        self.regularizers = _checked_factors(regularizers)
         self.layer, self.dropout = layer, dropout
 
     @leaf
     def forward(self, input: Tensor) -> Tensor:
         return self.layer(self.dropout(input))
 
-    def regulariser(self) -> Tensor:
+    def regularizer(self) -> Tensor:
         """``lambda_w ||W||^2 / k + lambda_d K (p ln p + k ln k)`` as it stands, a scalar in float32 at least."""
         weight = self.layer.weight
         wide = torch.promote_types(weight.dtype, torch.float32)
         logit = self.dropout.logit_p.to(wide)
         log_p, log_k = logsigmoid(logit), logsigmoid(-logit)
         inputs = self.layer.in_features if isinstance(self.layer, nn.Linear) else self.layer.in_channels
-        on_weights, on_entropy = self.regularisers
+        on_weights, on_entropy = self.regularizers
         negative_entropy = torch.exp(log_p) * log_p + torch.exp(log_k) * log_k
         return on_weights * weight.to(wide).square().sum() * torch.exp(-log_k) + on_entropy * inputs * negative_entropy
 
 
-def _checked_factors(factors: Any) -> Regularisers:
+def _checked_factors(factors: Any) -> Regularizers:
     if not isinstance(factors, Sequence) or len(factors) != 2 or not all(isinstance(f, numbers.Real) for f in factors):
         raise TypeError(
-            f"regularisers must be two numbers, lambda_w and lambda_d, got {factors!r}: see concrete_regularisers"
+            f"regularizers must be two numbers, lambda_w and lambda_d, got {factors!r}: see concrete_regularizers"
         )
     if not all(0.0 <= f < math.inf for f in factors):
-        raise ValueError(f"regularisers must be finite and not negative, got {tuple(factors)}")
-    return Regularisers(*map(float, factors))
+        raise ValueError(f"regularizers must be finite and not negative, got {tuple(factors)}")
+    return Regularizers(*map(float, factors))

@@ -161,7 +161,7 @@ def drop_block1d(
     shared_axes: Axes = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """`drop_block2d` of (N, C, L) or (C, L): blocks of `block_size` neighbours, for each channel of each sample.
+    """`drop_block2d` of (N, C, L) or (C, L): blocks of `block_size` neighbors, for each channel of each sample.
 
     The definition, what it preserves and the arguments are those of `drop_block2d`.
 
@@ -197,7 +197,7 @@ def drop_block2d(
     = 1 - p, within ``block_size**2 / 2**33``. What is kept is multiplied, in training, by
 
     - ``scaling="mean"``: 1 over that mean, one number. E[y] = x in the mean over a map's positions.
-    - ``scaling="marginal"``: 1 over the position's own probability. E[y] = x everywhere. The centre's probability is
+    - ``scaling="marginal"``: 1 over the position's own probability. E[y] = x everywhere. The center's probability is
       below k, so its scale is above 1/k; above 10 it is refused (below k = 0.54 for blocks of 7 on maps of 14 x 14).
 
     With k = 1 and in eval mode the input itself is returned; with k = 0 the output is 0. A dropped element is exactly
@@ -296,7 +296,7 @@ class _DropBlock(InplaceRated):
 
 
 class DropBlock1d(_DropBlock):
-    """Module of `drop_block1d`: blocks of neighbours of (N, C, L) or (C, L).
+    """Module of `drop_block1d`: blocks of neighbors of (N, C, L) or (C, L).
 
     See `DropBlock2d` for the arguments and `drop_block2d` for the definition.
 

@@ -99,7 +99,7 @@ def _position_scales(law: Tensor, sizes: Sizes, block: int) -> Tensor:
     largest = scales.max().item() if scales.numel() else 1.0
     if largest > LARGEST_SCALE:
         raise ValueError(
-            f"scaling='marginal' would multiply the centre of a map of {sizes} with block_size={block} by "
+            f"scaling='marginal' would multiply the center of a map of {sizes} with block_size={block} by "
             f"{largest:.3g}, and {LARGEST_SCALE:g} is the most it may: use a larger keep_prob, a smaller block_size or "
             "scaling='mean'"
         )

@@ -1,6 +1,6 @@
 """Dropout on graphs, as plain tensors: of edges, of nodes and of messages.
 
-With A the (weighted) adjacency matrix and x the nodes' features, a layer sums ``A_ij x_j`` over the neighbours j of i.
+With A the (weighted) adjacency matrix and x the nodes' features, a layer sums ``A_ij x_j`` over the neighbors j of i.
 Each of the three masks a part of that and divides it by the keep probability k, so that the expectation of the sum is
 the sum without dropout:
 
@@ -127,8 +127,8 @@ def drop_edge(
 ) -> tuple[Tensor, Tensor]:
     """Removes edges of a graph, each with probability p, and divides the weights of the others by k = 1 - p.
 
-    ``w_ij -> w_ij m_ij / k``: the expectation of a sum over neighbours, weighted by w, is the sum over all of them.
-    Take the first output alone for the published form: a layer that normalises by the edges that are left, as
+    ``w_ij -> w_ij m_ij / k``: the expectation of a sum over neighbors, weighted by w, is the sum over all of them.
+    Take the first output alone for the published form: a layer that normalizes by the edges that are left, as
     torch_geometric's GCNConv does. Edges are neither added nor put into another order: self-loops come once.
 
     Args:
@@ -253,7 +253,7 @@ def drop_node(
 ) -> Tensor:
     """Zeroes the features of whole nodes, each with probability p, and divides the others by k = 1 - p.
 
-    ``y_i = x_i m_i / k`` with one m_i for each node: E[y] = x, so the expectation of any sum over neighbours is kept.
+    ``y_i = x_i m_i / k`` with one m_i for each node: E[y] = x, so the expectation of any sum over neighbors is kept.
     With k = 1 and in eval mode the input itself is returned; with k = 0 the output is 0.
 
     Args:
@@ -320,8 +320,8 @@ def drop_message(
     """Drops elements of the message matrix: what each edge carries, before it is added up at the node it leads to.
 
     ``y = x m / k`` element by element, k = 1 - p: inverted dropout of messages instead of features, so that a node
-    sends different parts of its features to different neighbours. E[y] = x, so the expectation of the sum over
-    neighbours is kept. With k = 1 and in eval mode the input itself is returned; with k = 0 the output is 0.
+    sends different parts of its features to different neighbors. E[y] = x, so the expectation of the sum over
+    neighbors is kept. With k = 1 and in eval mode the input itself is returned; with k = 0 the output is 0.
 
     Args:
         input: messages, (edges, features) or (edges, heads, features).

@@ -19,7 +19,7 @@ from torch import Tensor
 from ...core import sites
 from ...core.checks import check_input
 from ...core.exported import or_eval
-from ...core.rate import DEFAULT_P, Rate, Rated, as_rate, realised
+from ...core.rate import DEFAULT_P, Rate, Rated, as_rate, realized
 from ...core.symbolic import holds_proxy, leaf, recorded
 from ...kernels.law import ONE, Law, keeps_all
 from ...kernels.masking import COMPUTE_DTYPE
@@ -36,7 +36,7 @@ def _update(
         return None if keeps_all(law) else law.threshold / ONE
     if on:
         mask: Any = sites.keep_mask(like, law, shape, generator)
-        return or_eval(mask, lambda: _expected(like, torch.as_tensor(realised(rate.keep_prob)), shape))
+        return or_eval(mask, lambda: _expected(like, torch.as_tensor(realized(rate.keep_prob)), shape))
     return _expected(like, law[..., 0] / ONE, shape)
 
 

@@ -123,10 +123,10 @@ class Variational(nn.Module):
         """The rate of dropout with noise of the same variance: alpha / (1 + alpha) = 1 - keep_prob."""
         return torch.sigmoid(self.log_alpha.detach())
 
-    def regulariser(self) -> Tensor:
+    def regularizer(self) -> Tensor:
         """The Kullback-Leibler divergence of the weights' distribution from the log-uniform prior, up to a constant.
 
-        A scalar in nats, summed over weights: what `regularisation` collects. Added to the negative log-likelihood of
+        A scalar in nats, summed over weights: what `regularization` collects. Added to the negative log-likelihood of
         all N data it gives the negative evidence lower bound, so to a loss that is a mean over data add it divided by
         N (and, in the first epochs, times a factor that rises from 0 to 1, lest it prune before anything is learned).
         """

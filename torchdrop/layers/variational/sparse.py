@@ -4,7 +4,7 @@ Variational Gaussian dropout with a rate of its own for each weight, that may gr
 
     w_ij ~ N(W_ij, s_ij^2),   alpha_ij = s_ij^2 / W_ij^2,   y ~ N(x W, x^2 s^2)
 
-parametrised by W and ln s^2, which leaves the noise out of W's gradient. Where the data do not hold a weight, alpha
+parametrized by W and ln s^2, which leaves the noise out of W's gradient. Where the data do not hold a weight, alpha
 grows, its noise drowns it, and it can be left out: those with ln alpha above a threshold are 0 in eval mode (Molchanov,
 Ashukha and Vetrov, ICML 2017).
 """
@@ -119,10 +119,10 @@ class Sparse(Variational):
         """The weights with which the layer computes in eval mode: 0 where ln alpha is above the threshold."""
         return torch.where(self.log_alpha > self.threshold, 0.0, self.weight)
 
-    def regulariser(self) -> Tensor:
+    def regularizer(self) -> Tensor:
         """The divergence of the weights' distribution from the log-uniform prior: `sparse_variational_kl`, summed.
 
-        A scalar in nats: what `regularisation` collects. Added to the negative log-likelihood of all N data it gives
+        A scalar in nats: what `regularization` collects. Added to the negative log-likelihood of all N data it gives
         the negative evidence lower bound, so to a loss that is a mean over data add it divided by N, and, in the first
         epochs, times a factor that rises from 0 to 1, lest weights be pruned before they have learned anything.
         """
@@ -153,7 +153,7 @@ class SparseVariationalLinear(Sparse, nn.Linear):
     and `to_module` gives a torch.nn.Linear with these zeros. ln s**2 is a parameter, `log_sigma2`. Add the divergence
     from the prior to the loss::
 
-        loss = F.cross_entropy(model(x), y) + warmup * torchdrop.regularisation(model) / N
+        loss = F.cross_entropy(model(x), y) + warmup * torchdrop.regularization(model) / N
 
     with N the size of the training set and a warm-up factor that rises from 0 to 1 over the first epochs, or to less on
     a small training set, where 1 may prune more than accuracy allows. Sum the terms of these layers apart from those

@@ -127,10 +127,10 @@ class Gaussian(Variational):
             alpha = alpha.reshape(outputs, inputs, *[1] * len(kernel))
         return alpha * self._wide_weight().square()
 
-    def regulariser(self) -> Tensor:
+    def regularizer(self) -> Tensor:
         """The divergence of the weights' distribution from the log-uniform prior (`variational_kl`), up to a constant.
 
-        A scalar in nats, summed over weights, each of which counts where they share an alpha: what `regularisation`
+        A scalar in nats, summed over weights, each of which counts where they share an alpha: what `regularization`
         collects. Added to the negative log-likelihood of all N data it gives the negative evidence lower bound, so to a
         loss that is a mean over data add it divided by N.
         """
@@ -161,7 +161,7 @@ class VariationalLinear(Gaussian, nn.Linear):
     multiplied by noise N(1, alpha): of dropout with ``keep_prob = 1 / (1 + alpha)``. alpha = sigmoid(logit_alpha), in
     (0, 1), is a parameter. Add the divergence from the prior to the loss::
 
-        loss = F.cross_entropy(model(x), y) + warmup * torchdrop.regularisation(model) / N
+        loss = F.cross_entropy(model(x), y) + warmup * torchdrop.regularization(model) / N
 
     with N the size of the training set and a warm-up factor that rises from 0 to 1.
 
@@ -189,7 +189,7 @@ class VariationalLinear(Gaussian, nn.Linear):
         >>> layer = torchdrop.VariationalLinear(4, 3, keep_prob=0.9)
         >>> layer(torch.randn(5, 4)).shape, layer.keep_prob
         (torch.Size([5, 3]), tensor(0.9000))
-        >>> layer.regulariser()
+        >>> layer.regularizer()
         tensor(19.4767, grad_fn=<MulBackward0>)
     """
 

@@ -228,7 +228,7 @@ def _give_own_class(module: nn.Module) -> None:
 
 
 def _order(module: nn.Module) -> tuple[str, ...]:
-    """The parameters in the order that they have without parametrizations, which optimisers number them by."""
+    """The parameters in the order that they have without parametrizations, which optimizers number them by."""
     return vars(type(module)).get(_ORDER) or tuple(module._parameters)
 
 

@@ -357,7 +357,7 @@ def prune_targeted_dropout(module: ModuleT) -> ModuleT:
     """Makes the pruning permanent: sets the targets of all weights under targeted dropout to 0 and ends it.
 
     The layers then compute what they did in eval mode with ``pruned=True``. The parameters are the same objects; an
-    optimiser that goes on with them makes zeros grow again.
+    optimizer that goes on with them makes zeros grow again.
 
     Args:
         module: the layer or model.

@@ -125,9 +125,9 @@ def apply_weight_dropout(
     From here on the layer computes with ``W' = W M / k`` in training, a new mask for each time that it reads the
     weight, and with W itself in eval mode; E[W'] = W. nn.LSTM, nn.GRU and nn.RNN read their weights once a forward: a
     recurrent matrix keeps its mask over all time steps. nn.LSTMCell and its kin read theirs at every step: within
-    ``torch.nn.utils.parametrize.cached()`` they keep one mask. W is changed by the optimiser alone, and it is the same
-    Parameter as before, so an optimiser that knows it goes on. In ``parameters()`` it comes after those of its layer
-    that are not dropped: an optimiser made from now on numbers it so in its state dict.
+    ``torch.nn.utils.parametrize.cached()`` they keep one mask. W is changed by the optimizer alone, and it is the same
+    Parameter as before, so an optimizer that knows it goes on. In ``parameters()`` it comes after those of its layer
+    that are not dropped: an optimizer made from now on numbers it so in its state dict.
 
     In the state dict W is ``parametrizations.weight.original`` in place of ``weight``, and there is nothing else. A
     checkpoint with the plain name can be loaded all the same; `remove_weight_dropout` before saving gives one.
