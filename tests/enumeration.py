@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchdrop import kernels
 from torchdrop.core import sites
-from torchdrop.kernels.law import ONE, law
+from torchdrop.kernels.mask_params import ONE, mask_params
 from torchdrop.ops import fast_path
 
 KEYS = torch.stack([torch.arange(20_000), torch.full((20_000,), 7)], -1)
@@ -24,7 +24,7 @@ def force(patch: pytest.MonkeyPatch, key: Tensor) -> None:
 
 def masks(patch: pytest.MonkeyPatch, shape: Sequence[int], keep_prob: float) -> Iterator[tuple[Tensor, float]]:
     """Forces each mask of this shape in turn: yields it with its probability."""
-    given = law(keep_prob)
+    given = mask_params(keep_prob)
     size = torch.Size(shape).numel()
     found = kernels.keep_mask(shape, KEYS, given)
     codes = (found.flatten(1).long() << torch.arange(size)).sum(1)

@@ -19,14 +19,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import torchdrop
 from torchdrop import functional as TF
-from torchdrop.kernels.law import law, law_tensor
+from torchdrop.kernels.mask_params import mask_params, params_tensor
 from torchdrop.kernels.masking import COMPUTE_DTYPE
 
 from .native_build import ROOT
 
 OPS = torch.ops.torchdrop
 KEY, KEYS = torch.tensor([3, 4]), torch.arange(6).reshape(3, 2)
-HALF, LAWS = law(0.5).tensor(), law_tensor(torch.rand(3, 1))
+HALF, LAWS = mask_params(0.5).tensor(), params_tensor(torch.rand(3, 1))
 X, ROW = torch.randn(3, 4), torch.randn(4)
 DISTINCT = (torch.float32, torch.float64, torch.float16, torch.int32, torch.int64, torch.bool, torch.complex64)
 
@@ -62,10 +62,20 @@ REFUSED: list[tuple[str, tuple[Any, ...], type, str]] = [
     ("masked", (X, KEY.int(), HALF, [3, 4]), TypeError, "key must be a strided int64 tensor, got one of torch.int32"),
     ("masked", (X, KEY[:1], HALF, [3, 4]), ValueError, r"key must hold \(seed, stream\) .*, got shape \(1,\)"),
     ("masked", (X, KEY[0], HALF, [3, 4]), ValueError, r"key must hold \(seed, stream\) .*, got shape \(\)"),
-    ("masked", (X, KEY, HALF.float(), [3, 4]), TypeError, "law must be a strided float64 tensor, got one of torch.flo"),
-    ("masked", (X, KEY, HALF[:3], [3, 4]), ValueError, r"law must hold \(threshold, .*, got shape \(3,\)"),
+    (
+        "masked",
+        (X, KEY, HALF.float(), [3, 4]),
+        TypeError,
+        "params must be a strided float64 tensor, got one of torch.flo",
+    ),
+    ("masked", (X, KEY, HALF[:3], [3, 4]), ValueError, r"params must hold \(threshold, .*, got shape \(3,\)"),
     ("masked", (X, KEY, LAWS[:2], [3, 4]), ValueError, r"a size for each of the dimensions \(3, 4\), .* \(2, 1, 4\)"),
-    ("masked", (X, KEY, LAWS[0], [3, 4]), ValueError, r"a law must be one for all, of shape \(4,\), .* \(1, 4\)"),
+    (
+        "masked",
+        (X, KEY, LAWS[0], [3, 4]),
+        ValueError,
+        r"params must have the shape \(4,\), .* \(1, 4\)",
+    ),
     ("masked", (X, KEY, HALF, [3, 5]), ValueError, r"x's \(3, 4\), or 1 .*, got keys of \(\) and the shape \(3, 5\)"),
     ("masked", (X, KEY, HALF, [4]), ValueError, r"got keys of \(\) and the shape \(4,\)"),
     ("masked", (X, KEYS[:2], HALF, [4]), ValueError, r"got keys of \(2,\) and the shape \(4,\)"),
@@ -75,11 +85,11 @@ REFUSED: list[tuple[str, tuple[Any, ...], type, str]] = [
     ("masked", (X, KEY, HALF, [3, 4], [0, 5, 9]), ValueError, "run of a part must divide its number of elements"),
     ("masked", (X, KEY.to("meta"), HALF, [3, 4]), RuntimeError, "same device, but .* got key on meta beside .* cpu"),
     ("gaussian", (X, KEY, HALF, [3, 5]), ValueError, r"got keys of \(\) and the shape \(3, 5\)"),
-    ("keep_mask", (KEY, [3], None), ValueError, "law must be a tensor, got None"),
+    ("keep_mask", (KEY, [3], None), ValueError, "params must be a tensor, got None"),
     ("keep_mask", (KEY, [-3], HALF), ValueError, r"shape must hold sizes of at least 0, got \(-3,\)"),
     ("keep_mask", (KEY, [3, 4], LAWS[:2]), ValueError, r"a size for each of the dimensions \(3, 4\)"),
     ("draws", (KEY.int(), [3]), TypeError, "key must be a strided int64 tensor"),
-    ("draws", (KEY, [3], HALF), ValueError, "law must be None"),
+    ("draws", (KEY, [3], HALF), ValueError, "params must be None"),
     ("standard_normal", (KEY.double(), [3]), TypeError, "key must be a strided int64 tensor"),
     ("dropout_add", (X, None, ROW, KEY, HALF), ValueError, r"residual must have .* shape \(3, 4\), got \(4,\)"),
     ("dropout_add", (X, None, X.double(), KEY, HALF), TypeError, "residual must have .* dtype torch.float32, got"),
@@ -90,16 +100,16 @@ REFUSED: list[tuple[str, tuple[Any, ...], type, str]] = [
         "dropout_add",
         (X, None, X, KEYS, HALF),
         ValueError,
-        r"one key of shape \(2,\) and one law .* \(3, 2\) and \(4,\)",
+        r"one key of shape \(2,\) and params .* \(3, 2\) and \(4,\)",
     ),
-    ("dropout_add", (X, None, X, KEY, LAWS), ValueError, "one law of shape"),
+    ("dropout_add", (X, None, X, KEY, LAWS), ValueError, "params of shape"),
     ("dropout_add", (X, None, X, KEY.int(), HALF), TypeError, "key must be a strided int64 tensor"),
     ("activation_dropout", (X, KEY, HALF, "tanh"), ValueError, "activation must be one of 'relu', .*, got 'tanh'"),
     ("activation_dropout", (X, KEYS, HALF, "relu"), ValueError, "one key of shape"),
     ("activation_dropout_backward", (X, ROW, KEY, HALF, "relu"), ValueError, "kept must have the first tensor's shape"),
     ("activation_dropout_backward", (ROW[:1], X, KEY, HALF, "relu"), ValueError, "kept must have the first tensor's"),
     ("activation_dropout_backward", (X, X.double(), KEY, HALF, "relu"), TypeError, "kept must have the first tensor's"),
-    ("block_anchors", (HALF.float(), [7], 3), TypeError, "law must be a strided float64 tensor"),
+    ("block_anchors", (HALF.float(), [7], 3), TypeError, "params must be a strided float64 tensor"),
     ("block_anchors", (HALF, [7, 2], 3), ValueError, r"block must be .* at most each of the sizes \(7, 2\), got 3"),
     ("block_anchors", (HALF, [7], 0), ValueError, "block must be at least 1"),
     ("block_scales", (LAWS, [7, 7], 3), ValueError, r"a size for each of the dimensions \(7, 7\)"),
@@ -152,7 +162,7 @@ def _law(rng: random.Random, sizes: list[int] | None) -> Tensor:
         return torch.tensor(
             [threshold, rng.choice((1.0, 2.0)), rng.choice((0.0, 0.5)), rng.choice((0.0, -1.0))]
         ).double()
-    return law_tensor(torch.rand([size if rng.random() < 0.5 else 1 for size in sizes]))
+    return params_tensor(torch.rand([size if rng.random() < 0.5 else 1 for size in sizes]))
 
 
 def _shared(rng: random.Random, sizes: list[int]) -> list[int]:
@@ -193,7 +203,7 @@ def _for_activation(rng: random.Random, backward: bool) -> list[Argument]:
 def _for_blocks(rng: random.Random, scales: bool) -> list[Argument]:
     sizes = [rng.randrange(1, 9) for _ in range(rng.randrange(1, 4))]
     batch = [*_sizes(rng), *([1] * len(sizes) if scales else [])] if rng.random() < 0.5 else []
-    return [law_tensor(torch.full(batch, 0.999)), sizes, rng.randrange(1, min(sizes) + 1)]
+    return [params_tensor(torch.full(batch, 0.999)), sizes, rng.randrange(1, min(sizes) + 1)]
 
 
 RIGHT: dict[str, Callable[[random.Random], list[Argument]]] = {
@@ -249,7 +259,7 @@ def _changed(rng: random.Random, argument: Argument) -> Argument:
         return rng.choice(("", "relu ", "tanh", "gelu"))
     if isinstance(argument, int):
         return argument + rng.choice((-3, -1, 1, 9))
-    return rng.choice((None, torch.ones(4), law(0.3).tensor()))
+    return rng.choice((None, torch.ones(4), mask_params(0.3).tensor()))
 
 
 def _check(name: str, args: list[Argument]) -> bool:

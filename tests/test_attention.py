@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import torchdrop
 from torchdrop.core import sites
-from torchdrop.kernels.law import ONE
+from torchdrop.kernels.mask_params import ONE
 from torchdrop.layers.drop_head import DropHead, drop_head
 
 from .seeding import seeded

@@ -18,7 +18,7 @@ import torchdrop
 from torchdrop import functional as TF
 from torchdrop import kernels
 from torchdrop.kernels import native, reference
-from torchdrop.kernels.law import ONE, Law, alpha, inverted, law, original
+from torchdrop.kernels.mask_params import ONE, MaskParams, alpha, inverted, mask_params, original
 from torchdrop.kernels.masking import apply_mask
 from torchdrop.ops import operators
 
@@ -46,7 +46,7 @@ def outcome(f: Any) -> tuple[str, str, list[tuple[type, str]]]:
     return *result, [(w.category, str(w.message)) for w in caught]
 
 
-def native_apply(x: Tensor, kept: Tensor, drawn: Law) -> Tensor:
+def native_apply(x: Tensor, kept: Tensor, drawn: MaskParams) -> Tensor:
     """The C kernel, with a mask that it did not draw."""
     out = torch.empty_like(x)
     native._spread(x, kept, drawn, out)
@@ -64,7 +64,7 @@ def test_with_the_stock_layers_mask_output_and_gradient_are_the_stock_layers(x: 
     (their_grad,) = torch.autograd.grad(theirs, leaf, g) if x.numel() else (torch.zeros_like(x),)
     mask = theirs != 0
 
-    drawn = law(1 - p)
+    drawn = mask_params(1 - p)
     # torch.nn rounds 1 / (1 - p) to the element type first; we multiply in float32 and round once. The threshold is
     # within 2**-32 of the nominal keep probability.
     rounding = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 5e-7, torch.float64: 1e-15}[x.dtype]
@@ -87,8 +87,8 @@ def test_backward_uses_the_mask_of_forward(device: torch.device, x: Tensor, k: f
     (grad,) = torch.autograd.grad(y, leaf, g)
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
     kept = y != 0 if k else torch.zeros_like(y, dtype=torch.bool)
-    assert torch.equal(grad, torch.where(kept, (g.to(wide) * law(k).scale).to(x.dtype), 0))
-    assert torch.equal(y, torch.where(kept, (x.to(wide) * law(k).scale).to(x.dtype), 0))
+    assert torch.equal(grad, torch.where(kept, (g.to(wide) * mask_params(k).scale).to(x.dtype), 0))
+    assert torch.equal(y, torch.where(kept, (x.to(wide) * mask_params(k).scale).to(x.dtype), 0))
 
 
 @given(st.data(), tensors(), keep_probs, st.sampled_from([inverted, original, alpha]))
@@ -97,7 +97,7 @@ def test_masks_and_outputs_do_not_depend_on_the_device(
 ) -> None:
     key, shape = data.draw(keys()), data.draw(shared(tuple(x.shape)))
     there = key.to(device)
-    for drawn in (law(k, formula), law(k, formula).tensor()):
+    for drawn in (mask_params(k, formula), mask_params(k, formula).tensor()):
         kept = kernels.keep_mask(shape, there, drawn)
         assert kept.device.type == device.type
         assert torch.equal(kept.cpu(), reference.keep_mask(shape, key, drawn))
@@ -108,7 +108,7 @@ def test_masks_and_outputs_do_not_depend_on_the_device(
 
 def enumerate_masks(k: float, n: int) -> list[tuple[Tensor, float]]:
     """All masks of n elements with the probability that each has at the keep probability that is realized."""
-    q = law(k).threshold / ONE
+    q = mask_params(k).threshold / ONE
     found = []
     for bits in itertools.product([0.0, 1.0], repeat=n):
         kept = sum(bits)
@@ -118,8 +118,8 @@ def enumerate_masks(k: float, n: int) -> list[tuple[Tensor, float]]:
 
 @pytest.mark.parametrize("k", [0.1, 0.5, 0.8, 1 / 3])
 def test_expectation_and_variance_by_enumeration(k: float) -> None:
-    x, q = torch.tensor([1.5, -2.0, 0.25, 3.0], dtype=torch.float64), law(k).threshold / ONE
-    ys = [(m * x * law(k).scale, w) for m, w in enumerate_masks(k, 4)]
+    x, q = torch.tensor([1.5, -2.0, 0.25, 3.0], dtype=torch.float64), mask_params(k).threshold / ONE
+    ys = [(m * x * mask_params(k).scale, w) for m, w in enumerate_masks(k, 4)]
     mean = sum(w * y for y, w in ys)
     torch.testing.assert_close(mean, x, rtol=1e-12, atol=0)
     second = sum(w * y**2 for y, w in ys)
@@ -131,9 +131,10 @@ def test_linear_regression_gets_the_published_l2_penalty(k: float) -> None:
     """E||y - (X o M / k) w||^2 = ||y - X w||^2 + (p / k) w' diag(X'X) w (Srivastava et al., 2014, section 9.1)."""
     generator = torch.Generator().manual_seed(1)
     X, w, y = (torch.randn(*s, dtype=torch.float64, generator=generator) for s in ((3, 4), (4,), (3,)))
-    q = law(k).threshold / ONE
+    q = mask_params(k).threshold / ONE
     cost = sum(
-        weight * ((y - (X * m.reshape(3, 4) * law(k).scale) @ w) ** 2).sum() for m, weight in enumerate_masks(k, 12)
+        weight * ((y - (X * m.reshape(3, 4) * mask_params(k).scale) @ w) ** 2).sum()
+        for m, weight in enumerate_masks(k, 12)
     )
     penalty = (1 - q) / q * (w**2 * (X**2).sum(0)).sum()
     torch.testing.assert_close(cost, ((y - X @ w) ** 2).sum() + penalty, rtol=1e-9, atol=0)
@@ -154,7 +155,7 @@ def test_original_formulation_has_its_expectation_in_eval_mode() -> None:
     layer = torchdrop.Dropout(keep_prob=0.3, inverted=False)
     y = layer(x)
     assert torch.equal(y[y != 0], x[y != 0])
-    q = law(0.3, original).threshold / ONE
+    q = mask_params(0.3, original).threshold / ONE
     assert torch.equal(layer.eval()(x), x * q)
     assert torch.equal(TF.dropout(x, keep_prob=0.3, training=False, inverted=False), x * q)
     z = x.clone()
@@ -238,7 +239,7 @@ def test_a_tensor_of_rates_broadcasts_and_each_element_has_its_own(
         torch.manual_seed(5)
         y = torchdrop.Dropout(keep_prob=k)(x)
         full = k.double().to(device).expand(shape)
-        expected = torch.tensor([law(q).scale for q in full.flatten().tolist()], device=device).reshape(shape)
+        expected = torch.tensor([mask_params(q).scale for q in full.flatten().tolist()], device=device).reshape(shape)
         kept = y != 0
         assert torch.equal(y, torch.where(kept, expected, 0))
         assert torch.equal(torch.autograd.grad(y.sum(), x)[0], y.detach())
@@ -539,9 +540,9 @@ def test_memory_formats_are_kept(device: torch.device) -> None:
 
 def test_the_key_alone_decides_the_mask(device: torch.device) -> None:
     x, key = torch.randn(64, 33, device=device), torch.tensor([5, 6], device=device)
-    y = operators.masked(x, key, law(0.5, inverted), x.shape)
+    y = operators.masked(x, key, mask_params(0.5, inverted), x.shape)
     torch.rand(7, device=device)
-    assert torch.equal(operators.masked(x, key.clone(), law(0.5, inverted), x.shape), y)
+    assert torch.equal(operators.masked(x, key.clone(), mask_params(0.5, inverted), x.shape), y)
     for step in ([1, 0], [0, 1]):
         other = key + torch.tensor(step, device=device)
-        assert not torch.equal(operators.masked(x, other, law(0.5, inverted), x.shape), y)
+        assert not torch.equal(operators.masked(x, other, mask_params(0.5, inverted), x.shape), y)

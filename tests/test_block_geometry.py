@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchdrop.core import sites
-from torchdrop.kernels.law import ONE, Law, inverted, law, law_tensor, threshold
+from torchdrop.kernels.mask_params import ONE, MaskParams, inverted, mask_params, params_tensor, threshold
 from torchdrop.layers.drop_block import drop_block as block
 from torchdrop.layers.drop_block import geometry as _geometry
 
@@ -79,7 +79,7 @@ def test_blocks_of_any_side_do_not_reach_into_other_maps(shape: tuple[int, ...],
 @pytest.mark.parametrize("k", [0.3, 0.9])
 def test_marginal_keep_probability_by_enumeration(sizes: tuple[int, ...], side: int, k: float) -> None:
     masks, started = all_masks(sizes, side)
-    found = _geometry.anchor_law(law(k), sizes, side)
+    found = _geometry.anchor_params(mask_params(k), sizes, side)
     q, places = found.threshold / ONE, math.prod(length - side + 1 for length in sizes)
     weights = (1 - q) ** started.double() * q ** (places - started).double()
     assert weights.sum().item() == pytest.approx(1, abs=1e-12)
@@ -96,7 +96,7 @@ def expectation(
     """x, and the mean of y over all masks, weighted by their probabilities."""
     masks, started = all_masks(sizes, side)
     monkeypatch.setattr(sites, "keep_mask", lambda *_: masks)
-    q = _geometry.anchor_law(law(k), sizes, side).threshold / ONE
+    q = _geometry.anchor_params(mask_params(k), sizes, side).threshold / ONE
     weights = (1 - q) ** started.double() * q ** (masks[0, 0][anchors(sizes, side)].numel() - started).double()
     x = torch.linspace(0.5, 2.0, math.prod(sizes), dtype=torch.float64).reshape(sizes)
     function = getattr(block, f"drop_block{len(sizes)}d")
@@ -129,7 +129,7 @@ def test_mean_keep_probability_is_exactly_the_nominal_one(length: int, side: int
         for sizes in ((length,), (length, length), (length, length + 3)):
             q = _geometry.solve(k, sizes, side)
             assert probabilities(q, sizes, side).mean().item() == pytest.approx(k, abs=1e-12)
-            found = _geometry.anchor_law(law(k), sizes, side)
+            found = _geometry.anchor_params(mask_params(k), sizes, side)
             realized = probabilities(found.threshold / ONE, sizes, side).mean().item()
             assert abs(realized - k) <= (side ** len(sizes) + 1) / 2**33
             assert found.scale == pytest.approx(1 / realized, rel=1e-14)
@@ -140,7 +140,7 @@ def test_every_rate_is_solved(sizes: tuple[int, ...]) -> None:
     for side in {1, min(3, *sizes), min(7, *sizes)}:
         before = -1
         for k in (0.0, 2.0**-32, 1e-6, 0.01, 0.5, 1 - 1e-6, 1 - 2.0**-32, 1.0):
-            found = _geometry.anchor_law(law(k), sizes, side)
+            found = _geometry.anchor_params(mask_params(k), sizes, side)
             assert found.threshold >= before
             assert math.isfinite(found.scale)
             assert found.threshold == threshold(k) if k in (0, 1) or side == 1 else True
@@ -150,21 +150,23 @@ def test_every_rate_is_solved(sizes: tuple[int, ...]) -> None:
 def test_laws_of_tensors_are_those_of_numbers() -> None:
     rates = torch.tensor([0.0, 0.3, 0.9, 1.0], dtype=torch.float64)
     for sizes, side in TINY:
-        laws = _geometry.anchor_law(law_tensor(rates), sizes, side)
-        for rate, row in zip(rates.tolist(), laws, strict=True):
-            one = _geometry.anchor_law(law(rate), sizes, side)
-            assert isinstance(one, Law)
+        params_of_each = _geometry.anchor_params(params_tensor(rates), sizes, side)
+        for rate, row in zip(rates.tolist(), params_of_each, strict=True):
+            one = _geometry.anchor_params(mask_params(rate), sizes, side)
+            assert isinstance(one, MaskParams)
             assert torch.equal(row, one.tensor())
-        batched = torch.vmap(lambda k: _geometry.anchor_law(law_tensor(k), sizes, side))(rates)  # noqa: B023
-        assert torch.equal(batched, laws)
-        alone = [_geometry.position_scales(one, sizes, side) for one in laws[2:]]
-        batched = torch.vmap(lambda one: _geometry.position_scales(one, sizes, side))(laws[2:])  # noqa: B023
+        batched = torch.vmap(lambda k: _geometry.anchor_params(params_tensor(k), sizes, side))(rates)  # noqa: B023
+        assert torch.equal(batched, params_of_each)
+        alone = [_geometry.position_scales(one, sizes, side) for one in params_of_each[2:]]
+        batched = torch.vmap(lambda one: _geometry.position_scales(one, sizes, side))(params_of_each[2:])  # noqa: B023
         assert torch.equal(batched, torch.stack(alone))
 
 
 def test_operators_pass_opcheck() -> None:
     for name in ("block_anchors", "block_scales"):
-        torch.library.opcheck(getattr(torch.ops.torchdrop, name).default, (law(0.9, inverted).tensor(), [7, 9], 3))
+        torch.library.opcheck(
+            getattr(torch.ops.torchdrop, name).default, (mask_params(0.9, inverted).tensor(), [7, 9], 3)
+        )
 
 
 def variance_of_the_mean(q: float, sizes: tuple[int, int], side: int) -> float:
@@ -184,7 +186,7 @@ def variance_of_the_mean(q: float, sizes: tuple[int, int], side: int) -> float:
 def test_realized_keep_rate_is_the_nominal_one_within_a_thousandth(length: int, side: int) -> None:
     k, sizes = 0.9, (length, length)
     error = 0.001 * k
-    found = _geometry.anchor_law(law(k), sizes, side)
+    found = _geometry.anchor_params(mask_params(k), sizes, side)
     variance = variance_of_the_mean(found.threshold / ONE, sizes, side)
     n = 1024
     while deviation(n, variance, FALSE_ALARM) + deviation(n, 1.1 * variance, MISS) > n * error:

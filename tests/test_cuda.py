@@ -15,8 +15,8 @@ import torchdrop
 from torchdrop import functional as TF
 from torchdrop import kernels
 from torchdrop.kernels import reference
-from torchdrop.kernels.law import law
-from torchdrop.kernels.masking import Part
+from torchdrop.kernels.mask_params import mask_params
+from torchdrop.kernels.masking import MaskSlice
 
 CUDA = torch.device("cuda")
 LAYERS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -82,9 +82,9 @@ def test_a_captured_graph_draws_new_masks_and_backward_has_them(name: str) -> No
 def test_indices_beyond_2_to_the_31() -> None:
     if torch.cuda.mem_get_info()[0] < 12 * 2**30:
         pytest.skip("it takes 12 GiB of the device's memory")
-    key, drawn, n = torch.tensor([3, -4]), law(0.7), 2**31 + 4096
+    key, drawn, n = torch.tensor([3, -4]), mask_params(0.7), 2**31 + 4096
     there = key.to(CUDA)
-    expected = reference.keep_mask((4096,), key, drawn, Part(2**31))
+    expected = reference.keep_mask((4096,), key, drawn, MaskSlice(2**31))
     assert torch.equal(kernels.keep_mask((n,), there, drawn)[-4096:].cpu(), expected)
     x = torch.ones(n, dtype=torch.float16, device=CUDA)
     y = kernels.masked(x, there, drawn, x.shape, out=x)

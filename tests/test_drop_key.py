@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import torchdrop
 from torchdrop.core import sites
-from torchdrop.kernels.law import ONE
+from torchdrop.kernels.mask_params import ONE
 from torchdrop.layers.drop_key import DropKey, drop_key, drop_key_mask
 
 from .seeding import seeded

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import torchdrop
 from torchdrop import kernels, random
-from torchdrop.kernels.law import law
+from torchdrop.kernels.mask_params import mask_params
 from torchdrop.layers.embedding import EmbeddingDropout, embedding_dropout
 from torchdrop.layers.weights.weight import apply_weight_dropout
 
@@ -76,10 +76,10 @@ class TestDefinition:
         torch.manual_seed(3)
         out = embedding_dropout(torch.arange(50), weight, 0.3)
         torch.manual_seed(3)
-        kept = kernels.keep_mask((50,), random.draw_key(weight.device), law(0.7))
+        kept = kernels.keep_mask((50,), random.draw_key(weight.device), mask_params(0.7))
         wide = weight.to(torch.float64 if dtype == torch.float64 else torch.float32)
         assert out.dtype == dtype
-        assert torch.equal(out[kept].nan_to_num(), (wide * law(0.7).scale).to(dtype)[kept].nan_to_num())
+        assert torch.equal(out[kept].nan_to_num(), (wide * mask_params(0.7).scale).to(dtype)[kept].nan_to_num())
         assert torch.equal(out[~kept], torch.zeros_like(out[~kept]))
         assert 0 < kept[:10].sum() < 10
 

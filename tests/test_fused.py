@@ -19,13 +19,13 @@ from torch.overrides import BaseTorchFunctionMode
 from torchdrop import functional as TF
 from torchdrop import kernels
 from torchdrop.kernels import native
-from torchdrop.kernels.law import inverted, law, law_tensor
+from torchdrop.kernels.mask_params import inverted, mask_params, params_tensor
 from torchdrop.ops import fast_path, fused
 
 from .strategies import DTYPES, keep_probs, keys, tensors
 
 KEY = torch.tensor([5, -6])
-HALF = law(0.5)
+HALF = mask_params(0.5)
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 deprecated = pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")
 
@@ -69,9 +69,9 @@ def near(a: Tensor, b: Tensor, size: Tensor) -> bool:
 def test_the_addition_is_that_of_the_parts(data: st.DataObject, x: Tensor, k: float, biased: bool) -> None:
     key, residual = data.draw(keys()), beside(x)
     bias = beside(x, 2)[(0,) * (x.dim() - 1)] if biased and x.dim() and x.numel() else None
-    kept = kernels.keep_mask(x.shape, key, law(k))
-    y = fused.dropout_add(x, bias, residual, key, law(k))
-    assert torch.equal(y, parts_add(x, bias, residual, kept, law(k).scale))
+    kept = kernels.keep_mask(x.shape, key, mask_params(k))
+    y = fused.dropout_add(x, bias, residual, key, mask_params(k))
+    assert torch.equal(y, parts_add(x, bias, residual, kept, mask_params(k).scale))
     assert y.dtype == x.dtype
     assert steps(y) == steps(torch.empty_like(x))
 
@@ -79,9 +79,9 @@ def test_the_addition_is_that_of_the_parts(data: st.DataObject, x: Tensor, k: fl
 @given(st.data(), tensors(), keep_probs, st.sampled_from(sorted(ACTIVATIONS)))
 def test_the_activation_is_that_of_the_parts(data: st.DataObject, x: Tensor, k: float, activation: str) -> None:
     key = data.draw(keys())
-    kept, scale = kernels.keep_mask(x.shape, key, law(k)), law(k).scale
+    kept, scale = kernels.keep_mask(x.shape, key, mask_params(k)), mask_params(k).scale
     leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-    y = fused.activation_dropout(leaf, key, law(k), activation)
+    y = fused.activation_dropout(leaf, key, mask_params(k), activation)
     whole = wide(leaf.detach()).requires_grad_()
     parts = torch.where(kept, ACTIVATIONS[activation](whole) * scale, 0.0)
     expected = parts.to(x.dtype)
@@ -101,7 +101,7 @@ def test_every_backend_gives_the_same(backend: str, dtype: torch.dtype, n: int) 
     if backend == "triton" and n > 1000:
         n = 1001
     x, residual = torch.randn(3, n).to(dtype), torch.randn(3, n).to(dtype)
-    bias, drawn = torch.randn(n).to(dtype), law(0.7)
+    bias, drawn = torch.randn(n).to(dtype), mask_params(0.7)
     kept = kernels.keep_mask(x.shape, KEY, drawn)
     for given_bias in (None, bias):
         y = fused.dropout_add(x, given_bias, residual, KEY, drawn)
@@ -120,7 +120,7 @@ def test_every_backend_gives_the_same(backend: str, dtype: torch.dtype, n: int) 
 @pytest.mark.parametrize("k", [0.5, 0.9, 1 / 3])
 def test_threads_and_vector_width_do_not_change_a_bit(dtype: torch.dtype, k: float) -> None:
     assert native.library is not None
-    n, drawn = 100_003, law(k)
+    n, drawn = 100_003, mask_params(k)
     x, other, bias = (torch.randn(size).to(dtype) for size in (n, n, 77))
     kept, kind = kernels.keep_mask((n,), KEY, drawn), native.KINDS[dtype]
     sum_ = parts_add(x, bias.repeat(-(-n // 77))[:n], other, kept, drawn.scale)
@@ -158,7 +158,7 @@ def test_what_is_dropped_may_be_anything_and_what_is_kept_stays_what_it_is(backe
 
 def functions(k: float = 0.6) -> dict[str, tuple[Callable[..., Tensor], int]]:
     """Each operator as a function of its operands."""
-    drawn = law(k)
+    drawn = mask_params(k)
     return {
         "dropout_add": (lambda x, r: fused.dropout_add(x, None, r, KEY, drawn), 2),
         "bias_dropout_add": (lambda x, r, b: fused.dropout_add(x, b, r, KEY, drawn), 3),
@@ -209,7 +209,7 @@ def test_all_roads_give_the_same(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("approximation", sorted(ACTIVATIONS))
 def test_opcheck_of_activations(approximation: str) -> None:
-    x, drawn = torch.randn(5, 4, requires_grad=True), law(0.6).tensor()
+    x, drawn = torch.randn(5, 4, requires_grad=True), mask_params(0.6).tensor()
     torch.library.opcheck(torch.ops.torchdrop.activation_dropout.default, (x, KEY, drawn, approximation))
     arguments = (x.detach(), x.detach(), KEY, drawn, approximation)
     torch.library.opcheck(torch.ops.torchdrop.activation_dropout_backward.default, arguments)
@@ -220,7 +220,7 @@ def test_opcheck_of_activations(approximation: str) -> None:
 def test_opcheck_of_the_addition(biased: bool) -> None:
     x, residual = (torch.randn(5, 4, requires_grad=True) for _ in range(2))
     bias = torch.randn(4, requires_grad=True) if biased else None
-    torch.library.opcheck(torch.ops.torchdrop.dropout_add.default, (x, bias, residual, KEY, law(0.6).tensor()))
+    torch.library.opcheck(torch.ops.torchdrop.dropout_add.default, (x, bias, residual, KEY, mask_params(0.6).tensor()))
 
 
 def layouts(shape: tuple[int, int, int, int]) -> list[Tensor]:
@@ -291,13 +291,13 @@ def test_an_output_that_was_written_to_is_not_used_for_the_gradient() -> None:
 @given(st.sampled_from([(), (0,), (3, 0), (1,), (2, 3, 5)]), keep_probs)
 def test_rates_that_vary_are_composed(shape: tuple[int, ...], k: float) -> None:
     x, residual = torch.randn(shape), torch.randn(shape)
-    rates = law_tensor(torch.full(shape, k, dtype=torch.float64), inverted)
+    rates = params_tensor(torch.full(shape, k, dtype=torch.float64), inverted)
     assert torch.equal(
-        fused.dropout_add(x, None, residual, KEY, rates), fused.dropout_add(x, None, residual, KEY, law(k))
+        fused.dropout_add(x, None, residual, KEY, rates), fused.dropout_add(x, None, residual, KEY, mask_params(k))
     )
     for name in ACTIVATIONS:
         assert torch.equal(
-            fused.activation_dropout(x, KEY, rates, name), fused.activation_dropout(x, KEY, law(k), name)
+            fused.activation_dropout(x, KEY, rates, name), fused.activation_dropout(x, KEY, mask_params(k), name)
         )
 
 
@@ -336,17 +336,17 @@ def test_the_short_roads_give_what_the_general_ones_give(n: int, k: float, twice
     x, bias, residual = given_
     roads: list[tuple[Callable[[], Tensor | None], Callable[[], Tensor]]] = [
         (
-            lambda: fast_path.fast_dropout_add(x, None, residual, law(k)),
+            lambda: fast_path.fast_dropout_add(x, None, residual, mask_params(k)),
             lambda: TF.dropout_add(x, residual, keep_prob=k),
         ),
         (
-            lambda: fast_path.fast_dropout_add(x, bias, residual, law(k)),
+            lambda: fast_path.fast_dropout_add(x, bias, residual, mask_params(k)),
             lambda: TF.bias_dropout_add(x, bias, residual, keep_prob=k),
         ),
-        (lambda: fast_path.fast_activation_dropout(x, law(k), "relu"), lambda: TF.relu_dropout(x, keep_prob=k)),
-        (lambda: fast_path.fast_activation_dropout(x, law(k), "gelu"), lambda: TF.gelu_dropout(x, keep_prob=k)),
+        (lambda: fast_path.fast_activation_dropout(x, mask_params(k), "relu"), lambda: TF.relu_dropout(x, keep_prob=k)),
+        (lambda: fast_path.fast_activation_dropout(x, mask_params(k), "gelu"), lambda: TF.gelu_dropout(x, keep_prob=k)),
         (
-            lambda: fast_path.fast_activation_dropout(x, law(k), "gelu_tanh"),
+            lambda: fast_path.fast_activation_dropout(x, mask_params(k), "gelu_tanh"),
             lambda: TF.gelu_dropout(x, keep_prob=k, approximate="tanh"),
         ),
     ]
@@ -367,7 +367,7 @@ def test_the_short_roads_give_what_the_general_ones_give(n: int, k: float, twice
 
 
 def test_the_short_roads_are_not_taken_where_something_watches() -> None:
-    x, bias, half = torch.ones(8, 8), torch.ones(8), law(0.5)
+    x, bias, half = torch.ones(8, 8), torch.ones(8), mask_params(0.5)
     roads = [
         lambda x: fast_path.fast_dropout_add(x, None, x, half),
         lambda x: fast_path.fast_dropout_add(x, bias, x, half),

@@ -11,7 +11,7 @@ import torchdrop
 from torchdrop import functional as TF
 from torchdrop import kernels
 from torchdrop.kernels import reference
-from torchdrop.kernels.law import gaussian, law
+from torchdrop.kernels.mask_params import gaussian, mask_params
 
 
 @pytest.mark.slow
@@ -37,7 +37,7 @@ def test_backward_has_the_noise_of_forward(dtype: torch.dtype, shape: tuple[int,
 
 def test_the_noise_does_not_depend_on_the_device(device: torch.device) -> None:
     """On accelerators a last bit may differ, where a library rounds a square root otherwise."""
-    key, drawn = torch.tensor([3, -4]), law(0.7, gaussian)
+    key, drawn = torch.tensor([3, -4]), mask_params(0.7, gaussian)
     x = torch.randn(70, 33)
     z = kernels.standard_normal((5000,), key.to(device))
     assert z.device.type == device.type

@@ -16,8 +16,8 @@ from torch import Tensor
 import torchdrop
 from torchdrop import kernels
 from torchdrop.kernels import aten, native, reference
-from torchdrop.kernels.law import ONE, Law, alpha, inverted, law, law_tensor, original
-from torchdrop.kernels.masking import WHOLE, Part, apply_mask, held, trailing
+from torchdrop.kernels.mask_params import ONE, MaskParams, alpha, inverted, mask_params, original, params_tensor
+from torchdrop.kernels.masking import WHOLE, MaskSlice, apply_mask, held, trailing
 
 from .statistical import check_rate, draws_for
 from .strategies import DTYPES, keep_probs, keys, shared, tensors
@@ -82,7 +82,7 @@ def test_draws_are_those_of_an_independent_philox(block: int, seed: int, stream:
     expected = [high << 16 | low for high, low in zip(*halves, strict=True)]
     key = torch.tensor([signed(seed), signed(stream)])
     for backend in (reference, aten, *([native] if native.library is not None else [])):
-        assert backend.draws((8,), key, Part(8 * block)).tolist() == expected
+        assert backend.draws((8,), key, MaskSlice(8 * block)).tolist() == expected
 
 
 @made_fast
@@ -92,7 +92,7 @@ def test_fast_backends_equal_the_reference_bit_for_bit(
 ) -> None:
     key = data.draw(keys())
     shape = data.draw(shared(tuple(x.shape)))
-    drawn = law(k, formula)  # type: ignore[arg-type]
+    drawn = mask_params(k, formula)  # type: ignore[arg-type]
     given_law = drawn.tensor() if as_tensor else drawn
     expected = reference.masked(x, key, given_law, shape)
     got = fast.masked(x, key, given_law, shape)
@@ -113,14 +113,16 @@ def test_batches_of_keys_and_laws_equal_the_reference(
     shape = data.draw(shared(rest))
     full = (*batch, *rest)
     rates = data.draw(shared((*batch, *shape)))
-    laws = law_tensor(torch.rand(rates, dtype=torch.float64, generator=torch.Generator().manual_seed(3)), alpha)
+    params_of_each = params_tensor(
+        torch.rand(rates, dtype=torch.float64, generator=torch.Generator().manual_seed(3)), alpha
+    )
     x = torch.randn((2, *full[1:]) if full[0] == 1 else full)
-    for given_law in (laws, law(0.7)):
+    for given_law in (params_of_each, mask_params(0.7)):
         expected = reference.masked(x, key, given_law, shape)
         assert torch.equal(fast.masked(x, key, given_law, shape), expected)
     for index in np.ndindex(*batch):
-        alone = reference.masked(x[index], key[index], law(0.7), shape)
-        assert torch.equal(fast.masked(x, key, law(0.7), shape)[index], alone)
+        alone = reference.masked(x[index], key[index], mask_params(0.7), shape)
+        assert torch.equal(fast.masked(x, key, mask_params(0.7), shape)[index], alone)
 
 
 @made_fast
@@ -132,24 +134,27 @@ def test_any_part_of_the_index_space_can_be_drawn(
     fast: Any, data: st.DataObject | None, start: int, n: int, k: float
 ) -> None:
     key = KEY if data is None else data.draw(keys())
-    assert torch.equal(fast.draws((n,), key, Part(start)), reference.draws((n,), key, Part(start)))
-    assert torch.equal(fast.standard_normal((n,), key, Part(start)), reference.standard_normal((n,), key, Part(start)))
+    assert torch.equal(fast.draws((n,), key, MaskSlice(start)), reference.draws((n,), key, MaskSlice(start)))
     assert torch.equal(
-        fast.keep_mask((n,), key, law(k), Part(start)), reference.keep_mask((n,), key, law(k), Part(start))
+        fast.standard_normal((n,), key, MaskSlice(start)), reference.standard_normal((n,), key, MaskSlice(start))
+    )
+    assert torch.equal(
+        fast.keep_mask((n,), key, mask_params(k), MaskSlice(start)),
+        reference.keep_mask((n,), key, mask_params(k), MaskSlice(start)),
     )
 
 
 @pytest.mark.parametrize("start", [0, 1, 7, 8, 2**32 - 5, 2**35 + 3])
 def test_a_part_is_the_part_of_the_whole(start: int) -> None:
-    whole = kernels.draws((1000,), KEY, Part(start))
+    whole = kernels.draws((1000,), KEY, MaskSlice(start))
     for offset in (0, 1, 8, 255, 256, 999):
-        assert torch.equal(kernels.draws((1000 - offset,), KEY, Part(start + offset)), whole[offset:])
+        assert torch.equal(kernels.draws((1000 - offset,), KEY, MaskSlice(start + offset)), whole[offset:])
 
 
 def test_indices_beyond_2_to_the_32_do_not_repeat() -> None:
     here = kernels.draws((4096,), KEY)
     for start in (2**31, 2**32, 2**35, 2**48, 2**60):
-        assert not torch.equal(kernels.draws((4096,), KEY, Part(start)), here)
+        assert not torch.equal(kernels.draws((4096,), KEY, MaskSlice(start)), here)
 
 
 @needs_native
@@ -158,7 +163,7 @@ def test_indices_beyond_2_to_the_32_do_not_repeat() -> None:
 def test_threads_and_vector_width_do_not_change_a_bit(dtype: torch.dtype, k: float) -> None:
     assert native.library is not None
     x = torch.randn(200_003).to(dtype)
-    drawn = law(k, alpha if k == 0.9 else inverted)
+    drawn = mask_params(k, alpha if k == 0.9 else inverted)
     expected = reference.masked(x, KEY, drawn, x.shape)
     for width in (0, 2, 512):
         for threads in (1, 2, 3, 7):
@@ -176,9 +181,9 @@ def test_threads_and_vector_width_do_not_change_a_bit(dtype: torch.dtype, k: flo
 def test_outputs_of_several_megabytes_are_the_same(dtype: torch.dtype, offset: int) -> None:
     x = torch.randn(2**21 + 2**20 + 77).to(dtype)[offset:]
     out = torch.empty_like(x)
-    expected = apply_mask(x, native.keep_mask(x.shape, KEY, law(0.9)), law(0.9))
-    assert torch.equal(native.masked(x, KEY, law(0.9), x.shape, WHOLE, out), expected)
-    assert torch.equal(native.masked(x, KEY, law(0.9), x.shape, WHOLE, x), expected)
+    expected = apply_mask(x, native.keep_mask(x.shape, KEY, mask_params(0.9)), mask_params(0.9))
+    assert torch.equal(native.masked(x, KEY, mask_params(0.9), x.shape, WHOLE, out), expected)
+    assert torch.equal(native.masked(x, KEY, mask_params(0.9), x.shape, WHOLE, x), expected)
 
 
 @needs_native
@@ -195,7 +200,7 @@ def test_every_half_value_is_scaled_and_rounded_as_pytorch_does(dtype: torch.dty
     assert native.library is not None
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     for scale in (1.0, 4 / 3, 2.0**16, 0.3, 2.0**-9):
-        out, drawn = torch.empty_like(x), Law(ONE, scale)
+        out, drawn = torch.empty_like(x), MaskParams(ONE, scale)
         native.library.masked(
             native.KINDS[dtype], out.data_ptr(), x.data_ptr(), 1, x.numel(), 1, 0, x.numel(), KEY.data_ptr(),
             drawn.address, 0, 1, width,
@@ -208,8 +213,8 @@ def test_every_half_value_is_scaled_and_rounded_as_pytorch_does(dtype: torch.dty
 
 def test_a_dropped_element_is_positive_zero_whatever_it_was(backend: str) -> None:
     x = torch.tensor([math.inf, -math.inf, math.nan, -1.0, -0.0] * 200)
-    y = kernels.masked(x, KEY, law(0.5), x.shape)
-    kept = kernels.keep_mask(x.shape, KEY, law(0.5))
+    y = kernels.masked(x, KEY, mask_params(0.5), x.shape)
+    kept = kernels.keep_mask(x.shape, KEY, mask_params(0.5))
     dropped = y[~kept]
     assert torch.equal(dropped, torch.zeros_like(dropped))
     assert not dropped.signbit().any()
@@ -219,18 +224,18 @@ def test_a_dropped_element_is_positive_zero_whatever_it_was(backend: str) -> Non
 
 def test_rates_zero_and_one_are_exact(backend: str) -> None:
     x = torch.randn(5000)
-    assert torch.equal(kernels.masked(x, KEY, law(1.0), x.shape), x)
-    assert torch.equal(kernels.masked(x, KEY, law(0.0), x.shape), torch.zeros_like(x))
+    assert torch.equal(kernels.masked(x, KEY, mask_params(1.0), x.shape), x)
+    assert torch.equal(kernels.masked(x, KEY, mask_params(0.0), x.shape), torch.zeros_like(x))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_backend_gives_zero_or_the_scaled_input(backend: str, dtype: torch.dtype) -> None:
     x = torch.randn(64, 100, dtype=torch.float64).to(dtype)
-    y = kernels.masked(x, KEY, law(0.8), x.shape)
-    kept = kernels.keep_mask(x.shape, KEY, law(0.8))
+    y = kernels.masked(x, KEY, mask_params(0.8), x.shape)
+    kept = kernels.keep_mask(x.shape, KEY, mask_params(0.8))
     wide = torch.float64 if dtype is torch.float64 else torch.float32
-    assert torch.equal(y, torch.where(kept, (x.to(wide) * law(0.8).scale).to(dtype), 0))
-    assert torch.equal(y, kernels.masked(x, KEY, law(0.8), x.shape))
+    assert torch.equal(y, torch.where(kept, (x.to(wide) * mask_params(0.8).scale).to(dtype), 0))
+    assert torch.equal(y, kernels.masked(x, KEY, mask_params(0.8), x.shape))
     assert 0.7 < kept.float().mean() < 0.9
 
 
@@ -239,10 +244,10 @@ def test_every_backend_gives_zero_or_the_scaled_input(backend: str, dtype: torch
 def test_masks_have_their_rate_along_elements_streams_and_seeds(backend: str, k: float) -> None:
     error = 0.05 * min(k, 1 - k)
     n = draws_for(k, error)
-    check_rate(int(kernels.keep_mask((n,), KEY, law(k)).sum()), n, k, error)
+    check_rate(int(kernels.keep_mask((n,), KEY, mask_params(k)).sum()), n, k, error)
     many = torch.stack([torch.arange(n // 8 + 1), torch.full((n // 8 + 1,), 5)], -1)
     for key in (many, many.flip(-1)):
-        kept = kernels.keep_mask((8,), key, law(k))
+        kept = kernels.keep_mask((8,), key, mask_params(k))
         check_rate(int(kept.sum()), kept.numel(), k, error)
 
 
@@ -251,15 +256,15 @@ def test_masks_have_their_rate_along_elements_streams_and_seeds(backend: str, k:
 def test_masks_are_independent_along_elements_streams_and_seeds(k: float) -> None:
     error = 0.02 * k * (1 - k)
     n = draws_for(k * k, error)
-    one = kernels.keep_mask((n + 1024,), KEY, law(k))
+    one = kernels.keep_mask((n + 1024,), KEY, mask_params(k))
     for lag in (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024):
         check_rate(int((one[:n] & one[lag : n + lag]).sum()), n, k * k, error)
     for step in ([1, 0], [0, 1], [1, 1], [2**32, 0], [0, 2**32]):
-        other = kernels.keep_mask((n,), KEY + torch.tensor(step), law(k))
+        other = kernels.keep_mask((n,), KEY + torch.tensor(step), mask_params(k))
         check_rate(int((one[:n] & other).sum()), n, k * k, error)
     streams = torch.stack([torch.full((n // 8 + 2,), 3), torch.arange(n // 8 + 2)], -1)
     for key in (streams, streams.flip(-1)):
-        rows = kernels.keep_mask((8,), key, law(k))
+        rows = kernels.keep_mask((8,), key, mask_params(k))
         both = (rows[:-1] & rows[1:]).flatten()
         check_rate(int(both.sum()), both.numel(), k * k, error)
 
@@ -311,17 +316,17 @@ def test_backends_are_listed_with_their_reasons() -> None:
 
 @pytest.mark.parametrize("size", [8 * aten.FEW - 3, 8 * aten.FEW + 9, 8 * aten.PIECE + 77])
 def test_large_masks_of_pytorchs_operations_are_those_of_the_reference(size: int) -> None:
-    parts = [WHOLE, Part(5)] if size < aten.PIECE else [Part(2**40 + 3, size, size)]
+    parts = [WHOLE, MaskSlice(5)] if size < aten.PIECE else [MaskSlice(2**40 + 3, size, size)]
     for key in (KEY, torch.stack([KEY, -KEY])):
         for part in parts:
-            found = aten.keep_mask((size,), key, law(0.9), part)
-            assert torch.equal(found, reference.keep_mask((size,), key, law(0.9), part))
+            found = aten.keep_mask((size,), key, mask_params(0.9), part)
+            assert torch.equal(found, reference.keep_mask((size,), key, mask_params(0.9), part))
 
 
 def test_elements_whose_upper_bits_do_not_decide_are_decided_by_the_lower_ones() -> None:
     """At this rate each of them is on the threshold's upper 16 bits with probability 2**-16, so some hundred are."""
     n = 2**23
-    k = law(0.3)
+    k = mask_params(0.3)
     drawn = native.draws((n,), KEY) if native.library is not None else reference.draws((n,), KEY)
     tied = drawn >> 16 == k.threshold >> 16
     assert tied.sum() > 64
@@ -338,12 +343,12 @@ def test_every_bit_of_a_key_matters(backend: str) -> None:
     bits = torch.tensor([1 << bit if bit < 63 else -(2**63) for bit in range(64)])
     one_off = torch.cat([torch.zeros(1, 2, dtype=torch.int64), torch.stack([bits, bits * 0], -1)])
     one_off = torch.cat([one_off, torch.stack([bits * 0, bits], -1)])
-    kept = kernels.keep_mask((64,), base ^ one_off, law(0.5))
+    kept = kernels.keep_mask((64,), base ^ one_off, mask_params(0.5))
     numbers = (kept.to(torch.int64) << torch.arange(64)).sum(-1)
     assert numbers.numel() == count * 129
     # Two fair masks of 64 elements are equal with probability 2**-64, so that none of these are.
     assert len(numbers.unique()) == numbers.numel()
-    alone = kernels.keep_mask((64,), base[0, 0], law(0.5))
+    alone = kernels.keep_mask((64,), base[0, 0], mask_params(0.5))
     assert torch.equal(alone, kept[0, 0])
 
 
@@ -378,7 +383,7 @@ def test_a_forced_backend_that_cannot_serve_says_why_and_changes_nothing() -> No
 
 def test_more_dimensions_than_the_kernels_take() -> None:
     x = torch.zeros([1] * 63 + [2])
-    assert torch.equal(kernels.masked(x, KEY, law(0.5), x.shape), x)
+    assert torch.equal(kernels.masked(x, KEY, mask_params(0.5), x.shape), x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -388,7 +393,7 @@ def test_groups_short_and_long_are_those_of_the_reference(dtype: torch.dtype, si
     """Long ones that are dropped are set to zero without being read."""
     x = torch.randn(40, size).to(dtype)
     x[::3] = math.nan
-    for one in (law(0.4), law(0.4, alpha)):
+    for one in (mask_params(0.4), mask_params(0.4, alpha)):
         ours, expected = (b.masked(x, KEY, one, (40, 1)) for b in (native, reference))
         assert torch.equal(ours.isnan(), expected.isnan())
         assert torch.equal(ours.nan_to_num(), expected.nan_to_num())
@@ -396,11 +401,11 @@ def test_groups_short_and_long_are_those_of_the_reference(dtype: torch.dtype, si
 
 
 class TestLawsOnOtherDevices:
-    """A copy of a law from the host's memory to a device is waited for."""
+    """A copy of a set of mask parameters from the host's memory to a device is waited for."""
 
     @pytest.mark.parametrize("dims", [0, 2])
     def test_one_law_is_taken_by_its_numbers(self, dims: int) -> None:
-        given_law = law(0.3, alpha)
+        given_law = mask_params(0.3, alpha)
         tensor = given_law.tensor().reshape(*[1] * dims, 4)
         assert repr(held(tensor)) == repr(given_law)
         assert held(given_law) is given_law
@@ -408,16 +413,16 @@ class TestLawsOnOtherDevices:
     def test_a_threshold_out_of_range_is_clipped(self) -> None:
         for value, below in ((-1.0, 0), (2.0**33, ONE)):
             found = held(torch.tensor([value, 2.0, 0.0, 0.0], dtype=torch.float64))
-            assert isinstance(found, Law)
+            assert isinstance(found, MaskParams)
             assert found.threshold == below
 
     def test_several_laws_and_those_of_a_device_stay_where_they_are(self) -> None:
-        several, elsewhere = law_tensor(torch.tensor([0.3, 0.6])), law(0.3).tensor().to("meta")
+        several, elsewhere = params_tensor(torch.tensor([0.3, 0.6])), mask_params(0.3).tensor().to("meta")
         assert held(several) is several
         assert held(elsewhere) is elsewhere
 
     def test_the_scalars_of_one_law_are_not_copied(self) -> None:
-        meta, tensor = torch.device("meta"), law(0.3, alpha).tensor()
+        meta, tensor = torch.device("meta"), mask_params(0.3, alpha).tensor()
         scalars = trailing(tensor, meta)
         assert [v.item() for v in scalars if isinstance(v, Tensor) and v.is_cpu] == tensor.tolist()
         assert all(isinstance(v, Tensor) and v.is_meta for v in trailing(tensor.expand(3, 4), meta))
@@ -435,12 +440,12 @@ class TestLawsOnOtherDevices:
                 return x
 
             @staticmethod
-            def standard_normal(shape: Any, key: Tensor, part: Part) -> Tensor:
+            def standard_normal(shape: Any, key: Tensor, part: MaskSlice) -> Tensor:
                 return torch.zeros(shape, dtype=torch.float64, device=key.device)
 
         monkeypatch.setattr(kernels, "backend_for", lambda *_: Backend)
         monkeypatch.setattr(kernels, "apply_normal", lambda x, z, given_law, out: seen.append(given_law) or x)
-        for device, kind in (("meta", Law), ("cpu", Tensor)):
+        for device, kind in (("meta", MaskParams), ("cpu", Tensor)):
             x = torch.ones(5, device=device)
-            run(x, KEY.to(device), law(0.3).tensor(), x.shape)
+            run(x, KEY.to(device), mask_params(0.3).tensor(), x.shape)
             assert isinstance(seen.pop(), kind)

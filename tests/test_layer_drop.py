@@ -75,7 +75,7 @@ def test_number_of_skipped_layers_is_binomial_by_enumeration(monkeypatch: pytest
     fates = list(itertools.product((True, False), repeat=3))
     seen: Counter[int] = Counter()
     for fate in fates:
-        monkeypatch.setattr(sites, "keep_mask", lambda like, law, shape, generator, fate=fate: torch.tensor(fate))
+        monkeypatch.setattr(sites, "keep_mask", lambda like, params, shape, generator, fate=fate: torch.tensor(fate))
         assert skipped(stack) == tuple(not kept for kept in fate)
         seen[sum(skipped(stack))] += 1
     assert [seen[n] * k ** (3 - n) * (1 - k) ** n for n in range(4)] == [27 / 64, 27 / 64, 9 / 64, 1 / 64]

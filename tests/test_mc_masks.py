@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.statistical import check_rate, draws_for
 from torchdrop import kernels
 from torchdrop.kernels import native
-from torchdrop.kernels.law import ONE, Law, gaussian, law
+from torchdrop.kernels.mask_params import ONE, MaskParams, gaussian, mask_params
 from torchdrop.monte_carlo.masks import Hypercube, Layout, NotVectorizableError, Pass, Slot, find_layout, source_seed
 from torchdrop.ops import operators
 
@@ -28,7 +28,7 @@ def dropped(
     run: Pass, x: Tensor, layout: Layout | None, keep_prob: float = 0.5, mask: list[int] | None = None
 ) -> Tensor:
     slot = Slot(run, SEED, lambda *_: layout)
-    return slot.apply(operators.masked, x, law(keep_prob), mask or list(x.shape), False)
+    return slot.apply(operators.masked, x, mask_params(keep_prob), mask or list(x.shape), False)
 
 
 class TestFindLayout:
@@ -131,22 +131,22 @@ class TestRows:
         assert len({tuple(row.tolist()) for row in rows}) == 12
 
     def test_law_over_rows_and_columns(self) -> None:
-        """A keep probability of 0 or 1 for each place shows that laws follow their places."""
+        """A keep probability of 0 or 1 for each place shows that sets of parameters follow their places."""
         keep = torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 1.0]])
-        from torchdrop.kernels.law import law_tensor
+        from torchdrop.kernels.mask_params import params_tensor
 
         slot = Slot(pass_of(0, 2), SEED, lambda *_: Layout(0, 1, True))
-        out = slot.apply(operators.masked, torch.ones(2, 3), law_tensor(keep), [2, 3], False)
+        out = slot.apply(operators.masked, torch.ones(2, 3), params_tensor(keep), [2, 3], False)
         assert torch.equal(out, keep)
         slot = Slot(pass_of(0, 3), SEED, lambda *_: Layout(1, 1, True))
-        out = slot.apply(operators.masked, torch.ones(2, 3), law_tensor(keep), [2, 3], False)
+        out = slot.apply(operators.masked, torch.ones(2, 3), params_tensor(keep), [2, 3], False)
         assert torch.equal(out, keep)
 
     def test_gaussian_noise_follows_its_row(self) -> None:
         for cube in (None, Hypercube(4)):
             whole = Slot(pass_of(1, 5, hypercube=cube), SEED, lambda *_: Layout(0, 1, True))
             part = Slot(pass_of(1, 2, 3, hypercube=cube), SEED, lambda *_: Layout(0, 1, True))
-            noise = law(0.5, gaussian)
+            noise = mask_params(0.5, gaussian)
             a = whole.apply(operators.gaussian, torch.ones(5, 6), noise, [5, 6], False)
             b = part.apply(operators.gaussian, torch.ones(2, 6), noise, [2, 6], False)
             assert torch.equal(a[3:], b)
@@ -160,7 +160,7 @@ class TestRows:
     def test_in_place(self) -> None:
         x = torch.ones(4, 8)
         slot = Slot(pass_of(0, 4), SEED, lambda *_: Layout(0, 1, True))
-        out = slot.apply(operators.masked, x, law(0.5), [4, 8], True)
+        out = slot.apply(operators.masked, x, mask_params(0.5), [4, 8], True)
         assert out is x
         assert set(x.unique().tolist()) == {0.0, 2.0}
 
@@ -256,9 +256,9 @@ class TestStratified:
         shift, choice = torch.randint(-(2**62), 2**62, (2, rows, 2))
         offsets = Hypercube(size).offsets(torch.arange(size))
         assert kernels.backend_for(torch.device("cpu")) is native
-        made = kernels.stratified((length,), shift, choice, offsets, law(k))
+        made = kernels.stratified((length,), shift, choice, offsets, mask_params(k))
         with kernels.use_backend("reference"):
-            expected = kernels.stratified((length,), shift, choice, offsets, law(k))
+            expected = kernels.stratified((length,), shift, choice, offsets, mask_params(k))
         assert made.shape == (size, rows, length)
         assert torch.equal(made, expected)
 
@@ -267,7 +267,7 @@ class TestStratified:
         shift, choice = torch.tensor([5, 6]), torch.tensor([7, 8])
         offsets = Hypercube(3).offsets(torch.arange(3))
         first, second = kernels.draws((40,), shift).tolist(), kernels.draws((40,), choice).tolist()
-        threshold = Law(3 * 2**30, 4 / 3)
+        threshold = MaskParams(3 * 2**30, 4 / 3)
         made = kernels.stratified((40,), shift, choice, offsets, threshold)
         for s, i in itertools.product(range(3), range(40)):
             member = second[i] * offsets.shape[1] // ONE
@@ -280,17 +280,17 @@ class TestStratified:
         shift, choice = torch.randint(-(2**62), 2**62, (2, 3, 2))
         offsets = Hypercube(6).offsets(torch.arange(6))
         with kernels.use_backend("reference"):
-            expected = kernels.stratified((777,), shift, choice, offsets, law(0.7))
+            expected = kernels.stratified((777,), shift, choice, offsets, mask_params(0.7))
         monkeypatch.setattr(native, "ANY_WIDTH", width)
-        assert torch.equal(kernels.stratified((777,), shift, choice, offsets, law(0.7)), expected)
+        assert torch.equal(kernels.stratified((777,), shift, choice, offsets, mask_params(0.7)), expected)
 
     def test_threads_change_nothing(self) -> None:
         shift, choice = torch.randint(-(2**62), 2**62, (2, 3, 2))
         offsets = Hypercube(4).offsets(torch.arange(4))
         torch.set_num_threads(1)
-        one = kernels.stratified((20000,), shift, choice, offsets, law(0.5))
+        one = kernels.stratified((20000,), shift, choice, offsets, mask_params(0.5))
         torch.set_num_threads(2)
-        assert torch.equal(kernels.stratified((20000,), shift, choice, offsets, law(0.5)), one)
+        assert torch.equal(kernels.stratified((20000,), shift, choice, offsets, mask_params(0.5)), one)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
     def test_select(self, dtype: torch.dtype) -> None:
@@ -298,5 +298,5 @@ class TestStratified:
         x[0, 0] = torch.inf
         kept = torch.rand(3, 4, 1) < 0.5
         kept[:, 0] = False
-        out = kernels.select(x, kept, law(0.5))
+        out = kernels.select(x, kept, mask_params(0.5))
         assert torch.equal(out, torch.where(kept, x * 2, torch.zeros((), dtype=dtype)))

@@ -14,7 +14,7 @@ from torch.func import grad, vmap
 from torch.nn.utils import parametrize
 
 import torchdrop
-from torchdrop.kernels.law import ONE, law
+from torchdrop.kernels.mask_params import ONE, mask_params
 from torchdrop.kernels.masking import COMPUTE_DTYPE
 from torchdrop.layers.weights.mixout import Mixout, apply_mixout, mixout, remove_mixout
 from torchdrop.layers.weights.weight import apply_weight_dropout, weight_dropout
@@ -27,7 +27,7 @@ compiles = pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")
 
 def published(w: Tensor, u: Tensor, kept: Tensor, keep_prob: float) -> Tensor:
     """((1 - m) u + m w - p u) / (1 - p), with the p that the threshold really has."""
-    k = law(keep_prob).threshold / ONE
+    k = mask_params(keep_prob).threshold / ONE
     m = kept.to(w.dtype)
     return ((1 - m) * u + m * w - (1 - k) * u) / k
 

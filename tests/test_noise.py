@@ -11,13 +11,13 @@ import torchdrop
 from torchdrop import kernels, random
 from torchdrop.core import rate as _rate
 from torchdrop.core import sites
-from torchdrop.kernels.law import inverted, law, law_tensor
+from torchdrop.kernels.mask_params import inverted, mask_params, params_tensor
 from torchdrop.ops import random_bits
 
 KEY = torch.tensor([3, 4])
 
 NUMBERS = {
-    "keep_mask": (random_bits.keep_mask, law(0.3)),
+    "keep_mask": (random_bits.keep_mask, mask_params(0.3)),
     "draws": (random_bits.draws, None),
     "standard_normal": (random_bits.standard_normal, None),
 }
@@ -27,7 +27,7 @@ compiles = pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")
 
 def direct(name: str, key: Tensor, shape: tuple[int, ...]) -> Tensor:
     if name == "keep_mask":
-        return kernels.keep_mask(shape, key, law(0.3))
+        return kernels.keep_mask(shape, key, mask_params(0.3))
     return getattr(kernels, name)(shape, key)
 
 
@@ -61,14 +61,14 @@ def test_vmap_over_keys_gives_what_a_loop_gives(name: str) -> None:
 
 def test_vmap_over_laws_and_keys_in_any_combination() -> None:
     rates = torch.tensor([0.1, 0.5, 0.9])
-    laws = law_tensor(rates)
+    params_of_each = params_tensor(rates)
     keys = torch.arange(6).reshape(3, 2)
-    both = vmap(lambda key, given: random_bits.keep_mask(key, (4, 5), given))(keys, laws)
-    one = vmap(lambda given: random_bits.keep_mask(KEY, (4, 5), given))(laws)
+    both = vmap(lambda key, given: random_bits.keep_mask(key, (4, 5), given))(keys, params_of_each)
+    one = vmap(lambda given: random_bits.keep_mask(KEY, (4, 5), given))(params_of_each)
     for n, rate in enumerate(rates.tolist()):
-        assert torch.equal(both[n], kernels.keep_mask((4, 5), keys[n], law(rate)))
-        assert torch.equal(one[n], kernels.keep_mask((4, 5), KEY, law(rate)))
-    columns = law_tensor(torch.tensor([[0.1, 0.5, 0.9, 0.2, 0.3]]))
+        assert torch.equal(both[n], kernels.keep_mask((4, 5), keys[n], mask_params(rate)))
+        assert torch.equal(one[n], kernels.keep_mask((4, 5), KEY, mask_params(rate)))
+    columns = params_tensor(torch.tensor([[0.1, 0.5, 0.9, 0.2, 0.3]]))
     over_columns = vmap(lambda key: random_bits.keep_mask(key, (4, 5), columns))(keys)
     for n in range(3):
         assert torch.equal(over_columns[n], kernels.keep_mask((4, 5), keys[n], columns))
@@ -76,7 +76,7 @@ def test_vmap_over_laws_and_keys_in_any_combination() -> None:
 
 def draws_of_everything(x: Tensor) -> list[Tensor]:
     return [
-        sites.keep_mask(x, _rate.law_for(0.3, inverted, x.shape), x.shape),
+        sites.keep_mask(x, _rate.params_for(0.3, inverted, x.shape), x.shape),
         sites.random_bits(x, x.shape),
         sites.uniform(x, x.shape),
         sites.standard_normal(x, x.shape),
@@ -125,14 +125,16 @@ def test_vmaps_randomness_modes(randomness: str) -> None:
     assert torch.equal(out[0], out[1]) == (randomness == "same")
     with pytest.raises(RuntimeError, match="random"):
         vmap(f)(torch.zeros(3, 40))
-    assert grad(lambda x: (x * sites.keep_mask(x, law(0.5), x.shape)).sum())(torch.ones(30)).unique().numel() == 2
+    assert (
+        grad(lambda x: (x * sites.keep_mask(x, mask_params(0.5), x.shape)).sum())(torch.ones(30)).unique().numel() == 2
+    )
 
 
 class Replaced(_rate.Rated):
     """A layer that puts -1 where it drops: it makes its mask itself."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return replaced(input, self.rate.law_for(input.shape), self.training)
+        return replaced(input, self.rate.params_for(input.shape), self.training)
 
 
 def replaced(input: Tensor, given: object, training: bool) -> Tensor:
@@ -150,7 +152,7 @@ class Functional(nn.Module):
         self.always = training
 
     def forward(self, input: Tensor) -> Tensor:
-        return replaced(input, law(0.5), self.training if self.always is None else True)
+        return replaced(input, mask_params(0.5), self.training if self.always is None else True)
 
 
 @pytest.mark.parametrize("layer", [Replaced(0.5), Functional(), Functional(None)])

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import torchdrop
 from torchdrop.functional import dropout
 from torchdrop.kernels import native
-from torchdrop.kernels.law import alpha, gaussian, inverted, law, law_tensor
+from torchdrop.kernels.mask_params import alpha, gaussian, inverted, mask_params, params_tensor
 from torchdrop.ops import fast_path, operators
 
 from .strategies import keys, shared, tensors
@@ -30,14 +30,14 @@ CASES = [(operators.masked, inverted), (operators.masked, alpha), (operators.gau
 @pytest.mark.parametrize("shape", [[5, 4], [5, 1], [1, 1]])
 def test_opcheck(name: str, shape: list[int]) -> None:
     x = torch.randn(5, 4, requires_grad=True)
-    torch.library.opcheck(getattr(torch.ops.torchdrop, name).default, (x, KEY, law(0.6).tensor(), shape))
+    torch.library.opcheck(getattr(torch.ops.torchdrop, name).default, (x, KEY, mask_params(0.6).tensor(), shape))
 
 
 @pytest.mark.slow
 def test_opcheck_of_batched_keys_and_laws() -> None:
     x, key = torch.randn(5, 4, requires_grad=True), torch.arange(10).reshape(5, 2)
-    laws = law_tensor(torch.rand(5, 1))
-    torch.library.opcheck(torch.ops.torchdrop.masked.default, (x, key, laws, [4]))
+    params_of_each = params_tensor(torch.rand(5, 1))
+    torch.library.opcheck(torch.ops.torchdrop.masked.default, (x, key, params_of_each, [4]))
 
 
 def test_opcheck_of_the_key() -> None:
@@ -53,7 +53,7 @@ def test_derivatives_of_every_order_by_finite_differences(operator: Any, formula
     x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
 
     def f(x: Tensor) -> Tensor:
-        return operator(x, KEY, law(0.6, formula), shape)
+        return operator(x, KEY, mask_params(0.6, formula), shape)
 
     assert torch.autograd.gradcheck(
         f, (x,), check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True
@@ -65,7 +65,7 @@ def test_derivatives_of_every_order_by_finite_differences(operator: Any, formula
 def test_all_roads_give_the_same(data: st.DataObject, x: Tensor) -> None:
     key, shape = data.draw(keys()), data.draw(shared(tuple(x.shape)))
     for operator, formula in CASES:
-        drawn = law(0.7, formula)
+        drawn = mask_params(0.7, formula)
         plain = operator(x, key, drawn, shape)
         registered = getattr(torch.ops.torchdrop, "gaussian" if operator is operators.gaussian else "masked")
         assert torch.equal(registered(x, key, drawn.tensor(), shape), plain)
@@ -95,7 +95,7 @@ def test_the_short_road_gives_what_the_general_one_gives(n: int, k: float, twice
         return y, g, h
 
     def short(x: Tensor) -> Tensor:
-        taken.append(fast_path.fast_dropout(x, law(k)))
+        taken.append(fast_path.fast_dropout(x, mask_params(k)))
         assert taken[0] is not None
         return taken[0]
 
@@ -104,7 +104,7 @@ def test_the_short_road_gives_what_the_general_one_gives(n: int, k: float, twice
 
 
 def test_the_short_road_is_not_taken_where_something_watches() -> None:
-    x, half = torch.ones(8), law(0.5)
+    x, half = torch.ones(8), mask_params(0.5)
     assert fast_path.fast_dropout(x, half) is not None
     assert fast_path.fast_dropout(torch.ones(8, 8).t()[1:], half) is None
     assert fast_path.fast_dropout(torch.ones(8, device="meta"), half) is None
@@ -171,7 +171,7 @@ def test_autocast_leaves_the_element_type_alone(dtype: torch.dtype) -> None:
     with torch.autocast("cpu", dtype=dtype):
         for x in (torch.randn(20), torch.randn(20).to(dtype)):
             assert layer(x).dtype == stock(x).dtype == x.dtype
-            assert torch.ops.torchdrop.masked(x, KEY, law(0.5).tensor(), [20]).dtype == x.dtype
+            assert torch.ops.torchdrop.masked(x, KEY, mask_params(0.5).tensor(), [20]).dtype == x.dtype
         assert layer(torch.randn(2, 2) @ torch.randn(2, 2)).dtype == dtype
 
 
@@ -362,14 +362,16 @@ def test_vmap_equals_a_loop_over_keys(data: st.DataObject, randomness: str, dim:
     batched = randomness == "different"
     x = torch.randn(4, 5, 6)
     key = data.draw(keys((x.shape[dim],))) if batched else KEY
-    laws = law_tensor(torch.rand(x.shape[dim]))
+    params_of_each = params_tensor(torch.rand(x.shape[dim]))
     for operator, _ in CASES:
         in_dims = (dim, 0 if batched else None, 0)
         rest = [size for d, size in enumerate(x.shape) if d != dim]
         shape = [rest[0], 1]
-        got = torch.func.vmap(lambda x, k, w, o=operator, s=shape: o(x, k, w, s), in_dims=in_dims)(x, key, laws)
+        got = torch.func.vmap(lambda x, k, w, o=operator, s=shape: o(x, k, w, s), in_dims=in_dims)(
+            x, key, params_of_each
+        )
         for i in range(x.shape[dim]):
-            alone = operator(x.select(dim, i), key[i] if batched else key, laws[i], shape)
+            alone = operator(x.select(dim, i), key[i] if batched else key, params_of_each[i], shape)
             assert torch.equal(got[i], alone)
 
 

@@ -17,7 +17,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
 import torchdrop
-from torchdrop.kernels.law import ONE, law
+from torchdrop.kernels.mask_params import ONE, mask_params
 from torchdrop.layers.drop_path import DropPath, StochasticDepth, drop_path, stochastic_depth
 from torchdrop.rules import linear_in_depth
 
@@ -70,7 +70,7 @@ def test_expectation_of_a_block_is_x_plus_f_by_enumeration(form: str, k: float) 
         y = seeded(seed, FORMS[form], branch, 1 - k)
         found[tuple((y != 0).flatten(1).all(1).tolist())] = x + y
     masks = itertools.product([False, True], repeat=3) if form != "batch" else [(False,) * 3, (True,) * 3]
-    realized = law(k).threshold / ONE
+    realized = mask_params(k).threshold / ONE
     mean, total = torch.zeros_like(x), 0.0
     for mask in masks:
         draws = mask[:1] if form == "batch" else mask

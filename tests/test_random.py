@@ -137,7 +137,7 @@ class TestManualSeed:
             with torch.inference_mode():
                 layer = torchdrop.Dropout(keep_prob=rate if isinstance(rate, float) else rate.clone())
                 layer(torch.ones(8))
-                assert not torchdrop.kernels.Law(1, 1.0).tensor().is_inference()
+                assert not torchdrop.kernels.MaskParams(1, 1.0).tensor().is_inference()
             inputs = [torch.ones(2, 64, requires_grad=True) for _ in range(2)]
             layer(inputs[0]).sum().backward()
             vmap(layer, randomness="different")(inputs[1]).sum().backward()

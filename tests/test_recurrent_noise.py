@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import torchdrop
 from torchdrop.core import sites
-from torchdrop.kernels.law import ONE, law
+from torchdrop.kernels.mask_params import ONE, mask_params
 from torchdrop.layers.recurrent.lstm_gru import (
     RecurrentDropoutGRU,
     RecurrentDropoutLSTM,
@@ -55,7 +55,7 @@ def masks(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 def put_in(monkeypatch: pytest.MonkeyPatch, bits: Iterator[bool]) -> None:
     """Makes these the masks that layers draw."""
 
-    def kept(like: Tensor, law: Any, shape: Any, generator: Any) -> Tensor:
+    def kept(like: Tensor, params: Any, shape: Any, generator: Any) -> Tensor:
         return torch.tensor([next(bits) for _ in range(torch.Size(shape).numel())]).reshape(tuple(shape))
 
     monkeypatch.setattr(sites, "keep_mask", kept)
@@ -129,7 +129,7 @@ def enumerated(layer: Any, units: int, kept: list[float], monkeypatch: pytest.Mo
         put_in(monkeypatch, iter(bits))
         weight = 1.0
         for bit, k in zip(bits, [k for k in kept for _ in range(units)], strict=True):
-            q = law(k).threshold / ONE
+            q = mask_params(k).threshold / ONE
             weight *= q if bit else 1 - q
         means = [mean + weight * part for mean, part in zip(means, flat(layer.train()(x, hx)[1]), strict=True)]
     return means, flat(layer.eval()(x, hx)[1])

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 
 import torchdrop
 from torchdrop.core import sites
-from torchdrop.kernels.law import ONE, law
+from torchdrop.kernels.mask_params import ONE, mask_params
 from torchdrop.layers.locked import LockedDropout, locked_dropout
 
 from .seeding import seeded
@@ -59,7 +59,7 @@ def test_layouts_have_the_same_masks() -> None:
 @pytest.mark.parametrize("k", [0.25, 0.5, 0.9])
 def test_expectation_is_the_input_by_enumeration(k: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of packed sequences, whose masks can be put in."""
-    q = law(k).threshold / ONE
+    q = mask_params(k).threshold / ONE
     x = pack_sequence([torch.tensor([[1.5, -2.0]] * 3).double(), torch.tensor([[3.0, 0.25]]).double()])
     mean = torch.zeros_like(x.data)
     for bits in itertools.product([False, True], repeat=4):
@@ -127,7 +127,7 @@ def test_half_types_are_rounded_once_and_what_is_dropped_is_zero(dtype: torch.dt
     assert y.dtype == dtype
     kept = y != 0
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    assert torch.equal(y[kept].nan_to_num(), (x.to(wide) * law(0.3).scale).to(dtype)[kept].nan_to_num())
+    assert torch.equal(y[kept].nan_to_num(), (x.to(wide) * mask_params(0.3).scale).to(dtype)[kept].nan_to_num())
     assert not kept.all()
 
 

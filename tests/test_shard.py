@@ -21,7 +21,7 @@ import torchdrop
 import torchdrop.functional as F
 from torchdrop import Shard, kernels
 from torchdrop.core.shard import part_of
-from torchdrop.kernels.masking import Part
+from torchdrop.kernels.masking import MaskSlice
 
 from .seeding import seeded
 from .strategies import on, tensors
@@ -34,7 +34,7 @@ pytestmark = [
 Bounds = list[tuple[int, int]]
 
 
-def indices(part: Part, n: int) -> list[int]:
+def indices(part: MaskSlice, n: int) -> list[int]:
     return [part.start + (e // part.run * part.pitch + e % part.run if part.run else e) for e in range(n)]
 
 
@@ -58,17 +58,17 @@ def test_a_part_has_the_elements_of_the_block_and_is_refused_only_where_there_is
         assert indices(part_of(shape, whole, first), n) == expected
     except NotImplementedError:
         for run in range(1, n):
-            assert indices(Part(expected[0], run, expected[run] - expected[0]), n) != expected
-        assert indices(Part(expected[0]), n) != expected
+            assert indices(MaskSlice(expected[0], run, expected[run] - expected[0]), n) != expected
+        assert indices(MaskSlice(expected[0]), n) != expected
 
 
 @pytest.mark.parametrize("run", [5, 7, 20, -3])
 def test_a_part_is_whole_rows(run: int) -> None:
     message = f"^the run of a part must divide its number of elements, got a run of {run} and 12$"
-    key, law = torch.tensor([1, 2]), torch.tensor([2.0**31, 2.0, 0.0, 0.0], dtype=torch.float64)
+    key, params = torch.tensor([1, 2]), torch.tensor([2.0**31, 2.0, 0.0, 0.0], dtype=torch.float64)
     for name in ("native", "reference"):
         with torchdrop.use_backend(name), pytest.raises(ValueError, match=message):
-            kernels.masked(torch.ones(12), key, law, (12,), Part(0, run, 30))
+            kernels.masked(torch.ones(12), key, params, (12,), MaskSlice(0, run, 30))
 
 
 @st.composite

@@ -20,7 +20,7 @@ import torchdrop
 from torchdrop import functional as TF
 from torchdrop import kernels, random
 from torchdrop.core import sites
-from torchdrop.kernels.law import law, law_tensor
+from torchdrop.kernels.mask_params import mask_params, params_tensor
 from torchdrop.layers.standout import Standout, _thresholds, standout
 
 from .statistical import check_rate, draws_for
@@ -65,10 +65,10 @@ def test_each_element_is_kept_with_its_own_probability(backend: str) -> None:
 
 def test_thresholds_are_those_of_laws() -> None:
     rates = [0.0, 1e-300, 2.0**-33, 2.0**-32, 0.3, 0.5, 1 - 2.0**-24, 1 - 2.0**-33, 1 - 2.0**-53, 1.0]
-    expected = law_tensor(torch.tensor(rates, dtype=torch.float64))[:, 0]
+    expected = params_tensor(torch.tensor(rates, dtype=torch.float64))[:, 0]
     assert torch.equal(_thresholds(torch.tensor(rates, dtype=torch.float64), expected.device), expected)
     assert _thresholds(torch.tensor([0.0, 1.0]), expected.device).tolist() == [0, 2**32]
-    assert expected.tolist() == [law(rate).threshold for rate in rates]
+    assert expected.tolist() == [mask_params(rate).threshold for rate in rates]
 
 
 @pytest.mark.slow

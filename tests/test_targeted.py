@@ -106,7 +106,7 @@ def test_expectation_by_enumeration_is_rescaled_nowhere(units: bool, monkeypatch
     total = torch.zeros_like(SMALL)
     for bits in itertools.product([False, True], repeat=math.prod(shape)):
         kept = torch.tensor(bits).reshape(shape)
-        monkeypatch.setattr(sites, "keep_mask", lambda like, law, given, *_, kept=kept: kept.reshape(given))
+        monkeypatch.setattr(sites, "keep_mask", lambda like, params, given, *_, kept=kept: kept.reshape(given))
         probability = math.prod(1 - p if bit else p for bit in bits)
         out = targeted_dropout(SMALL, p, target_fraction=0.5, units=units)
         assert torch.equal(out, torch.where(targets & ~kept, 0.0, SMALL))

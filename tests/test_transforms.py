@@ -100,9 +100,9 @@ class TestVmap:
     def test_key_that_is_not_batched(self) -> None:
         """A closed-over key meets batched data: one mask for all."""
         x, key = torch.randn(5, 64), torch.tensor([1, 2])
-        law = torchdrop.kernels.Law(2**31, 2.0)
-        y = vmap(lambda row: torchdrop.ops.operators.masked(row, key, law, row.shape))(x)
-        kept = torchdrop.kernels.keep_mask((64,), key, law)
+        params = torchdrop.kernels.MaskParams(2**31, 2.0)
+        y = vmap(lambda row: torchdrop.ops.operators.masked(row, key, params, row.shape))(x)
+        kept = torchdrop.kernels.keep_mask((64,), key, params)
         assert torch.equal(y, torch.where(kept, 2.0 * x, 0.0))
 
     @pytest.mark.parametrize("outer", ["same", "different"])

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from torchdrop.kernels import reference
 from torchdrop.kernels import triton as backend
-from torchdrop.kernels.law import ONE, Law, alpha, inverted, law, law_tensor, original
-from torchdrop.kernels.masking import COMPUTE_DTYPE, WHOLE, Part
+from torchdrop.kernels.mask_params import ONE, MaskParams, alpha, inverted, mask_params, original, params_tensor
+from torchdrop.kernels.masking import COMPUTE_DTYPE, WHOLE, MaskSlice
 
 from .strategies import DTYPES, dtypes, keep_probs, keys, shared, tensors
 from .triton_kernels import (  # noqa: F401
@@ -48,9 +48,9 @@ small_tensors = tensors(
 @given(keys(), lengths, keep_probs)
 def test_draws_and_masks_are_those_of_the_reference(key: Tensor, n: int, k: float) -> None:
     assert torch.equal(backend.draws((n,), here(key)).cpu(), reference.draws((n,), key))
-    got = backend.keep_mask((n,), here(key), law(k))
+    got = backend.keep_mask((n,), here(key), mask_params(k))
     assert got.dtype == torch.bool
-    assert torch.equal(got.cpu(), reference.keep_mask((n,), key, law(k)))
+    assert torch.equal(got.cpu(), reference.keep_mask((n,), key, mask_params(k)))
 
 
 @needs_kernels
@@ -67,19 +67,25 @@ def test_any_part_of_the_index_space(
 ) -> None:
     if whole_blocks:
         start, run, pitch = start // 8 * 8, run * 8, pitch // 8 * 8
-    shape, part = (rows, run), Part(start, run, pitch)
+    shape, part = (rows, run), MaskSlice(start, run, pitch)
     x = torch.rand(shape) + 1
     assert torch.equal(backend.draws(shape, here(key), part).cpu(), reference.draws(shape, key, part))
-    assert identical(masked(x, key, law(0.3), shape, part), reference.masked(x, key, law(0.3), shape, part))
-    part = Part(start)
-    assert identical(masked(x, key, law(0.3), shape, part), reference.masked(x, key, law(0.3), shape, part))
+    assert identical(
+        masked(x, key, mask_params(0.3), shape, part), reference.masked(x, key, mask_params(0.3), shape, part)
+    )
+    part = MaskSlice(start)
+    assert identical(
+        masked(x, key, mask_params(0.3), shape, part), reference.masked(x, key, mask_params(0.3), shape, part)
+    )
 
 
 @needs_kernels
 @pytest.mark.parametrize(("rows", "run"), [(1, 1022), (1, 1024), (2, 1022), (2, 1024), (2, 126), (2, 125)])
 def test_what_begins_within_a_vector_may_need_one_more_program(rows: int, run: int) -> None:
-    x, part = torch.ones(rows, run), Part(3, run, 2**20 + 1) if rows > 1 else Part(3)
-    assert identical(masked(x, KEY, law(0.5), x.shape, part), reference.masked(x, KEY, law(0.5), x.shape, part))
+    x, part = torch.ones(rows, run), MaskSlice(3, run, 2**20 + 1) if rows > 1 else MaskSlice(3)
+    assert identical(
+        masked(x, KEY, mask_params(0.5), x.shape, part), reference.masked(x, KEY, mask_params(0.5), x.shape, part)
+    )
 
 
 @needs_kernels
@@ -91,7 +97,7 @@ def test_ties_of_the_upper_halves_are_decided_by_the_lower(n: int) -> None:
         draw = int(drawn[element])
         assert draw & 0xFFFF
         for threshold in (draw, draw + 1, (draw & ~0xFFFF) + 1):
-            given_law = Law(threshold, 1.0)
+            given_law = MaskParams(threshold, 1.0)
             expected = drawn < threshold
             assert torch.equal(backend.keep_mask((n,), here(KEY), given_law).cpu(), expected)
             assert torch.equal(masked(x, KEY, given_law, (n,)).cpu() != 0, expected)
@@ -107,7 +113,7 @@ def test_ties_at_the_smallest_and_the_largest_upper_half() -> None:
             place = int(found[found % 2 == parity][0])
             draw = int(drawn[place])
             for threshold in (draw, draw + 1, max(draw & ~0xFFFF, 1), (draw | 0xFFFF) + 1):
-                got = backend.keep_mask((9,), here(KEY), Law(threshold, 1.0), Part(place - 4)).cpu()
+                got = backend.keep_mask((9,), here(KEY), MaskParams(threshold, 1.0), MaskSlice(place - 4)).cpu()
                 assert torch.equal(got, drawn[place - 4 : place + 5] < threshold)
 
 
@@ -118,7 +124,7 @@ def test_masked_equals_the_reference_bit_for_bit(
     data: st.DataObject, x: Tensor, k: float, formula: Any, as_tensor: bool
 ) -> None:
     key, shape = data.draw(keys()), data.draw(shared(tuple(x.shape)))
-    drawn = law(k, formula)
+    drawn = mask_params(k, formula)
     given_law = drawn.tensor() if as_tensor else drawn
     expected = reference.masked(x, key, drawn, shape)
     got = masked(x, key, given_law, shape)
@@ -140,21 +146,27 @@ def test_batches_of_keys_and_laws_equal_the_reference(
     shape = data.draw(shared(rest))
     full = (*batch, *rest)
     rates = data.draw(shared((*batch, *shape)))
-    laws = law_tensor(torch.rand(rates, dtype=torch.float64, generator=torch.Generator().manual_seed(3)), alpha)
+    params_of_each = params_tensor(
+        torch.rand(rates, dtype=torch.float64, generator=torch.Generator().manual_seed(3)), alpha
+    )
     x = torch.randn((2, *full[1:]) if full[0] == 1 else full).to(dtype)
-    part = Part(data.draw(st.sampled_from([0, 8, 13])), shape[-1] if shape[-1] > 1 else 0, 264)
-    for given_law, wanted in ((laws, WHOLE), (law(0.7), WHOLE), (data.draw(st.sampled_from([laws, law(0.7)])), part)):
+    part = MaskSlice(data.draw(st.sampled_from([0, 8, 13])), shape[-1] if shape[-1] > 1 else 0, 264)
+    for given_law, wanted in (
+        (params_of_each, WHOLE),
+        (mask_params(0.7), WHOLE),
+        (data.draw(st.sampled_from([params_of_each, mask_params(0.7)])), part),
+    ):
         expected = reference.masked(x, key, given_law, shape, wanted)
         assert torch.equal(masked(x, key, given_law, shape, wanted).cpu(), expected)
 
 
 @needs_kernels
-@pytest.mark.parametrize("part", [Part(5, 16, 80), Part(8, 16, 80), WHOLE])
-def test_a_law_for_each_key_holds_for_all_its_rows(part: Part) -> None:
+@pytest.mark.parametrize("part", [MaskSlice(5, 16, 80), MaskSlice(8, 16, 80), WHOLE])
+def test_a_law_for_each_key_holds_for_all_its_rows(part: MaskSlice) -> None:
     x, key = torch.ones(3, 2, 32), torch.arange(6).reshape(3, 2)
-    laws = law_tensor(torch.tensor([0.2, 0.5, 0.8])).reshape(3, 1, 1, 4)
-    expected = reference.masked(x, key, laws, (2, 32), part)
-    assert identical(masked(x, key, here(laws), (2, 32), part), expected)
+    params_of_each = params_tensor(torch.tensor([0.2, 0.5, 0.8])).reshape(3, 1, 1, 4)
+    expected = reference.masked(x, key, params_of_each, (2, 32), part)
+    assert identical(masked(x, key, here(params_of_each), (2, 32), part), expected)
 
 
 @needs_kernels
@@ -176,9 +188,9 @@ def test_shared_draws_equal_the_reference(
     if several:
         key = torch.stack([key, key + 1, KEY])
     x = torch.randn(*key.shape[:-1], count, width).to(dtype)
-    drawn = law(k, alpha if k == 0.9 else inverted)
-    expected = reference.masked(x, key, drawn, (count, 1), Part(start))
-    assert identical(masked(x, key, drawn, (count, 1), Part(start)), expected)
+    drawn = mask_params(k, alpha if k == 0.9 else inverted)
+    expected = reference.masked(x, key, drawn, (count, 1), MaskSlice(start))
+    assert identical(masked(x, key, drawn, (count, 1), MaskSlice(start)), expected)
 
 
 @pytest.mark.skipif(bool(REASONS) or not backend._interpreted(), reason="only the interpreter tells what is read")
@@ -194,8 +206,8 @@ def test_groups_that_are_dropped_are_not_read(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(InterpreterBuilder, "create_masked_load", watch)
     x = torch.ones(30, 20)
-    kept = reference.keep_mask((30, 1), KEY, law(0.5)).expand(30, 20)
-    masked(x, KEY, law(0.5), (30, 1))
+    kept = reference.keep_mask((30, 1), KEY, mask_params(0.5)).expand(30, 20)
+    masked(x, KEY, mask_params(0.5), (30, 1))
     places = x.data_ptr() + 4 * torch.arange(600).reshape(30, 20)
     assert read & set(places.flatten().tolist()) == set(places[kept].tolist())
 
@@ -205,7 +217,7 @@ def test_groups_that_are_dropped_are_not_read(monkeypatch: pytest.MonkeyPatch) -
 def test_every_half_value_is_rounded_to_the_nearest_even(dtype: torch.dtype) -> None:
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     for scale in (4 / 3, 2.0**16, 2.0**-9):
-        got = masked(x, KEY, Law(ONE, scale), x.shape).cpu()
+        got = masked(x, KEY, MaskParams(ONE, scale), x.shape).cpu()
         expected = (x.float() * scale).to(dtype)
         assert torch.equal(got.isnan(), expected.isnan())
         assert bool(((got.view(torch.int16) == expected.view(torch.int16)) | expected.isnan()).all())
@@ -217,9 +229,9 @@ def test_every_half_value_is_rounded_to_the_nearest_even(dtype: torch.dtype) -> 
 def test_a_dropped_element_is_positive_zero_and_a_kept_zero_keeps_its_sign(dtype: torch.dtype, shared_by: int) -> None:
     x = torch.tensor([math.inf, -math.inf, math.nan, -1.0, -0.0], dtype=dtype).repeat(20 * shared_by)
     x = x.reshape(100, shared_by)
-    kept = reference.keep_mask((100, 1), KEY, law(0.5))
+    kept = reference.keep_mask((100, 1), KEY, mask_params(0.5))
     expected = torch.where(kept, x * 2, torch.zeros((), dtype=dtype))
-    for given_law in (law(0.5), law(0.5).tensor()):
+    for given_law in (mask_params(0.5), mask_params(0.5).tensor()):
         y = masked(x, KEY, given_law, (100, 1) if shared_by > 1 else x.shape).cpu()
         assert torch.equal(y.isnan(), expected.isnan())
         assert identical(y.nan_to_num(7.0), expected.nan_to_num(7.0))
@@ -230,7 +242,11 @@ def test_a_dropped_element_is_positive_zero_and_a_kept_zero_keeps_its_sign(dtype
 def test_a_law_with_a_fill_alone_or_a_shift_alone(dtype: torch.dtype) -> None:
     x = torch.randn(999).to(dtype)
     x[::3] = -0.0
-    for given_law in (Law(ONE // 3, 1.5, 0.25), Law(ONE // 3, 1.5, 0.0, -3.0), Law(ONE, 1.0, -0.125, 2.0)):
+    for given_law in (
+        MaskParams(ONE // 3, 1.5, 0.25),
+        MaskParams(ONE // 3, 1.5, 0.0, -3.0),
+        MaskParams(ONE, 1.0, -0.125, 2.0),
+    ):
         expected = reference.masked(x, KEY, given_law, x.shape)
         assert identical(masked(x, KEY, given_law, x.shape), expected)
         assert identical(masked(x, KEY, given_law.tensor(), x.shape), expected)
@@ -238,15 +254,18 @@ def test_a_law_with_a_fill_alone_or_a_shift_alone(dtype: torch.dtype) -> None:
 
 @needs_kernels
 def test_laws_in_the_devices_memory_are_read_there() -> None:
-    """With thresholds that no `Law` has: outside their range or no numbers."""
+    """With thresholds that no `MaskParams` has: outside their range or no numbers."""
     x, key = torch.randn(3, 70, 80), torch.arange(6).reshape(3, 2)
     for below in (-5.0, 0.0, 1.0, 2.0**31, ONE - 1.0, float(ONE), 1e30):
-        laws = torch.tensor([[below, 1.5, 0.0, 0.0], [ONE // 2, 2.0, 0.25, -1.0], [ONE / 3 // 1, 3.0, 0.0, 0.5]])
-        laws = laws.to(torch.float64).reshape(3, 1, 1, 4)
-        expected = reference.masked(x, key, laws, (70, 80))
-        assert torch.equal(masked(x, key, here(laws), (70, 80)).cpu(), expected)
+        params_of_each = torch.tensor(
+            [[below, 1.5, 0.0, 0.0], [ONE // 2, 2.0, 0.25, -1.0], [ONE / 3 // 1, 3.0, 0.0, 0.5]]
+        )
+        params_of_each = params_of_each.to(torch.float64).reshape(3, 1, 1, 4)
+        expected = reference.masked(x, key, params_of_each, (70, 80))
+        assert torch.equal(masked(x, key, here(params_of_each), (70, 80)).cpu(), expected)
         assert torch.equal(
-            backend.keep_mask((70, 80), here(key), here(laws)).cpu(), reference.keep_mask((70, 80), key, laws)
+            backend.keep_mask((70, 80), here(key), here(params_of_each)).cpu(),
+            reference.keep_mask((70, 80), key, params_of_each),
         )
 
 
@@ -254,11 +273,11 @@ def test_laws_in_the_devices_memory_are_read_there() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("formula", [inverted, alpha])
 def test_one_law_in_the_devices_memory_is_read_there(dtype: torch.dtype, formula: Any) -> None:
-    x, residual, drawn = torch.randn(300).to(dtype), torch.randn(300).to(dtype), law(0.37, formula)
+    x, residual, drawn = torch.randn(300).to(dtype), torch.randn(300).to(dtype), mask_params(0.37, formula)
     x[::5] = -0.0
     held = here(drawn.tensor())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backend, "_numbers", lambda law: (held, (0, 0, 0.0, 0.0, 0.0), True))
+        patch.setattr(backend, "_numbers", lambda params: (held, (0, 0, 0.0, 0.0, 0.0), True))
         assert identical(masked(x, KEY, held, (300,)), reference.masked(x, KEY, drawn, (300,)))
         grouped = x.reshape(100, 3)
         assert identical(masked(grouped, KEY, held, (100, 1)), reference.masked(grouped, KEY, drawn, (100, 1)))
@@ -274,20 +293,20 @@ def test_one_law_in_the_devices_memory_is_read_there(dtype: torch.dtype, formula
 @needs_kernels
 def test_rates_zero_and_one_are_exact() -> None:
     x = torch.randn(2500)
-    assert identical(masked(x, KEY, law(1.0), x.shape), x)
-    assert identical(masked(x, KEY, law(0.0), x.shape), torch.zeros_like(x))
+    assert identical(masked(x, KEY, mask_params(1.0), x.shape), x)
+    assert identical(masked(x, KEY, mask_params(0.0), x.shape), torch.zeros_like(x))
 
 
 @needs_kernels
 def test_normal_variates_are_the_references() -> None:
-    got = backend.standard_normal((3, 50), here(KEY), Part(5))
-    torch.testing.assert_close(got.cpu(), reference.standard_normal((3, 50), KEY, Part(5)), rtol=1e-14, atol=1e-15)
+    got = backend.standard_normal((3, 50), here(KEY), MaskSlice(5))
+    torch.testing.assert_close(got.cpu(), reference.standard_normal((3, 50), KEY, MaskSlice(5)), rtol=1e-14, atol=1e-15)
 
 
 @needs_kernels
 @pytest.mark.parametrize("shape", [(2, 6, 4, 5), (2, 6, 1, 1), (2, 1, 1, 1)])
 def test_other_memory_formats_take_the_kernels_too(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    x, k = torch.randn(2, 6, 4, 5).half(), law(0.5)
+    x, k = torch.randn(2, 6, 4, 5).half(), mask_params(0.5)
     expected = reference.masked(x, KEY, k, shape)
     monkeypatch.setattr(backend, "apply_mask", None)
     for other in (x.contiguous(memory_format=torch.channels_last), x.transpose(0, 3).contiguous().transpose(0, 3)):

@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from torchdrop.kernels import triton as backend
-from torchdrop.kernels.law import Law, alpha, law, law_tensor
-from torchdrop.kernels.masking import WHOLE, Part
+from torchdrop.kernels.mask_params import MaskParams, alpha, mask_params, params_tensor
+from torchdrop.kernels.masking import WHOLE, MaskSlice
 
 from .strategies import DTYPES
 
@@ -82,11 +82,11 @@ class Driver:
 def cases(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
     """Calls that reach every kernel, and the variants of it that differ in more than the element type."""
     x, keys = torch.ones(2, 4096, dtype=dtype), torch.arange(4).reshape(2, 2)
-    rates = law_tensor(torch.tensor([[0.3], [0.6]]))
-    half = law(0.9)
+    rates = params_tensor(torch.tensor([[0.3], [0.6]]))
+    half = mask_params(0.9)
     found: dict[str, Callable[[], Any]] = {
         "masked": lambda: backend.masked(x, KEY, half, x.shape),
-        "masked affine": lambda: backend.masked(x, KEY, law(0.9, alpha), x.shape),
+        "masked affine": lambda: backend.masked(x, KEY, mask_params(0.9, alpha), x.shape),
         "groups": lambda: backend.masked(x, KEY, half, (2, 1)),
         "add": lambda: backend.dropout_add(x, None, x, KEY, half),
         "add bias": lambda: backend.dropout_add(x, x[0], x, KEY, half),
@@ -96,10 +96,10 @@ def cases(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
         found[f"{name} backward"] = lambda name=name: backend.activation_dropout_backward(x, x, KEY, half, name)
     if dtype is torch.bfloat16:
         found |= {
-            "unaligned": lambda: backend.masked(x, KEY, half, x.shape, Part(3)),
+            "unaligned": lambda: backend.masked(x, KEY, half, x.shape, MaskSlice(3)),
             "masked keys": lambda: backend.masked(x, keys, half, (4096,)),
             "masked rates": lambda: backend.masked(x, keys, rates, (4096,)),
-            "masked runs": lambda: backend.masked(x, keys, half, (4096,), Part(0, 64, 80)),
+            "masked runs": lambda: backend.masked(x, keys, half, (4096,), MaskSlice(0, 64, 80)),
             "groups small": lambda: backend.masked(x.reshape(-1, 8), KEY, half, (1024, 1)),
             "groups unaligned": lambda: backend.masked(x.reshape(-1)[:4095].reshape(-1, 3), KEY, half, (1365, 1)),
             "add short bias": lambda: backend.dropout_add(x.reshape(-1, 4), x[0, :4], x.reshape(-1, 4), KEY, half),
@@ -139,7 +139,7 @@ def facts(kernel: Any) -> dict[str, Any]:
 
 
 def main(architecture: int) -> None:
-    """In the child: compiles every case, and counts what laws, sizes and places compile."""
+    """In the child: compiles every case, and counts what sets of parameters, sizes and places compile."""
     from triton.runtime.driver import driver
 
     driver.set_active(Driver(architecture))
@@ -157,7 +157,7 @@ def main(architecture: int) -> None:
 
 
 def variants() -> dict[str, int]:
-    """How many kernels Triton compiles for many laws, and for many sizes and places."""
+    """How many kernels Triton compiles for many sets of parameters, and for many sizes and places."""
     kernel = backend._kernels().rows
 
     def count(calls: Callable[[], None]) -> int:
@@ -165,26 +165,26 @@ def variants() -> dict[str, int]:
         calls()
         return sum(len(cache[0]) for cache in kernel.device_caches.values())
 
-    def run(n: int, given_law: Law, part: Part = WHOLE) -> None:
+    def run(n: int, given_law: MaskParams, part: MaskSlice = WHOLE) -> None:
         forget()
         backend.masked(torch.ones(n), KEY, given_law, (n,), part)
 
-    def laws() -> None:
+    def params_of_each() -> None:
         for below in (0, 1, 15, 16, 17, 2**16, 2**31 - 1, 2**31, 2**31 + 1, 2**32 - 1, 2**32):
             for scale in (0.0, 1.0, 2.0, 1 / 3, 2.0**32):
-                run(4096, Law(below, scale))
+                run(4096, MaskParams(below, scale))
 
     def sizes() -> None:
         for n in (1, 2, 16, 17, 1000, 1024, 4096, 100_003):
-            run(n, law(0.5))
+            run(n, mask_params(0.5))
         for start in (4, 8, 16, 128, 2**31, 2**32, 2**33 + 16, 2**62):
-            run(64, law(0.5), Part(start))
+            run(64, mask_params(0.5), MaskSlice(start))
 
     def rows() -> None:
         for many, length, pitch in ((2, 1024, 1024), (2, 4096, 2**33), (16, 1024, 8), (3, 1000, 2**31), (2, 2000, 16)):
-            run(many * length, law(0.5), Part(0, length, pitch))
+            run(many * length, mask_params(0.5), MaskSlice(0, length, pitch))
 
-    return {"laws": count(laws), "sizes": count(sizes), "rows": count(rows)}
+    return {"sets of parameters": count(params_of_each), "sizes": count(sizes), "rows": count(rows)}
 
 
 def both_roads() -> list[bool]:
@@ -257,7 +257,7 @@ def test_threads_exchange_nothing_but_whether_there_are_ties(built: dict[str, An
 
 
 def test_only_float64_is_computed_in_double_precision(built: dict[str, Any]) -> None:
-    """Where the law is an argument: one in memory is doubles, which are compared and rounded."""
+    """Where the parameters are an argument: one in memory is doubles, which are compared and rounded."""
     for name, kernel in named(built, torch.float16, torch.bfloat16, torch.float32, without=("masked rates",)).items():
         assert kernel["doubles"] == [], name
 
@@ -280,7 +280,7 @@ def test_bfloat16_is_rounded_two_at_a_time(built: dict[str, Any]) -> None:
 
 
 def test_another_law_size_or_place_compiles_nothing(built: dict[str, Any]) -> None:
-    assert built["variants"] == {"laws": 1, "sizes": 1, "rows": 1}
+    assert built["variants"] == {"sets of parameters": 1, "sizes": 1, "rows": 1}
 
 
 def test_a_known_kernel_is_launched_as_triton_launches_it(built: dict[str, Any]) -> None:

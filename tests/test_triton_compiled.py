@@ -19,8 +19,8 @@ from torch import Tensor
 
 from torchdrop.kernels import reference
 from torchdrop.kernels import triton as backend
-from torchdrop.kernels.law import ONE, Law, alpha, law, law_tensor
-from torchdrop.kernels.masking import WHOLE, Part
+from torchdrop.kernels.mask_params import ONE, MaskParams, alpha, mask_params, params_tensor
+from torchdrop.kernels.masking import WHOLE, MaskSlice
 from torchdrop.ops import fused
 
 from . import ptx
@@ -56,15 +56,15 @@ class Interpreted(Driver):
         return 1, assembly[bytes(binary)], 32, 0, 1024
 
 
-def masked(x: Tensor, key: Tensor, given_law: Any, shape: Any, part: Part = WHOLE) -> Case:
+def masked(x: Tensor, key: Tensor, given_law: Any, shape: Any, part: MaskSlice = WHOLE) -> Case:
     return (
         lambda: backend.masked(x, key, given_law, shape, part),
         lambda: reference.masked(x, key, given_law, shape, part),
     )
 
 
-def in_memory(x: Tensor, given_law: Law, shape: Any) -> Case:
-    """As if the law were in a device's memory."""
+def in_memory(x: Tensor, given_law: MaskParams, shape: Any) -> Case:
+    """As if the parameters were in a device's memory."""
 
     def call() -> Tensor:
         with pytest.MonkeyPatch.context() as patch:
@@ -76,18 +76,18 @@ def in_memory(x: Tensor, given_law: Law, shape: Any) -> Case:
 
 def exact_cases(dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
     """Every kernel, in each of its forms, and what it has to give bit for bit."""
-    shape, some, affine = (3, 40, 33), law(0.37), law(0.6, alpha)
+    shape, some, affine = (3, 40, 33), mask_params(0.37), mask_params(0.6, alpha)
     x, residual, bias = (torch.randn(size).to(dtype) for size in (shape, shape, shape[-1:]))
     x[0, 0, :8], x[0, 0, 8:10] = -0.0, torch.tensor([torch.inf, -torch.inf])
     yield "whole", masked(x, KEY, some, shape)
-    yield "several programs", masked(*[torch.randn(5001).to(dtype), KEY, law(0.5), (5001,)])
+    yield "several programs", masked(*[torch.randn(5001).to(dtype), KEY, mask_params(0.5), (5001,)])
     yield "affine", masked(x, KEY, affine, shape)
     yield "keys", masked(x, KEYS, some, shape[1:])
-    yield "keys, affine, unaligned", masked(x, KEYS, affine, shape[1:], Part(5))
-    yield "runs", masked(x.reshape(3, 1320), KEYS, some, (1320,), Part(11, 33, 70))
-    yield "far away", masked(x, KEY, some, shape, Part(2**33 + 3))
+    yield "keys, affine, unaligned", masked(x, KEYS, affine, shape[1:], MaskSlice(5))
+    yield "runs", masked(x.reshape(3, 1320), KEYS, some, (1320,), MaskSlice(11, 33, 70))
+    yield "far away", masked(x, KEY, some, shape, MaskSlice(2**33 + 3))
     yield "groups", masked(x, KEY, some, (3, 40, 1))
-    yield "groups, affine, unaligned", masked(x, KEY, affine, (3, 40, 1), Part(3))
+    yield "groups, affine, unaligned", masked(x, KEY, affine, (3, 40, 1), MaskSlice(3))
     yield "groups of 24", masked(x.reshape(165, 24), KEY, some, (165, 1))
     yield "groups of 3", masked(x.reshape(-1, 3), KEY, some, (1320, 1))
     yield "large groups", masked(x.reshape(3, 1320), KEY, some, (3, 1))
@@ -115,24 +115,24 @@ def exact_cases(dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
 
 def equal_cases(dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
     """Where the reference adds a shift of 0, or PyTorch rectifies: there zeros have other signs."""
-    shape, some = (3, 40, 33), law(0.37)
+    shape, some = (3, 40, 33), mask_params(0.37)
     x, residual = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
     x[0, 0, :8] = -0.0
-    yield "laws by key", masked(x, KEYS, law_tensor(torch.rand(3, 1, 1)), (40, 33))
-    yield "laws by row", masked(x.reshape(40, 99), KEY, law_tensor(torch.rand(40, 1)), (40, 99))
+    yield "sets of parameters by key", masked(x, KEYS, params_tensor(torch.rand(3, 1, 1)), (40, 33))
+    yield "sets of parameters by row", masked(x.reshape(40, 99), KEY, params_tensor(torch.rand(40, 1)), (40, 99))
     y = reference.masked(torch.relu(x), KEY, some, shape)
     yield "relu", (lambda: backend.activation_dropout(x, KEY, some, "relu"), lambda: y)
     yield (
         "relu backward",
         (
             lambda: backend.activation_dropout_backward(residual, y, KEY, some, "relu"),
-            lambda: torch.where(y > 0, reference.masked(residual, KEY, Law(ONE, some.scale), shape), 0),
+            lambda: torch.where(y > 0, reference.masked(residual, KEY, MaskParams(ONE, some.scale), shape), 0),
         ),
     )
 
 
 def close_cases(dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
-    x, g, some = torch.randn(3, 40, 33).to(dtype), torch.randn(3, 40, 33).to(dtype), law(0.37)
+    x, g, some = torch.randn(3, 40, 33).to(dtype), torch.randn(3, 40, 33).to(dtype), mask_params(0.37)
 
     def drop(value: Tensor) -> Tensor:
         return reference.masked(value, KEY, some, x.shape)
@@ -161,12 +161,15 @@ def other_cases() -> Iterator[tuple[str, Case]]:
     yield "draws of keys", (lambda: backend.draws((70,), KEYS), lambda: reference.draws((70,), KEYS))
     yield (
         "mask",
-        (lambda: backend.keep_mask((2100,), KEY, law(0.3)), lambda: reference.keep_mask((2100,), KEY, law(0.3))),
+        (
+            lambda: backend.keep_mask((2100,), KEY, mask_params(0.3)),
+            lambda: reference.keep_mask((2100,), KEY, mask_params(0.3)),
+        ),
     )
     x = torch.randn(2100)
     thresholds = [int(found[i]) + more for i in (0, 777, 2099) for more in (0, 1)]
     for below in (0, 1, *thresholds, 2**31 - 1, 2**31 + 1, ONE - 1, ONE):
-        yield f"below {below}", masked(x, KEY, Law(below, 1.25), x.shape)
+        yield f"below {below}", masked(x, KEY, MaskParams(below, 1.25), x.shape)
 
 
 def verdict(case: Case, agrees: Callable[[Tensor, Tensor], bool]) -> str:

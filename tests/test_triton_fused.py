@@ -14,7 +14,7 @@ from torch import Tensor
 import torchdrop
 from torchdrop.kernels import reference
 from torchdrop.kernels import triton as backend
-from torchdrop.kernels.law import ONE, Law, law
+from torchdrop.kernels.mask_params import ONE, MaskParams, mask_params
 from torchdrop.kernels.masking import COMPUTE_DTYPE
 
 from .strategies import DTYPES, dtypes
@@ -42,10 +42,10 @@ def test_dropout_add_is_its_definition(dtype: torch.dtype, shape: tuple[int, int
     x, residual = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
     residual[:, ::3] = -0.0
     bias = torch.randn(shape[-1]).to(dtype) if biased else None
-    for given_law in (law(k), law(k).tensor()):
+    for given_law in (mask_params(k), mask_params(k).tensor()):
         got = backend.dropout_add(here(x), here(bias), here(residual), here(KEY), given_law)
         assert got is not None
-        assert identical(got, added(x, bias, residual, law(k)))
+        assert identical(got, added(x, bias, residual, mask_params(k)))
 
 
 @needs_kernels
@@ -55,13 +55,13 @@ def test_relu_and_its_gradient_are_their_definitions(dtype: torch.dtype, n: int,
     wide = COMPUTE_DTYPE[dtype]
     x, grad = torch.randn(n).to(dtype), torch.randn(n).to(dtype)
     x[::7], x[1::7], x[2::7] = math.nan, math.inf, -math.inf
-    kept, scale = reference.keep_mask((n,), KEY, law(k)), law(k).scale
-    y = backend.activation_dropout(here(x), here(KEY), law(k), "relu")
+    kept, scale = reference.keep_mask((n,), KEY, mask_params(k)), mask_params(k).scale
+    y = backend.activation_dropout(here(x), here(KEY), mask_params(k), "relu")
     assert y is not None
     expected = torch.where(kept, torch.relu(x.to(wide)) * scale, 0).to(dtype)
     assert torch.equal(y.cpu().isnan(), expected.isnan())
     assert identical(y.cpu().nan_to_num(7.0), expected.nan_to_num(7.0))
-    got = backend.activation_dropout_backward(here(grad), y, here(KEY), law(k), "relu")
+    got = backend.activation_dropout_backward(here(grad), y, here(KEY), mask_params(k), "relu")
     assert got is not None
     assert identical(got, torch.where(expected <= 0, 0, grad.to(wide) * scale).to(dtype))
 
@@ -85,10 +85,10 @@ def test_gelu_and_its_gradient_are_within_a_few_units_in_the_last_place(dtype: t
     x = torch.cat([torch.linspace(-12, 12, 2001), torch.tensor([0.0, -0.0, 1e-30, -1e-6, 90.0, -90.0])]).to(dtype)
     grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     k = 0.7
-    kept, scale = reference.keep_mask(x.shape, KEY, law(k)), law(k).scale
+    kept, scale = reference.keep_mask(x.shape, KEY, mask_params(k)), mask_params(k).scale
     value, slope = exact_gelu(x, "tanh" if activation == "gelu_tanh" else "none")
-    y = backend.activation_dropout(here(x), here(KEY), law(k), activation)
-    g = backend.activation_dropout_backward(here(grad), here(x), here(KEY), law(k), activation)
+    y = backend.activation_dropout(here(x), here(KEY), mask_params(k), activation)
+    g = backend.activation_dropout_backward(here(grad), here(x), here(KEY), mask_params(k), activation)
     unit = torch.finfo(COMPUTE_DTYPE[dtype]).eps
     for got, expected, size in ((y, value * scale, x.abs()), (g, slope * grad * scale, grad.abs())):
         assert got is not None
@@ -103,17 +103,17 @@ def test_gelu_and_its_gradient_are_within_a_few_units_in_the_last_place(dtype: t
 def test_gelu_of_what_is_not_finite_is_pytorchs(activation: str) -> None:
     x = torch.tensor([math.nan, math.inf, -math.inf, 1e30, -1e30])
     approximate = "tanh" if activation == "gelu_tanh" else "none"
-    y = backend.activation_dropout(here(x), here(KEY), Law(ONE, 1.0), activation)
+    y = backend.activation_dropout(here(x), here(KEY), MaskParams(ONE, 1.0), activation)
     assert y is not None
     expected = F.gelu(x.double(), approximate=approximate).float()
     torch.testing.assert_close(y.cpu(), expected, equal_nan=True, rtol=0, atol=0)
-    assert not backend.activation_dropout(here(x), here(KEY), Law(0, 1.0), activation).cpu().any()  # type: ignore[union-attr]
+    assert not backend.activation_dropout(here(x), here(KEY), MaskParams(0, 1.0), activation).cpu().any()  # type: ignore[union-attr]
 
 
 @needs_kernels
 def test_fused_kernels_decline_what_is_not_contiguous() -> None:
     x, whole = here(torch.randn(6, 8)).t(), here(torch.randn(8, 6))
-    half, bias = law(0.5), here(torch.randn(12))[::2]
+    half, bias = mask_params(0.5), here(torch.randn(12))[::2]
     assert backend.dropout_add(x, None, whole, here(KEY), half) is None
     assert backend.dropout_add(whole, None, x, here(KEY), half) is None
     assert backend.dropout_add(whole, bias, whole, here(KEY), half) is None
@@ -126,7 +126,7 @@ def test_fused_kernels_decline_what_is_not_contiguous() -> None:
 @needs_kernels
 def test_a_bias_that_32_bits_might_not_count_is_declined() -> None:
     x, bias = torch.empty((1, 2**30), device="meta"), torch.empty(2**30, device="meta")
-    assert backend.dropout_add(x, bias, x, here(KEY), law(0.5)) is None
+    assert backend.dropout_add(x, bias, x, here(KEY), mask_params(0.5)) is None
 
 
 @needs_kernels

@@ -16,7 +16,7 @@ from torch import Tensor
 import torchdrop
 from torchdrop.kernels import reference
 from torchdrop.kernels import triton as backend
-from torchdrop.kernels.law import alpha, law
+from torchdrop.kernels.mask_params import alpha, mask_params
 
 from .strategies import DTYPES
 from .triton_kernels import (  # noqa: F401
@@ -35,7 +35,7 @@ pytestmark = quiet
 @needs_kernels
 @pytest.mark.parametrize("call", ["masked", "keep_mask", "draws", "add", "activation", "activation_backward"])
 def test_nothing_is_launched_for_nothing(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, half, key = here(torch.ones(4, 0, 3)), law(0.5), here(KEY)
+    x, half, key = here(torch.ones(4, 0, 3)), mask_params(0.5), here(KEY)
     calls: dict[str, Callable[[], Tensor | None]] = {
         "masked": lambda: backend.masked(x, key, half, x.shape),
         "keep_mask": lambda: backend.keep_mask(x.shape, key, half),
@@ -209,7 +209,7 @@ def test_a_row_that_is_ready_is_started_on_its_own_device_only(monkeypatch: pyte
     monkeypatch.setattr(backend, "current_cuda_device", lambda: current[0])
     monkeypatch.setattr(backend, "_vectors", lambda: 2)
     monkeypatch.setattr(backend, "_launch", lambda *arguments: launched.append(arguments))
-    half, (x, out, key, other, aside) = law(0.5), [Row(1), Row(1), Row(1), Row(0), Row(1)]
+    half, (x, out, key, other, aside) = mask_params(0.5), [Row(1), Row(1), Row(1), Row(0), Row(1)]
     aside.shift = 8
     row: Any = backend.masked_row
     assert row(x, key, half, out) is out
@@ -219,7 +219,7 @@ def test_a_row_that_is_ready_is_started_on_its_own_device_only(monkeypatch: pyte
     row(aside, key, half, out)
     row(x, key, half, aside)
     row(x, aside, half, out)
-    row(x, key, law(0.5, alpha), out)
+    row(x, key, mask_params(0.5, alpha), out)
     current[0] = 0
     row(x, key, half, out)
     row(other, key, half, out)
@@ -301,7 +301,9 @@ def test_programs_of_one_row_cover_several_chunks_and_rows_of_a_batch_too() -> N
             (torch.randn(2001).half(), KEY),
         ):
             shape = x.shape[keyed.dim() - 1 :]
-            assert identical(masked(x, keyed, law(0.6), shape), reference.masked(x, keyed, law(0.6), shape))
+            assert identical(
+                masked(x, keyed, mask_params(0.6), shape), reference.masked(x, keyed, mask_params(0.6), shape)
+            )
     assert seen == {  # several programs, aligned, vectors, lanes, warps
         (True, True, 256, 4, 4),
         (True, True, 32, 4, 1),

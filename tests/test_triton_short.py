@@ -15,7 +15,7 @@ from torch import Tensor
 import torchdrop
 from torchdrop import kernels, random
 from torchdrop.kernels import triton as backend
-from torchdrop.kernels.law import law
+from torchdrop.kernels.mask_params import mask_params
 from torchdrop.ops import fast_path, operators
 
 from .strategies import DTYPES
@@ -70,7 +70,7 @@ def test_it_gives_what_the_general_road_gives(
         served.clear()
         if general:
             key = torchdrop.random.draw_key(DEVICE)
-            y = operators.masked(x, key, law(k), x.shape) if k < 1 else x
+            y = operators.masked(x, key, mask_params(k), x.shape) if k < 1 else x
         else:
             y = layer(x)
             assert len(served) == (k < 1)

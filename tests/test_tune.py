@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import torchdrop
-from torchdrop.kernels.law import law
+from torchdrop.kernels.mask_params import mask_params
 from torchdrop.ops import operators
 from torchdrop.tune import SearchResult, cross_validate, draws, grid, optuna_search, search, stacked
 from torchdrop.tune.alone import train_alone
@@ -703,5 +703,5 @@ def test_no_warning_and_no_mode_is_left() -> None:
     assert torch._C._len_torch_function_stack() == 0
     x = torch.ones(1000)
     key = torch.zeros(2, dtype=torch.int64)
-    masked = operators.masked(x, key, law(0.5), x.shape)
+    masked = operators.masked(x, key, mask_params(0.5), x.shape)
     assert not torch.equal(torchdrop.Dropout(0.5)(x), masked)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import torchdrop
 from torchdrop import kernels, random
-from torchdrop.kernels.law import law
+from torchdrop.kernels.mask_params import mask_params
 from torchdrop.layers.weights.weight import WeightDropout, apply_weight_dropout, remove_weight_dropout, weight_dropout
 
 from .enumeration import expectation, force, masks
@@ -57,9 +57,9 @@ class TestDefinition:
         torch.manual_seed(3)
         out = weight_dropout(weight, 0.25)
         torch.manual_seed(3)
-        kept = kernels.keep_mask(weight.shape, random.draw_key(weight.device), law(0.75))
+        kept = kernels.keep_mask(weight.shape, random.draw_key(weight.device), mask_params(0.75))
         wide = weight.to(torch.float64 if dtype == torch.float64 else torch.float32)
-        assert torch.equal(out, torch.where(kept, wide * law(0.75).scale, 0.0).to(dtype))
+        assert torch.equal(out, torch.where(kept, wide * mask_params(0.75).scale, 0.0).to(dtype))
         assert out.dtype == dtype
 
     def test_ends_of_the_rate_and_eval(self) -> None:

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from torchdrop.core import portable
 from torchdrop.kernels import aten
-from torchdrop.kernels import law as laws
-from torchdrop.kernels.law import ONE, alpha, inverted, law, law_tensor
+from torchdrop.kernels import mask_params as params_of_each
+from torchdrop.kernels.mask_params import ONE, alpha, inverted, mask_params, params_tensor
 from torchdrop.kernels.masking import trailing
 from torchdrop.layers.standout import _thresholds
 from torchdrop.monte_carlo import masks
@@ -39,7 +39,7 @@ class WithoutFloat64(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(laws, "_WITHOUT_FLOAT64", {"meta"})
+    monkeypatch.setattr(params_of_each, "_WITHOUT_FLOAT64", {"meta"})
     with WithoutFloat64():
         yield
 
@@ -67,7 +67,7 @@ def test_none_is_built_with_it_under_a_default_device(name: str) -> None:
 @pytest.mark.parametrize("formula", [inverted, alpha])
 @pytest.mark.parametrize("shape", [(), (3, 1)])
 def test_laws_of_rates_there_are_computed_on_the_host(formula: Any, shape: tuple[int, ...]) -> None:
-    found, exact = law_tensor(torch.empty(shape, device=DEVICE), formula), law(0.25, formula)
+    found, exact = params_tensor(torch.empty(shape, device=DEVICE), formula), mask_params(0.25, formula)
     assert (found.device.type, found.dtype) == ("cpu", torch.float64)
     assert torch.equal(found, exact.tensor().expand(*shape, 4))
     threshold, *others = trailing(found, DEVICE)
@@ -79,7 +79,7 @@ def test_laws_of_rates_there_are_computed_on_the_host(formula: Any, shape: tuple
 def test_normal_variates_are_computed_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     key, words = torch.tensor([1, 2]), torch.arange(0, 2**32, 2**28)
     exact = aten.standard_normal((50,), key), masks._normal(words)
-    monkeypatch.setattr(laws, "_WITHOUT_FLOAT64", {"cpu"})
+    monkeypatch.setattr(params_of_each, "_WITHOUT_FLOAT64", {"cpu"})
     found = aten.standard_normal((50,), key), masks._normal(words)
     for ours, wide in zip(found, exact, strict=True):
         assert ours.dtype == torch.float32
@@ -90,7 +90,7 @@ def test_thresholds_of_learned_rates_are_those_of_laws() -> None:
     pi = torch.tensor([0.0, 1e-30, 2.0**-32, 0.1, 0.5, 0.9, 1.0 - 2.0**-24, 1.0, torch.nan])
     ours, exact = _thresholds(pi, DEVICE), _thresholds(pi, torch.device("cpu"))
     assert ours.dtype == torch.int64
-    assert ours[:-1].tolist() == exact[:-1].tolist() == [law(k).threshold for k in pi[:-1].tolist()]
+    assert ours[:-1].tolist() == exact[:-1].tolist() == [mask_params(k).threshold for k in pi[:-1].tolist()]
     assert ours[-1] == ONE  # what is not a number drops nothing, and is seen
     assert _thresholds(pi.to(DEVICE), DEVICE).dtype == torch.int64
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import torchdrop
 from torchdrop import kernels, random
-from torchdrop.kernels.law import law
+from torchdrop.kernels.mask_params import mask_params
 from torchdrop.layers.word import WordDropout, word_dropout
 
 from .enumeration import expectation, force, masks
@@ -33,7 +33,7 @@ class TestWords:
         torch.manual_seed(3)
         out = word_dropout(words, 0.25, unk_id=3)
         torch.manual_seed(3)
-        kept = kernels.keep_mask(words.shape, random.draw_key(words.device), law(0.75))
+        kept = kernels.keep_mask(words.shape, random.draw_key(words.device), mask_params(0.75))
         assert torch.equal(out, torch.where(kept, words, 3))
         assert 150 < (out == 3).sum() < 350
 

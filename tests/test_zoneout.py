@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import torchdrop
 from torchdrop.core import sites
-from torchdrop.kernels.law import ONE, law
+from torchdrop.kernels.mask_params import ONE, mask_params
 from torchdrop.layers.recurrent.zoneout import Zoneout, zoneout
 
 from .seeding import seeded
@@ -29,7 +29,7 @@ OLD = torch.tensor([-1.0, 0.5, 7.0, 2.0], dtype=torch.float64)
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9, 1 / 3])
 def test_eval_is_the_expectation_of_training_by_enumeration(p: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    q = law(1 - p).threshold / ONE
+    q = mask_params(1 - p).threshold / ONE
     mean = torch.zeros_like(NEW)
     for bits in itertools.product([False, True], repeat=4):
         monkeypatch.setattr(sites, "keep_mask", lambda *_, bits=bits: torch.tensor(bits))
@@ -73,7 +73,7 @@ def test_half_types_are_rounded_once(dtype: torch.dtype) -> None:
     assert y.dtype == dtype
     assert ((y == new) | (y == old)).all()
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    k = law(0.7).threshold / ONE
+    k = mask_params(0.7).threshold / ONE
     exact = torch.lerp(old.to(wide), new.to(wide), k).to(dtype)
     assert torch.equal(zoneout(new, old, 0.3, False), exact)
     assert torch.equal(zoneout(new, old, keep_prob=torch.full((500,), 0.7, dtype=torch.float64), training=False), exact)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from torchdrop.kernels import reference
 from torchdrop.kernels import triton as backend
-from torchdrop.kernels.law import Law
-from torchdrop.kernels.masking import COMPUTE_DTYPE, WHOLE, Part
+from torchdrop.kernels.mask_params import MaskParams
+from torchdrop.kernels.masking import COMPUTE_DTYPE, WHOLE, MaskSlice
 
 from .strategies import on
 
@@ -54,11 +54,11 @@ def identical(got: Tensor, expected: Tensor) -> bool:
     return same_kind and torch.equal(got.cpu().contiguous().view(view), expected.contiguous().view(view))
 
 
-def masked(x: Tensor, key: Tensor, law: Law | Tensor, shape: Any, part: Part = WHOLE) -> Tensor:
-    return backend.masked(here(x), here(key), law, shape, part)
+def masked(x: Tensor, key: Tensor, params: MaskParams | Tensor, shape: Any, part: MaskSlice = WHOLE) -> Tensor:
+    return backend.masked(here(x), here(key), params, shape, part)
 
 
-def added(x: Tensor, bias: Tensor | None, residual: Tensor, given_law: Law) -> Tensor:
+def added(x: Tensor, bias: Tensor | None, residual: Tensor, given_law: MaskParams) -> Tensor:
     """The definition of `dropout_add`, rounded once."""
     wide = COMPUTE_DTYPE[x.dtype]
     value = x.to(wide) if bias is None else x.to(wide) + bias.to(wide)

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..core.mask_shape import mask_shape
-from ..core.rate import KeepProb, Rated, law_for, realized
-from ..kernels.law import inverted
+from ..core.rate import KeepProb, Rated, params_for, realized
+from ..kernels.mask_params import inverted
 from ..layers.channel import channel_shape
 from ..layers.dropout import Dropout
 from ..layers.gaussian import GaussianDropout
@@ -243,7 +243,7 @@ def _gated(module: nn.Module, layers: Mapping[str, _DropoutNd], gates: list[_Gat
         mask = _mask_of(layer, output)
         k = _keep_prob(layer)
         if isinstance(k, Tensor):
-            law_for(k, inverted, mask)  # refuses one that does not broadcast against the mask
+            params_for(k, inverted, mask)  # refuses one that does not broadcast against the mask
             k = k.to(output.device, torch.promote_types(output.dtype, torch.float32))
         ones = torch.ones(mask, dtype=output.dtype, device=output.device, requires_grad=True)
         gates.append(_Gate(name, ones, (1 - k) / k))

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from ..core import sites
 from ..core.rate import Rated
 from ..core.torch_state import transforms_active
-from ..kernels.law import keeps_all
+from ..kernels.mask_params import keeps_all
 from ..monte_carlo.mode import checkpointed
 from ..monte_carlo.sources import DESCRIBE, OPENED, RECURRENT
 from ..random import draw_key
@@ -65,10 +65,10 @@ class _Silence(TorchFunctionMode):
         return False
 
     def _undropped(
-        self, operator: Any, input: Tensor, law: Any, shape: Any, inplace: bool, generator: torch.Generator | None
+        self, operator: Any, input: Tensor, params: Any, shape: Any, inplace: bool, generator: torch.Generator | None
     ) -> Tensor:
         """What torchdrop's layers do at keep_prob 1: a key is drawn, so that what else draws does not depend on it."""
-        if not isinstance(self._modules[-1], Rated) and not keeps_all(law) and checkpointed():
+        if not isinstance(self._modules[-1], Rated) and not keeps_all(params) and checkpointed():
             _refuse("dropout of torchdrop")
         if not transforms_active():
             draw_key(input.device, generator)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels.law import ONE, Law
+from ..kernels.mask_params import ONE, MaskParams
 from ..kernels.masking import trailing
 
 
@@ -17,12 +17,12 @@ def subset(bits: Tensor, count: int) -> Tensor:
     return bits.argsort(dim=-1, stable=True)[..., :count].sort(dim=-1).values
 
 
-def kept_or_smallest(bits: Tensor, law: Law | Tensor, dim: int, allowed: Tensor | None = None) -> Tensor:
+def kept_or_smallest(bits: Tensor, params: MaskParams | Tensor, dim: int, allowed: Tensor | None = None) -> Tensor:
     """Where a draw is below the threshold or is the smallest along `dim`, among the allowed. All is kept where nothing
     is allowed."""
     if not bits.shape[dim]:
         return bits >= 0
-    threshold = trailing(law, bits.device)[0]
+    threshold = trailing(params, bits.device)[0]
     least = (bits if allowed is None else torch.where(allowed, bits, ONE)).amin(dim, keepdim=True)
     if isinstance(threshold, Tensor):
         return bits <= torch.maximum(least, threshold.to(torch.int64) - 1)

@@ -1,9 +1,10 @@
 """Dropout of exported programs, which have no flag: it follows what puts such a program into eval mode.
 
 `move_exported_model_to_eval` and its like, of torch.ao and torchao, look for ``aten.dropout(x, p, True)`` in the graph
-and turn its flag. So there is such a call beside each law, of a one with p = 1, which draws nothing: 0 says that the
-program trains, and 1 that it does not. (Compiled by aot_eager, by Inductor with fallback_random, and in decomposed
-programs, PyTorch takes a number from the generator for it, so that under one seed the masks are others than eager's.)
+and turn its flag. So there is such a call beside the parameters of each mask, of a one with p = 1, which draws nothing:
+0 says that the program trains, and 1 that it does not. (Compiled by aot_eager, by Inductor with fallback_random, and in
+decomposed programs, PyTorch takes a number from the generator for it, so that under one seed the masks are others than
+eager's.)
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.law import ONE, Formula
+from ..kernels.mask_params import ONE, Formula
 from .torch_state import is_exporting
 
 
@@ -24,13 +25,13 @@ def trains(device: torch.device) -> Tensor:
     return F.dropout(torch.ones((), dtype=torch.float32, device=device), 1.0, True) != 1.0
 
 
-def switched(law: Tensor, formula: Formula) -> Tensor:
-    """A law that keeps all, as that of keep_prob 1, once the exported program is moved to eval mode."""
+def switched(params: Tensor, formula: Formula) -> Tensor:
+    """Parameters that keep all, as those of keep_prob 1, once the exported program is moved to eval mode."""
     if not is_exporting():
-        return law
-    one = torch.ones((), dtype=law.dtype, device=law.device)
+        return params
+    one = torch.ones((), dtype=params.dtype, device=params.device)
     scale, shift, fill = formula(one)
-    return torch.where(trains(law.device), law, torch.stack([one * ONE, scale, shift, fill]))
+    return torch.where(trains(params.device), params, torch.stack([one * ONE, scale, shift, fill]))
 
 
 def or_eval(output: Tensor, in_eval: Callable[[], Tensor], inplace: bool = False) -> Tensor:

@@ -39,11 +39,11 @@ def masked(
 ) -> Tensor:
     """A checked input under a mask of this shape. In an exported program, the original formulation has its eval mode
     beside it."""
-    law = rate.law_for(shape)
+    params = rate.params_for(shape)
     if inverted or not is_exporting():
-        return apply(operators.masked, input, law, shape, inplace, generator, cut)
+        return apply(operators.masked, input, params, shape, inplace, generator, cut)
     in_eval = eval_form(input, rate, False, False)
-    out = or_eval(apply(operators.masked, input, law, shape, False, generator, cut), lambda: in_eval)
+    out = or_eval(apply(operators.masked, input, params, shape, False, generator, cut), lambda: in_eval)
     return input.copy_(out) if inplace else out
 
 

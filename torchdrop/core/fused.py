@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
-from ..kernels.law import Law
+from ..kernels.mask_params import MaskParams
 from ..ops import operators
 from ..ops.fused import Drop
 from . import portable
@@ -31,7 +31,7 @@ def _without_modes() -> Iterator[None]:
 
 def dropped(
     input: Tensor,
-    law: Law | Tensor,
+    params: MaskParams | Tensor,
     generator: torch.Generator | None,
     fuse: Callable[[Tensor], Tensor],
     compose: Callable[[Drop], Tensor],
@@ -43,10 +43,10 @@ def dropped(
     """
     if not is_compiling() and function_modes() and not is_watched():
         with _without_modes():
-            return dropped(input, law, generator, fuse, compose)
+            return dropped(input, params, generator, fuse, compose)
     if (not is_compiling() and function_modes()) or (type(input) is not Tensor and is_dtensor(input)):
-        return compose(lambda x: apply(operators.masked, x, law, x.shape, False, generator))
+        return compose(lambda x: apply(operators.masked, x, params, x.shape, False, generator))
     if portable.is_wanted(is_compiling()):
-        return compose(lambda x: apply(operators.masked, x, law, x.shape, False, generator))
-    key = new_key(input, law, generator)
+        return compose(lambda x: apply(operators.masked, x, params, x.shape, False, generator))
+    key = new_key(input, params, generator)
     return compose(unchanged) if key is None else fuse(key)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from ..kernels.law import ONE, Law, has_float64
+from ..kernels.mask_params import ONE, MaskParams, has_float64
 from ..kernels.masking import COMPUTE_DTYPE, trailing
 from ..ops import operators, random_bits
 from .torch_state import is_compiling, tracing_state
@@ -63,17 +63,17 @@ def _check(generator: torch.Generator | None) -> None:
 def apply(
     operator: operators.Operator,
     input: Tensor,
-    law: Law | Tensor,
+    params: MaskParams | Tensor,
     shape: Sequence[int],
     inplace: bool,
     generator: torch.Generator | None,
 ) -> Tensor:
     """What `sites.apply` computes."""
     _check(generator)
-    if isinstance(law, Law) and law.threshold == ONE:
+    if isinstance(params, MaskParams) and params.threshold == ONE:
         return input
     dtype = COMPUTE_DTYPE[input.dtype]
-    threshold, scale, shift, fill = trailing(law, input.device)
+    threshold, scale, shift, fill = trailing(params, input.device)
     if operator is operators.gaussian:
         out = input.to(dtype) * (1.0 + scale * _normal(input, shape)).to(dtype)
     else:
@@ -89,14 +89,14 @@ def numbers(
     like: Tensor,
     shape: Sequence[int],
     generator: torch.Generator | None,
-    law: Law | Tensor | None,
+    params: MaskParams | Tensor | None,
 ) -> Tensor:
     """What `sites.draw` gives."""
     _check(generator)
     if kind is random_bits.standard_normal:
         return _normal(like, shape)
     words = _words(like, shape).to(torch.int64)
-    return words if law is None else words < trailing(law, like.device)[0]
+    return words if params is None else words < trailing(params, like.device)[0]
 
 
 def _words(like: Tensor, shape: Sequence[int]) -> Tensor:

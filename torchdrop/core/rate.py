@@ -1,4 +1,4 @@
-"""The keep probability of a layer or a call: how it is given, checked, held, and turned into a law."""
+"""The keep probability of a layer or a call: how it is given, checked, held, and turned into mask parameters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.dropout import _DropoutNd
 
-from ..kernels.law import ONE, Formula, Law, inverted, law, law_tensor, original
+from ..kernels.mask_params import ONE, Formula, MaskParams, inverted, mask_params, original, params_tensor
 from ..kernels.masking import SERVED
 from ..random import check_generator
 from .exported import switched
@@ -95,8 +95,8 @@ def formula_of(inverted_scale: bool) -> Formula:
     return inverted if inverted_scale else original
 
 
-def law_for(keep_prob: KeepProb, formula: Formula, shape: Sequence[int]) -> Law | Tensor:
-    """The law of a rate that is a number, or a tensor that broadcasts against a mask of this shape.
+def params_for(keep_prob: KeepProb, formula: Formula, shape: Sequence[int]) -> MaskParams | Tensor:
+    """The parameters of a rate that is a number, or a tensor that broadcasts against a mask of this shape.
 
     Raises:
         ValueError: it does not broadcast, or would make the mask larger.
@@ -104,19 +104,21 @@ def law_for(keep_prob: KeepProb, formula: Formula, shape: Sequence[int]) -> Law 
     if not isinstance(keep_prob, Tensor):
         if is_compiling():
             # A product is what the compiler makes code of for any number; a number given to torch.full is a constant.
-            return switched(law_tensor(torch.ones((), dtype=torch.float64, device="cpu") * keep_prob, formula), formula)
-        return law(keep_prob, formula)
+            return switched(
+                params_tensor(torch.ones((), dtype=torch.float64, device="cpu") * keep_prob, formula), formula
+            )
+        return mask_params(keep_prob, formula)
     if keep_prob.dim() == 0:
         if keep_prob.is_cpu and not (is_compiling() or transforms_active()) and type(keep_prob) is Tensor:
-            return law(keep_prob.item(), formula)
-        return switched(law_tensor(keep_prob, formula), formula)
+            return mask_params(keep_prob.item(), formula)
+        return switched(params_tensor(keep_prob, formula), formula)
     missing = len(shape) - keep_prob.dim()
     sizes = (1,) * missing + tuple(keep_prob.shape)
     if missing < 0 or any(size != 1 and size != full for size, full in zip(sizes, shape, strict=True)):
         raise ValueError(
             f"keep_prob of shape {tuple(keep_prob.shape)} does not broadcast against the mask's shape {tuple(shape)}"
         )
-    return switched(law_tensor(keep_prob.reshape(sizes), formula), formula)
+    return switched(params_tensor(keep_prob.reshape(sizes), formula), formula)
 
 
 def realized(keep_prob: KeepProb) -> KeepProb:
@@ -124,48 +126,50 @@ def realized(keep_prob: KeepProb) -> KeepProb:
     if isinstance(keep_prob, Tensor) or is_compiling():
         if not isinstance(keep_prob, Tensor):
             keep_prob = torch.as_tensor(keep_prob, dtype=torch.float64, device="cpu")
-        return law_tensor(keep_prob)[..., 0] / ONE
-    return law(keep_prob).threshold / ONE
+        return params_tensor(keep_prob)[..., 0] / ONE
+    return mask_params(keep_prob).threshold / ONE
 
 
 class Rate:
     """A keep probability that has been checked, with what masks need of it.
 
     A layer holds one and hands it to its function in the place of `p`, so that nothing is read or checked twice, and so
-    that compiled code meets the law as a tensor whose values may change, and never looks at the number.
+    that compiled code meets the parameters as a tensor whose values may change, and never looks at the number.
 
     Attributes:
         keep_prob: the probability of keeping.
         p: the probability of dropping.
         formula: how kept elements are scaled.
-        law: the law in eager mode, where it does not depend on the mask's shape; None where it does, as for tensors. A
-            search that trains many models at once gives a tensor with a law for each.
+        params: the parameters of masks in eager mode; None where they depend on the mask's shape, as for tensors. A
+            search that trains many models at once gives a tensor with parameters for each.
     """
 
-    def __init__(self, keep_prob: KeepProb, p: KeepProb, formula: Formula, given: Law | Tensor | None = None) -> None:
+    def __init__(
+        self, keep_prob: KeepProb, p: KeepProb, formula: Formula, given: MaskParams | Tensor | None = None
+    ) -> None:
         self.keep_prob, self.p, self.formula = keep_prob, p, formula
-        self.law: Any = given
+        self.params: Any = given
         if given is None and not (isinstance(keep_prob, Tensor) or is_compiling()):
-            self.law = law(keep_prob, formula)
+            self.params = mask_params(keep_prob, formula)
         self._compiled: Tensor | None = None
 
     def held(self) -> Rate:
-        """For a layer: with the law as a tensor, which compiled code takes as an input."""
-        # Compiled code makes the law of a layer that is built there when it needs one, from the rate.
-        if not is_compiling() and isinstance(self.law, Law):
-            self._compiled = self.law.tensor()
+        """For a layer: with the parameters as a tensor, which compiled code takes as an input."""
+        # Compiled code makes the parameters of a layer that is built there when it needs one, from the rate.
+        if not is_compiling() and isinstance(self.params, MaskParams):
+            self._compiled = self.params.tensor()
         return self
 
-    def law_for(self, shape: Sequence[int]) -> Law | Tensor:
-        """The law for a mask of this shape.
+    def params_for(self, shape: Sequence[int]) -> MaskParams | Tensor:
+        """The parameters for a mask of this shape.
 
         Raises:
             ValueError: a tensor of rates does not broadcast against it.
         """
         if not is_compiling():
-            return law_for(self.keep_prob, self.formula, shape) if self.law is None else self.law
+            return params_for(self.keep_prob, self.formula, shape) if self.params is None else self.params
         if self._compiled is None:
-            return law_for(self.keep_prob, self.formula, shape)
+            return params_for(self.keep_prob, self.formula, shape)
         return switched(self._compiled, self.formula)
 
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
-from ..kernels.law import Law
-from ..kernels.masking import Part
+from ..kernels.mask_params import MaskParams
+from ..kernels.masking import MaskSlice
 from ..ops.operators import Operator
 from ..random import draw_key
 
@@ -92,7 +92,7 @@ class Cut(NamedTuple):
 
     whole: tuple[int, ...]
     first: tuple[int, ...]
-    part: Part
+    part: MaskSlice
 
 
 def cut_of(shape: Sequence[int], whole: Sequence[int], first: Sequence[int]) -> Cut | None:
@@ -106,7 +106,7 @@ def cut_of(shape: Sequence[int], whole: Sequence[int], first: Sequence[int]) -> 
     return Cut(tuple(whole), tuple(first), part_of(shape, whole, first))
 
 
-def part_of(shape: Sequence[int], whole: Sequence[int], first: Sequence[int]) -> Part:
+def part_of(shape: Sequence[int], whole: Sequence[int], first: Sequence[int]) -> MaskSlice:
     """The elements of a block of this shape, whose first one lies at `first`, within a tensor of shape `whole`.
 
     They are runs at equal distances if dimensions that are neighbors in memory are taken together.
@@ -116,9 +116,9 @@ def part_of(shape: Sequence[int], whole: Sequence[int], first: Sequence[int]) ->
 
     Example:
         >>> part_of((2, 3), (2, 8), (0, 4))
-        Part(start=4, run=3, pitch=8)
+        MaskSlice(start=4, run=3, pitch=8)
         >>> part_of((1, 8), (2, 8), (1, 0))
-        Part(start=8, run=0, pitch=0)
+        MaskSlice(start=8, run=0, pitch=0)
     """
     start, step = 0, 1
     blocks: list[tuple[int, int]] = []  # how many elements, and how far apart; innermost first
@@ -130,9 +130,9 @@ def part_of(shape: Sequence[int], whole: Sequence[int], first: Sequence[int]) ->
             blocks.append((size, step))
         step *= full
     if len(blocks) == 1 and blocks[0][1] != 1:
-        return Part(start, 1, blocks[0][1])
+        return MaskSlice(start, 1, blocks[0][1])
     if len(blocks) == 2 and blocks[0][1] == 1:
-        return Part(start, blocks[0][0], blocks[1][1])
+        return MaskSlice(start, blocks[0][0], blocks[1][1])
     if len(blocks) > 1:
         dims = [dim for dim, (size, full) in enumerate(zip(shape, whole, strict=True)) if size != full]
         raise NotImplementedError(
@@ -140,7 +140,7 @@ def part_of(shape: Sequence[int], whole: Sequence[int], first: Sequence[int]) ->
             f"{tuple(shape)} of a mask of shape {tuple(whole)}, cut along {dims}: share the mask along one of them, "
             "gather the tensor along it first, or apply dropout before it is cut"
         )
-    return Part(start)
+    return MaskSlice(start)
 
 
 def cut_by(given: Shards, input: Tensor, shape: Sequence[int], shared: Collection[int]) -> Cut | None:
@@ -177,7 +177,7 @@ def apply_to_whole(
     apply: Apply,
     operator: Operator,
     input: Tensor,
-    law: Law | Tensor,
+    params: MaskParams | Tensor,
     shape: Sequence[int],
     inplace: bool,
     generator: torch.Generator | None,
@@ -195,9 +195,9 @@ def apply_to_whole(
             widths.append(sides[dim] if x.shape[dim] != 1 or not beyond else (0, 0))
         return F.pad(x, [width for pair in widths for width in pair])
 
-    whole_law = padded(law, 1) if isinstance(law, Tensor) and law.dim() > 1 else law
+    whole_params = padded(params, 1) if isinstance(params, Tensor) and params.dim() > 1 else params
     whole = padded(input)
-    out = handle_torch_function(apply, (whole,), operator, whole, whole_law, cut.whole, False, generator)
+    out = handle_torch_function(apply, (whole,), operator, whole, whole_params, cut.whole, False, generator)
     for dim, (before, after) in enumerate(sides):
         if before or after:
             out = out.narrow(dim, before, shape[dim])
@@ -214,7 +214,7 @@ def apply_to_dtensor(
     apply: Apply,
     operator: Operator,
     input: Any,
-    law: Law | Tensor,
+    params: MaskParams | Tensor,
     shape: Sequence[int],
     inplace: bool,
     generator: torch.Generator | None,
@@ -245,11 +245,11 @@ def apply_to_dtensor(
             offsets[dim] += at
     own = tuple(size if full != 1 else 1 for size, full in zip(sizes, shape, strict=True))
     first = tuple(at if full != 1 else 0 for at, full in zip(offsets, shape, strict=True))
-    if isinstance(law, Tensor) and law.dim() > 1:
+    if isinstance(params, Tensor) and params.dim() > 1:
         for dim, (at, size) in enumerate(zip(first, own, strict=True)):
-            law = law if law.shape[dim] == 1 else law.narrow(dim, at, size)
+            params = params if params.shape[dim] == 1 else params.narrow(dim, at, size)
     local = input.to_local()
-    out = apply(operator, local, law, own, False, generator, cut_of(own, shape, first))
+    out = apply(operator, local, params, own, False, generator, cut_of(own, shape, first))
     if out is local:
         return input
     stride = torch.empty_like(torch.empty_strided(input.shape, input.stride(), device="meta")).stride()

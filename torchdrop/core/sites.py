@@ -1,7 +1,7 @@
 """The verbs of a layer: whether this call drops, and what it draws. They are the only way to randomness.
 
 is_on              whether this call drops anything
-apply              a tensor under an operator and a law: a mask applied, or noise
+apply              a tensor under an operator and mask parameters: a mask applied, or noise
 keep_mask          the mask itself, for layers that do more with it than multiply
 random_bits        integers that ranks and choices are made from
 uniform, standard_normal   random variates
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
-from ..kernels.law import Law, keeps_all
+from ..kernels.mask_params import MaskParams, keeps_all
 from ..kernels.masking import COMPUTE_DTYPE, WHOLE
 from ..ops import random_bits as numbers
 from ..ops.operators import Operator
@@ -46,24 +46,25 @@ def is_on(training: bool) -> bool:
 def apply(
     operator: Operator,
     input: Tensor,
-    law: Law | Tensor,
+    params: MaskParams | Tensor,
     shape: Sequence[int],
     inplace: bool = False,
     generator: torch.Generator | None = None,
     cut: Cut | None = None,
 ) -> Tensor:
-    """A checked `input` under an operator and a law, with a new key. The input itself where nothing is dropped.
+    """A checked `input` under an operator and mask parameters, with a new key. The input itself where nothing is
+    dropped.
 
     Of a DTensor, `shape` is the whole mask's. Of a plain tensor that is a part of a larger one, `cut` says which part.
     """
     if type(input) is not Tensor and is_dtensor(input):
         if inplace:
             check_inplace(input)
-        return apply_to_dtensor(apply, operator, input, law, shape, inplace, generator)
+        return apply_to_dtensor(apply, operator, input, params, shape, inplace, generator)
     compiling = is_compiling()
     if not compiling and function_modes():
-        args = (operator, input, law, shape, inplace, generator)
-        if cut is None or keeps_all(law):
+        args = (operator, input, params, shape, inplace, generator)
+        if cut is None or keeps_all(params):
             return handle_torch_function(apply, (input,), *args)
         if not is_watched():
             return handle_torch_function(apply, (input,), *args, cut)
@@ -71,16 +72,16 @@ def apply(
     if inplace:
         check_inplace(input)
     if portable.is_in_onnx_export() if compiling else tracing_state() is not None:
-        return portable.apply(operator, input, law, shape, inplace, generator)
-    key = new_key(input, law, generator)
+        return portable.apply(operator, input, params, shape, inplace, generator)
+    key = new_key(input, params, generator)
     if key is None:
         return input
-    return operator(input, key, law, shape, inplace, WHOLE if cut is None else cut.part)
+    return operator(input, key, params, shape, inplace, WHOLE if cut is None else cut.part)
 
 
-def new_key(input: Tensor, law: Law | Tensor, generator: torch.Generator | None) -> Tensor | None:
+def new_key(input: Tensor, params: MaskParams | Tensor, generator: torch.Generator | None) -> Tensor | None:
     """None where nothing is dropped. A key is drawn then, too, but under transforms."""
-    every = keeps_all(law)
+    every = keeps_all(params)
     if every and transforms_active():
         return None
     key = draw_key(input.device, generator)
@@ -92,25 +93,25 @@ def draw(
     like: Tensor,
     shape: Sequence[int],
     generator: torch.Generator | None = None,
-    law: Law | Tensor | None = None,
+    params: MaskParams | Tensor | None = None,
 ) -> Tensor:
     """Numbers of this kind and shape under a new key, on the device of `like`."""
     compiling = is_compiling()
     if not compiling and function_modes():
-        return handle_torch_function(draw, (like,), kind, like, shape, generator, law)
+        return handle_torch_function(draw, (like,), kind, like, shape, generator, params)
     if portable.is_wanted(compiling):
-        return portable.numbers(kind, like, shape, generator, law)
-    return kind(draw_key(like.device, generator), shape, law)
+        return portable.numbers(kind, like, shape, generator, params)
+    return kind(draw_key(like.device, generator), shape, params)
 
 
 def keep_mask(
-    like: Tensor, law: Law | Tensor, shape: Sequence[int], generator: torch.Generator | None = None
+    like: Tensor, params: MaskParams | Tensor, shape: Sequence[int], generator: torch.Generator | None = None
 ) -> Tensor | None:
-    """Bools, True with the law's probability, ``law.threshold / 2**32``. None where the law keeps everything."""
-    every = keeps_all(law)
+    """Bools, True with the probability ``params.threshold / 2**32``. None where the parameters keep everything."""
+    every = keeps_all(params)
     if every and transforms_active():
         return None
-    kept = draw(numbers.keep_mask, like, shape, generator, law)
+    kept = draw(numbers.keep_mask, like, shape, generator, params)
     return None if every else kept
 
 
@@ -120,10 +121,10 @@ def random_bits(like: Tensor, shape: Sequence[int], generator: torch.Generator |
 
 
 def random_bits_under(
-    like: Tensor, law: Law | Tensor, shape: Sequence[int], generator: torch.Generator | None = None
+    like: Tensor, params: MaskParams | Tensor, shape: Sequence[int], generator: torch.Generator | None = None
 ) -> Tensor | None:
-    """`random_bits` that are to be compared with a law's threshold. None where the law keeps everything."""
-    every = keeps_all(law)
+    """`random_bits` that are to be compared with a mask's threshold. None where the parameters keep everything."""
+    every = keeps_all(params)
     if every and transforms_active():
         return None
     bits = random_bits(like, shape, generator)

@@ -1,14 +1,14 @@
 """One primitive, several backends.
 
 A backend is a module with five functions: ``unsupported_reasons(device, dtype)``, ``draws(shape, key, part)``,
-``standard_normal(shape, key, part)``, ``keep_mask(shape, key, law, part)`` and
-``masked(x, key, law, shape, part, out)``. The first one with no reasons against a tensor serves it. Some have kernels
-for what stands beside dropout as well: see `fused`.
+``standard_normal(shape, key, part)``, ``keep_mask(shape, key, params, part)`` and
+``masked(x, key, params, shape, part, out)``. The first one with no reasons against a tensor serves it. Some have
+kernels for what stands beside dropout as well: see `fused`.
 
 `key` is an int64 tensor with (seed, stream) in its last dimension; its other dimensions are a batch of keys, which
 comes before the mask's own `shape`. `part` tells which elements of a larger mask are meant, for one who holds only
-some of them. `law` is a `Law`, or a float64 tensor that holds (threshold, scale, shift, fill) in its last dimension and
-whose other dimensions broadcast against the mask.
+some of them. `params` is a `MaskParams`, or a float64 tensor that holds (threshold, scale, shift, fill) in its
+last dimension and whose other dimensions broadcast against the mask.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from . import aten, native, reference, triton
-from .law import ONE, Law
-from .masking import COMPUTE_DTYPE, WHOLE, Part, apply_mask, apply_normal, held, trailing
+from .mask_params import ONE, MaskParams
+from .masking import COMPUTE_DTYPE, WHOLE, MaskSlice, apply_mask, apply_normal, held, trailing
 
 BACKENDS: tuple[ModuleType, ...] = (native, triton, aten, reference)
 """In the order in which they are tried."""
@@ -62,10 +62,10 @@ def use_backend(name: str) -> Iterator[None]:
             serve that layer's input.
 
     >>> x, key = torch.ones(4), torch.tensor([1, 2])
-    >>> law = Law(2**31, 2.0)
+    >>> params = MaskParams(2**31, 2.0)
     >>> with use_backend("reference"):
-    ...     y = masked(x, key, law, x.shape)
-    >>> torch.equal(y, masked(x, key, law, x.shape))
+    ...     y = masked(x, key, params, x.shape)
+    >>> torch.equal(y, masked(x, key, params, x.shape))
     True
     """
     global _forced
@@ -128,40 +128,52 @@ def _tell_of_absence() -> None:
 
 
 def masked(
-    x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int], part: Part = WHOLE, out: Tensor | None = None
+    x: Tensor,
+    key: Tensor,
+    params: MaskParams | Tensor,
+    shape: Sequence[int],
+    part: MaskSlice = WHOLE,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """``x * scale + shift`` where an element's draw is below the law's threshold, ``fill`` elsewhere.
+    """``x * scale + shift`` where an element's draw is below the parameters' threshold, ``fill`` elsewhere.
 
     `shape` is the mask's, without the keys' dimensions; it equals x's or has ones where the mask is shared.
     """
-    return backend_for(x.device, x.dtype).masked(x, key, law if x.is_cpu else held(law), shape, part, out)
+    return backend_for(x.device, x.dtype).masked(x, key, params if x.is_cpu else held(params), shape, part, out)
 
 
 def gaussian(
-    x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int], part: Part = WHOLE, out: Tensor | None = None
+    x: Tensor,
+    key: Tensor,
+    params: MaskParams | Tensor,
+    shape: Sequence[int],
+    part: MaskSlice = WHOLE,
+    out: Tensor | None = None,
 ) -> Tensor:
     """``x * (1 + scale * z)`` with standard normal z of this shape, broadcast where it has ones."""
     z = backend_for(x.device, x.dtype).standard_normal(shape, key, part)
-    return apply_normal(x, z, law if x.is_cpu else held(law), out)
+    return apply_normal(x, z, params if x.is_cpu else held(params), out)
 
 
-def select(x: Tensor, kept: Tensor, law: Law | Tensor) -> Tensor:
+def select(x: Tensor, kept: Tensor, params: MaskParams | Tensor) -> Tensor:
     """``x * scale + shift`` where `kept`, `fill` elsewhere, for a mask that broadcasts against x or x against it."""
     if x.shape != kept.shape:  # broadcast_shapes takes 15 us of Python
         x = x.expand(torch.broadcast_shapes(x.shape, kept.shape))
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if backend_for(x.device, x.dtype) is native and native._law_dims(law) == 0:
-        native._spread(x, kept.expand(x.shape), law, out)
+    if backend_for(x.device, x.dtype) is native and native.varying_dims(params) == 0:
+        native._spread(x, kept.expand(x.shape), params, out)
         return out
-    return apply_mask(x, kept, law, out)
+    return apply_mask(x, kept, params, out)
 
 
-def keep_mask(shape: Sequence[int], key: Tensor, law: Law | Tensor, part: Part = WHOLE) -> Tensor:
+def keep_mask(shape: Sequence[int], key: Tensor, params: MaskParams | Tensor, part: MaskSlice = WHOLE) -> Tensor:
     """The mask itself, as bools of shape ``key.shape[:-1] + shape``."""
-    return backend_for(key.device).keep_mask(shape, key, law, part)
+    return backend_for(key.device).keep_mask(shape, key, params, part)
 
 
-def stratified(shape: Sequence[int], shift: Tensor, choice: Tensor, offsets: Tensor, law: Law | Tensor) -> Tensor:
+def stratified(
+    shape: Sequence[int], shift: Tensor, choice: Tensor, offsets: Tensor, params: MaskParams | Tensor
+) -> Tensor:
     """Masks of several samples whose draws are strata of one draw, as bools of shape ``(S,) + shift.shape[:-1] +
     shape``.
 
@@ -169,18 +181,18 @@ def stratified(shape: Sequence[int], shift: Tensor, choice: Tensor, offsets: Ten
     scaled to a member m of the family. `offsets` has the shape (S, family) and holds integers in [0, 2**32).
     """
     backend = backend_for(shift.device)
-    if backend is native and isinstance(law, Law):
-        return native.stratified(shape, shift, choice, offsets, law)
+    if backend is native and isinstance(params, MaskParams):
+        return native.stratified(shape, shift, choice, offsets, params)
     first, member = backend.draws(shape, shift), backend.draws(shape, choice) * offsets.shape[1] >> 32
-    return (first + offsets[:, member] & ONE - 1) < trailing(law, shift.device)[0]
+    return (first + offsets[:, member] & ONE - 1) < trailing(params, shift.device)[0]
 
 
-def draws(shape: Sequence[int], key: Tensor, part: Part = WHOLE) -> Tensor:
+def draws(shape: Sequence[int], key: Tensor, part: MaskSlice = WHOLE) -> Tensor:
     """The 32-bit draws that masks are decided by, as int64 of shape ``key.shape[:-1] + shape``."""
     return backend_for(key.device).draws(shape, key, part)
 
 
-def standard_normal(shape: Sequence[int], key: Tensor, part: Part = WHOLE) -> Tensor:
+def standard_normal(shape: Sequence[int], key: Tensor, part: MaskSlice = WHOLE) -> Tensor:
     """Standard normal variates, as float64 of shape ``key.shape[:-1] + shape``."""
     return backend_for(key.device).standard_normal(shape, key, part)
 
@@ -189,7 +201,7 @@ __all__ = [
     "BACKENDS",
     "COMPUTE_DTYPE",
     "WHOLE",
-    "Law",
+    "MaskParams",
     "Part",
     "available_backends",
     "backend_for",

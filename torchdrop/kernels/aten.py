@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .law import Law, has_float64
-from .masking import COMPUTE_DTYPE, WHOLE, Part, apply_mask
+from .mask_params import MaskParams, has_float64
+from .masking import COMPUTE_DTYPE, WHOLE, MaskSlice, apply_mask
 from .reference import NORMAL_PLANE, SECOND_PLANE
 
 NAME = "aten"
@@ -122,7 +122,7 @@ def _halves(first: int, last: int, plane: int, key: Tensor) -> Tensor:
     return halves.flatten(-2)
 
 
-def _plane(shape: Sequence[int], key: Tensor, part: Part, plane: int) -> Tensor:
+def _plane(shape: Sequence[int], key: Tensor, part: MaskSlice, plane: int) -> Tensor:
     """Each element's 16 bits of a plane, as int16."""
 
     def row(start: int, n: int) -> Tensor:
@@ -131,18 +131,18 @@ def _plane(shape: Sequence[int], key: Tensor, part: Part, plane: int) -> Tensor:
     return reference.of_part(row, shape, key, part)
 
 
-def draws(shape: Sequence[int], key: Tensor, part: Part = WHOLE) -> Tensor:
+def draws(shape: Sequence[int], key: Tensor, part: MaskSlice = WHOLE) -> Tensor:
     upper, lower = (_plane(shape, key, part, plane).to(torch.int64) & 0xFFFF for plane in (0, SECOND_PLANE))
     return upper << 16 | lower
 
 
-def keep_mask(shape: Sequence[int], key: Tensor, law: Law | Tensor, part: Part = WHOLE) -> Tensor:
+def keep_mask(shape: Sequence[int], key: Tensor, params: MaskParams | Tensor, part: MaskSlice = WHOLE) -> Tensor:
     upper = _plane(shape, key, part, 0).to(torch.int32) & 0xFFFF
-    if isinstance(law, Law):
-        below: int | Tensor = law.threshold
+    if isinstance(params, MaskParams):
+        below: int | Tensor = params.threshold
         kept, open_ = upper < below >> 16, below & 0xFFFF != 0
     else:
-        below = law[..., 0].to(torch.int64).to(key.device)
+        below = params[..., 0].to(torch.int64).to(key.device)
         kept, open_ = upper < below >> 16, True
     if not open_:
         return kept
@@ -159,7 +159,7 @@ def keep_mask(shape: Sequence[int], key: Tensor, law: Law | Tensor, part: Part =
     return kept
 
 
-def _lower(places: Tensor, shape: Sequence[int], key: Tensor, part: Part) -> Tensor:
+def _lower(places: Tensor, shape: Sequence[int], key: Tensor, part: MaskSlice) -> Tensor:
     """The lower 16 bits of the draws of these elements, one a row of their indices."""
     keys = key.dim() - 1
     element = torch.zeros_like(places[:, 0])
@@ -175,12 +175,17 @@ def _lower(places: Tensor, shape: Sequence[int], key: Tensor, part: Part) -> Ten
 
 
 def masked(
-    x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int], part: Part = WHOLE, out: Tensor | None = None
+    x: Tensor,
+    key: Tensor,
+    params: MaskParams | Tensor,
+    shape: Sequence[int],
+    part: MaskSlice = WHOLE,
+    out: Tensor | None = None,
 ) -> Tensor:
-    return apply_mask(x, keep_mask(shape, key, law, part), law, out)
+    return apply_mask(x, keep_mask(shape, key, params, part), params, out)
 
 
-def standard_normal(shape: Sequence[int], key: Tensor, part: Part = WHOLE) -> Tensor:
+def standard_normal(shape: Sequence[int], key: Tensor, part: MaskSlice = WHOLE) -> Tensor:
     def row(start: int, n: int) -> Tensor:
         words = _words(start // 4 + NORMAL_PLANE, -(-(start + n) // 4) + NORMAL_PLANE, key)
         exact = has_float64(key.device)

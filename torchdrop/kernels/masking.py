@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.torch_state import transforms_active
-from .law import ONE, Law, has_float64
+from .mask_params import ONE, MaskParams, has_float64
 
 COMPUTE_DTYPE = {
     torch.float16: torch.float32,
@@ -23,7 +23,7 @@ SERVED = frozenset(COMPUTE_DTYPE)
 """The element types alone. Compiled regions within compiled code cannot ask a dictionary what it contains."""
 
 
-class Part(NamedTuple):
+class MaskSlice(NamedTuple):
     """Which elements of a larger mask: element e has the index ``start + (e // run) * pitch + e % run`` there.
 
     So the part is made of rows of `run` neighbors, `pitch` apart. With a run of 0 it is one row.
@@ -46,58 +46,60 @@ class Part(NamedTuple):
         return n // self.run, self.run, self.pitch
 
 
-WHOLE = Part()
+WHOLE = MaskSlice()
 
 
-def held(law: Law | Tensor) -> Law | Tensor:
-    """The law itself, or the numbers of one that lies in the host's memory: a copy to a device would be waited for.
+def held(params: MaskParams | Tensor) -> MaskParams | Tensor:
+    """The parameters themselves, or their numbers where they lie in the host's memory: a copy to a device would be
+    waited for.
 
     For what runs, and is not traced.
     """
-    if isinstance(law, Law) or law.numel() != 4 or not law.is_cpu:
-        return law
-    threshold, scale, shift, fill = law.reshape(4).tolist()
-    return Law(int(min(max(0.0, threshold), ONE)), scale, shift, fill)  # a NaN keeps nothing
+    if isinstance(params, MaskParams) or params.numel() != 4 or not params.is_cpu:
+        return params
+    threshold, scale, shift, fill = params.reshape(4).tolist()
+    return MaskParams(int(min(max(0.0, threshold), ONE)), scale, shift, fill)  # a NaN keeps nothing
 
 
-def trailing(law: Law | Tensor, device: torch.device) -> tuple[float | Tensor, ...]:
-    """Threshold, scale, shift and fill of a law: numbers, or tensors that go with those of `device`."""
-    if isinstance(law, Law):
-        return law.threshold, law.scale, law.shift, law.fill
+def trailing(params: MaskParams | Tensor, device: torch.device) -> tuple[float | Tensor, ...]:
+    """Threshold, scale, shift and fill of mask parameters: numbers, or tensors that go with those of
+    `device`."""
+    if isinstance(params, MaskParams):
+        return params.threshold, params.scale, params.shift, params.fill
     if not has_float64(device):
-        threshold, *others = law.unbind(-1)
+        threshold, *others = params.unbind(-1)
         return threshold.to(torch.int64).to(device), *(other.to(torch.float32).to(device) for other in others)
-    if law.dim() == 1 and law.is_cpu and not transforms_active():
-        return law.unbind(-1)  # scalars of the host go with any device
-    return law.to(device).unbind(-1)
+    if params.dim() == 1 and params.is_cpu and not transforms_active():
+        return params.unbind(-1)  # scalars of the host go with any device
+    return params.to(device).unbind(-1)
 
 
-def masked_values(x: Tensor, kept: Tensor, law: Law | Tensor) -> Tensor:
+def masked_values(x: Tensor, kept: Tensor, params: MaskParams | Tensor) -> Tensor:
     """``x * scale + shift`` where `kept`, `fill` elsewhere, in the element type that x is computed in.
 
     A select, so a dropped infinity or NaN is `fill`.
     """
     dtype = COMPUTE_DTYPE[x.dtype]
-    _, scale, shift, fill = (v.to(dtype) if isinstance(v, Tensor) else v for v in trailing(law, x.device))
+    _, scale, shift, fill = (v.to(dtype) if isinstance(v, Tensor) else v for v in trailing(params, x.device))
     value = x.to(dtype) * scale
-    if not isinstance(law, Law) or law.shift or law.fill:
+    if not isinstance(params, MaskParams) or params.shift or params.fill:
         if not isinstance(fill, Tensor):
             fill = torch.full((), fill, dtype=dtype, device=x.device)  # not a copy, for which CUDA would be waited for
         return torch.where(kept, value + shift, fill)
     return torch.where(kept, value, torch.zeros((), dtype=dtype, device=x.device))
 
 
-def apply_mask(x: Tensor, kept: Tensor, law: Law | Tensor, out: Tensor | None = None) -> Tensor:
+def apply_mask(x: Tensor, kept: Tensor, params: MaskParams | Tensor, out: Tensor | None = None) -> Tensor:
     """`masked_values`, rounded to x's element type, with x's strides."""
     if out is None:
         out = torch.empty_like(x)
-    return out.copy_(masked_values(x, kept, law))
+    return out.copy_(masked_values(x, kept, params))
 
 
-def apply_normal(x: Tensor, z: Tensor, law: Law | Tensor, out: Tensor | None = None) -> Tensor:
+def apply_normal(x: Tensor, z: Tensor, params: MaskParams | Tensor, out: Tensor | None = None) -> Tensor:
     """``x * (1 + scale * z)``, the factor computed in double precision."""
     dtype = COMPUTE_DTYPE[x.dtype]
-    factor = 1.0 + trailing(law, x.device)[1] * z
+    factor = 1.0 + trailing(params, x.device)[1] * z
     if out is None:
         out = torch.empty_like(x)
     return out.copy_(x.to(dtype) * factor.to(dtype))

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .law import Law
-from .masking import WHOLE, Part, apply_mask, trailing
+from .mask_params import MaskParams
+from .masking import WHOLE, MaskSlice, apply_mask, trailing
 
 NAME = "native"
 
@@ -34,7 +34,7 @@ SERIAL = 2 * 16384
 """Below this many elements one thread does the work."""
 
 _SHORTEST_ROW = 64
-"""A row of its own costs a chunk of draws; where a law changes more often than this, drawing first is cheaper."""
+"""A row of its own costs a chunk of draws; where parameters change more often than this, drawing first is cheaper."""
 
 ANY_WIDTH = -1
 
@@ -68,7 +68,8 @@ class _Library:
 
 
 Doors = tuple[Callable[..., None], Callable[..., None]]
-"""For one contiguous row: kind, out, in, length, 16 bytes of key, law, threads. And td_fused, with its key as bytes."""
+"""For one contiguous row: kind, out, in, length, 16 bytes of key, parameters, threads. And td_fused, with its key as
+bytes."""
 
 
 def _takes_doors() -> bool:
@@ -165,13 +166,19 @@ def unsupported_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
 
 
 def _rows(
-    kind: int, out: Tensor, x: Tensor | None, key: Tensor, law: Law | Tensor, shape: Sequence[int], part: Part
+    kind: int,
+    out: Tensor,
+    x: Tensor | None,
+    key: Tensor,
+    params: MaskParams | Tensor,
+    shape: Sequence[int],
+    part: MaskSlice,
 ) -> None:
-    """Contiguous elements of a mask of shape ``key.shape[:-1] + shape``, in rows that share a key and a law."""
+    """Contiguous elements of a mask of shape ``key.shape[:-1] + shape``, in rows that share a key and parameters."""
     if not out.numel():
         return
     keys, full = len(key.shape) - 1, (*key.shape[:-1], *shape)
-    split = max(keys, _law_dims(law))
+    split = max(keys, varying_dims(params))
     if split == keys:
         rows_per_key, length, pitch = part.rows(math.prod(shape))
     else:
@@ -179,129 +186,134 @@ def _rows(
         pitch = length
     rows = math.prod(full[:keys]) * rows_per_key
     key = key.contiguous()
-    if isinstance(law, Law):
-        address, step = law.address, 0
-    elif split == keys and _law_dims(law) == 0:
-        law = law.cpu().contiguous()
-        address, step = law.data_ptr(), 0
+    if isinstance(params, MaskParams):
+        address, step = params.address, 0
+    elif split == keys and varying_dims(params) == 0:
+        params = params.cpu().contiguous()
+        address, step = params.data_ptr(), 0
     else:
-        law = law.cpu()[(slice(None),) * split + (0,) * (len(full) - split)].expand(*full[:split], 4)
-        if split == keys:  # a key's rows are under one law
-            law = law.unsqueeze(-2).expand(*full[:split], rows_per_key, 4)
-        law = law.contiguous()
-        address, step = law.data_ptr(), 4
+        params = params.cpu()[(slice(None),) * split + (0,) * (len(full) - split)].expand(*full[:split], 4)
+        if split == keys:  # a key's rows are under one set of parameters
+            params = params.unsqueeze(-2).expand(*full[:split], rows_per_key, 4)
+        params = params.contiguous()
+        address, step = params.data_ptr(), 4
     library.masked(  # type: ignore[union-attr]
         kind, out.data_ptr(), None if x is None else x.data_ptr(), rows, length, max(rows_per_key, 1), part.start,
         pitch, key.data_ptr(), address, step, threads(), ANY_WIDTH,
     )  # fmt: skip
 
 
-def _law_dims(law: Law | Tensor) -> int:
-    """How many leading dimensions a law varies over."""
-    if isinstance(law, Law):
+def varying_dims(params: MaskParams | Tensor) -> int:
+    """How many leading dimensions mask parameters vary over."""
+    if isinstance(params, MaskParams):
         return 0
-    return max((d + 1 for d, size in enumerate(law.shape[:-1]) if size > 1), default=0)
+    return max((d + 1 for d, size in enumerate(params.shape[:-1]) if size > 1), default=0)
 
 
-def _in_rows(law: Law | Tensor, key: Tensor, shape: Sequence[int], part: Part) -> bool:
-    keys, dims = len(key.shape) - 1, _law_dims(law)
+def _in_rows(params: MaskParams | Tensor, key: Tensor, shape: Sequence[int], part: MaskSlice) -> bool:
+    keys, dims = len(key.shape) - 1, varying_dims(params)
     if part.run and dims > keys:
         return False
-    if isinstance(law, Tensor) and law.dim() > 1:
+    if isinstance(params, Tensor) and params.dim() > 1:
         full = (*key.shape[:-1], *shape)
-        if any(size not in (1, whole) for size, whole in zip(law.shape[:-1], full, strict=True)):
-            return False  # one draw under several laws
+        if any(size not in (1, whole) for size, whole in zip(params.shape[:-1], full, strict=True)):
+            return False  # one draw under several sets of parameters
     return dims <= keys or math.prod(shape[dims - keys :]) >= _SHORTEST_ROW
 
 
-def draws(shape: Sequence[int], key: Tensor, part: Part = WHOLE) -> Tensor:
+def draws(shape: Sequence[int], key: Tensor, part: MaskSlice = WHOLE) -> Tensor:
     out = torch.empty((*key.shape[:-1], *shape), dtype=torch.int64)
-    _rows(_DRAWS, out, None, key, _NO_LAW, shape, part)
+    _rows(_DRAWS, out, None, key, _NO_PARAMS, shape, part)
     return out
 
 
-def standard_normal(shape: Sequence[int], key: Tensor, part: Part = WHOLE) -> Tensor:
+def standard_normal(shape: Sequence[int], key: Tensor, part: MaskSlice = WHOLE) -> Tensor:
     out = torch.empty((*key.shape[:-1], *shape), dtype=torch.float64)
-    _rows(_NORMAL, out, None, key, _NO_LAW, shape, part)
+    _rows(_NORMAL, out, None, key, _NO_PARAMS, shape, part)
     return out
 
 
-_NO_LAW = Law(0, 0.0)
+_NO_PARAMS = MaskParams(0, 0.0)
 
 
-def keep_mask(shape: Sequence[int], key: Tensor, law: Law | Tensor, part: Part = WHOLE) -> Tensor:
-    if not _in_rows(law, key, shape, part):
-        return draws(shape, key, part) < trailing(law, key.device)[0]
+def keep_mask(shape: Sequence[int], key: Tensor, params: MaskParams | Tensor, part: MaskSlice = WHOLE) -> Tensor:
+    if not _in_rows(params, key, shape, part):
+        return draws(shape, key, part) < trailing(params, key.device)[0]
     out = torch.empty((*key.shape[:-1], *shape), dtype=torch.bool)
-    _rows(_KEEP, out, None, key, law, shape, part)
+    _rows(_KEEP, out, None, key, params, shape, part)
     return out
 
 
-def stratified(shape: Sequence[int], shift: Tensor, choice: Tensor, offsets: Tensor, law: Law) -> Tensor:
+def stratified(shape: Sequence[int], shift: Tensor, choice: Tensor, offsets: Tensor, params: MaskParams) -> Tensor:
     samples, family = offsets.shape
     out = torch.empty((samples, *shift.shape[:-1], *shape), dtype=torch.bool)
     shift, choice, offsets = shift.contiguous(), choice.contiguous(), offsets.to(torch.int32).contiguous()
     library.stratified(  # type: ignore[union-attr]
         out.data_ptr(), samples, math.prod(shift.shape[:-1]), math.prod(shape), shift.data_ptr(), choice.data_ptr(),
-        offsets.data_ptr(), family, law.address, threads(), ANY_WIDTH,
+        offsets.data_ptr(), family, params.address, threads(), ANY_WIDTH,
     )  # fmt: skip
     return out
 
 
 def masked(
-    x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int], part: Part = WHOLE, out: Tensor | None = None
+    x: Tensor,
+    key: Tensor,
+    params: MaskParams | Tensor,
+    shape: Sequence[int],
+    part: MaskSlice = WHOLE,
+    out: Tensor | None = None,
 ) -> Tensor:
     if out is None:
         out = torch.empty_like(x)
     contiguous = x.is_contiguous() and out.is_contiguous()
     if (*key.shape[:-1], *shape) == x.shape and contiguous:
-        if key.dim() == 1 and part == WHOLE and _is_single(law) and x.numel():
-            return _whole_row(KINDS[x.dtype], x, key, law, out)
-        if _in_rows(law, key, shape, part):
-            _rows(KINDS[x.dtype], out, x, key, law, shape, part)
+        if key.dim() == 1 and part == WHOLE and _is_single(params) and x.numel():
+            return _whole_row(KINDS[x.dtype], x, key, params, out)
+        if _in_rows(params, key, shape, part):
+            _rows(KINDS[x.dtype], out, x, key, params, shape, part)
             return out
-    group = _group(x, key, law, shape) if part == WHOLE and contiguous else 0
+    group = _group(x, key, params, shape) if part == WHOLE and contiguous else 0
     if group:
-        law = _readable(law)
+        params = _readable(params)
         library.grouped(  # type: ignore[union-attr]
             KINDS[x.dtype], out.data_ptr(), x.data_ptr(), x.numel() // group, group, key.data_ptr(),
-            _address(law), threads(),
+            _address(params), threads(),
         )  # fmt: skip
         return out
-    kept = keep_mask(shape, key, law, part)
-    if _law_dims(law):
-        return apply_mask(x, kept, law, out)
-    _spread(x, kept.expand(x.shape), law, out)
+    kept = keep_mask(shape, key, params, part)
+    if varying_dims(params):
+        return apply_mask(x, kept, params, out)
+    _spread(x, kept.expand(x.shape), params, out)
     return out
 
 
-def _is_single(law: Law | Tensor) -> bool:
-    return isinstance(law, Law) or law.dim() == 1
+def _is_single(params: MaskParams | Tensor) -> bool:
+    return isinstance(params, MaskParams) or params.dim() == 1
 
 
-def _whole_row(kind: int, x: Tensor, key: Tensor, law: Law | Tensor, out: Tensor) -> Tensor:
-    """A whole contiguous tensor under one key and one law, with fewer steps: small tensors feel each of them."""
-    n, held = x.numel(), _readable(law)
+def _whole_row(kind: int, x: Tensor, key: Tensor, params: MaskParams | Tensor, out: Tensor) -> Tensor:
+    """A whole contiguous tensor under one key, with fewer steps: small tensors feel each of them."""
+    n, held = x.numel(), _readable(params)
     library.masked_row(  # type: ignore[union-attr]
         kind, out.data_ptr(), x.data_ptr(), n, key_bytes(key), _address(held), 1 if n < SERIAL else threads()
     )
     return out
 
 
-def _readable(law: Law | Tensor) -> Law | Tensor:
-    """One law, with its four numbers in a row in the host's memory."""
-    return law if isinstance(law, Law) else law.cpu().contiguous()
+def _readable(params: MaskParams | Tensor) -> MaskParams | Tensor:
+    """One set of parameters, with its four numbers in a row in the host's memory."""
+    return params if isinstance(params, MaskParams) else params.cpu().contiguous()
 
 
-def _address(law: Law | Tensor) -> int:
-    return law.address if isinstance(law, Law) else law.data_ptr()
+def _address(params: MaskParams | Tensor) -> int:
+    return params.address if isinstance(params, MaskParams) else params.data_ptr()
 
 
-def _group(x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int]) -> int:
-    """How many neighbors of a contiguous x share a draw under one key and law; 0 where the mask has another form."""
+def _group(x: Tensor, key: Tensor, params: MaskParams | Tensor, shape: Sequence[int]) -> int:
+    """How many neighbors of a contiguous x share a draw under one key; 0 where the mask has another form."""
     if key.dim() != 1 or not key.is_contiguous() or x.numel() == 0:
         return 0
-    if not isinstance(law, Law) and law.dim() != 1:
+    if not isinstance(params, MaskParams) and params.dim() != 1:
         return 0
     split = len(shape)
     while split and shape[split - 1] == 1:
@@ -309,7 +321,7 @@ def _group(x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int]) -> i
     return math.prod(x.shape[split:]) if tuple(shape[:split]) == x.shape[:split] else 0
 
 
-def _spread(x: Tensor, kept: Tensor, law: Law | Tensor, out: Tensor) -> None:
+def _spread(x: Tensor, kept: Tensor, params: MaskParams | Tensor, out: Tensor) -> None:
     """A mask of x's shape, any strides: dimensions in the order of the output's memory, merged where all agree."""
     if not out.numel():
         return
@@ -321,7 +333,7 @@ def _spread(x: Tensor, kept: Tensor, law: Law | Tensor, out: Tensor) -> None:
         else:
             dims.append([size, *steps])
     columns = [(c_int64 * len(dims))(*column) for column in zip(*dims, strict=True)] if dims else [(c_int64 * 1)(1)] * 4
-    held = _readable(law if isinstance(law, Law) else law.reshape(4))
+    held = _readable(params if isinstance(params, MaskParams) else params.reshape(4))
     failed = library.spread(  # type: ignore[union-attr]
         KINDS[x.dtype], out.data_ptr(), x.data_ptr(), kept.data_ptr(), max(len(dims), 1), *columns,
         _address(held), threads(), ANY_WIDTH,
@@ -335,10 +347,12 @@ def key_bytes(key: Tensor) -> bytes:
     return ctypes.string_at(key.data_ptr(), 16)
 
 
-def dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor, key: Tensor, law: Law | Tensor) -> Tensor | None:
+def dropout_add(
+    x: Tensor, bias: Tensor | None, residual: Tensor, key: Tensor, params: MaskParams | Tensor
+) -> Tensor | None:
     if not (x.is_contiguous() and residual.is_contiguous() and (bias is None or bias.is_contiguous())):
         return None
-    held, out = _readable(law), torch.empty_like(x)
+    held, out = _readable(params), torch.empty_like(x)
     library.fused(  # type: ignore[union-attr]
         ADD, KINDS[x.dtype], out.data_ptr(), x.data_ptr(), None if bias is None else bias.data_ptr(),
         1 if bias is None else bias.numel(), residual.data_ptr(), x.numel(), key_bytes(key), _address(held), threads(),
@@ -347,18 +361,18 @@ def dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor, key: Tensor, l
     return out
 
 
-def activation_dropout(x: Tensor, key: Tensor, law: Law | Tensor, activation: str) -> Tensor | None:
+def activation_dropout(x: Tensor, key: Tensor, params: MaskParams | Tensor, activation: str) -> Tensor | None:
     if activation != "relu" or not x.is_contiguous():
         return None
-    return _whole_row(KINDS[x.dtype] + RECTIFIED, x, key, law, torch.empty_like(x))
+    return _whole_row(KINDS[x.dtype] + RECTIFIED, x, key, params, torch.empty_like(x))
 
 
 def activation_dropout_backward(
-    grad: Tensor, kept: Tensor, key: Tensor, law: Law | Tensor, activation: str
+    grad: Tensor, kept: Tensor, key: Tensor, params: MaskParams | Tensor, activation: str
 ) -> Tensor | None:
     if activation != "relu" or not (grad.is_contiguous() and kept.is_contiguous()):
         return None
-    held, out = _readable(law), torch.empty_like(grad)
+    held, out = _readable(params), torch.empty_like(grad)
     library.fused(  # type: ignore[union-attr]
         RELU_BACKWARD, KINDS[grad.dtype], out.data_ptr(), grad.data_ptr(), None, 1, kept.data_ptr(), grad.numel(),
         NO_KEY, _address(held), threads(), ANY_WIDTH,

@@ -19,8 +19,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .law import Law
-from .masking import COMPUTE_DTYPE, WHOLE, Part, apply_mask, trailing
+from .mask_params import MaskParams
+from .masking import COMPUTE_DTYPE, WHOLE, MaskSlice, apply_mask, trailing
 
 NAME = "reference"
 
@@ -59,7 +59,7 @@ def _halves(first: int, last: int, plane: int, key: Tensor) -> Tensor:
     return torch.stack([words & 0xFFFF, words >> 16], -1).flatten(-3)
 
 
-def of_part(row: Callable[[int, int], Tensor], shape: Sequence[int], key: Tensor, part: Part) -> Tensor:
+def of_part(row: Callable[[int, int], Tensor], shape: Sequence[int], key: Tensor, part: MaskSlice) -> Tensor:
     """The rows of a part, each from `row`, which takes an index and a length."""
     count, length, pitch = part.rows(math.prod(shape))
     rows = [row(part.start + r * pitch, length) for r in range(count)]
@@ -67,7 +67,7 @@ def of_part(row: Callable[[int, int], Tensor], shape: Sequence[int], key: Tensor
     return out.reshape((*key.shape[:-1], *shape))
 
 
-def draws(shape: Sequence[int], key: Tensor, part: Part = WHOLE) -> Tensor:
+def draws(shape: Sequence[int], key: Tensor, part: MaskSlice = WHOLE) -> Tensor:
     """The 32-bit draws of the part's elements as int64, of shape ``key.shape[:-1] + shape``."""
 
     def row(start: int, n: int) -> Tensor:
@@ -78,16 +78,21 @@ def draws(shape: Sequence[int], key: Tensor, part: Part = WHOLE) -> Tensor:
     return of_part(row, shape, key, part)
 
 
-def keep_mask(shape: Sequence[int], key: Tensor, law: Law | Tensor, part: Part = WHOLE) -> Tensor:
-    """True where the draw is below the law's threshold, of shape ``key.shape[:-1] + shape``."""
-    return draws(shape, key, part) < trailing(law, key.device)[0]
+def keep_mask(shape: Sequence[int], key: Tensor, params: MaskParams | Tensor, part: MaskSlice = WHOLE) -> Tensor:
+    """True where the draw is below the parameters' threshold, of shape ``key.shape[:-1] + shape``."""
+    return draws(shape, key, part) < trailing(params, key.device)[0]
 
 
 def masked(
-    x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int], part: Part = WHOLE, out: Tensor | None = None
+    x: Tensor,
+    key: Tensor,
+    params: MaskParams | Tensor,
+    shape: Sequence[int],
+    part: MaskSlice = WHOLE,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """`x` under the law and a mask of this shape, broadcast where it has ones."""
-    return apply_mask(x, keep_mask(shape, key, law, part), law, out)
+    """`x` under the parameters and a mask of this shape, broadcast where it has ones."""
+    return apply_mask(x, keep_mask(shape, key, params, part), params, out)
 
 
 def _log(u: Tensor) -> Tensor:
@@ -127,7 +132,7 @@ def normals(words: Tensor) -> Tensor:
     return torch.stack([radius * cosine, radius * sine], -1).flatten(-3)
 
 
-def standard_normal(shape: Sequence[int], key: Tensor, part: Part = WHOLE) -> Tensor:
+def standard_normal(shape: Sequence[int], key: Tensor, part: MaskSlice = WHOLE) -> Tensor:
     """Standard normal variates of the part's elements as float64, of shape ``key.shape[:-1] + shape``."""
 
     def row(start: int, n: int) -> Tensor:

@@ -1,7 +1,8 @@
 """Triton kernels for CUDA: the masks of the reference, bit for bit, in one pass over memory.
 
-Keys are read in the kernels, from the device's memory, and a `Law` goes in by value: a launch copies nothing and waits
-for nothing, so it can be captured in a CUDA graph. Triton itself is imported when a tensor is there that it can serve.
+Keys are read in the kernels, from the device's memory, and a `MaskParams` goes in by value: a launch copies nothing and
+waits for nothing, so it can be captured in a CUDA graph. Triton itself is imported when a tensor is there that it can
+serve.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from torch import Tensor
 
 from ..core.torch_state import current_cuda_device, without_dispatch_modes
 from . import native, reference
-from .law import ONE, Law
-from .masking import COMPUTE_DTYPE, WHOLE, Part, apply_mask, held, trailing
+from .mask_params import ONE, MaskParams
+from .masking import COMPUTE_DTYPE, WHOLE, MaskSlice, apply_mask, held, trailing
 
 NAME = "triton"
 
@@ -63,7 +64,7 @@ def _failure(index: int, dtype: torch.dtype) -> str:
     try:
         with without_dispatch_modes(), torch.inference_mode(False):
             x, key = torch.ones(64, dtype=dtype, device=device), torch.zeros(2, dtype=torch.int64, device=device)
-            half = Law(ONE // 2, 2.0)
+            half = MaskParams(ONE // 2, 2.0)
             expected = reference.masked(x, key, half, x.shape)
             if not all(torch.equal(masked(x, key, half, x.shape), expected) for _ in range(2)):
                 raise RuntimeError("masks are not those of the reference")
@@ -115,23 +116,23 @@ def _why_not(device: torch.device, dtype: torch.dtype) -> str:
 
 
 Values = tuple[int, int, float, float, float]
-"""A law as a kernel takes it: its threshold in two halves, scale, shift and fill. The upper half has 16 bits, so the
-lower one of 2**32 has 17."""
+"""Mask parameters as a kernel takes them: the threshold in two halves, scale, shift and fill. The upper half has 16
+bits, so the lower one of 2**32 has 17."""
 
 
 @functools.lru_cache(maxsize=4096)
-def _values(law: Law) -> Values:
-    high = min(law.threshold >> 16, 0xFFFF)
-    return high, law.threshold - (high << 16), law.scale, law.shift, law.fill
+def _values(params: MaskParams) -> Values:
+    high = min(params.threshold >> 16, 0xFFFF)
+    return high, params.threshold - (high << 16), params.scale, params.shift, params.fill
 
 
-def _numbers(law: Law | Tensor) -> tuple[Tensor | None, Values, bool]:
-    """Where a kernel reads a law from, or its values. And whether something may be added to what is kept, or put in the
-    place of what is not."""
-    law = held(law)
-    if isinstance(law, Tensor):
-        return law.contiguous(), (0, 0, 0.0, 0.0, 0.0), True
-    return None, _values(law), bool(law.shift or law.fill)
+def _numbers(params: MaskParams | Tensor) -> tuple[Tensor | None, Values, bool]:
+    """Where a kernel reads mask parameters from, or their values. And whether something may be added to what is kept,
+    or put in the place of what is not."""
+    params = held(params)
+    if isinstance(params, Tensor):
+        return params.contiguous(), (0, 0, 0.0, 0.0, 0.0), True
+    return None, _values(params), bool(params.shift or params.fill)
 
 
 @functools.cache
@@ -158,7 +159,7 @@ def _launch(
     constants: tuple[Any, ...],
     warps: int = _WARPS,
 ) -> _Starter | None:
-    """Runs a kernel. `tensors` are of one element type, but for the key and the law that are among them.
+    """Runs a kernel. `tensors` are of one element type, but for the key and the parameters that are among them.
 
     Returns what launches the same kernel again; None in the interpreter, which compiles nothing.
     """
@@ -183,10 +184,16 @@ def _launch(
 
 
 def _rows(
-    makes: str, out: Tensor, x: Tensor | None, key: Tensor, law: Law | Tensor, shape: Sequence[int], part: Part
+    makes: str,
+    out: Tensor,
+    x: Tensor | None,
+    key: Tensor,
+    params: MaskParams | Tensor,
+    shape: Sequence[int],
+    part: MaskSlice,
 ) -> None:
-    """Contiguous elements of a mask of shape ``key.shape[:-1] + shape``, in rows that share a key and a law."""
-    keys, dims, full = key.dim() - 1, native._law_dims(law), (*key.shape[:-1], *shape)
+    """Contiguous elements of a mask of shape ``key.shape[:-1] + shape``, in rows that share a key and parameters."""
+    keys, dims, full = key.dim() - 1, native.varying_dims(params), (*key.shape[:-1], *shape)
     split = max(keys, dims)
     if split == keys:
         rows_per_key, length, pitch = part.rows(math.prod(shape))
@@ -196,11 +203,11 @@ def _rows(
     rows = math.prod(full[:keys]) * rows_per_key
     if rows * length == 0:
         return
-    law_of = "all"
+    params_of = "all"
     if dims:
-        law_of = "key" if split == keys else "row"
-        law = law[(slice(None),) * split + (0,) * (len(full) - split)].expand(*full[:split], 4)  # type: ignore[index]
-        law = law.to(out.device).contiguous()
+        params_of = "key" if split == keys else "row"
+        params = params[(slice(None),) * split + (0,) * (len(full) - split)].expand(*full[:split], 4)  # type: ignore[index]
+        params = params.to(out.device).contiguous()
     lanes = _lanes(out)
     aligned = part.start % lanes == 0 and (
         rows == 1 or (length % lanes == 0 and (rows_per_key == 1 or pitch % lanes == 0))
@@ -209,90 +216,95 @@ def _rows(
     brief = skip + length <= _BRIEF * lanes and rows > 1
     vectors = _BRIEF if brief else _vectors()
     chunks = -(-(skip + length) // (vectors * lanes))
-    laws, values, affine = _numbers(law)
+    in_memory, values, affine = _numbers(params)
     _launch(
-        "rows", rows * chunks, (out, x, key.contiguous(), laws),
+        "rows", rows * chunks, (out, x, key.contiguous(), in_memory),
         (*values, part.start, length, pitch, rows_per_key, chunks),
-        (makes, affine, law_of, rows == 1, aligned, vectors, lanes),
+        (makes, affine, params_of, rows == 1, aligned, vectors, lanes),
         1 if brief else _WARPS,
     )  # fmt: skip
 
 
 _ready: dict[tuple[int, torch.dtype], tuple[_Starter, int, tuple[Any, ...]]] = {}
-"""For a device and element type: what launches the kernel of `masked_row` for aligned tensors and laws that only scale,
-the elements that a program serves, and the kernel's constants."""
+"""For a device and element type: what launches the kernel of `masked_row` for aligned tensors and parameters that only
+scale, the elements that a program serves, and the kernel's constants."""
 
 
-def masked_row(x: Tensor, key: Tensor, law: Law, out: Tensor | None = None) -> Tensor:
-    """What `masked` does for a whole contiguous tensor under one key, itself contiguous, and one law: in less time."""
+def masked_row(x: Tensor, key: Tensor, params: MaskParams, out: Tensor | None = None) -> Tensor:
+    """What `masked` does for a whole contiguous tensor under one key, itself contiguous, in less time."""
     if out is None:
         out = torch.empty_like(x)
     n = x.numel()
     if not n:
         return out
-    index, dtype, affine = x.get_device(), x.dtype, bool(law.shift or law.fill)
+    index, dtype, affine = x.get_device(), x.dtype, bool(params.shift or params.fill)
     aligned = not (affine or (out.data_ptr() | x.data_ptr() | key.data_ptr()) & 15)
     ready = _ready.get((index, dtype)) if aligned else None
     if ready is not None and (index < 0 or index == current_cuda_device()):
         start, elements, constants = ready
         programs = -(-n // elements)
-        start(programs, out, x, key, None, *_values(law), 0, n, n, 1, programs, *constants)
+        start(programs, out, x, key, None, *_values(params), 0, n, n, 1, programs, *constants)
         return out
     lanes, vectors = _lanes(out), _vectors()
     elements = vectors * lanes
     programs = -(-n // elements)
     constants = ("product", affine, "all", True, True, vectors, lanes)
-    found = _launch("rows", programs, (out, x, key, None), (*_values(law), 0, n, n, 1, programs), constants)
+    found = _launch("rows", programs, (out, x, key, None), (*_values(params), 0, n, n, 1, programs), constants)
     if aligned and found is not None:
         _ready[index, dtype] = found, elements, constants
     return out
 
 
-_NO_LAW = Law(0, 0.0)
+_NO_PARAMS = MaskParams(0, 0.0)
 
 
-def draws(shape: Sequence[int], key: Tensor, part: Part = WHOLE) -> Tensor:
+def draws(shape: Sequence[int], key: Tensor, part: MaskSlice = WHOLE) -> Tensor:
     out = torch.empty((*key.shape[:-1], *shape), dtype=torch.int64, device=key.device)
-    _rows("draws", out, None, key, _NO_LAW, shape, part)
+    _rows("draws", out, None, key, _NO_PARAMS, shape, part)
     return out
 
 
 standard_normal = reference.standard_normal
 
 
-def keep_mask(shape: Sequence[int], key: Tensor, law: Law | Tensor, part: Part = WHOLE) -> Tensor:
-    if not native._in_rows(law, key, shape, part):
-        return draws(shape, key, part) < trailing(law, key.device)[0]
+def keep_mask(shape: Sequence[int], key: Tensor, params: MaskParams | Tensor, part: MaskSlice = WHOLE) -> Tensor:
+    if not native._in_rows(params, key, shape, part):
+        return draws(shape, key, part) < trailing(params, key.device)[0]
     out = torch.empty((*key.shape[:-1], *shape), dtype=torch.bool, device=key.device)
-    _rows("mask", out, None, key, law, shape, part)
+    _rows("mask", out, None, key, params, shape, part)
     return out
 
 
 def masked(
-    x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int], part: Part = WHOLE, out: Tensor | None = None
+    x: Tensor,
+    key: Tensor,
+    params: MaskParams | Tensor,
+    shape: Sequence[int],
+    part: MaskSlice = WHOLE,
+    out: Tensor | None = None,
 ) -> Tensor:
     if out is None:
         out = torch.empty_like(x)
     contiguous = x.is_contiguous() and out.is_contiguous()
-    if contiguous and part == WHOLE and type(law) is Law and key.dim() == 1 and tuple(shape) == x.shape:
-        return masked_row(x, key.contiguous(), law, out)
-    in_rows = (*key.shape[:-1], *shape) == x.shape and native._in_rows(law, key, shape, part)
-    width = 0 if in_rows or part.run else _width(x, key, law, shape)
+    if contiguous and part == WHOLE and type(params) is MaskParams and key.dim() == 1 and tuple(shape) == x.shape:
+        return masked_row(x, key.contiguous(), params, out)
+    in_rows = (*key.shape[:-1], *shape) == x.shape and native._in_rows(params, key, shape, part)
+    width = 0 if in_rows or part.run else _width(x, key, params, shape)
     if not (in_rows or width):
-        return apply_mask(x, keep_mask(shape, key, law, part), law, out)
+        return apply_mask(x, keep_mask(shape, key, params, part), params, out)
     if not contiguous:
-        return out.copy_(masked(x.contiguous(), key, law, shape, part))
+        return out.copy_(masked(x.contiguous(), key, params, shape, part))
     if in_rows:
-        _rows("product", out, x, key, law, shape, part)
+        _rows("product", out, x, key, params, shape, part)
     else:
-        _groups(out, x, key, law, part.start, width)
+        _groups(out, x, key, params, part.start, width)
     return out
 
 
-def _width(x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int]) -> int:
-    """How many neighbors of x, once contiguous, share a draw under one law; 0 where the mask has another form."""
+def _width(x: Tensor, key: Tensor, params: MaskParams | Tensor, shape: Sequence[int]) -> int:
+    """How many neighbors of x, once contiguous, share a draw; 0 where the mask has another form."""
     keys, split = key.dim() - 1, len(shape)
-    if native._law_dims(law) or x.numel() == 0:
+    if native.varying_dims(params) or x.numel() == 0:
         return 0
     while split and shape[split - 1] == 1:
         split -= 1
@@ -300,19 +312,21 @@ def _width(x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int]) -> i
     return math.prod(x.shape[keys + split :]) if full == x.shape[: keys + split] else 0
 
 
-def _groups(out: Tensor, x: Tensor, key: Tensor, law: Law | Tensor, start: int, width: int) -> None:
+def _groups(out: Tensor, x: Tensor, key: Tensor, params: MaskParams | Tensor, start: int, width: int) -> None:
     keys = math.prod(key.shape[:-1])
     count = x.numel() // (keys * width)
     tile_width, tile_groups = next((tile for tile in _TILES if width <= tile[0]), _TILES[-1])
     tiles, chunks = -(-(start % 8 + count) // tile_groups), -(-width // tile_width)
-    laws, values, affine = _numbers(law)
+    in_memory, values, affine = _numbers(params)
     _launch(
-        "groups", keys * tiles * chunks, (out, x, key.contiguous(), laws),
+        "groups", keys * tiles * chunks, (out, x, key.contiguous(), in_memory),
         (*values, start, count, width, tiles, chunks), (affine, width % 8 == 0, tile_groups, tile_width),
     )  # fmt: skip
 
 
-def dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor, key: Tensor, law: Law | Tensor) -> Tensor | None:
+def dropout_add(
+    x: Tensor, bias: Tensor | None, residual: Tensor, key: Tensor, params: MaskParams | Tensor
+) -> Tensor | None:
     if not (x.is_contiguous() and residual.is_contiguous() and (bias is None or bias.is_contiguous())):
         return None
     width = 0 if bias is None else bias.numel()
@@ -320,39 +334,45 @@ def dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor, key: Tensor, l
         return None
     out, lanes, vectors = torch.empty_like(x), _lanes(x), _vectors()
     if x.numel():
-        laws, values, affine = _numbers(law)
+        in_memory, values, affine = _numbers(params)
         _launch(
-            "add", -(-x.numel() // (vectors * lanes)), (out, x, bias, residual, key.contiguous(), laws),
+            "add", -(-x.numel() // (vectors * lanes)), (out, x, bias, residual, key.contiguous(), in_memory),
             (*values, x.numel(), width), (affine, width % lanes == 0, vectors, lanes),
         )  # fmt: skip
     return out
 
 
-def activation_dropout(x: Tensor, key: Tensor, law: Law | Tensor, activation: str) -> Tensor | None:
-    return _activation(x, None, key, law, activation) if x.is_contiguous() else None
+def activation_dropout(x: Tensor, key: Tensor, params: MaskParams | Tensor, activation: str) -> Tensor | None:
+    return _activation(x, None, key, params, activation) if x.is_contiguous() else None
 
 
-def _activation(x: Tensor, grad: Tensor | None, key: Tensor, law: Law | Tensor, activation: str) -> Tensor:
+def _activation(x: Tensor, grad: Tensor | None, key: Tensor, params: MaskParams | Tensor, activation: str) -> Tensor:
     out, lanes, vectors = torch.empty_like(x), _lanes(x), _vectors()
     if x.numel():
-        laws, values, affine = _numbers(law)
+        in_memory, values, affine = _numbers(params)
         _launch(
-            "activation", -(-x.numel() // (vectors * lanes)), (out, x, grad, key.contiguous(), laws),
+            "activation", -(-x.numel() // (vectors * lanes)), (out, x, grad, key.contiguous(), in_memory),
             (*values, x.numel()), (affine, activation, vectors, lanes),
         )  # fmt: skip
     return out
 
 
 def activation_dropout_backward(
-    grad: Tensor, kept: Tensor, key: Tensor, law: Law | Tensor, activation: str
+    grad: Tensor, kept: Tensor, key: Tensor, params: MaskParams | Tensor, activation: str
 ) -> Tensor | None:
     if not (grad.is_contiguous() and kept.is_contiguous()):
         return None
     if activation != "relu":
-        return _activation(kept, grad, key, law, activation)
+        return _activation(kept, grad, key, params, activation)
     out, elements = torch.empty_like(grad), _vectors() * _lanes(grad)
     if grad.numel():
-        laws, values, _ = _numbers(law)
+        in_memory, values, _ = _numbers(params)
         programs = -(-grad.numel() // elements)
-        _launch("relu_backward", programs, (out, grad, kept, laws), (values[2], values[4], grad.numel()), (elements,))
+        _launch(
+            "relu_backward",
+            programs,
+            (out, grad, kept, in_memory),
+            (values[2], values[4], grad.numel()),
+            (elements,),
+        )
     return out

@@ -32,19 +32,19 @@ _GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
 def _activate(
     name: str, input: Tensor, activation: str, rate: Rate, training: bool, generator: torch.Generator | None
 ) -> Tensor:
-    if training and generator is None and not is_compiling() and rate.law is not None:
-        out = fast_activation_dropout(input, rate.law, activation)
+    if training and generator is None and not is_compiling() and rate.params is not None:
+        out = fast_activation_dropout(input, rate.params, activation)
         if out is not None:
             return out
     check_input(input, name)
     if not (training or sites.is_on(training)):
         return fused.ACTIVATIONS[activation].function(input)
-    law = rate.law_for(input.shape)
+    params = rate.params_for(input.shape)
     return dropped(
         input,
-        law,
+        params,
         generator,
-        lambda key: fused.activation_dropout(input, key, law, activation),
+        lambda key: fused.activation_dropout(input, key, params, activation),
         lambda drop: fused.composed_activation(input, activation, drop),
     )
 

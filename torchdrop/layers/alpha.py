@@ -20,7 +20,7 @@ from ..core.checks import check_input
 from ..core.mask_shape import check_channels
 from ..core.rate import DEFAULT_P, InplaceRated, as_rate, undrawn
 from ..core.symbolic import leaf, recorded
-from ..kernels.law import alpha
+from ..kernels.mask_params import alpha
 from ..ops import operators
 
 
@@ -72,7 +72,7 @@ def alpha_dropout(
     if whole is not None:
         return whole
     check_input(input, "alpha_dropout")
-    return sites.apply(operators.masked, input, rate.law_for(input.shape), input.shape, inplace, generator)
+    return sites.apply(operators.masked, input, rate.params_for(input.shape), input.shape, inplace, generator)
 
 
 def feature_alpha_dropout(
@@ -109,7 +109,7 @@ def feature_alpha_dropout(
     check_input(input, "feature_alpha_dropout")
     check_channels(input)
     shape = (*input.shape[:2], *[1] * (input.dim() - 2))
-    return sites.apply(operators.masked, input, rate.law_for(shape), shape, inplace, generator)
+    return sites.apply(operators.masked, input, rate.params_for(shape), shape, inplace, generator)
 
 
 class _Alpha(InplaceRated):

@@ -92,8 +92,8 @@ def _drop_channels(
     if not training:
         return eval_form(input, rate, inverted, inplace)
     check_channels(input, least=1 if spatial == 3 else 2)
-    if not inplace and generator is None and inverted and not is_compiling() and rate.law is not None:
-        out = fast_channel_dropout(input, rate.law, shape)
+    if not inplace and generator is None and inverted and not is_compiling() and rate.params is not None:
+        out = fast_channel_dropout(input, rate.params, shape)
         if out is not None:
             return out
     return masked(input, rate, inverted, shape, inplace, generator)

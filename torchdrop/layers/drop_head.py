@@ -54,13 +54,13 @@ def _drop_heads(
         raise ValueError(f"dim must be in [{-dims}, {dims}) for a {dims}-D input, got {at}")
     at %= dims
     shape = [size if axis in (0, at) else 1 for axis, size in enumerate(input.shape)]
-    law = rate.law_for(shape)
-    if isinstance(law, Tensor) and law.dim() > 1 and law.shape[at] != 1:
+    params = rate.params_for(shape)
+    if isinstance(params, Tensor) and params.dim() > 1 and params.shape[at] != 1:
         raise ValueError(f"keep_prob must be the same for all heads of a sample, got one that varies along dim {at}")
-    bits = sites.random_bits_under(input, law, shape, generator)
+    bits = sites.random_bits_under(input, params, shape, generator)
     if bits is None:
         return input
-    kept = kept_or_smallest(bits, law, at)
+    kept = kept_or_smallest(bits, params, at)
     number = kept.sum(at, keepdim=True, dtype=COMPUTE_DTYPE[input.dtype])
     scale = torch.full_like(number, input.shape[at]) / number  # a number over a tensor is rounded twice
     return torch.where(kept, input * scale, 0.0).to(input.dtype)

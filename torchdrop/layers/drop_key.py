@@ -40,9 +40,9 @@ def _kept_keys(
     shape = list(mask_shape(like.new_empty(()).expand(sizes), shared_axes, None))
     if shape[-1] != sizes[-1]:
         raise ValueError(f"shared_axes must leave the last dimension, the keys, to themselves, got {shared_axes}")
-    law = rate.law_for(shape)
-    bits = sites.random_bits_under(like, law, shape, generator)
-    return None if bits is None else kept_or_smallest(bits, law, -1, allowed)
+    params = rate.params_for(shape)
+    bits = sites.random_bits_under(like, params, shape, generator)
+    return None if bits is None else kept_or_smallest(bits, params, -1, allowed)
 
 
 def _check_some(keep_prob: KeepProb) -> None:

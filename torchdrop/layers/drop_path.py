@@ -21,7 +21,7 @@ from ..core.checks import check_input
 from ..core.mask_shape import row_shape
 from ..core.rate import DEFAULT_P, Default, KeepProb, Rate, Rated, as_rate, formula_of, rate_named, shown
 from ..core.symbolic import leaf, recorded
-from ..kernels.law import inverted
+from ..kernels.mask_params import inverted
 from ..ops import operators
 
 NO_DROP = Default.NO_DROP
@@ -84,7 +84,7 @@ def drop_path(
     if not (training or sites.is_on(training)):
         return x
     shape = row_shape(x, "drop_path")
-    return sites.apply(operators.masked, x, rate.law_for(shape), shape, False, generator)
+    return sites.apply(operators.masked, x, rate.params_for(shape), shape, False, generator)
 
 
 def stochastic_depth(
@@ -139,7 +139,7 @@ def stochastic_depth(
     else:
         check_input(input, "stochastic_depth")
         shape = (1,) * input.dim()
-    return sites.apply(operators.masked, input, rate.law_for(shape), shape, False, generator)
+    return sites.apply(operators.masked, input, rate.params_for(shape), shape, False, generator)
 
 
 class DropPath(Rated):

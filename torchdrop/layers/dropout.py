@@ -105,8 +105,8 @@ def dropout(
     if not (training or sites.is_on(training)):
         return eval_form(input, rate, inverted, inplace)
     plain = not inplace and generator is None and shared_axes is None and noise_shape is None and shard is None
-    if plain and not is_compiling() and rate.law is not None:
-        out = fast_dropout(input, rate.law)
+    if plain and not is_compiling() and rate.params is not None:
+        out = fast_dropout(input, rate.params)
         if out is not None:
             return out
     whole = undrawn(input, rate, inplace)
@@ -190,14 +190,14 @@ class Dropout(Formulated, nn.Dropout):
             return input if self.inverted else eval_form(input, self.rate, False, self.inplace)
         if (
             not is_compiling()
-            and (law := self.rate.law) is not None
+            and (params := self.rate.params) is not None
             and not self.inplace
             and self.generator is None
             and self.shared_axes is None
             and self.noise_shape is None
             and self.shard is None
         ):
-            out = fast_dropout(input, law)
+            out = fast_dropout(input, params)
             if out is not None:
                 return out
         if isinstance(input, Proxy):

@@ -89,19 +89,19 @@ def _add(
 ) -> Tensor:
     with_bias = name == "bias_dropout_add"
     plain = training and generator is None and (bias is not None or not with_bias)
-    if plain and not is_compiling() and rate.law is not None:
-        out = fast_dropout_add(input, bias, residual, rate.law)
+    if plain and not is_compiling() and rate.params is not None:
+        out = fast_dropout_add(input, bias, residual, rate.params)
         if out is not None:
             return out
     input, bias, residual = _checked(name, input, bias, residual, with_bias)
     if not (training or sites.is_on(training)):
         return fused.composed_add(input, bias, residual, unchanged)
-    law = rate.law_for(input.shape)
+    params = rate.params_for(input.shape)
     return dropped(
         input,
-        law,
+        params,
         generator,
-        lambda key: fused.dropout_add(input, bias, residual, key, law),
+        lambda key: fused.dropout_add(input, bias, residual, key, params),
         lambda drop: fused.composed_add(input, bias, residual, drop),
     )
 

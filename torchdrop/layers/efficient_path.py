@@ -107,7 +107,7 @@ def efficient_stochastic_depth(
         return input + _residual(branch, input)
     rows = row_shape(input, "efficient_stochastic_depth")
     if not training:  # Monte Carlo inference: no row's samples may depend on the rows beside it
-        kept = sites.keep_mask(input, rate.law_for(rows[:1]), rows[:1], generator)
+        kept = sites.keep_mask(input, rate.params_for(rows[:1]), rows[:1], generator)
         residual = _residual(branch, input)
         if kept is not None:
             residual = torch.where(kept.reshape(rows), residual, 0.0)

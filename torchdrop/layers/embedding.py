@@ -23,7 +23,7 @@ from ..core.checks import check_input
 from ..core.portable import refuse_script
 from ..core.rate import DEFAULT_P, Rate, Rated, RateOfChild, as_rate
 from ..core.symbolic import holds_proxy, leaf, recorded
-from ..kernels.law import Law
+from ..kernels.mask_params import MaskParams
 from ..kernels.masking import COMPUTE_DTYPE
 
 
@@ -62,13 +62,13 @@ def _drop_words(
 ) -> Tensor:
     check_input(vectors, "embedding_dropout")
     shape = _table_shape(input, rows, batch_dim)
-    law = rate.law_for(shape)
-    mask = sites.keep_mask(vectors, law, shape, generator)
+    params = rate.params_for(shape)
+    mask = sites.keep_mask(vectors, params, shape, generator)
     if mask is None:
         return vectors
     kept = _looked_up(mask, input, batch_dim)
     dtype = COMPUTE_DTYPE[vectors.dtype]
-    scale: Any = law.scale if isinstance(law, Law) else law[..., 1].to(vectors.device, dtype)
+    scale: Any = params.scale if isinstance(params, MaskParams) else params[..., 1].to(vectors.device, dtype)
     if isinstance(scale, Tensor) and scale.dim():
         scale = _looked_up(scale.expand(shape), input, batch_dim).unsqueeze(-1)
     out = torch.where(kept.unsqueeze(-1), vectors.to(dtype) * scale, 0.0).to(vectors.dtype)

@@ -17,7 +17,7 @@ from ..core import sites
 from ..core.checks import check_input
 from ..core.rate import DEFAULT_P, InplaceRated, KeepProb, as_rate
 from ..core.symbolic import leaf, recorded
-from ..kernels.law import gaussian
+from ..kernels.mask_params import gaussian
 from ..ops import operators
 
 
@@ -74,7 +74,7 @@ def gaussian_dropout(
     if not (training or sites.is_on(training)):
         return input
     check_input(input, "gaussian_dropout")
-    return sites.apply(operators.gaussian, input, rate.law_for(input.shape), input.shape, inplace, generator)
+    return sites.apply(operators.gaussian, input, rate.params_for(input.shape), input.shape, inplace, generator)
 
 
 class GaussianDropout(InplaceRated):

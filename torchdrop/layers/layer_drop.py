@@ -163,7 +163,7 @@ class LayerDrop(Rated, nn.ModuleList):
         if not sites.is_on(self.training):
             return None
         shape = (len(self),)
-        kept = sites.keep_mask(torch.empty(0, device="cpu"), self.rate.law_for(shape), shape, self.generator)
+        kept = sites.keep_mask(torch.empty(0, device="cpu"), self.rate.params_for(shape), shape, self.generator)
         if kept is None and self.keep_graph and not transforms_active():
             return torch.ones(shape, dtype=torch.bool, device="cpu")  # its layers are checked at any rate
         return kept

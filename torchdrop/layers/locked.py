@@ -103,19 +103,19 @@ def locked_dropout(
         return input
     if isinstance(input, Tensor):
         check_input(input, "locked_dropout")
-        return sites.apply(operators.masked, input, rate.law_for(shape), shape, inplace, generator)
+        return sites.apply(operators.masked, input, rate.params_for(shape), shape, inplace, generator)
     if inplace:
         raise ValueError("inplace must be False for a PackedSequence: its data are copied")
     check_input(input.data, "locked_dropout")
-    law = rate.law_for(shape)
-    kept = sites.keep_mask(input.data, law, shape, generator)
+    params = rate.params_for(shape)
+    kept = sites.keep_mask(input.data, params, shape, generator)
     if kept is None:
         return input
     order = input.sorted_indices
     if order is None:
         order = torch.arange(shape[0], device=kept.device)
     rows = torch.cat([order[:size] for size in input.batch_sizes.tolist()])
-    scale: Any = trailing(law, kept.device)[1]
+    scale: Any = trailing(params, kept.device)[1]
     if isinstance(scale, Tensor):
         scale = scale.to(kept.device).expand(shape)[rows]
     out = scaled_where(kept[rows], input.data, scale)

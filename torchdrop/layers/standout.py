@@ -27,7 +27,7 @@ from ..core.portable import refuse_script
 from ..core.rate import read_rate
 from ..core.symbolic import leaf, recorded
 from ..core.torch_state import transforms_active
-from ..kernels.law import ONE, has_float64
+from ..kernels.mask_params import ONE, has_float64
 from ..kernels.masking import COMPUTE_DTYPE
 from ..random import check_generator
 
@@ -105,7 +105,7 @@ def _thinned(input: Tensor, pi: Tensor, on: bool, generator: torch.Generator | N
 
 
 def _thresholds(pi: Tensor, device: torch.device) -> Tensor:
-    """The thresholds that laws have, at a fifth of the cost of a law for each element."""
+    """The thresholds of mask parameters, at a fifth of the cost of parameters for each element."""
     k = pi.to(torch.float64 if has_float64(pi.device) else torch.float32)
     found = torch.clamp((k * ONE).round(), (k > 0).to(k.dtype), ONE - (k < 1).to(k.dtype))
     return found if has_float64(device) else found.nan_to_num(ONE).to(torch.int64)

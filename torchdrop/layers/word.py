@@ -162,11 +162,11 @@ def word_dropout(
     _check_kind(input, unk_id, special)
     places = tuple(input.shape if unk_id is not None else input.shape[:-1])
     shape = places if unk_id is not None else (*places, 1)
-    law, protected = rate.law_for(shape), _protected(input, places, special, protected)
+    params, protected = rate.params_for(shape), _protected(input, places, special, protected)
     if unk_id is not None:
-        kept = sites.keep_mask(input, law, shape, generator)
+        kept = sites.keep_mask(input, params, shape, generator)
         return input if kept is None else torch.where(kept if protected is None else kept | protected, input, unk_id)
-    out = sites.apply(operators.masked, input, law, shape, False, generator)
+    out = sites.apply(operators.masked, input, params, shape, False, generator)
     return out if protected is None else torch.where(protected.unsqueeze(-1), input, out)
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..core.torch_state import transforms_active
-from ..kernels.law import ONE, Law, has_float64
+from ..kernels.mask_params import ONE, MaskParams, has_float64
 from ..kernels.masking import trailing
 from ..ops import operators, random_bits
 
@@ -239,42 +239,46 @@ class Slot:
         neighbors = [ratio if self._layout.own else 1] if ratio > 1 else []
         return [*([] if self._own else [1]), *neighbors, *shape[:dim], *shape[dim + 1 :]]
 
-    def _law(self, law: Law | Tensor, dims: int) -> Law | Tensor:
-        """A law that varies over the mask, in the order of `_forward`."""
-        if isinstance(law, Law) or law.dim() == 1 or self._layout is None:
-            return law
-        law = law.reshape((1,) * (dims + 1 - law.dim()) + tuple(law.shape)).movedim(self._layout.dim, 0)
+    def _law(self, params: MaskParams | Tensor, dims: int) -> MaskParams | Tensor:
+        """A set of mask parameters that varies over the mask, in the order of `_forward`."""
+        if isinstance(params, MaskParams) or params.dim() == 1 or self._layout is None:
+            return params
+        params = params.reshape((1,) * (dims + 1 - params.dim()) + tuple(params.shape)).movedim(self._layout.dim, 0)
         lead = self._lead
         if len(lead) == 1:
-            return law
-        return law.reshape([1] * len(lead) + list(law.shape[1:])) if law.shape[0] == 1 else law.unflatten(0, lead)
+            return params
+        return (
+            params.reshape([1] * len(lead) + list(params.shape[1:]))
+            if params.shape[0] == 1
+            else params.unflatten(0, lead)
+        )
 
     def apply(
-        self, operator: operators.Operator, x: Tensor, law: Law | Tensor, shape: Sequence[int], inplace: bool
+        self, operator: operators.Operator, x: Tensor, params: MaskParams | Tensor, shape: Sequence[int], inplace: bool
     ) -> Tensor:
-        """x under an operator and a law, with this source's mask of this shape."""
+        """x under an operator and mask parameters, with this source's mask of this shape."""
         self._place(x.shape, shape)
         run, arranged, mask_shape = self._run, self._forward(x), self._mask_shape(shape)
-        law = self._law(law, x.dim())
+        params = self._law(params, x.dim())
         if run.hypercube is None:
-            out = self._back(operator(arranged, run.key(self._seed, self._own), law, mask_shape))
+            out = self._back(operator(arranged, run.key(self._seed, self._own), params, mask_shape))
         elif operator is operators.masked:
             shift, choice = run.unit_keys(self._seed, self._own)
             stratified = _Stratified.folded if run.folded else _Stratified.apply
-            out = self._back(stratified(arranged, run.offsets(), shift, choice, law, mask_shape))
+            out = self._back(stratified(arranged, run.offsets(), shift, choice, params, mask_shape))
         else:
-            out = self._back(_gaussian(arranged, run.words(self._seed, mask_shape, self._own), law))
+            out = self._back(_gaussian(arranged, run.words(self._seed, mask_shape, self._own), params))
         return written(x, out) if inplace else out
 
-    def numbers(self, numbers: random_bits.Numbers, shape: Sequence[int], law: Law | Tensor | None) -> Tensor:
+    def numbers(self, numbers: random_bits.Numbers, shape: Sequence[int], params: MaskParams | Tensor | None) -> Tensor:
         """What one of `kernels.noise` gives, of this shape."""
         words = self.words(shape)
         if numbers is random_bits.draws:
             return words
         if numbers is random_bits.standard_normal:
             return _normal(words)
-        assert law is not None
-        return words < trailing(law, words.device)[0]
+        assert params is not None
+        return words < trailing(params, words.device)[0]
 
     def words(self, shape: Sequence[int]) -> Tensor:
         """32-bit draws, int64 of this shape."""
@@ -300,21 +304,22 @@ def _normal(words: Tensor) -> Tensor:
     return z if exact else z.to(words.device, torch.float32)
 
 
-def _gaussian(x: Tensor, words: Tensor, law: Law | Tensor) -> Tensor:
+def _gaussian(x: Tensor, words: Tensor, params: MaskParams | Tensor) -> Tensor:
     dtype = kernels.COMPUTE_DTYPE[x.dtype]
-    scale = law.scale if isinstance(law, Law) else law[..., 1].to(x.device)
+    scale = params.scale if isinstance(params, MaskParams) else params[..., 1].to(x.device)
     return (x.to(dtype) * (1.0 + scale * _normal(words)).to(dtype)).to(x.dtype)
 
 
 class _Stratified(torch.autograd.Function):
-    """x under a law, with the masks of one sample of a hypercube, or of several under vmap. Without a derivative."""
+    """x under mask parameters, with the masks of one sample of a hypercube, or of several under vmap. Without a
+    derivative."""
 
     @staticmethod
     def folded(
-        x: Tensor, offsets: Tensor, shift: Tensor, choice: Tensor, law: Law | Tensor, shape: list[int]
+        x: Tensor, offsets: Tensor, shift: Tensor, choice: Tensor, params: MaskParams | Tensor, shape: list[int]
     ) -> Tensor:
         """For x with all samples in front, or the same for all samples."""
-        return kernels.select(x, kernels.stratified(shape, shift, choice, offsets, law), law)
+        return kernels.select(x, kernels.stratified(shape, shift, choice, offsets, params), params)
 
     @staticmethod
     def forward(x: Tensor, offsets: Tensor, *rest: Any) -> Tensor:

@@ -75,8 +75,8 @@ class Watching(TorchFunctionMode):
         if describe is not None:
             if self._bound is not None and func is sites.apply:
                 slot, self._bound = self._bound, None
-                operator, input, law, shape, inplace, _ = args
-                return slot.apply(operator, input, law, shape, inplace)
+                operator, input, params, shape, inplace, _ = args
+                return slot.apply(operator, input, params, shape, inplace)
             return self._meet(func, describe(self, func, *args, **kwargs))
         if func is sites.is_on:
             return self._is_on(*args)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import functional
 from ..core import sites
-from ..kernels.law import ONE, Law, law
+from ..kernels.mask_params import ONE, MaskParams, mask_params
 from ..ops import operators, random_bits
 from . import tensors
 from .draw import Draw, Mode
@@ -72,14 +72,14 @@ def _layer(
     func: Any,
     operator: operators.Operator,
     input: Tensor,
-    given: Law | Tensor,
+    given: MaskParams | Tensor,
     shape: Sequence[int],
     inplace: bool,
     generator: torch.Generator | None,
 ) -> Draw:
     """A layer or function of torchdrop."""
-    rate = 1.0 - given.threshold / ONE if isinstance(given, Law) else None
-    if operator is operators.gaussian and isinstance(given, Law):
+    rate = 1.0 - given.threshold / ONE if isinstance(given, MaskParams) else None
+    if operator is operators.gaussian and isinstance(given, MaskParams):
         rate = given.scale**2 / (1.0 + given.scale**2)
     return Draw(
         "torchdrop",
@@ -100,10 +100,10 @@ def _numbers(
     like: Tensor,
     shape: Sequence[int],
     generator: torch.Generator | None,
-    given: Law | Tensor | None,
+    given: MaskParams | Tensor | None,
 ) -> Draw:
     """What a layer or function of torchdrop draws to make a mask of its own from. Whether it does, `is_on` has said."""
-    rate = 1.0 - given.threshold / ONE if isinstance(given, Law) else None
+    rate = 1.0 - given.threshold / ONE if isinstance(given, MaskParams) else None
 
     def original() -> Tensor:
         return func(numbers, like, shape, generator, given)
@@ -137,7 +137,7 @@ def _attention(
             keys, values = (t.repeat_interleave(groups, -3) for t in (key, value))
         scores = query @ keys.transpose(-2, -1) * (1.0 / math.sqrt(query.shape[-1]) if scale is None else scale)
         weights = _softmax(scores, attn_mask, is_causal)
-        return slot.apply(operators.masked, weights, law(1.0 - rate), weights.shape, False) @ values
+        return slot.apply(operators.masked, weights, mask_params(1.0 - rate), weights.shape, False) @ values
 
     shape = (*query.shape[:-1], key.shape[-2])
     return Draw(
@@ -181,7 +181,7 @@ def _recurrent(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Draw:
         data, finals = head[0], []
         for layer in range(layers):
             if layer:
-                data = slot.another(layer - 1).apply(operators.masked, data, law(1.0 - rate), data.shape, False)
+                data = slot.another(layer - 1).apply(operators.masked, data, mask_params(1.0 - rate), data.shape, False)
             start = [h[layer * directions : (layer + 1) * directions] for h in states]
             first = type(hx)(start) if isinstance(hx, tuple | list) else start[0]
             own = weights[layer * per_layer : (layer + 1) * per_layer]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.law import law_tensor, threshold
+from ..kernels.mask_params import params_tensor, threshold
 from .draw import Draw, Mode
 from .masks import Slot, written
 
@@ -41,7 +41,7 @@ def random_tensor(
 
 def bernoulli_values(slot: Slot, target: Tensor, p: Any = 0.5) -> Tensor:
     words = slot.words(target.shape)
-    below = law_tensor(p)[..., 0].to(torch.int64).to(words.device) if isinstance(p, Tensor) else threshold(float(p))
+    below = params_tensor(p)[..., 0].to(torch.int64).to(words.device) if isinstance(p, Tensor) else threshold(float(p))
     return (words < below).to(target.dtype)
 
 

@@ -16,7 +16,7 @@ from ..kernels.masking import COMPUTE_DTYPE, SERVED
 _int64, _float64, _strided = torch.int64, torch.float64, torch.strided
 
 
-def check_masked(name: str, x: Tensor, key: Tensor, law: Tensor, shape: Sequence[int], part: Sequence[int]) -> None:
+def check_masked(name: str, x: Tensor, key: Tensor, params: Tensor, shape: Sequence[int], part: Sequence[int]) -> None:
     """For one mask of x, or one for each of a batch of keys.
 
     Raises:
@@ -27,7 +27,7 @@ def check_masked(name: str, x: Tensor, key: Tensor, law: Tensor, shape: Sequence
     _check_elements(name, "x", x)
     _check_key(name, key, x.device)
     sizes = x.shape
-    _check_law(name, law, x.device, sizes)
+    _check_params(name, params, x.device, sizes)
     mask = (*key.shape[:-1], *shape)
     if mask != sizes and not _fits(mask, sizes):
         raise ValueError(
@@ -40,25 +40,27 @@ def check_masked(name: str, x: Tensor, key: Tensor, law: Tensor, shape: Sequence
         raise ValueError(f"{name}: part must hold start, run and pitch, or nothing, got {tuple(part)}")
 
 
-def check_numbers(name: str, key: Tensor, shape: Sequence[int], law: Tensor | None, with_law: bool) -> None:
-    """For numbers of a shape under each key: those of a mask under a law, the others without one.
+def check_numbers(name: str, key: Tensor, shape: Sequence[int], params: Tensor | None, with_law: bool) -> None:
+    """For numbers of a shape under each key: those of a mask with parameters, the others without one.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `check_masked`.
     """
     _check_key(name, key, key.device)
     _check_sizes(name, "shape", shape, 0)
-    if with_law and law is None:
-        raise ValueError(f"{name}: law must be a tensor, got None")
-    if law is None:
+    if with_law and params is None:
+        raise ValueError(f"{name}: params must be a tensor, got None")
+    if params is None:
         return
     if not with_law:
-        raise ValueError(f"{name}: law must be None, since it decides masks only: got one of shape {tuple(law.shape)}")
-    _check_law(name, law, key.device, (*key.shape[:-1], *shape))
+        raise ValueError(
+            f"{name}: params must be None, since it decides masks only: got one of shape {tuple(params.shape)}"
+        )
+    _check_params(name, params, key.device, (*key.shape[:-1], *shape))
 
 
-def check_add(name: str, x: Tensor, bias: Tensor | None, residual: Tensor, key: Tensor, law: Tensor) -> None:
-    """For one key and one law, a residual like x and a bias that broadcasts against it.
+def check_add(name: str, x: Tensor, bias: Tensor | None, residual: Tensor, key: Tensor, params: Tensor) -> None:
+    """For one key and one set of parameters, a residual like x and a bias that broadcasts against it.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `check_masked`.
@@ -70,40 +72,43 @@ def check_add(name: str, x: Tensor, bias: Tensor | None, residual: Tensor, key: 
         missing = x.dim() - bias.dim()
         if missing < 0 or not _fits(bias.shape, x.shape[missing:]):
             raise ValueError(f"{name}: bias must broadcast against x of {tuple(x.shape)}, got {tuple(bias.shape)}")
-    _check_single(name, key, law, x.device)
+    _check_single(name, key, params, x.device)
 
 
-def check_activation(name: str, x: Tensor, key: Tensor, law: Tensor, activation: str, known: Collection[str]) -> None:
-    """For one key and one law.
+def check_activation(
+    name: str, x: Tensor, key: Tensor, params: Tensor, activation: str, known: Collection[str]
+) -> None:
+    """For one key and one set of parameters.
 
     Raises:
         TypeError, RuntimeError: as `check_masked`.
         ValueError: shapes that do not go together, or another activation than the known ones.
     """
     _check_elements(name, "x", x)
-    _check_single(name, key, law, x.device)
+    _check_single(name, key, params, x.device)
     if activation not in known:
         raise ValueError(f"{name}: activation must be one of {', '.join(map(repr, known))}, got {activation!r}")
 
 
 def check_activation_backward(
-    name: str, grad: Tensor, kept: Tensor, key: Tensor, law: Tensor, activation: str, known: Collection[str]
+    name: str, grad: Tensor, kept: Tensor, key: Tensor, params: Tensor, activation: str, known: Collection[str]
 ) -> None:
     """For a gradient, and what was kept for it."""
-    check_activation(name, grad, key, law, activation, known)
+    check_activation(name, grad, key, params, activation, known)
     _check_like(name, "kept", kept, grad)
 
 
-def check_blocks(name: str, law: Tensor, sizes: Sequence[int], block: int, broadcast: bool) -> None:
-    """For maps of these sizes, and blocks that lie in them; `broadcast` where the law's dimensions end with the map's.
+def check_blocks(name: str, params: Tensor, sizes: Sequence[int], block: int, broadcast: bool) -> None:
+    """For maps of these sizes, and blocks that lie in them; `broadcast` where the parameters' dimensions end with the
+    map's.
 
     Raises:
         TypeError, ValueError: as `check_masked`.
     """
-    _check_law(name, law, law.device, None)
-    if broadcast and law.dim() > 1:
-        missing = law.dim() - 1 - len(sizes)
-        _check_law(name, law, law.device, (*law.shape[: max(missing, 0)], *sizes))
+    _check_params(name, params, params.device, None)
+    if broadcast and params.dim() > 1:
+        missing = params.dim() - 1 - len(sizes)
+        _check_params(name, params, params.device, (*params.shape[: max(missing, 0)], *sizes))
     _check_sizes(name, "sizes", sizes, 1)
     if not sizes or block < 1 or any(size < block for size in sizes):
         raise ValueError(f"{name}: block must be at least 1 and at most each of the sizes {tuple(sizes)}, got {block}")
@@ -150,36 +155,38 @@ def _check_key(name: str, key: Tensor, device: torch.device) -> None:
         )
 
 
-def _check_law(name: str, law: Tensor, device: torch.device, sizes: Sequence[int] | None) -> None:
-    """`sizes` are those that a law of several dimensions must broadcast against; None for any."""
-    if law.dtype is not _float64 or law.layout is not _strided:
+def _check_params(name: str, params: Tensor, device: torch.device, sizes: Sequence[int] | None) -> None:
+    """`sizes` are those that parameters of several dimensions must broadcast against; None for any."""
+    if params.dtype is not _float64 or params.layout is not _strided:
         raise TypeError(
-            f"{name}: law must be a strided float64 tensor, got one of {law.dtype} with the layout {law.layout}"
+            f"{name}: params must be a strided float64 tensor, got one of {params.dtype} with the layout "
+            f"{params.layout}"
         )
-    dims = law.dim()
-    if dims == 0 or law.shape[-1] != 4:
+    dims = params.dim()
+    if dims == 0 or params.shape[-1] != 4:
         raise ValueError(
-            f"{name}: law must hold (threshold, scale, shift, fill) in its last dimension, got shape {tuple(law.shape)}"
+            f"{name}: params must hold (threshold, scale, shift, fill) in its last dimension, got shape "
+            f"{tuple(params.shape)}"
         )
-    if not law.is_cpu and law.device != device:
+    if not params.is_cpu and params.device != device:
         raise RuntimeError(
-            f"Expected all tensors to be on the same device, but {name} got law on {law.device} beside a tensor on "
-            f"{device}"
+            f"Expected all tensors to be on the same device, but {name} got params on {params.device} beside a "
+            f"tensor on {device}"
         )
-    if dims > 1 and sizes is not None and not _fits(law.shape[:-1], sizes):
+    if dims > 1 and sizes is not None and not _fits(params.shape[:-1], sizes):
         raise ValueError(
-            f"{name}: a law must be one for all, of shape (4,), or have a size for each of the dimensions "
-            f"{tuple(sizes)}, that size or 1, got shape {tuple(law.shape)}"
+            f"{name}: params must have the shape (4,), for one set for all, or a size for each of the dimensions "
+            f"{tuple(sizes)}, that size or 1, got shape {tuple(params.shape)}"
         )
 
 
-def _check_single(name: str, key: Tensor, law: Tensor, device: torch.device) -> None:
+def _check_single(name: str, key: Tensor, params: Tensor, device: torch.device) -> None:
     _check_key(name, key, device)
-    _check_law(name, law, device, None)
-    if key.dim() != 1 or law.dim() != 1:
+    _check_params(name, params, device, None)
+    if key.dim() != 1 or params.dim() != 1:
         raise ValueError(
-            f"{name}: one key of shape (2,) and one law of shape (4,) must be given, got {tuple(key.shape)} and "
-            f"{tuple(law.shape)}"
+            f"{name}: one key of shape (2,) and params of shape (4,) must be given, got {tuple(key.shape)} and "
+            f"{tuple(params.shape)}"
         )
 
 

@@ -2,7 +2,7 @@
 
 They give what the general roads give (tests compare them) with fewer calls. On the CPU the key is drawn as 16 bytes
 instead of a tensor, and the kernel is called with addresses; on CUDA it stays a tensor in the device's memory. All that
-is held for backward is the key and the law, and the output of a rectifier.
+is held for backward is the key and the parameters, and the output of a rectifier.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn import Parameter
 from .. import kernels, random
 from ..core.torch_state import function_modes, is_observed, is_watched, lean_node_of, without_function_modes
 from ..kernels import native, triton
-from ..kernels.law import ONE, Law
+from ..kernels.mask_params import ONE, MaskParams
 from . import fused, operators
 
 _CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ _fused: Any = native.library.fused if native.library is not None else None
 _RECTIFIED, _ADD, _RELU_BACKWARD = native.RECTIFIED, native.ADD, native.RELU_BACKWARD
 _ANY_WIDTH = native.ANY_WIDTH
 
-State = tuple[int, int, bytes, int, Law]
+State = tuple[int, int, bytes, int, MaskParams]
 
 
 def _unseen(road: Callable[..., Tensor | None], *args: Any) -> Tensor | None:
@@ -82,60 +82,62 @@ def _is_served_row(x: Tensor) -> bool:
     )
 
 
-def fast_dropout(x: Tensor, law: Law, unseen: bool = False) -> Tensor | None:
+def fast_dropout(x: Tensor, params: MaskParams, unseen: bool = False) -> Tensor | None:
     """Inverted dropout of x, or None where this road does not lead there.
 
     It leads there under function modes if they have no say in what is done; `unseen` is for `_unseen` to set.
     """
     if function_modes() and not unseen:
-        return _unseen(fast_dropout, x, law)
+        return _unseen(fast_dropout, x, params)
     code = _kind(x)
     if code is None:
-        return _dropout_on_cuda(x, law) if _is_served_row(x) else None
+        return _dropout_on_cuda(x, params) if _is_served_row(x) else None
     n, source = x.numel(), x.data_ptr()
     if not source:
         return None
     _key.draw()
-    if law.threshold == ONE:
+    if params.threshold == ONE:
         return x
     key = _key.memory.raw
     if x.requires_grad and _is_grad_enabled():
-        return _record(x, (code, n, key, law.address, law))
+        return _record(x, (code, n, key, params.address, params))
     out = _empty_like(x)
-    _row(code, out.data_ptr(), source, n, key, law.address, 1 if n < _SERIAL else _threads())
+    _row(code, out.data_ptr(), source, n, key, params.address, 1 if n < _SERIAL else _threads())
     return out
 
 
-def _dropout_on_cuda(x: Tensor, law: Law) -> Tensor:
+def _dropout_on_cuda(x: Tensor, params: MaskParams) -> Tensor:
     key = random.cuda_key(x.get_device())
-    if law.threshold == ONE:
+    if params.threshold == ONE:
         return x
     if x.requires_grad and _is_grad_enabled():
-        return _record_on_cuda(x, key, law)
-    return triton.masked_row(x, key, law)
+        return _record_on_cuda(x, key, params)
+    return triton.masked_row(x, key, params)
 
 
-def fast_channel_dropout(x: Tensor, law: Law, mask: Sequence[int], unseen: bool = False) -> Tensor | None:
+def fast_channel_dropout(x: Tensor, params: MaskParams, mask: Sequence[int], unseen: bool = False) -> Tensor | None:
     """Inverted dropout under a mask of this shape, x's with ones at its end; None as `fast_dropout`."""
     if function_modes() and not unseen:
-        return _unseen(fast_channel_dropout, x, law, mask)
+        return _unseen(fast_channel_dropout, x, params, mask)
     code = _kind(x)
     if code is None or not x.data_ptr():
         return None
     _key.draw()
-    if law.threshold == ONE:
+    if params.threshold == ONE:
         return x
     n = x.numel()
-    state, group = (code, n, _key.memory.raw, law.address, law), n // math.prod(mask)
+    state, group = (code, n, _key.memory.raw, params.address, params), n // math.prod(mask)
     if x.requires_grad and _is_grad_enabled():
         return _record_channels(x, state, mask, group)
     return _grouped(x, state, group)
 
 
-def fast_dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor, law: Law, unseen: bool = False) -> Tensor | None:
+def fast_dropout_add(
+    x: Tensor, bias: Tensor | None, residual: Tensor, params: MaskParams, unseen: bool = False
+) -> Tensor | None:
     """Dropout with a residual added after it and a bias before it, or None where this road does not lead there."""
     if function_modes() and not unseen:
-        return _unseen(fast_dropout_add, x, bias, residual, law)
+        return _unseen(fast_dropout_add, x, bias, residual, params)
     code = _kind(x)
     if (
         code is None
@@ -152,24 +154,24 @@ def fast_dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor, law: Law,
     ):
         return None
     _key.draw()
-    if law.threshold == ONE:
+    if params.threshold == ONE:
         return fused.composed_add(x, bias, residual, lambda whole: whole)
-    state = (code, x.numel(), _key.memory.raw, law.address, law)
+    state = (code, x.numel(), _key.memory.raw, params.address, params)
     wanted = x.requires_grad or residual.requires_grad or (bias is not None and bias.requires_grad)
     return _record_add(x, bias, residual, state) if wanted and _is_grad_enabled() else _added(x, bias, residual, state)
 
 
-def fast_activation_dropout(x: Tensor, law: Law, activation: str, unseen: bool = False) -> Tensor | None:
+def fast_activation_dropout(x: Tensor, params: MaskParams, activation: str, unseen: bool = False) -> Tensor | None:
     """An activation and inverted dropout of x, or None where this road does not lead there."""
     if function_modes() and not unseen:
-        return _unseen(fast_activation_dropout, x, law, activation)
+        return _unseen(fast_activation_dropout, x, params, activation)
     code = _kind(x)
     if code is None or not x.data_ptr():
         return None
     _key.draw()
-    if law.threshold == ONE:
+    if params.threshold == ONE:
         return fused.ACTIVATIONS[activation].function(x)
-    state = (code, x.numel(), _key.memory.raw, law.address, law)
+    state = (code, x.numel(), _key.memory.raw, params.address, params)
     recorded = x.requires_grad and _is_grad_enabled()
     if activation == "relu":
         return _record_relu(x, state) if recorded else _rectified(x, state)
@@ -177,13 +179,13 @@ def fast_activation_dropout(x: Tensor, law: Law, activation: str, unseen: bool =
 
 
 def _again(grad: Tensor, state: State, shape: Sequence[int]) -> Tensor:
-    """The derivative's map, which is forward's under the law's linear part."""
-    code, n, key, address, law = state
+    """The derivative's map, which is forward's under the parameters' linear part."""
+    code, n, key, address, params = state
     if _is_row(grad, shape, code):
         out = _empty_like(grad)
         _row(code, out.data_ptr(), grad.data_ptr(), n, key, address, 1 if n < _SERIAL else _threads())
         return out
-    return operators.masked(operators.fitting(grad, shape, _CPU), random.key_tensor(key), law, shape)
+    return operators.masked(operators.fitting(grad, shape, _CPU), random.key_tensor(key), params, shape)
 
 
 def _is_row(grad: Tensor, shape: Sequence[int], code: int, device: int = -1) -> bool:
@@ -257,16 +259,16 @@ class _Dropout(torch.autograd.Function):
 
 class _DropoutOnCUDA(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, key: Tensor, law: Law) -> Tensor:
-        ctx.key, ctx.law, ctx.shape, ctx.code = key, law, x.shape, _kind_of(x.dtype)
-        return triton.masked_row(x, key, law)
+    def forward(ctx: Any, x: Tensor, key: Tensor, params: MaskParams) -> Tensor:
+        ctx.key, ctx.params, ctx.shape, ctx.code = key, params, x.shape, _kind_of(x.dtype)
+        return triton.masked_row(x, key, params)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        key, law, shape = ctx.key, ctx.law, ctx.shape
+        key, params, shape = ctx.key, ctx.params, ctx.shape
         if _is_row(grad, shape, ctx.code, key.get_device()):
-            return triton.masked_row(grad, key, law), None, None
-        return operators.masked(operators.fitting(grad, shape, key.device), key, law, shape), None, None
+            return triton.masked_row(grad, key, params), None, None
+        return operators.masked(operators.fitting(grad, shape, key.device), key, params, shape), None, None
 
 
 class _ChannelDropout(torch.autograd.Function):
@@ -277,11 +279,11 @@ class _ChannelDropout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        code, _, key, _, law = ctx.state
+        code, _, key, _, params = ctx.state
         if _is_row(grad, ctx.shape, code):
             return _grouped(grad, ctx.state, ctx.group), None, None, None
         grad = operators.fitting(grad, ctx.shape, _CPU)
-        return operators.masked(grad, random.key_tensor(key), law, ctx.mask), None, None, None
+        return operators.masked(grad, random.key_tensor(key), params, ctx.mask), None, None, None
 
 
 class _DropoutAdd(torch.autograd.Function):
@@ -311,9 +313,9 @@ class _ReLUDropout(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (y,) = ctx.saved_tensors
-        code, n, key, address, law = ctx.state
+        code, n, key, address, params = ctx.state
         if not _is_row(grad, y.shape, code):
-            return fused.gradient(grad, y, random.key_tensor(key), law, "relu"), None
+            return fused.gradient(grad, y, random.key_tensor(key), params, "relu"), None
         out = _empty_like(grad)
         _fused(
             _RELU_BACKWARD, code, out.data_ptr(), grad.data_ptr(), None, 1, y.data_ptr(), n, key, address,
@@ -334,8 +336,8 @@ class _GELUDropout(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         if _is_row(grad, x.shape, ctx.state[0]):
             return fused.ACTIVATIONS[ctx.activation].gradient(_again(grad, ctx.state, x.shape), x), None, None
-        _, _, key, _, law = ctx.state
-        return fused.gradient(grad, x, random.key_tensor(key), law, ctx.activation), None, None
+        _, _, key, _, params = ctx.state
+        return fused.gradient(grad, x, random.key_tensor(key), params, ctx.activation), None, None
 
 
 _record, _record_on_cuda, _record_channels, _record_add, _record_relu, _record_gelu = map(

@@ -5,7 +5,7 @@ With m a mask of x's shape and k its keep probability, the operators are
     dropout_add         residual + m (x + bias) / k
     activation_dropout  m f(x) / k, with f the rectifier or GELU
 
-They take a law's threshold and scale, not what it adds or fills in. Each is one kernel where the backend has one for
+They take a mask's threshold and scale, not what it adds or fills in. Each is one kernel where the backend has one for
 the case at hand, and is composed of its plain parts otherwise, with the same result: of half types the arithmetic is in
 float32, rounded once at the end (but for GELU's parts, which round each their own). Backward draws the mask again from
 the key. A rectifier keeps its output as well, zero where either of the two made it zero, and GELU its input, as alone.
@@ -24,7 +24,7 @@ from torch import Tensor
 from .. import kernels
 from ..core.torch_state import dispatch_modes, is_compiling, is_plain, node_of, transforms_active
 from ..kernels import native, triton
-from ..kernels.law import Law, linear
+from ..kernels.mask_params import MaskParams, linear
 from ..kernels.masking import COMPUTE_DTYPE, WHOLE, held
 from .arguments import check_activation, check_activation_backward, check_add
 from .operators import fitting, masked
@@ -73,17 +73,17 @@ def _composed_gradient(grad: Tensor, kept: Tensor, activation: str, drop: Drop) 
     return ACTIVATIONS[activation].gradient(drop(grad), kept)
 
 
-def _written(key: Tensor, law: Law | Tensor) -> Drop:
+def _written(key: Tensor, params: MaskParams | Tensor) -> Drop:
     """For a tensor of its own, which it writes to."""
-    return lambda x: kernels.masked(x, key, law, x.shape, WHOLE, x)
+    return lambda x: kernels.masked(x, key, params, x.shape, WHOLE, x)
 
 
-def _fresh(key: Tensor, law: Law | Tensor) -> Drop:
-    return lambda x: kernels.masked(x, key, law, x.shape)
+def _fresh(key: Tensor, params: MaskParams | Tensor) -> Drop:
+    return lambda x: kernels.masked(x, key, params, x.shape)
 
 
-def _differentiable(key: Tensor, law: Law | Tensor) -> Drop:
-    return lambda x: masked(x, key, law, x.shape)
+def _differentiable(key: Tensor, params: MaskParams | Tensor) -> Drop:
+    return lambda x: masked(x, key, params, x.shape)
 
 
 def _kernel(x: Tensor) -> Any:
@@ -92,9 +92,9 @@ def _kernel(x: Tensor) -> Any:
     return backend if backend in FUSED else None
 
 
-def _for_kernel(backend: Any, law: Law | Tensor) -> Law | Tensor:
+def _for_kernel(backend: Any, params: MaskParams | Tensor) -> MaskParams | Tensor:
     """The native kernels look at nothing but threshold and scale."""
-    return law if backend is native else linear(held(law))
+    return params if backend is native else linear(held(params))
 
 
 def _laid_out_as(x: Tensor, out: Tensor) -> Tensor:
@@ -103,48 +103,54 @@ def _laid_out_as(x: Tensor, out: Tensor) -> Tensor:
     return out if out.stride() == promised else torch.empty_like(x).copy_(out)
 
 
-def _add(x: Tensor, bias: Tensor | None, residual: Tensor, key: Tensor, law: Law | Tensor) -> Tensor:
+def _add(x: Tensor, bias: Tensor | None, residual: Tensor, key: Tensor, params: MaskParams | Tensor) -> Tensor:
     if x.numel() == 0:
         return torch.empty_like(x)
     backend = _kernel(x)
     by_column = bias is None or bias.shape == x.shape[-1:]
     out = None
     if backend is not None and by_column:
-        out = backend.dropout_add(x, bias, residual, key, _for_kernel(backend, law))
-    return out if out is not None else _laid_out_as(x, composed_add(x, bias, residual, _fresh(key, linear(held(law)))))
+        out = backend.dropout_add(x, bias, residual, key, _for_kernel(backend, params))
+    return (
+        out if out is not None else _laid_out_as(x, composed_add(x, bias, residual, _fresh(key, linear(held(params)))))
+    )
 
 
-def _activation(x: Tensor, key: Tensor, law: Law | Tensor, activation: str) -> Tensor:
+def _activation(x: Tensor, key: Tensor, params: MaskParams | Tensor, activation: str) -> Tensor:
     if x.numel() == 0:
         return torch.empty_like(x)
     backend = _kernel(x)
     out = None
     if backend is not None:
-        out = backend.activation_dropout(x, key, _for_kernel(backend, law), activation)
+        out = backend.activation_dropout(x, key, _for_kernel(backend, params), activation)
     return (
         out
         if out is not None
-        else _laid_out_as(x, composed_activation(x, activation, _written(key, linear(held(law)))))
+        else _laid_out_as(x, composed_activation(x, activation, _written(key, linear(held(params)))))
     )
 
 
-def _activation_backward(grad: Tensor, kept: Tensor, key: Tensor, law: Law | Tensor, activation: str) -> Tensor:
+def _activation_backward(
+    grad: Tensor, kept: Tensor, key: Tensor, params: MaskParams | Tensor, activation: str
+) -> Tensor:
     if grad.numel() == 0:
         return torch.empty_like(grad)
     backend = _kernel(grad)
-    out = backend.activation_dropout_backward(grad, kept, key, law, activation) if backend is not None else None
-    return out if out is not None else _laid_out_as(grad, _composed_gradient(grad, kept, activation, _fresh(key, law)))
+    out = backend.activation_dropout_backward(grad, kept, key, params, activation) if backend is not None else None
+    return (
+        out if out is not None else _laid_out_as(grad, _composed_gradient(grad, kept, activation, _fresh(key, params)))
+    )
 
 
 # The registered operators: what compiled and exported code calls.
 
 torch.library.define(
-    "torchdrop::dropout_add", "(Tensor x, Tensor? bias, Tensor residual, Tensor key, Tensor law) -> Tensor"
+    "torchdrop::dropout_add", "(Tensor x, Tensor? bias, Tensor residual, Tensor key, Tensor params) -> Tensor"
 )
-torch.library.define("torchdrop::activation_dropout", "(Tensor x, Tensor key, Tensor law, str activation) -> Tensor")
+torch.library.define("torchdrop::activation_dropout", "(Tensor x, Tensor key, Tensor params, str activation) -> Tensor")
 torch.library.define(
     "torchdrop::activation_dropout_backward",
-    "(Tensor grad, Tensor kept, Tensor key, Tensor law, str activation) -> Tensor",
+    "(Tensor grad, Tensor kept, Tensor key, Tensor params, str activation) -> Tensor",
 )
 
 
@@ -168,18 +174,18 @@ _implement("activation_dropout_backward", _activation_backward, partial(check_ac
 
 
 def _add_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, bias, _, key, law = inputs
+    x, bias, _, key, params = inputs
     ctx.shape, ctx.bias = x.shape, None if bias is None else bias.shape
-    ctx.save_for_backward(key, law)
+    ctx.save_for_backward(key, params)
 
 
 def _add_gradients(
-    ctx: Any, grad: Tensor, key: Tensor, law: Law | Tensor
+    ctx: Any, grad: Tensor, key: Tensor, params: MaskParams | Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Of x, bias and residual."""
     of_x, of_bias, of_residual = ctx.needs_input_grad[:3]
     grad = fitting(grad, ctx.shape, key.device)
-    dropped = masked(grad, key, linear(law), grad.shape) if of_x or of_bias else None
+    dropped = masked(grad, key, linear(params), grad.shape) if of_x or of_bias else None
     summed = dropped.sum_to_size(ctx.bias) if of_bias and dropped is not None else None
     return dropped if of_x else None, summed, grad if of_residual else None
 
@@ -192,53 +198,55 @@ torch.library.register_autograd("torchdrop::dropout_add", _add_backward, setup_c
 
 
 def _activation_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, key, law, ctx.activation = inputs
-    ctx.save_for_backward(output if ACTIVATIONS[ctx.activation].keeps_output else x, key, law)
+    x, key, params, ctx.activation = inputs
+    ctx.save_for_backward(output if ACTIVATIONS[ctx.activation].keeps_output else x, key, params)
 
 
 def _activation_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-    kept, key, law = ctx.saved_tensors
-    return gradient(grad, kept, key, law, ctx.activation), None, None, None
+    kept, key, params = ctx.saved_tensors
+    return gradient(grad, kept, key, params, ctx.activation), None, None, None
 
 
 torch.library.register_autograd("torchdrop::activation_dropout", _activation_gradient, setup_context=_activation_setup)
 
 
-def gradient(grad: Tensor, kept: Tensor, key: Tensor, law: Law | Tensor, activation: str) -> Tensor:
+def gradient(grad: Tensor, kept: Tensor, key: Tensor, params: MaskParams | Tensor, activation: str) -> Tensor:
     """In one pass where nothing is to be differentiated again."""
-    law, grad = linear(law), fitting(grad, kept.shape, kept.device)
+    params, grad = linear(params), fitting(grad, kept.shape, kept.device)
     if not torch.is_grad_enabled():
         if is_compiling() or dispatch_modes():
-            tensor = law.tensor() if isinstance(law, Law) else law
+            tensor = params.tensor() if isinstance(params, MaskParams) else params
             return torch.ops.torchdrop.activation_dropout_backward(grad, kept, key, tensor, activation)
         if is_plain(grad) and is_plain(kept) and grad.dtype == kept.dtype:
-            return _activation_backward(grad, kept, key, law, activation)
-    return _composed_gradient(grad, kept, activation, _differentiable(key, law))
+            return _activation_backward(grad, kept, key, params, activation)
+    return _composed_gradient(grad, kept, activation, _differentiable(key, params))
 
 
 class _Added(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, residual: Tensor, key: Tensor, law: Law | Tensor) -> Tensor:
-        ctx.key, ctx.law, ctx.shape, ctx.bias = key, law, x.shape, None if bias is None else bias.shape
-        return _add(x, bias, residual, key, law)
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, residual: Tensor, key: Tensor, params: MaskParams | Tensor
+    ) -> Tensor:
+        ctx.key, ctx.params, ctx.shape, ctx.bias = key, params, x.shape, None if bias is None else bias.shape
+        return _add(x, bias, residual, key, params)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *_add_gradients(ctx, grad, ctx.key, ctx.law), None, None
+        return *_add_gradients(ctx, grad, ctx.key, ctx.params), None, None
 
 
 class _Activated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, key: Tensor, law: Law | Tensor, activation: str) -> Tensor:
-        out = _activation(x, key, law, activation)
-        ctx.key, ctx.law, ctx.activation = key, law, activation
+    def forward(ctx: Any, x: Tensor, key: Tensor, params: MaskParams | Tensor, activation: str) -> Tensor:
+        out = _activation(x, key, params, activation)
+        ctx.key, ctx.params, ctx.activation = key, params, activation
         ctx.save_for_backward(out if ACTIVATIONS[activation].keeps_output else x)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (kept,) = ctx.saved_tensors
-        return gradient(grad, kept, ctx.key, ctx.law, ctx.activation), None, None, None
+        return gradient(grad, kept, ctx.key, ctx.params, ctx.activation), None, None, None
 
 
 # Function.apply looks for transforms first; `is_plain` has seen that there are none.
@@ -246,38 +254,38 @@ _record_add = node_of(_Added)
 _record_activation = node_of(_Activated)
 
 
-def _fusible(key: Tensor, law: Law | Tensor, *operands: Tensor) -> bool:
-    """Whether one kernel can do it: one key, one law, and tensors that are what lies in their memory."""
-    single = key.dim() == 1 and (isinstance(law, Law) or law.dim() == 1)
+def _fusible(key: Tensor, params: MaskParams | Tensor, *operands: Tensor) -> bool:
+    """Whether one kernel can do it: one key, one set of parameters, and tensors that are what lies in their memory."""
+    single = key.dim() == 1 and (isinstance(params, MaskParams) or params.dim() == 1)
     if is_compiling():
         return single and not transforms_active()
     return single and all(map(is_plain, operands))
 
 
-def dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor, key: Tensor, law: Law | Tensor) -> Tensor:
+def dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor, key: Tensor, params: MaskParams | Tensor) -> Tensor:
     """``residual + m (x + bias) / k``, differentiable in all three; bias may be None."""
     operands = (x, residual) if bias is None else (x, bias, residual)
-    if not _fusible(key, law, *operands):
-        return composed_add(x, bias, residual, _differentiable(key, law))
+    if not _fusible(key, params, *operands):
+        return composed_add(x, bias, residual, _differentiable(key, params))
     if is_compiling():
-        tensor = law.tensor() if isinstance(law, Law) else law
+        tensor = params.tensor() if isinstance(params, MaskParams) else params
         return torch.ops.torchdrop.dropout_add(x, bias, residual, key, tensor)
     if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
-        return _record_add(x, bias, residual, key, law)
-    return _add(x, bias, residual, key, law)
+        return _record_add(x, bias, residual, key, params)
+    return _add(x, bias, residual, key, params)
 
 
-def activation_dropout(x: Tensor, key: Tensor, law: Law | Tensor, activation: str) -> Tensor:
+def activation_dropout(x: Tensor, key: Tensor, params: MaskParams | Tensor, activation: str) -> Tensor:
     """``m f(x) / k``, differentiable in x.
 
     Args:
         activation: which f: a name of `ACTIVATIONS`.
     """
-    if not _fusible(key, law, x):
-        return composed_activation(x, activation, _differentiable(key, law))
+    if not _fusible(key, params, x):
+        return composed_activation(x, activation, _differentiable(key, params))
     if is_compiling():
-        tensor = law.tensor() if isinstance(law, Law) else law
+        tensor = params.tensor() if isinstance(params, MaskParams) else params
         return torch.ops.torchdrop.activation_dropout(x, key, tensor, activation)
     if x.requires_grad and torch.is_grad_enabled():
-        return _record_activation(x, key, law, activation)
-    return _activation(x, key, law, activation)
+        return _record_activation(x, key, params, activation)
+    return _activation(x, key, params, activation)

@@ -1,8 +1,8 @@
 """The registered operators, and the roads to them.
 
 ``torchdrop::masked`` and ``torchdrop::gaussian`` are linear in x up to a constant, and their derivative is the same map
-under the law's linear part. Backward, double backward, forward mode and vmap all follow from that one fact, so both
-operators come out of `_define`.
+under the parameters' linear part. Backward, double backward, forward mode and vmap all follow from that one fact, so
+both operators come out of `_define`.
 
 Three roads lead to a kernel, and all give the same result:
 
@@ -29,8 +29,8 @@ from ..core.torch_state import (
     node_of,
     transforms_active,
 )
-from ..kernels.law import Law, linear
-from ..kernels.masking import COMPUTE_DTYPE, WHOLE, Part, masked_values
+from ..kernels.mask_params import MaskParams, linear
+from ..kernels.masking import COMPUTE_DTYPE, WHOLE, MaskSlice, masked_values
 from .arguments import check_masked
 
 Runner = Callable[..., Tensor]
@@ -64,7 +64,7 @@ def _batch(
     in_dims: Sequence[int | None],
     x: Tensor,
     key: Tensor,
-    law: Tensor,
+    params: Tensor,
     shape: Sequence[int],
     part: Sequence[int] = WHOLE,
 ) -> tuple[Tensor, Tensor, Tensor, list[int], Sequence[int]]:
@@ -73,7 +73,7 @@ def _batch(
     A batched key gives every call its own mask; an unbatched one is shared, so the mask has a one there. A part is one
     of each key's mask, so it stays.
     """
-    x_dim, key_dim, law_dim = in_dims[:3]
+    x_dim, key_dim, params_dim = in_dims[:3]
     shape = list(shape)
     x = x.expand(batch_size, *x.shape) if x_dim is None else x.movedim(x_dim, 0)
     if key_dim is not None:
@@ -82,53 +82,56 @@ def _batch(
         key = key.unsqueeze(0)
     else:
         shape = [1, *shape]
-    if law_dim is not None:
-        law = law.movedim(law_dim, 0)
-        if law.dim() == 2:
-            law = law.reshape(batch_size, *[1] * (x.dim() - 1), law.shape[-1])
-    elif law.dim() > 1:
-        law = law.unsqueeze(0)
-    return x, key, law, shape, part
+    if params_dim is not None:
+        params = params.movedim(params_dim, 0)
+        if params.dim() == 2:
+            params = params.reshape(batch_size, *[1] * (x.dim() - 1), params.shape[-1])
+    elif params.dim() > 1:
+        params = params.unsqueeze(0)
+    return x, key, params, shape, part
 
 
 Composed = Callable[[Callable[..., Tensor], Tensor, Tensor], Tensor]
-"""An operator in operations that have derivatives, from a function of tensors and laws that has none, x and the law."""
+"""An operator in operations that have derivatives, from a function of tensors and parameters that has none, x and the
+parameters."""
 
 
-def _mask_composed(drawn: Callable[..., Tensor], x: Tensor, law: Tensor) -> Tensor:
-    threshold = law[..., :1]
-    kept = drawn(torch.ones_like(x), torch.cat([threshold, torch.ones_like(threshold), law[..., 2:] * 0], -1)) != 0
-    return masked_values(x, kept, law).to(x.dtype)
+def _mask_composed(drawn: Callable[..., Tensor], x: Tensor, params: Tensor) -> Tensor:
+    threshold = params[..., :1]
+    kept = drawn(torch.ones_like(x), torch.cat([threshold, torch.ones_like(threshold), params[..., 2:] * 0], -1)) != 0
+    return masked_values(x, kept, params).to(x.dtype)
 
 
-def _normal_composed(drawn: Callable[..., Tensor], x: Tensor, law: Tensor) -> Tensor:
+def _normal_composed(drawn: Callable[..., Tensor], x: Tensor, params: Tensor) -> Tensor:
     dtype = COMPUTE_DTYPE[x.dtype]
-    return (x.to(dtype) * drawn(torch.ones_like(x, dtype=dtype), law)).to(x.dtype)
+    return (x.to(dtype) * drawn(torch.ones_like(x, dtype=dtype), params)).to(x.dtype)
 
 
 def _define(name: str, run: Runner, composed: Composed) -> Operator:
     qualified = f"torchdrop::{name}"
-    torch.library.define(qualified, "(Tensor x, Tensor key, Tensor law, SymInt[] shape, SymInt[] part=[]) -> Tensor")
+    torch.library.define(qualified, "(Tensor x, Tensor key, Tensor params, SymInt[] shape, SymInt[] part=[]) -> Tensor")
     registered = getattr(torch.ops.torchdrop, name).default
 
     @torch.library.impl(qualified, "default")
-    def implementation(x: Tensor, key: Tensor, law: Tensor, shape: Sequence[int], part: Sequence[int] = ()) -> Tensor:
-        check_masked(qualified, x, key, law, shape, part)
-        return run(x, key, law, tuple(shape), Part(*part) if any(part) else WHOLE)
+    def implementation(
+        x: Tensor, key: Tensor, params: Tensor, shape: Sequence[int], part: Sequence[int] = ()
+    ) -> Tensor:
+        check_masked(qualified, x, key, params, shape, part)
+        return run(x, key, params, tuple(shape), MaskSlice(*part) if any(part) else WHOLE)
 
     @torch.library.register_fake(qualified)
-    def fake(x: Tensor, key: Tensor, law: Tensor, shape: Sequence[int], part: Sequence[int] = ()) -> Tensor:
-        check_masked(qualified, x, key, law, shape, part)
+    def fake(x: Tensor, key: Tensor, params: Tensor, shape: Sequence[int], part: Sequence[int] = ()) -> Tensor:
+        check_masked(qualified, x, key, params, shape, part)
         return torch.empty_like(x)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, key, law, ctx.shape, *part = inputs
+        _, key, params, ctx.shape, *part = inputs
         ctx.part = part[0] if part else WHOLE
-        ctx.save_for_backward(key, law)
+        ctx.save_for_backward(key, params)
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        key, law = ctx.saved_tensors
-        return registered(grad, key, linear(law), ctx.shape, ctx.part), None, None, None, None
+        key, params = ctx.saved_tensors
+        return registered(grad, key, linear(params), ctx.shape, ctx.part), None, None, None, None
 
     def batched(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Tensor, int]:
         return registered(*_batch(info.batch_size, in_dims, *args)), 0
@@ -138,8 +141,8 @@ def _define(name: str, run: Runner, composed: Composed) -> Operator:
 
     class Transformed(torch.autograd.Function):
         @staticmethod
-        def forward(x: Tensor, key: Tensor, law: Tensor, shape: Sequence[int], part: Sequence[int]) -> Tensor:
-            return registered(x, key, law, shape, part)
+        def forward(x: Tensor, key: Tensor, params: Tensor, shape: Sequence[int], part: Sequence[int]) -> Tensor:
+            return registered(x, key, params, shape, part)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -148,76 +151,87 @@ def _define(name: str, run: Runner, composed: Composed) -> Operator:
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-            key, law = ctx.saved_tensors
-            return transformed(grad, key, cast(Tensor, linear(law)), ctx.shape, ctx.part), None, None, None, None
+            key, params = ctx.saved_tensors
+            return transformed(grad, key, cast(Tensor, linear(params)), ctx.shape, ctx.part), None, None, None, None
 
         @staticmethod
         def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-            key, law = ctx.saved_tensors
-            return transformed(tangent, key, cast(Tensor, linear(law)), ctx.shape, ctx.part)
+            key, params = ctx.saved_tensors
+            return transformed(tangent, key, cast(Tensor, linear(params)), ctx.shape, ctx.part)
 
         @staticmethod
         def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Tensor, int]:
             return transformed(*_batch(info.batch_size, in_dims, *args)), 0
 
-    def transformed(x: Tensor, key: Tensor, law: Tensor, shape: Sequence[int], part: Sequence[int]) -> Tensor:
-        return Transformed.apply(x, key, law, shape, part)
+    def transformed(x: Tensor, key: Tensor, params: Tensor, shape: Sequence[int], part: Sequence[int]) -> Tensor:
+        return Transformed.apply(x, key, params, shape, part)
 
-    def written(x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int], part: Part) -> Tensor:
-        run(x, key, law, shape, part, x)
+    def written(x: Tensor, key: Tensor, params: MaskParams | Tensor, shape: Sequence[int], part: MaskSlice) -> Tensor:
+        run(x, key, params, shape, part, x)
         if not x.is_inference():
             increment_version(x)  # a kernel writes through an address, unseen by autograd
         return x
 
     class Recorded(torch.autograd.Function):
-        """The lean one: 16 bytes of key and a law stay for backward, as plain attributes."""
+        """The lean one: 16 bytes of key and the parameters stay for backward, as plain attributes."""
 
         @staticmethod
         def forward(
-            ctx: Any, x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int], inplace: bool, part: Part
+            ctx: Any,
+            x: Tensor,
+            key: Tensor,
+            params: MaskParams | Tensor,
+            shape: Sequence[int],
+            inplace: bool,
+            part: MaskSlice,
         ) -> Tensor:
-            ctx.key, ctx.law, ctx.shape, ctx.part, ctx.whole = key, law, shape, part, x.shape
+            ctx.key, ctx.params, ctx.shape, ctx.part, ctx.whole = key, params, shape, part, x.shape
             if inplace:
                 ctx.mark_dirty(x)
-                return written(x, key, law, shape, part)
-            return run(x, key, law, shape, part)
+                return written(x, key, params, shape, part)
+            return run(x, key, params, shape, part)
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
             grad = fitting(grad, ctx.whole, ctx.key.device)
-            return call(grad, ctx.key, linear(ctx.law), ctx.shape, False, ctx.part), None, None, None, None, None
+            return call(grad, ctx.key, linear(ctx.params), ctx.shape, False, ctx.part), None, None, None, None, None
 
     record = node_of(Recorded)  # `is_plain` has seen that there are no transforms
 
     def call(
-        x: Tensor, key: Tensor, law: Law | Tensor, shape: Sequence[int], inplace: bool = False, part: Part = WHOLE
+        x: Tensor,
+        key: Tensor,
+        params: MaskParams | Tensor,
+        shape: Sequence[int],
+        inplace: bool = False,
+        part: MaskSlice = WHOLE,
     ) -> Tensor:
         if not is_compiling() and is_plain(x):
             if x.requires_grad and torch.is_grad_enabled():
-                return record(x, key, law, shape, inplace, part)
-            return written(x, key, law, shape, part) if inplace else run(x, key, law, shape, part)
-        if isinstance(law, Law):
-            law = law.tensor()
+                return record(x, key, params, shape, inplace, part)
+            return written(x, key, params, shape, part) if inplace else run(x, key, params, shape, part)
+        if isinstance(params, MaskParams):
+            params = params.tensor()
         if not (transforms_active() or (not is_compiling() and forward_mode_active())):
-            out = registered(x, key, law, shape, part)
+            out = registered(x, key, params, shape, part)
         elif (
             is_compiling() or functionalize_active()
         ):  # no derivative of an operator's own goes with torch.func's there
-            out = composed(lambda ones, law: registered(ones, key, law, shape, part), x, law)
+            out = composed(lambda ones, params: registered(ones, key, params, shape, part), x, params)
         else:
-            out = transformed(x, key, law, shape, part)
+            out = transformed(x, key, params, shape, part)
         return x.copy_(out) if inplace else out
 
     return call
 
 
 masked = _define("masked", kernels.masked, _mask_composed)
-"""``masked(x, key, law, shape, inplace=False, part=WHOLE)``: ``x * scale + shift`` where kept, `fill` elsewhere.
+"""``masked(x, key, params, shape, inplace=False, part=WHOLE)``: ``x * scale + shift`` where kept, `fill` elsewhere.
 
-Differentiable in x. A law given as a tensor gets no gradient.
+Differentiable in x. A set of mask parameters given as a tensor gets no gradient.
 """
 
 gaussian = _define("gaussian", kernels.gaussian, _normal_composed)
-"""``gaussian(x, key, law, shape, inplace=False, part=WHOLE)``: ``x * (1 + scale * z)`` with z standard normal.
+"""``gaussian(x, key, params, shape, inplace=False, part=WHOLE)``: ``x * (1 + scale * z)`` with z standard normal.
 
 Differentiable in x."""

@@ -13,64 +13,65 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..kernels.law import Law, has_float64
+from ..kernels.mask_params import MaskParams, has_float64
 from .arguments import check_numbers
 
 Numbers = Callable[..., Tensor]
-"""``numbers(key, shape, law=None)``: a tensor of shape ``key.shape[:-1] + shape``."""
+"""``numbers(key, shape, params=None)``: a tensor of shape ``key.shape[:-1] + shape``."""
 
 
 def _define(name: str, dtype: torch.dtype, run: Callable[..., Tensor]) -> Numbers:
     qualified = f"torchdrop::{name}"
-    torch.library.define(qualified, "(Tensor key, SymInt[] shape, Tensor? law=None) -> Tensor")
+    torch.library.define(qualified, "(Tensor key, SymInt[] shape, Tensor? params=None) -> Tensor")
     registered = getattr(torch.ops.torchdrop, name).default
 
     @torch.library.impl(qualified, "default")
-    def implementation(key: Tensor, shape: Sequence[int], law: Tensor | None = None) -> Tensor:
-        check_numbers(qualified, key, shape, law, dtype is torch.bool)
-        return run(key, tuple(shape), law)
+    def implementation(key: Tensor, shape: Sequence[int], params: Tensor | None = None) -> Tensor:
+        check_numbers(qualified, key, shape, params, dtype is torch.bool)
+        return run(key, tuple(shape), params)
 
     @torch.library.register_fake(qualified)
-    def fake(key: Tensor, shape: Sequence[int], law: Tensor | None = None) -> Tensor:
-        check_numbers(qualified, key, shape, law, dtype is torch.bool)
+    def fake(key: Tensor, shape: Sequence[int], params: Tensor | None = None) -> Tensor:
+        check_numbers(qualified, key, shape, params, dtype is torch.bool)
         own = dtype if dtype != torch.float64 or has_float64(key.device) else torch.float32
         return key.new_empty((*key.shape[:-1], *shape), dtype=own)
 
     def batched(
-        info: Any, in_dims: Sequence[int | None], key: Tensor, shape: Sequence[int], law: Tensor | None = None
+        info: Any, in_dims: Sequence[int | None], key: Tensor, shape: Sequence[int], params: Tensor | None = None
     ) -> tuple[Tensor, int]:
-        """One call with the batch as the first dimension of the keys; the law's dimensions follow them and the mask's.
+        """One call with the batch as the first dimension of the keys; the parameters' dimensions follow them and the
+        mask's.
 
-        A key that is not batched, under laws that are, is repeated: it is one draw under each of them.
+        A key that is not batched, under sets of parameters that are, is repeated: it is one draw under each of them.
         """
-        key_dim, law_dim = in_dims[0], in_dims[2] if len(in_dims) > 2 else None
+        key_dim, params_dim = in_dims[0], in_dims[2] if len(in_dims) > 2 else None
         key = key.expand(info.batch_size, *key.shape) if key_dim is None else key.movedim(key_dim, 0)
-        if law is not None and law_dim is not None:
-            law = law.movedim(law_dim, 0)
-        elif law is not None and law.dim() > 1:
-            law = law.unsqueeze(0)
-        if law is not None and law.dim() > 1:
-            missing = key.dim() - 1 + len(shape) + 1 - law.dim()
-            law = law.reshape(law.shape[0], *[1] * missing, *law.shape[1:])
-        return registered(key, shape, law), 0
+        if params is not None and params_dim is not None:
+            params = params.movedim(params_dim, 0)
+        elif params is not None and params.dim() > 1:
+            params = params.unsqueeze(0)
+        if params is not None and params.dim() > 1:
+            missing = key.dim() - 1 + len(shape) + 1 - params.dim()
+            params = params.reshape(params.shape[0], *[1] * missing, *params.shape[1:])
+        return registered(key, shape, params), 0
 
     torch.library.register_vmap(qualified, batched)
 
-    def call(key: Tensor, shape: Sequence[int], law: Law | Tensor | None = None) -> Tensor:
-        if isinstance(law, Law):
-            law = law.tensor()
-        return registered(key, tuple(shape), law)
+    def call(key: Tensor, shape: Sequence[int], params: MaskParams | Tensor | None = None) -> Tensor:
+        if isinstance(params, MaskParams):
+            params = params.tensor()
+        return registered(key, tuple(shape), params)
 
     return call
 
 
-def _keep_mask(key: Tensor, shape: Sequence[int], law: Tensor | None) -> Tensor:
-    assert law is not None
-    return kernels.keep_mask(shape, key, law)
+def _keep_mask(key: Tensor, shape: Sequence[int], params: Tensor | None) -> Tensor:
+    assert params is not None
+    return kernels.keep_mask(shape, key, params)
 
 
 keep_mask = _define("keep_mask", torch.bool, _keep_mask)
-"""Bools, True with the probability that the law's threshold has."""
+"""Bools, True with the probability that the parameters' threshold has."""
 
 draws = _define("draws", torch.int64, lambda key, shape, _: kernels.draws(shape, key))
 """32-bit draws, as int64."""

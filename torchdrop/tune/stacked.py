@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..configure.holders import holders
 from ..core.rate import KeepProb, Rate, Rated
-from ..kernels.law import law_tensor
+from ..kernels.mask_params import params_tensor
 from .alone import with_rates
 from .graph import lean
 from .training import Fold, Masks, Training, first_stream
@@ -138,9 +138,9 @@ class Stack:
     def _loss(
         self, own: Named, frozen: Named, buffers: Named, rates: list[list[Tensor]], x: Tensor, y: Tensor, stream: Tensor
     ) -> Tensor:
-        for layer, (keep, law) in zip(self._layers, rates, strict=True):
+        for layer, (keep, params) in zip(self._layers, rates, strict=True):
             # What a layer derives from its rate is given to it, so that it is not worked out in every step.
-            layer.rate = Rate(keep, 1.0 - keep, layer._formula, law)
+            layer.rate = Rate(keep, 1.0 - keep, layer._formula, params)
         with self._masks.at(stream):
             output = functional_call(self._model, {**own, **frozen, **buffers}, (x,))
         return self._training.loss(output, y)
@@ -230,12 +230,12 @@ def _check_rates(jobs: Sequence[Job]) -> None:
 
 
 def _stacked_rates(model: nn.Module, jobs: Sequence[Job]) -> list[list[Tensor]]:
-    """For each layer of torchdrop the keep_prob and the law of every model."""
+    """For each layer of torchdrop the keep_prob and the parameters of every model."""
     result = []
     for at, holder in enumerate(holders(model)):
         if isinstance(holder.module, Rated):
             keep = torch.tensor([float(job.rates[at]) for job in jobs], dtype=torch.float64)
-            result.append([keep, law_tensor(keep, holder.module._formula)])
+            result.append([keep, params_tensor(keep, holder.module._formula)])
     return result
 
 

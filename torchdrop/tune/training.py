@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..core import sites
-from ..kernels.law import ONE, Law
+from ..kernels.mask_params import ONE, MaskParams
 
 Loss = Callable[[Any, Tensor], Tensor]
 Score = Callable[[Any, Tensor], Any]
@@ -105,15 +105,15 @@ class Masks(TorchFunctionMode):
         if func is sites.is_on:
             return args[0]
         if func is sites.draw:
-            numbers, like, shape, _, law = args
-            return numbers(self._key(like.device), shape, law)
+            numbers, like, shape, _, params = args
+            return numbers(self._key(like.device), shape, params)
         if func is not sites.apply:
             return func(*args, **(kwargs or {}))
-        operator, input, law, shape, inplace, _ = args
+        operator, input, params, shape, inplace, _ = args
         key = self._key(input.device)
-        if isinstance(law, Law) and law.threshold == ONE:
+        if isinstance(params, MaskParams) and params.threshold == ONE:
             return input
-        return operator(input, key, law, shape, inplace)
+        return operator(input, key, params, shape, inplace)
 
     def _key(self, device: torch.device) -> Tensor:
         assert self._stream is not None

@@ -25,10 +25,10 @@ from ...core.mask_shape import Axes, mask_shape
 from ...core.rate import InplaceRated, as_rate, rate_named
 from ...core.symbolic import leaf, recorded
 from ...core.torch_state import is_compiling, is_plain
-from ...kernels.law import ONE, Law
+from ...kernels.mask_params import ONE, MaskParams
 from ...kernels.masking import COMPUTE_DTYPE
 from ...ops import operators
-from .geometry import anchor_law, free, position_scales
+from .geometry import anchor_params, free, position_scales
 
 Scaling = Literal["mean", "marginal"]
 
@@ -68,48 +68,48 @@ def _mask_shape(input: Tensor, spatial: int, block_size: int, shared_axes: Axes)
     return shape
 
 
-_UNSCALED = Law(ONE, 1.0)
+_UNSCALED = MaskParams(ONE, 1.0)
 
 
 class _Blocked(torch.autograd.Function):
     """The mask stays for backward, at a byte for each of its elements."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kept: Tensor, law: Law) -> Tensor:
+    def forward(ctx: Any, x: Tensor, kept: Tensor, params: MaskParams) -> Tensor:
         ctx.save_for_backward(kept)
-        ctx.law, ctx.shape = law, x.shape
-        return kernels.select(x, kept, law)
+        ctx.params, ctx.shape = params, x.shape
+        return kernels.select(x, kept, params)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (kept,) = ctx.saved_tensors
-        return _masked(operators.fitting(grad, ctx.shape, kept.device), kept, ctx.law), None, None
+        return _masked(operators.fitting(grad, ctx.shape, kept.device), kept, ctx.params), None, None
 
 
-def _recorded(x: Tensor, kept: Tensor, law: Law) -> Tensor:
+def _recorded(x: Tensor, kept: Tensor, params: MaskParams) -> Tensor:
     if x.requires_grad and torch.is_grad_enabled():
-        return _Blocked.apply(x, kept, law)
-    return kernels.select(x, kept, law)
+        return _Blocked.apply(x, kept, params)
+    return kernels.select(x, kept, params)
 
 
-def _selected(x: Tensor, kept: Tensor, law: Law) -> Tensor:
+def _selected(x: Tensor, kept: Tensor, params: MaskParams) -> Tensor:
     """By the kernel, whose results are contiguous: dimensions are put in the order of x's memory, and back."""
     if x.is_contiguous():
-        return _recorded(x, kept, law)
+        return _recorded(x, kept, params)
     strides = x.stride()
     order = sorted(range(x.dim()), key=lambda d: -strides[d])
     back = [order.index(d) for d in range(x.dim())]
-    return _recorded(x.permute(order), kept.expand(x.shape).permute(order), law).permute(back)
+    return _recorded(x.permute(order), kept.expand(x.shape).permute(order), params).permute(back)
 
 
-def _masked(x: Tensor, kept: Tensor, scale: Law | Tensor) -> Tensor:
+def _masked(x: Tensor, kept: Tensor, scale: MaskParams | Tensor) -> Tensor:
     """``x * scale`` where kept and 0 elsewhere, differentiable in x."""
     dtype = COMPUTE_DTYPE[x.dtype]
     if not is_compiling() and is_plain(x):
-        if isinstance(scale, Law):
+        if isinstance(scale, MaskParams):
             return _selected(x, kept, scale)
         return (_selected(x, kept, _UNSCALED).to(dtype) * scale.to(x.device, dtype)).to(x.dtype)
-    factor = scale.scale if isinstance(scale, Law) else scale.to(x.device, dtype)
+    factor = scale.scale if isinstance(scale, MaskParams) else scale.to(x.device, dtype)
     if not x.is_contiguous():
         kept = torch.ones_like(x, dtype=torch.bool) & kept  # x's strides come first, and where() takes them over
     return torch.where(kept, x.to(dtype) * factor, 0.0).to(x.dtype)
@@ -137,11 +137,11 @@ def _drop_block(
     if inplace:
         check_inplace(input)
     sizes = portable.numbered(shape[-spatial:])
-    law = anchor_law(rate.law_for((*shape[:-spatial], *[1] * spatial)), sizes, block_size)
-    scale: Law | Tensor = law if isinstance(law, Law) else law[..., 1]
+    params = anchor_params(rate.params_for((*shape[:-spatial], *[1] * spatial)), sizes, block_size)
+    scale: MaskParams | Tensor = params if isinstance(params, MaskParams) else params[..., 1]
     if scaling == "marginal":
-        scale = position_scales(law, sizes, block_size)
-    unstarted = sites.keep_mask(input, law, shape, generator)
+        scale = position_scales(params, sizes, block_size)
+    unstarted = sites.keep_mask(input, params, shape, generator)
     if unstarted is None:
         return input
     out = _masked(input, free(unstarted, sizes, block_size), scale)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels.law import ONE, Law, threshold
+from ...kernels.mask_params import ONE, MaskParams, threshold
 from ...ops.arguments import check_blocks
 
 Sizes = tuple[int, ...]
@@ -76,25 +76,25 @@ def solve(keep_prob: float, sizes: Sizes, block: int) -> float:
 
 
 @functools.lru_cache(maxsize=4096)
-def _anchor_law(kept: int, sizes: Sizes, block: int) -> Law:
+def _anchor_params(kept: int, sizes: Sizes, block: int) -> MaskParams:
     """For a keep probability of ``kept / 2**32``: the threshold of q, and the reciprocal of the mean that it gives."""
     if kept in (0, ONE):
-        return Law(kept, 1.0)
+        return MaskParams(kept, 1.0)
     below = threshold(solve(kept / ONE, sizes, block))
-    return Law(below, 1.0 / mean_keep(below / ONE, sizes, block))
+    return MaskParams(below, 1.0 / mean_keep(below / ONE, sizes, block))
 
 
-def _anchor_laws(law: Tensor, sizes: Sizes, block: int) -> Tensor:
-    found = [_anchor_law(min(max(int(kept), 0), ONE), sizes, block) for kept in law[..., 0].flatten().tolist()]
+def _anchor_params_of_each(params: Tensor, sizes: Sizes, block: int) -> Tensor:
+    found = [_anchor_params(min(max(int(kept), 0), ONE), sizes, block) for kept in params[..., 0].flatten().tolist()]
     rows = [[one.threshold, one.scale, 0.0, 0.0] for one in found]
-    return torch.tensor(rows, dtype=torch.float64, device="cpu").reshape(law.shape).to(law.device)
+    return torch.tensor(rows, dtype=torch.float64, device="cpu").reshape(params.shape).to(params.device)
 
 
-def _position_scales(law: Tensor, sizes: Sizes, block: int) -> Tensor:
+def _position_scales(params: Tensor, sizes: Sizes, block: int) -> Tensor:
     exponents = torch.ones((), dtype=torch.float64, device="cpu")
     for length in sizes:
         exponents = exponents.unsqueeze(-1) * torch.tensor(covers(length, block), dtype=torch.float64, device="cpu")
-    q = law[..., 0].cpu() / ONE
+    q = params[..., 0].cpu() / ONE
     scales = torch.where(q > 0, q, 1.0).reshape(*q.shape, *[1] * (len(sizes) - q.dim())) ** -exponents
     largest = scales.max().item() if scales.numel() else 1.0
     if largest > LARGEST_SCALE:
@@ -103,60 +103,61 @@ def _position_scales(law: Tensor, sizes: Sizes, block: int) -> Tensor:
             f"{largest:.3g}, and {LARGEST_SCALE:g} is the most it may: use a larger keep_prob, a smaller block_size or "
             "scaling='mean'"
         )
-    return scales.to(law.device)
+    return scales.to(params.device)
 
 
 def _define(
     name: str, run: Callable[[Tensor, Sizes, int], Tensor], shape_of: Callable[[Tensor, Sequence[int]], Sequence[int]]
 ) -> Any:
-    """An operator of a law: the same double precision in eager and in compiled code, which can not see the law."""
+    """An operator of mask parameters: the same double precision in eager and in compiled code, which can not see the
+    parameters."""
     qualified, scales = f"torchdrop::{name}", name == "block_scales"
-    torch.library.define(qualified, "(Tensor law, SymInt[] sizes, SymInt block) -> Tensor")
+    torch.library.define(qualified, "(Tensor params, SymInt[] sizes, SymInt block) -> Tensor")
     registered = getattr(torch.ops.torchdrop, name).default
 
     @torch.library.impl(qualified, "default")
-    def implementation(law: Tensor, sizes: Sequence[int], block: int) -> Tensor:
-        check_blocks(qualified, law, sizes, block, scales)
-        return run(law, tuple(sizes), block).contiguous()
+    def implementation(params: Tensor, sizes: Sequence[int], block: int) -> Tensor:
+        check_blocks(qualified, params, sizes, block, scales)
+        return run(params, tuple(sizes), block).contiguous()
 
     @torch.library.register_fake(qualified)
-    def fake(law: Tensor, sizes: Sequence[int], block: int) -> Tensor:
-        check_blocks(qualified, law, sizes, block, scales)
-        return law.new_empty(shape_of(law, sizes))
+    def fake(params: Tensor, sizes: Sequence[int], block: int) -> Tensor:
+        check_blocks(qualified, params, sizes, block, scales)
+        return params.new_empty(shape_of(params, sizes))
 
-    def batched(info: Any, in_dims: Sequence[int | None], law: Tensor, sizes: Sequence[int], block: int) -> Any:
-        law = law.movedim(in_dims[0] or 0, 0)
-        if law.dim() == 2 and scales:
-            law = law.reshape(law.shape[0], *[1] * len(sizes), law.shape[1])
-        return registered(law, sizes, block), 0
+    def batched(info: Any, in_dims: Sequence[int | None], params: Tensor, sizes: Sequence[int], block: int) -> Any:
+        params = params.movedim(in_dims[0] or 0, 0)
+        if params.dim() == 2 and scales:
+            params = params.reshape(params.shape[0], *[1] * len(sizes), params.shape[1])
+        return registered(params, sizes, block), 0
 
     torch.library.register_vmap(qualified, batched)
     return registered
 
 
-_block_anchors = _define("block_anchors", _anchor_laws, lambda law, sizes: law.shape)
+_block_anchors = _define("block_anchors", _anchor_params_of_each, lambda params, sizes: params.shape)
 _block_scales = _define(
-    "block_scales", _position_scales, lambda law, sizes: torch.broadcast_shapes(law.shape[:-1], tuple(sizes))
+    "block_scales", _position_scales, lambda params, sizes: torch.broadcast_shapes(params.shape[:-1], tuple(sizes))
 )
 
 
-def anchor_law(law: Law | Tensor, sizes: Sequence[int], block: int) -> Law | Tensor:
-    """From the law of a keep probability to that of the anchors: no block starts at one below its threshold.
+def anchor_params(params: MaskParams | Tensor, sizes: Sequence[int], block: int) -> MaskParams | Tensor:
+    """From the parameters of a keep probability to that of the anchors: no block starts at one below its threshold.
 
     Its scale is the reciprocal of the mean keep probability that this threshold gives.
     """
-    if isinstance(law, Law):
-        return _anchor_law(law.threshold, tuple(sizes), block)
-    return _block_anchors(law, sizes, block)
+    if isinstance(params, MaskParams):
+        return _anchor_params(params.threshold, tuple(sizes), block)
+    return _block_anchors(params, sizes, block)
 
 
-def position_scales(law: Law | Tensor, sizes: Sequence[int], block: int) -> Tensor:
-    """The reciprocal of each position's own keep probability under a law of the anchors, as float64.
+def position_scales(params: MaskParams | Tensor, sizes: Sequence[int], block: int) -> Tensor:
+    """The reciprocal of each position's own keep probability under the mask parameters of the anchors, as float64.
 
     Raises:
         ValueError: one is larger than `LARGEST_SCALE`.
     """
-    return _block_scales(law.tensor() if isinstance(law, Law) else law, sizes, block)
+    return _block_scales(params.tensor() if isinstance(params, MaskParams) else params, sizes, block)
 
 
 def free(unstarted: Tensor, sizes: Sequence[int], block: int) -> Tensor:

@@ -25,7 +25,7 @@ from ...core.checks import check_input
 from ...core.rate import DEFAULT_P, InplaceRated, Rate, Rated, as_rate
 from ...core.symbolic import holds_proxy, leaf, recorded
 from ...core.torch_state import transforms_active
-from ...kernels.law import Law, keeps_all
+from ...kernels.mask_params import MaskParams, keeps_all
 from ...kernels.masking import COMPUTE_DTYPE, trailing
 from ...ops import operators
 from .edges import bits_of_pairs, check_edges
@@ -47,12 +47,12 @@ def _drop_edges(
     weight = torch.ones(shape, device=edge_index.device) if edge_weight is None else edge_weight
     if not sites.is_on(training):
         return None, weight
-    law = rate.law_for(shape)
-    kept = _kept_edges(edge_index, law, undirected, generator)
+    params = rate.params_for(shape)
+    kept = _kept_edges(edge_index, params, undirected, generator)
     if kept is None:
         return None, weight
     dtype = COMPUTE_DTYPE[weight.dtype]
-    scale = trailing(law, weight.device)[1]
+    scale = trailing(params, weight.device)[1]
     if keep_self_loops:
         loops = edge_index[0] == edge_index[1]
         kept, scale = kept | loops, torch.where(loops, torch.ones((), dtype=dtype, device=weight.device), scale)
@@ -63,15 +63,15 @@ def _drop_edges(
 
 
 def _kept_edges(
-    edge_index: Tensor, law: Law | Tensor, undirected: bool, generator: torch.Generator | None
+    edge_index: Tensor, params: MaskParams | Tensor, undirected: bool, generator: torch.Generator | None
 ) -> Tensor | None:
     if not undirected:
-        return sites.keep_mask(edge_index, law, (edge_index.shape[1],), generator)
-    every = keeps_all(law)
+        return sites.keep_mask(edge_index, params, (edge_index.shape[1],), generator)
+    every = keeps_all(params)
     if every and transforms_active():
         return None
     bits = bits_of_pairs(edge_index, generator)
-    return None if every else bits < trailing(law, edge_index.device)[0]
+    return None if every else bits < trailing(params, edge_index.device)[0]
 
 
 def _without(edge_index: Tensor, kept: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -239,7 +239,7 @@ def _drop_features(
         expected = "features of shape (nodes, ...)" if rows else "messages of shape (edges, features, ...)"
         raise ValueError(f"{name} takes {expected}, got a {input.dim()}-D tensor")
     shape = (input.shape[0], *[1] * (input.dim() - 1)) if rows else input.shape
-    return sites.apply(operators.masked, input, rate.law_for(shape), shape, inplace, generator)
+    return sites.apply(operators.masked, input, rate.params_for(shape), shape, inplace, generator)
 
 
 def drop_node(

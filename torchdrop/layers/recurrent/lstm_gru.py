@@ -19,7 +19,7 @@ from torch import Tensor
 from ...core import sites
 from ...core.checks import check_bool
 from ...core.rate import Rated
-from ...kernels.law import Law
+from ...kernels.mask_params import MaskParams
 from ...kernels.masking import trailing
 from .base import Unrolled, named
 from .cells import Noise
@@ -45,14 +45,14 @@ class RecurrentDropoutSteps(Rated):
             return None, 1.0
         batch, steps, units = shape
         drawn = (batch, steps if self.per_step else 1, units)
-        law = self.rate.law_for(drawn)
-        kept = sites.keep_mask(like, law, drawn, self.generator)
+        params = self.rate.params_for(drawn)
+        kept = sites.keep_mask(like, params, drawn, self.generator)
         if kept is None:
             return None, 1.0
         kept = kept.expand(batch, steps, units)
-        if isinstance(law, Law):
-            return kept, law.scale
-        scale: Any = trailing(law, like.device)[1]
+        if isinstance(params, MaskParams):
+            return kept, params.scale
+        scale: Any = trailing(params, like.device)[1]
         scale = scale.to(like.device)
         return kept, scale if scale.dim() == 0 else scale.expand(batch, steps, units)
 

@@ -21,7 +21,7 @@ from ...core.checks import check_input
 from ...core.exported import or_eval
 from ...core.rate import DEFAULT_P, Rate, Rated, as_rate, realized
 from ...core.symbolic import holds_proxy, leaf, recorded
-from ...kernels.law import ONE, Law, keeps_all
+from ...kernels.mask_params import ONE, MaskParams, keeps_all
 from ...kernels.masking import COMPUTE_DTYPE
 from .cells import Update, updated
 
@@ -29,15 +29,15 @@ from .cells import Update, updated
 def _update(
     like: Tensor, rate: Rate, shape: Sequence[int], training: bool, generator: torch.Generator | None
 ) -> Update:
-    law, on = rate.law_for(shape), sites.is_on(training)
-    if isinstance(law, Law):
+    params, on = rate.params_for(shape), sites.is_on(training)
+    if isinstance(params, MaskParams):
         if on:
-            return sites.keep_mask(like, law, shape, generator)
-        return None if keeps_all(law) else law.threshold / ONE
+            return sites.keep_mask(like, params, shape, generator)
+        return None if keeps_all(params) else params.threshold / ONE
     if on:
-        mask: Any = sites.keep_mask(like, law, shape, generator)
+        mask: Any = sites.keep_mask(like, params, shape, generator)
         return or_eval(mask, lambda: _expected(like, torch.as_tensor(realized(rate.keep_prob)), shape))
-    return _expected(like, law[..., 0] / ONE, shape)
+    return _expected(like, params[..., 0] / ONE, shape)
 
 
 def _expected(like: Tensor, k: Tensor, shape: Sequence[int]) -> Tensor:

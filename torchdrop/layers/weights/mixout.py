@@ -23,7 +23,7 @@ from ...core.checks import check_input
 from ...core.mask_shape import Axes, mask_shape
 from ...core.rate import DEFAULT_P, as_rate
 from ...core.symbolic import holds_proxy, recorded
-from ...kernels.law import ONE, Law
+from ...kernels.mask_params import ONE, MaskParams
 from ...kernels.masking import COMPUTE_DTYPE
 from ...ops import operators
 from .parametrize import Layers, Names, OfWeight, register, remove
@@ -95,13 +95,13 @@ def mixout(
         return input
     _check_target(input, target)
     shape = mask_shape(input, shared_axes, None)
-    law, wide = rate.law_for(shape), COMPUTE_DTYPE[input.dtype]
+    params, wide = rate.params_for(shape), COMPUTE_DTYPE[input.dtype]
     base = target.to(wide)
-    out = (base + sites.apply(operators.masked, input.to(wide) - base, law, shape, False, generator)).to(input.dtype)
+    out = (base + sites.apply(operators.masked, input.to(wide) - base, params, shape, False, generator)).to(input.dtype)
     # The sum rounds: where nothing is dropped the input is what it was, bit for bit.
-    if isinstance(law, Law):
-        return input if law.threshold == ONE else out
-    return torch.where((law[..., 0] >= ONE).to(input.device), input, out)
+    if isinstance(params, MaskParams):
+        return input if params.threshold == ONE else out
+    return torch.where((params[..., 0] >= ONE).to(input.device), input, out)
 
 
 class Mixout(OfWeight):

@@ -50,7 +50,7 @@ class OfWeight(Rated):
 
     def check_weight(self, weight: Tensor) -> None:
         """Raises ValueError where the rate does not broadcast against a weight's mask."""
-        self.rate.law_for(mask_shape(weight, self.shared_axes, None))
+        self.rate.params_for(mask_shape(weight, self.shared_axes, None))
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """What is stored when a weight is assigned."""

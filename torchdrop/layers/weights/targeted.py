@@ -24,7 +24,7 @@ from ...core.checks import check_bool, check_input, check_integer
 from ...core.rate import DEFAULT_P, KeepProb, as_rate
 from ...core.symbolic import recorded
 from ...core.torch_state import is_compiling
-from ...kernels.law import original
+from ...kernels.mask_params import original
 from .parametrize import Layers, Names, OfWeight, register, remove
 from .targets import Choice
 
@@ -145,7 +145,7 @@ def targeted_dropout(
     if not on:
         return _without(weight, choice.targets(weight))
     shape = choice.mask_shape(weight.shape)
-    kept = sites.keep_mask(weight, rate.law_for(shape), shape, generator)
+    kept = sites.keep_mask(weight, rate.params_for(shape), shape, generator)
     return weight if kept is None else _without(weight, choice.targets(weight) & ~kept)
 
 
@@ -252,7 +252,7 @@ class TargetedDropout(OfWeight):
 
     def check_weight(self, weight: Tensor) -> None:
         _check_shape(weight.shape, self.dim)
-        self.rate.law_for(self._choice().mask_shape(weight.shape))
+        self.rate.params_for(self._choice().mask_shape(weight.shape))
 
     def extra_repr(self) -> str:
         flags = f", units={self.units}, dim={self.dim}, pruned={self._pruned}"

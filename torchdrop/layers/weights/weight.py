@@ -78,7 +78,7 @@ def weight_dropout(
         return weight
     check_input(weight, "weight_dropout")
     shape = mask_shape(weight, shared_axes, None)
-    return sites.apply(operators.masked, weight, rate.law_for(shape), shape, False, generator)
+    return sites.apply(operators.masked, weight, rate.params_for(shape), shape, False, generator)
 
 
 class WeightDropout(OfWeight):

@@ -34,7 +34,7 @@ def threshold(keep_prob: float) -> int:
     return min(max(round(keep_prob * ONE), 1), ONE - 1)
 
 
-class Law:
+class MaskParams:
     """What becomes of an element: ``x * scale + shift`` where its draw is below `threshold`, `fill` elsewhere.
 
     Immutable. The same four numbers lie in a buffer for C code at `address`, and `tensor()` gives them to the
@@ -48,27 +48,27 @@ class Law:
         self._buffer = (ctypes.c_double * 4)(threshold, scale, shift, fill)
         self.address = ctypes.addressof(self._buffer)
 
-    def __reduce__(self) -> tuple[type[Law], tuple[int, float, float, float]]:
-        return Law, (self.threshold, self.scale, self.shift, self.fill)
+    def __reduce__(self) -> tuple[type[MaskParams], tuple[int, float, float, float]]:
+        return MaskParams, (self.threshold, self.scale, self.shift, self.fill)
 
     def __repr__(self) -> str:
-        return f"Law(threshold={self.threshold}, scale={self.scale}, shift={self.shift}, fill={self.fill})"
+        return f"MaskParams(threshold={self.threshold}, scale={self.scale}, shift={self.shift}, fill={self.fill})"
 
     def tensor(self) -> Tensor:
         """The four numbers as a new float64 tensor on the CPU, an ordinary one even under inference mode."""
         with torch.inference_mode(False):
             return torch.tensor([self.threshold, self.scale, self.shift, self.fill], dtype=torch.float64, device="cpu")
 
-    def linear(self) -> Law:
-        """The derivative's law: the same mask and scale, nothing added."""
-        return Law(self.threshold, self.scale) if self.shift or self.fill else self
+    def linear(self) -> MaskParams:
+        """The parameters of the derivative: the same mask and scale, nothing added."""
+        return MaskParams(self.threshold, self.scale) if self.shift or self.fill else self
 
 
-def linear(law: Law | Tensor) -> Law | Tensor:
-    """`Law.linear` for either form of a law."""
-    if isinstance(law, Law):
-        return law.linear()
-    return torch.cat([law[..., :2], torch.zeros_like(law[..., :2])], -1)
+def linear(params: MaskParams | Tensor) -> MaskParams | Tensor:
+    """`MaskParams.linear` for either form of mask parameters."""
+    if isinstance(params, MaskParams):
+        return params.linear()
+    return torch.cat([params[..., :2], torch.zeros_like(params[..., :2])], -1)
 
 
 Formula = Callable[[Any], tuple[Any, Any, Any]]
@@ -101,15 +101,15 @@ def gaussian(k: Any) -> tuple[Any, Any, Any]:
 
 
 @functools.lru_cache(maxsize=4096)
-def law(keep_prob: float, formula: Formula = inverted) -> Law:
-    """The law of a keep probability. With nothing kept the output is 0 under every formula.
+def mask_params(keep_prob: float, formula: Formula = inverted) -> MaskParams:
+    """The parameters of a keep probability. With nothing kept the output is 0 under every formula.
 
-    >>> law(0.25).scale, law(0.25).threshold == ONE // 4
+    >>> mask_params(0.25).scale, mask_params(0.25).threshold == ONE // 4
     (4.0, True)
     """
     below = threshold(keep_prob)
     scale, shift, fill = formula(max(below, 1) / ONE)
-    return Law(below, scale, shift, fill if below else 0.0)
+    return MaskParams(below, scale, shift, fill if below else 0.0)
 
 
 _WITHOUT_FLOAT64 = frozenset({"mps"})
@@ -120,9 +120,9 @@ def has_float64(device: torch.device) -> bool:
     return device.type not in _WITHOUT_FLOAT64
 
 
-def law_tensor(keep_prob: Tensor, formula: Formula = inverted) -> Tensor:
-    """`law` of every element: float64, of shape ``keep_prob.shape + (4,)``, where the rates lie if that is possible
-    there, and on the CPU if not."""
+def params_tensor(keep_prob: Tensor, formula: Formula = inverted) -> Tensor:
+    """`mask_params` of every element: float64, of shape ``keep_prob.shape + (4,)``, where the rates lie if that is
+    possible there, and on the CPU if not."""
     k = (keep_prob if has_float64(keep_prob.device) else keep_prob.cpu()).to(torch.float64)
     below = (k * ONE).round().clamp(1, ONE - 1)
     below = torch.where(k <= 0, torch.zeros_like(k), torch.where(k >= 1, torch.full_like(k, ONE), below))
@@ -130,6 +130,6 @@ def law_tensor(keep_prob: Tensor, formula: Formula = inverted) -> Tensor:
     return torch.stack([below, scale, shift, torch.where(below > 0, fill, torch.zeros_like(fill))], -1)
 
 
-def keeps_all(law: Law | Tensor) -> bool:
-    """Whether it is known that a law keeps every element. It is not where the law is a tensor."""
-    return isinstance(law, Law) and law.threshold == ONE
+def keeps_all(params: MaskParams | Tensor) -> bool:
+    """Whether it is known that the parameters keep every element. It is not where the parameters are a tensor."""
+    return isinstance(params, MaskParams) and params.threshold == ONE
