@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import torchdrop
 from torchdrop import functional as TF
-from torchdrop.core.checks import check_inplace
+from torchdrop.core.inputs import check_inplace
 
 SHAPES = {
     "dropout": (2, 3),

@@ -177,7 +177,7 @@ class TestSteps:
 
     def test_a_step_is_not_negative_and_may_be_of_numpy(self) -> None:
         scheduler = KeepProbScheduler(model := net(), {"*": DOWN})
-        with nothing_changed(model, scheduler), pytest.raises(ValueError, match="step must be 0 or more, got -1"):
+        with nothing_changed(model, scheduler), pytest.raises(ValueError, match="step must not be negative, got -1"):
             scheduler.seek(-1)
         scheduler.seek(np.int64(3))
         assert (scheduler.last_step, type(scheduler.last_step)) == (3, int)
@@ -395,7 +395,7 @@ class TestState:
             ({"step": 3, "layers": None}, "state"),
             ({"step": 3, "layers": ["drop1"]}, "state"),
             ({"step": 3, "layers": {"drop1": 1.9}}, r"keep_prob must be in \[0, 1\], got 1.9"),
-            ({"step": -3, "layers": {"drop1": 0.9}}, "step must be 0 or more, got -3"),
+            ({"step": -3, "layers": {"drop1": 0.9}}, "step must not be negative, got -3"),
             ({"step": 11, "layers": {"drop1": 0.9}}, "at step 11 from the schedule of 'drop1'"),
         ],
     )

@@ -12,7 +12,6 @@ Both ask that a model says the same under any mask. The symmetric divergence is 
 from __future__ import annotations
 
 import math
-import numbers
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .core.checks import check_integer, check_number
 from .core.torch_state import is_compiling, transforms_active, tree_leaves, tree_map
 
 _ALIKE = 1e-5
@@ -307,8 +307,7 @@ def _rows(inputs: Any, dim: int) -> int:
     first = next((leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)), None)
     if first is None:
         raise ValueError("inputs must hold a tensor, got none")
-    if isinstance(dim, bool) or not isinstance(dim, int):
-        raise TypeError(f"batch_dim must be an integer, got {dim!r}")
+    check_integer("batch_dim", dim)
     if not -first.dim() <= dim < first.dim():
         raise ValueError(f"batch_dim must be a dimension of the inputs, got {dim} for a tensor of {tuple(first.shape)}")
     return first.shape[dim]
@@ -359,8 +358,7 @@ def _check_logits(logits1: Any, logits2: Any, classes: bool = False) -> None:
 
 
 def _coefficient(name: str, value: Any) -> float:
-    if not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    check_number(name, value)
     value = float(value)
     if not 0.0 <= value < math.inf:
         raise ValueError(f"{name} must be finite and not negative, got {value}")

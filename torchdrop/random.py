@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from .core.checks import check_integer, check_module
 from .core.torch_state import (
     in_backward,
     is_compiling,
@@ -275,6 +276,12 @@ def start(seed: int, name: str, manual_seed: Callable[[int], Any] | None = None)
     return number
 
 
+def hash_of(*name: object) -> bytes:
+    """Eight bytes that follow from a name, whose parts are joined by slashes: what seeds of named things are made
+    from."""
+    return hashlib.blake2b("/".join(map(str, name)).encode(), digest_size=8).digest()
+
+
 _HEAD = struct.Struct("=QiiQ")
 """What lies before the words in the state of a CPU generator: the seed, how many words are left, 1, the next one."""
 
@@ -358,10 +365,8 @@ def frozen_masks(model: nn.Module, seed: int = 0) -> Iterator[None]:
         >>> torch.equal(y, again), torch.equal(y[:3] == 0, fewer == 0)
         (True, True)
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
+    check_module("model", model)
+    check_integer("seed", seed)
     stock = [
         name
         for name, m in model.named_modules()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import numbers
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from ._extras import axes_or_new
 from .configure.holders import Holder, check_keep_prob, compiled_parts, names_of, unwrapped
 from .configure.rates import chosen, shown
+from .core.checks import check_integer
 from .core.names import near
 from .core.rate import KeepProb, Rated
 from .rules import Rule
@@ -139,11 +139,7 @@ class KeepProbScheduler:
         Args:
             step: 0 or more.
         """
-        if isinstance(step, bool) or not isinstance(step, numbers.Integral):
-            raise TypeError(f"step must be an integer, got {type(step).__name__}")
-        step = int(step)
-        if step < 0:
-            raise ValueError(f"step must be 0 or more, got {step}")
+        step = check_integer("step", step, least=0)
         self._check_layers()
         values = [layer.checked(step) for layer in self._layers]
         for layer, value in zip(self._layers, values, strict=True):

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
+from .core.checks import check_integer
 from .random import put_back, start, states
 
 
@@ -60,8 +61,7 @@ def seeded(seed: int, rank: int | None = None) -> Iterator[None]:
         >>> torch.equal(y, again), torch.equal(y, other)
         (True, False)
     """
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
+    check_integer("seed", seed)
     if rank is None:
         rank = _own_rank()
     if isinstance(rank, bool) or not isinstance(rank, int):

@@ -6,7 +6,6 @@ mean activations are lower, and features are of use by themselves instead of mak
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .._extras import BLUE, GREEN, ORANGE, VERMILION, axes_or_new
-from ..core.names import check_patterns
+from ..core.checks import check_choice, check_module
+from ..core.names import check_patterns, fits
 from ..monte_carlo.inputs import Inputs
 
 ACTIVATIONS = (
@@ -141,8 +141,7 @@ class FeatureStatistics:
         Raises:
             ValueError: another quantity.
         """
-        if of not in get_args(Quantity):
-            raise ValueError(f"of must be one of {', '.join(map(repr, get_args(Quantity)))}, got {of!r}")
+        check_choice("of", of, get_args(Quantity))
         ax = axes_or_new(ax)
         before = len(ax.patches)
         for number, layer in enumerate(self.layers, before):
@@ -207,8 +206,7 @@ def feature_statistics(
           layer  units     mean   zeros    dead  sparseness  |correlation|  effective features
           1          4     0.75    50 %     0 %       0.658          0.333         1.5 of 4
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module("model", model)
     if not isinstance(inputs, Tensor | tuple | Mapping):
         raise TypeError(
             "inputs must be a tensor, a tuple of positional arguments or a mapping of named ones, got "
@@ -244,8 +242,8 @@ def _chosen(model: nn.Module, layers: str | Sequence[str] | None) -> dict[str, n
     patterns = [layers] if isinstance(layers, str) else layers
     if not isinstance(patterns, Sequence):
         raise TypeError(f"layers must be a name, a list of names or None, got {type(layers).__name__}")
-    check_patterns(patterns, list(named), (), "modules", lambda pattern, name: fnmatch.fnmatchcase(name, pattern))
-    return {name: one for name, one in named.items() if any(fnmatch.fnmatchcase(name, one) for one in patterns)}
+    check_patterns(patterns, list(named), (), "modules", fits)
+    return {name: one for name, one in named.items() if any(fits(one, name) for one in patterns)}
 
 
 @contextmanager

@@ -9,7 +9,6 @@ with a large learning rate, without the weights blowing up. Norms are found with
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,6 +18,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
+
+from ..core.checks import check_module, check_number
 
 NORMALISATIONS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _NormBase)
 """Their weights are gains of single elements, whatever their shape."""
@@ -176,8 +177,7 @@ class _Weight(NamedTuple):
 
 
 def _checked(c: Any, dim: Any, name: Any) -> float:
-    if isinstance(c, bool) or not isinstance(c, numbers.Real):
-        raise TypeError(f"c must be a number, got {type(c).__name__}")
+    check_number("c", c)
     if not 0 < float(c) < math.inf:
         raise ValueError(f"c must be positive and finite, got {c}")
     if dim is not None and (isinstance(dim, bool) or not isinstance(dim, int)):
@@ -193,8 +193,7 @@ def _weights(module: Any, dim: int | None, name: str) -> Iterator[_Weight]:
     Raises:
         TypeError, ValueError: as `max_norm`.
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    check_module("module", module)
     found = False
     for prefix, one in module.named_modules():
         parametrized = parametrize.is_parametrized(one, name)

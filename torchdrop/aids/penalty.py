@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from ..core.checks import check_choice, check_module
 from ..core.mask_shape import mask_shape
 from ..core.rate import KeepProb, Rated, params_for, realized
 from ..kernels.mask_params import inverted
@@ -139,10 +140,8 @@ def _checked(module: Any, inputs: Any, loss: Any, keep_prob: Any) -> tuple[nn.Mo
     Raises:
         TypeError, ValueError, RuntimeError: as `equivalent_l2`.
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
-    if loss not in get_args(Loss):
-        raise ValueError(f"loss must be one of {', '.join(map(repr, get_args(Loss)))}, got {loss!r}")
+    check_module("module", module)
+    check_choice("loss", loss, get_args(Loss))
     if not isinstance(inputs, Tensor | tuple | Mapping):
         raise TypeError(
             "inputs must be a tensor, a tuple of positional arguments or a mapping of named ones, got "

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils import parametrize
 
+from ..core.checks import check_module
 from ..core.rate import KeepProb, Rate, Rated, read_rate
 from ..rules import LayerSize
 
@@ -142,8 +143,7 @@ def unwrapped(model: Any) -> nn.Module:
     Raises:
         TypeError: it is no module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module("model", model)
     return unwrapped(model._orig_mod) if isinstance(getattr(model, "_orig_mod", None), nn.Module) else model
 
 

@@ -1,28 +1,87 @@
-"""Arguments that are refused: the same words for the same mistake in every layer and function."""
+"""Arguments that are refused: the same words for the same mistake everywhere.
+
+This file imports nothing of torchdrop, so every other file may import it.
+"""
 
 from __future__ import annotations
 
+import math
+import numbers
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
-
-from .. import kernels
-from ..kernels.masking import COMPUTE_DTYPE, SERVED
-from .torch_state import is_compiling, is_usual_view
 
 
-def check_integer(name: str, value: Any) -> None:
-    """Raises TypeError unless a value is an integer, which True and False are not taken for."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
+def shown(value: Any) -> str:
+    """A value as an error shows it: itself if it is short, otherwise its type.
+
+    >>> shown(2.5), shown("a"), shown(torch.ones(2))
+    ('2.5', "'a'", 'Tensor')
+    """
+    short = value is None or isinstance(value, bool | int | float | complex | str)
+    return repr(value) if short and len(repr(value)) <= 60 else type(value).__name__
+
+
+def check_integer(name: str, value: Any, least: int | None = None) -> int:
+    """The value as an int. True and False are not taken for integers.
+
+    Raises:
+        TypeError, ValueError: it is none, or below.
+
+    Example:
+        >>> check_integer("samples", 3), check_integer("samples", 0, least=1)
+        Traceback (most recent call last):
+        ValueError: samples must be at least 1, got 0
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if least is not None and value < least:
+        rule = "must not be negative" if least == 0 else f"must be at least {least}"
+        raise ValueError(f"{name} {rule}, got {value}")
+    return int(value)
+
+
+def check_number(name: str, value: Any) -> float:
+    """The value as a float.
+
+    Raises:
+        TypeError: it is no real number.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return float(value)
+
+
+def check_finite(name: str, value: Any) -> float:
+    """The value as a float.
+
+    Raises:
+        TypeError, ValueError: it is no real number, infinite or NaN.
+    """
+    number = check_number(name, value)
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return number
+
+
+def check_probability(name: str, value: Any) -> float:
+    """The value as a float.
+
+    Raises:
+        TypeError, ValueError: it is no real number, or lies outside [0, 1].
+    """
+    number = check_number(name, value)
+    if not 0.0 <= number <= 1.0:
+        raise ValueError(f"{name} must be in [0, 1], got {value}")
+    return number
 
 
 def check_bool(name: str, value: Any) -> None:
     """Raises TypeError unless a value is True or False."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
 
 
 def check_module(name: str, value: Any) -> None:
@@ -31,66 +90,14 @@ def check_module(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a torch.nn.Module, got {type(value).__name__}")
 
 
+def check_choice(name: str, value: Any, known: Iterable[Any]) -> None:
+    """Raises ValueError unless a value is one of those known."""
+    known = list(known)
+    if not any(type(value) is type(one) and value == one for one in known):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {shown(value)}")
+
+
 @torch.compiler.assume_constant_result
 def warn(message: str, stacklevel: int) -> None:
     """Warns as `warnings.warn` does. Compiled code warns once, while it is compiled: Dynamo does not enter that."""
     warnings.warn(message, UserWarning, stacklevel=stacklevel + 1)
-
-
-def check_input(input: Any, name: str) -> None:
-    """Refuses, before anything is drawn, what no kernel takes, or what the forced backend does not.
-
-    Raises:
-        TypeError: `input` is no tensor or has another layout than strided.
-        RuntimeError: an integer tensor; torch.nn's class and leading text. Or the forced backend cannot serve it.
-        NotImplementedError: a complex tensor, or another element type that is not served.
-    """
-    if not isinstance(input, Tensor):
-        raise TypeError(f"{name}(): argument 'input' (position 1) must be Tensor, not {type(input).__name__}")
-    dtype = input.dtype
-    if dtype not in SERVED:
-        served = ", ".join(str(d).removeprefix("torch.") for d in COMPUTE_DTYPE)
-        if not (dtype.is_floating_point or dtype.is_complex):
-            kind = (
-                "Bool" if dtype is torch.bool else "Long" if dtype is torch.int64 else str(dtype).removeprefix("torch.")
-            )
-            raise RuntimeError(
-                f"result type Float can't be cast to the desired output type {kind}: {name} takes {served} tensors; "
-                "convert the input with .float() first"
-            )
-        raise NotImplementedError(f"{name} is not implemented for {dtype}: it takes {served} tensors")
-    if input.layout is not torch.strided:
-        raise TypeError(
-            f"{name} takes strided tensors, got the layout {input.layout}: apply it to the tensor of values"
-        )
-    if kernels._forced is not None:
-        kernels.backend_for(input.device, dtype)
-
-
-def check_inplace(input: Tensor) -> None:
-    """Refuses what must not be written to, with PyTorch's words, before it is. Views under compilation, where they
-    cannot be told, are PyTorch's to refuse.
-
-    Raises:
-        RuntimeError: a leaf that wants a gradient, a view of one, one of several views of a tensor, a view that was
-            made under other rules of autograd, an inference tensor, or a tensor whose elements share memory.
-    """
-    if torch.is_grad_enabled() and input.requires_grad:
-        is_view = not is_compiling() and input._is_view()
-        if is_view and not is_usual_view(input):
-            input.mul_(1)  # PyTorch says why it refuses, before it writes
-        if input.is_leaf:
-            raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
-        base = input._base if is_view else None
-        if base is not None and base.is_leaf and base.requires_grad:
-            raise RuntimeError("a view of a leaf Variable that requires grad is being used in an in-place operation.")
-    if not is_compiling() and input.is_inference() and not torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            "Inplace update to inference tensor outside InferenceMode is not allowed. You can make a clone to get a "
-            "normal tensor before doing inplace update."
-        )
-    if any(stride == 0 and size > 1 for size, stride in zip(input.shape, input.stride(), strict=True)):
-        raise RuntimeError(
-            "unsupported operation: more than one element of the written-to tensor refers to a single memory location. "
-            "Please clone() the tensor before performing the operation."
-        )

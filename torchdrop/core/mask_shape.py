@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .checks import check_input
+from .inputs import check_input
 
 Axes = int | Sequence[int] | None
 NoiseShape = Sequence[int | None] | None

@@ -26,10 +26,15 @@ def matches(pattern: str, name: str) -> bool:
     >>> matches("features.*", "features.2"), matches("features", "features.2"), matches("feat", "features.2")
     (True, True, False)
     """
-    return any(_fits(part, pattern) for part in parts_of(name))
+    return any(fits(pattern, part) for part in parts_of(name))
 
 
-def _fits(name: str, pattern: str) -> bool:
+def fits(pattern: str, name: str) -> bool:
+    """Whether a pattern names it, as a whole.
+
+    >>> fits("*.weight", "fc.weight"), fits("fc", "fc.weight")
+    (True, False)
+    """
     return name == pattern or fnmatch.fnmatchcase(name, pattern)  # a name may hold a glob's characters itself
 
 

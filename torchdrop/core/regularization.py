@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from .checks import check_module
+
 
 def regularization(model: nn.Module) -> Tensor:
     """The sum of the regularizers of a model's layers, a scalar to add to the loss.
@@ -42,8 +44,7 @@ def regularization(model: nn.Module) -> Tensor:
         >>> torchdrop.regularization(nn.Sequential(layer, nn.ReLU(), layer)).item()
         6.0
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module("model", model)
     total: Tensor | None = None
     for term in _terms(model):
         total = term if total is None else total + term.to(total.device)

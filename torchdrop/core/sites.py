@@ -26,8 +26,8 @@ from ..ops import random_bits as numbers
 from ..ops.operators import Operator
 from ..random import draw_key
 from . import portable
-from .checks import check_inplace
 from .exported import warn_stays_on
+from .inputs import check_inplace
 from .shard import Cut, apply_to_dtensor, apply_to_whole, is_dtensor
 from .torch_state import function_modes, is_compiling, is_watched, tracing_state, transforms_active
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from ..core import sites
-from ..core.checks import check_input
 from ..core.fused import dropped
+from ..core.inputs import check_input
 from ..core.rate import DEFAULT_P, Rate, Rated, as_rate
 from ..core.symbolic import leaf, recorded
 from ..core.torch_state import is_compiling

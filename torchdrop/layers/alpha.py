@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from ..core import sites
-from ..core.checks import check_input
+from ..core.inputs import check_input
 from ..core.mask_shape import check_channels
 from ..core.rate import DEFAULT_P, InplaceRated, as_rate, undrawn
 from ..core.symbolic import leaf, recorded

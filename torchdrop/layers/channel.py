@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from ..core import sites
-from ..core.checks import check_input, warn
+from ..core.checks import warn
 from ..core.formulations import Formulated, eval_form, masked
+from ..core.inputs import check_input
 from ..core.mask_shape import check_channels
 from ..core.rate import DEFAULT_P, as_rate, formula_of, undrawn
 from ..core.symbolic import leaf, recorded

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from ..core import sites
-from ..core.checks import check_input
+from ..core.checks import check_integer
 from ..core.choices import kept_or_smallest
+from ..core.inputs import check_input
 from ..core.rate import DEFAULT_P, KeepProb, Rate, Rated, as_rate, check_leaves_one
 from ..core.symbolic import leaf, recorded
 from ..kernels.masking import COMPUTE_DTYPE
@@ -29,10 +30,8 @@ def _check_layout(dim: Any, heads: Any) -> None:
     if dim is not None and heads is not None:
         raise TypeError(f"give dim or heads, not both: got dim={dim} and heads={heads}")
     for name, value in (("dim", dim), ("heads", heads)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if heads is not None and heads < 1:
-        raise ValueError(f"heads must be positive, got {heads}")
+        if value is not None:
+            check_integer(name, value, least=1 if name == "heads" else None)
 
 
 def _drop_heads(

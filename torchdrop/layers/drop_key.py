@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from ..core import sites
-from ..core.checks import check_input
 from ..core.choices import kept_or_smallest
+from ..core.inputs import check_input
 from ..core.mask_shape import Axes, mask_shape
 from ..core.rate import DEFAULT_P, KeepProb, Rate, Rated, as_rate, check_leaves_one
 from ..core.symbolic import holds_proxy, leaf, recorded

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from ..core import sites
-from ..core.checks import check_input
+from ..core.inputs import check_input
 from ..core.mask_shape import row_shape
 from ..core.rate import DEFAULT_P, Default, KeepProb, Rate, Rated, as_rate, formula_of, rate_named, shown
 from ..core.symbolic import leaf, recorded

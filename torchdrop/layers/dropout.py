@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from ..core import sites
-from ..core.checks import check_input
 from ..core.formulations import Formulated, eval_form, masked
+from ..core.inputs import check_input
 from ..core.mask_shape import Axes, NoiseShape, mask_shape
 from ..core.nested import is_jagged, of_values
 from ..core.rate import DEFAULT_P, as_rate, formula_of, undrawn

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..core import sites
-from ..core.checks import check_input
+from ..core.inputs import check_input
 from ..core.portable import refuse_script
 from ..core.rate import DEFAULT_P, Rate, Rated, RateOfChild, as_rate
 from ..core.symbolic import holds_proxy, leaf, recorded

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from ..core import sites
-from ..core.checks import check_input
+from ..core.inputs import check_input
 from ..core.rate import DEFAULT_P, InplaceRated, KeepProb, as_rate
 from ..core.symbolic import leaf, recorded
 from ..kernels.mask_params import gaussian

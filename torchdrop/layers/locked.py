@@ -18,7 +18,8 @@ from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
 from ..core import sites
-from ..core.checks import check_bool, check_input
+from ..core.checks import check_bool
+from ..core.inputs import check_input
 from ..core.rate import DEFAULT_P, InplaceRated, as_rate
 from ..core.symbolic import leaf, recorded
 from ..kernels.masking import scaled_where, trailing

@@ -11,15 +11,15 @@ so that the mean over the masks is x, channel by channel (Durasov et al., CVPR 2
 from __future__ import annotations
 
 import math
-import numbers
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core import sites
-from ..core.checks import check_input
+from ..core.checks import check_integer, check_module, check_number
 from ..core.choices import subset
+from ..core.inputs import check_input
 from ..core.portable import refuse_script
 from ..core.symbolic import holds_proxy, leaf, recorded
 from ..kernels.masking import COMPUTE_DTYPE
@@ -27,11 +27,7 @@ from ..random import check_generator
 
 
 def _count(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be positive, got {value}")
-    return int(value)
+    return check_integer(name, value, least=1)
 
 
 def _number_kept(channels: int, n: int, scale: float) -> int:
@@ -47,9 +43,7 @@ def _check_masks(channels: int, n: int, scale: Any) -> int:
         TypeError: `scale` is no number.
         ValueError: it is below 1 or not finite; or n different masks, each without some channels, are not to be had.
     """
-    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
-        raise TypeError(f"scale must be a number, got {scale!r}")
-    scale = float(scale)
+    scale = check_number("scale", scale)
     if not 1.0 <= scale < math.inf:
         raise ValueError(f"scale must be finite and at least 1, got {scale}")
     kept = _number_kept(channels, n, scale)
@@ -129,8 +123,7 @@ def masksembles_masks(channels: int, n: int, scale: float = 2.0, *, generator: t
 
 
 def _check_dim(dim: Any) -> None:
-    if isinstance(dim, bool) or not isinstance(dim, int):
-        raise TypeError(f"dim must be an integer, got {dim!r}")
+    check_integer("dim", dim)
     if dim == 0:
         raise ValueError("dim must not be 0, the dimension of the samples")
 
@@ -277,8 +270,7 @@ def masksembles_predict(model: nn.Module, input: Tensor) -> Tensor:
         >>> y.shape, y.var(0).shape
         (torch.Size([4, 5, 2]), torch.Size([5, 2]))
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module("model", model)
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
     sizes = {module.n for module in model.modules() if isinstance(module, Masksembles)}

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from ..core.checks import check_input, check_integer, check_module
+from ..core.checks import check_integer, check_module
+from ..core.inputs import check_input
 from ..core.portable import refuse_script
 from ..core.rate import DEFAULT_P, RateOfChild, as_rate
 from ..core.symbolic import leaf, recorded
@@ -30,9 +31,7 @@ Head = Callable[[Tensor], Tensor]
 
 
 def _check_samples(samples: Any) -> None:
-    check_integer("samples", samples)
-    if samples < 1:
-        raise ValueError(f"samples must be positive, got {samples}")
+    check_integer("samples", samples, least=1)
 
 
 def _outputs(input: Tensor, head: Head, samples: int, training: bool, drop: Head) -> Tensor:

@@ -15,17 +15,16 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from ..core import sites
-from ..core.checks import check_input, check_integer
+from ..core.checks import check_integer
 from ..core.choices import subset
 from ..core.exported import warn_stays_on
+from ..core.inputs import check_input
 from ..core.rate import DEFAULT_P, KeepProb, Rate, Rated, as_rate, check_count
 from ..core.symbolic import leaf, recorded
 
 
 def _check_prefix(num_prefix_tokens: Any) -> None:
-    check_integer("num_prefix_tokens", num_prefix_tokens)
-    if num_prefix_tokens < 0:
-        raise ValueError(f"num_prefix_tokens must not be negative, got {num_prefix_tokens}")
+    check_integer("num_prefix_tokens", num_prefix_tokens, least=0)
 
 
 def _check_tokens(input: Any, num_prefix_tokens: int) -> None:

@@ -11,8 +11,6 @@ Units that respond strongly are kept more often. Nothing is divided by pi: eval 
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +19,9 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from ..core import sites
-from ..core.checks import check_input
+from ..core.checks import check_finite, check_module
 from ..core.exported import warn_stays_on
+from ..core.inputs import check_input
 from ..core.portable import refuse_script
 from ..core.rate import read_rate
 from ..core.symbolic import leaf, recorded
@@ -173,15 +172,11 @@ class Standout(nn.Module):
     ) -> None:
         super().__init__()
         check_generator(generator)
-        if not isinstance(layer, nn.Module):
-            raise TypeError(f"layer must be a torch.nn.Module, got {type(layer).__name__}")
+        check_module("layer", layer)
         if not callable(activation):
             raise TypeError(f"activation must be a function or a module, got {type(activation).__name__}")
         for name, value in (("alpha", alpha), ("beta", beta)):
-            if not isinstance(value, numbers.Real):
-                raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-            if not math.isfinite(value):
-                raise ValueError(f"{name} must be finite, got {value}")
+            check_finite(name, value)
         self.layer, self.alpha, self.beta, self.activation = layer, float(alpha), float(beta), activation
         self.generator = generator
 

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from ..core import sites
-from ..core.checks import check_input
+from ..core.checks import check_integer
+from ..core.inputs import check_input
 from ..core.rate import DEFAULT_P, Rated, as_rate, formula_of
 from ..core.symbolic import holds_proxy, leaf, recorded
 from ..ops import operators
 
 
 def _check_id(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    check_integer(name, value)
     if value < 0:
         raise ValueError(f"{name} must be the number of a word, 0 or more, got {value}")
 

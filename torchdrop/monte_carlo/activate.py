@@ -8,8 +8,6 @@ with the one in train mode, and the report says what came of it. All of it happe
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 import itertools
 import sys
 import warnings
@@ -21,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core import sites
+from ..core.checks import check_integer, check_module
+from ..core.names import fits, matches, near
 from ..core.torch_state import transforms_active, tree_flatten
 from ..random import start
 from .draw import Draw
@@ -67,9 +67,7 @@ class Activation:
         """Whether sources in the module of this name are wanted."""
         if self._patterns is None:
             return True
-        parts = name.split(".")
-        around = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]  # the module itself and those it is a part of
-        return any(fnmatch.fnmatchcase(module, pattern) for module in around for pattern in self._patterns)
+        return any(matches(pattern, name) for pattern in self._patterns)
 
     def survey(self, inputs: Inputs, module: nn.Module | None = None, method: str | None = None) -> Any:
         """Finds out what is random in a call, of the model or of a part of it: see `Survey`."""
@@ -146,8 +144,7 @@ def check_model(model: Any) -> nn.Module:
     Raises:
         TypeError: it is no module, or one whose calls cannot be seen: compiled or scripted.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module("model", model)
     for name, module in model.named_modules():
         where = f"the model's module {name!r}" if name else "the model"
         if isinstance(module, torch.jit.ScriptModule):
@@ -178,14 +175,10 @@ def check_sources(model: nn.Module, sources: str | Sequence[str] | None) -> Sequ
     patterns = (sources,) if isinstance(sources, str) else tuple(sources)
     names = [name for name, _ in model.named_modules()]
     for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
-            near = difflib.get_close_matches(pattern, names, 3, 0.4)
-            hint = (
-                f"near misses: {', '.join(near)}"
-                if near
-                else f"there are {', '.join(names[1:9])}{', ...' if len(names) > 9 else ''}"
+        if not any(fits(pattern, name) for name in names):
+            raise ValueError(
+                f"sources must name modules of the model, but {pattern!r} matches none: {near(pattern, names[1:])}"
             )
-            raise ValueError(f"sources must name modules of the model, but {pattern!r} matches none: {hint}")
     return patterns
 
 
@@ -375,6 +368,5 @@ ADVICE = (
 
 
 def check_seed(seed: Any) -> int:
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
+    check_integer("seed", seed)
     return seed

@@ -17,7 +17,6 @@ so that the units' joint behavior over samples is that of a Latin hypercube (McK
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from ..core.torch_state import transforms_active
 from ..kernels.mask_params import ONE, MaskParams, has_float64
 from ..kernels.masking import trailing
 from ..ops import operators, random_bits
+from ..random import hash_of
 
 
 class NotVectorizableError(RuntimeError):
@@ -70,8 +70,7 @@ def find_layout(
 
 def source_seed(seed: int, *name: object) -> int:
     """64 bits, as a signed integer, that follow from the seed and the name of a source."""
-    text = "/".join(map(str, (seed, *name)))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+    return int.from_bytes(hash_of(seed, *name), "little", signed=True)
 
 
 class Hypercube:

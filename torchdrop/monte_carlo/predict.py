@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._extras import optional
+from ..core.checks import check_integer
 from ..layers.compact.sequential import CompactSequential
 from .activate import ADVICE, Activation, check_masks, check_model, check_seed, check_sources, new_seed
 from .effort import ROUND, Effort
@@ -326,11 +327,7 @@ def _method(model: nn.Module, method: Any) -> str:
 
 
 def _positive(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return value
+    return check_integer(name, value, least=1)
 
 
 def _tolerance(tolerance: Any) -> float | None:

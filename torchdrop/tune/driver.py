@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from .._extras import optional
+from ..core.checks import check_integer
 from .result import SearchResult
-from .settings import Setting, check_integer
+from .settings import Setting
 
 
 def optuna_search(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .settings import check_integer
+from ..core.checks import check_integer
 from .training import mixed
 
 

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from .._extras import optional
 from ..configure.holders import holders
 from ..configure.surgery import OURS, replace
+from ..core.checks import check_integer
 from ..core.rate import KeepProb
 from .alone import train_alone, with_rates
 from .folds import divide
 from .result import SearchResult
-from .settings import Setting, check_integer, rates_of
+from .settings import Setting, rates_of
 from .stacked import Job, NotStackableError, Stack
 from .training import (
     Fold,

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..configure.holders import holders
 from ..configure.rates import set_keep_prob
+from ..core.checks import check_integer
 from ..core.rate import KeepProb
 
 Setting = Mapping[str, Any]
@@ -63,8 +64,8 @@ def draws(ranges: Mapping[str, tuple[float, float]], n: int, seed: int = 0) -> l
         True
     """
     _check_patterns("ranges", ranges, "(low, high)")
-    check_integer("n", n, 1)
-    check_integer("seed", seed, None)
+    check_integer("n", n, least=1)
+    check_integer("seed", seed)
     for pattern, ends in ranges.items():
         if not isinstance(ends, Sequence) or len(ends) != 2:
             raise TypeError(f"{pattern!r} must have a range (low, high), got {ends!r}")
@@ -79,19 +80,6 @@ def _check_patterns(name: str, given: Any, values: str) -> None:
         raise TypeError(f"{name} must be a mapping from pattern to {values}, got {type(given).__name__}")
     if not given:
         raise ValueError(f"{name} must have at least one pattern, got none")
-
-
-def check_integer(name: str, value: Any, least: int | None) -> None:
-    """Refuses what is no integer, or is below the least.
-
-    Raises:
-        TypeError: it is no integer.
-        ValueError: it is below the least.
-    """
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if least is not None and value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def rates_of(model: nn.Module, settings: Sequence[Setting]) -> list[list[KeepProb]]:

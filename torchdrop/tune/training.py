@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..core import sites
 from ..kernels.mask_params import ONE, MaskParams
+from ..random import hash_of
 
 Loss = Callable[[Any, Tensor], Tensor]
 Score = Callable[[Any, Tensor], Any]
@@ -74,8 +74,7 @@ class Training:
 
 def mixed(seed: int, *name: object) -> int:
     """63 bits that follow from the seed and a name."""
-    text = "/".join(map(str, ("tune", seed, *name)))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+    return int.from_bytes(hash_of("tune", seed, *name), "little") >> 1
 
 
 class Masks(TorchFunctionMode):

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...core.checks import check_input
+from ...core.inputs import check_input
 from ...core.portable import refuse_script
 from ...core.symbolic import leaf
 from ...core.torch_state import forward_mode_active, function_modes, is_compiling, tracing_state, transforms_active

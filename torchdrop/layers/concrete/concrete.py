@@ -27,7 +27,8 @@ from torch.fx import Proxy
 from torch.nn.functional import logsigmoid, softplus
 
 from ...core import sites
-from ...core.checks import check_input
+from ...core.checks import check_number
+from ...core.inputs import check_input
 from ...core.mask_shape import Axes, NoiseShape, mask_shape
 from ...core.portable import refuse_script
 from ...core.rate import read_rate
@@ -39,8 +40,7 @@ TEMPERATURE = 0.1
 
 
 def _check_temperature(temperature: Any) -> None:
-    if not isinstance(temperature, numbers.Real):
-        raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
+    check_number("temperature", temperature)
     if not 0.0 < float(temperature) <= 1.0:
         raise ValueError(
             f"temperature must be in (0, 1], got {temperature}: above 1 the relaxed mask has no peaks at 0 and 1"

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 from torch.nn.modules.conv import _ConvNd
 
+from ...core.checks import check_choice, check_number
 from ...core.portable import refuse_script
 from ...core.symbolic import leaf
 from .concrete import TEMPERATURE, ConcreteDropout
@@ -66,12 +67,10 @@ def concrete_regularizers(
         Regularizers(weight=0.004, dropout=0.002)
     """
     for name, value in (("examples", examples), ("length_scale", length_scale), ("precision", precision)):
-        if not isinstance(value, numbers.Real):
-            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        check_number(name, value)
         if not 0.0 < value < math.inf:
             raise ValueError(f"{name} must be positive and finite, got {value}")
-    if loss not in get_args(Loss):
-        raise ValueError(f"loss must be one of {', '.join(map(repr, get_args(Loss)))}, got {loss!r}")
+    check_choice("loss", loss, get_args(Loss))
     unit = 1.0 / (precision * examples)
     return Regularizers(length_scale**2 * unit, (2.0 if loss == "squared" else 1.0) * unit)
 

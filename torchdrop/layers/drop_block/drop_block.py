@@ -20,7 +20,8 @@ from torch.fx import Proxy
 
 from ... import kernels
 from ...core import portable, sites
-from ...core.checks import check_bool, check_inplace, check_input
+from ...core.checks import check_bool, check_integer
+from ...core.inputs import check_inplace, check_input
 from ...core.mask_shape import Axes, mask_shape
 from ...core.rate import InplaceRated, as_rate, rate_named
 from ...core.symbolic import leaf, recorded
@@ -34,10 +35,7 @@ Scaling = Literal["mean", "marginal"]
 
 
 def _check_form(block_size: Any, scaling: Any, inplace: Any) -> None:
-    if isinstance(block_size, bool) or not isinstance(block_size, int):
-        raise TypeError(f"block_size must be an integer, got {block_size!r}")
-    if block_size < 1:
-        raise ValueError(f"block_size must be at least 1, got {block_size}")
+    check_integer("block_size", block_size, least=1)
     if scaling not in ("mean", "marginal"):
         raise ValueError(f"scaling must be 'mean' or 'marginal', got {scaling!r}")
     check_bool("inplace", inplace)  # timm's third argument is a number, gamma_scale

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...core import sites
-from ...core.checks import check_input
+from ...core.inputs import check_input
 from ...core.torch_state import is_compiling, transforms_active
 from ...kernels.mask_params import ONE
 from ...ops import random_bits as numbers

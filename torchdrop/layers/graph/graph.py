@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from ...core import sites
-from ...core.checks import check_input
+from ...core.inputs import check_input
 from ...core.rate import DEFAULT_P, InplaceRated, Rate, Rated, as_rate
 from ...core.symbolic import holds_proxy, leaf, recorded
 from ...core.torch_state import transforms_active

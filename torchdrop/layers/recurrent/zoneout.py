@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ...core import sites
-from ...core.checks import check_input
 from ...core.exported import or_eval
+from ...core.inputs import check_input
 from ...core.rate import DEFAULT_P, Rate, Rated, as_rate, realized
 from ...core.symbolic import holds_proxy, leaf, recorded
 from ...kernels.mask_params import ONE, MaskParams, keeps_all

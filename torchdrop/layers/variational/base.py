@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ...core import sites
-from ...core.checks import check_input
+from ...core.inputs import check_input
 from ...core.portable import refuse_script
 from ...core.symbolic import holds_proxy, leaf, recorded
 from ...kernels.masking import COMPUTE_DTYPE

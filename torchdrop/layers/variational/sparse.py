@@ -12,7 +12,6 @@ Ashukha and Vetrov, ICML 2017).
 from __future__ import annotations
 
 import math
-import numbers
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from ...core.checks import check_input
+from ...core.checks import check_number
+from ...core.inputs import check_input
 from ...core.symbolic import recorded
 from ...kernels.masking import COMPUTE_DTYPE
 from ...random import check_generator
@@ -134,8 +134,7 @@ class Sparse(Variational):
 
 def _check(threshold: Any, log_sigma2: Any, generator: Any) -> None:
     for name, value in (("threshold", threshold), ("log_sigma2", log_sigma2)):
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        check_number(name, value)
     if math.isnan(threshold):
         raise ValueError(f"threshold must be a bound of ln alpha, got {threshold}")
     if not math.isfinite(log_sigma2):

@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
+from ...core.checks import check_module
 from .base import Variational
 
 
@@ -100,8 +101,7 @@ def sparsity(model: nn.Module) -> Sparsity:
         >>> torchdrop.sparsity(model)["2"], torchdrop.sparsity(model).share
         (0.98, 0.245)
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module("model", model)
     rows = []
     for name, module in getattr(model, "_orig_mod", model).named_modules():
         if isinstance(module, nn.Linear | _ConvNd):

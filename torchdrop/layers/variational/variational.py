@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from ...core.checks import check_input
+from ...core.inputs import check_input
 from ...core.rate import read_rate
 from ...core.symbolic import recorded
 from ...kernels.masking import COMPUTE_DTYPE

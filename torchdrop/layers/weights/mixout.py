@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core import sites
-from ...core.checks import check_input
+from ...core.inputs import check_input
 from ...core.mask_shape import Axes, mask_shape
 from ...core.rate import DEFAULT_P, as_rate
 from ...core.symbolic import holds_proxy, recorded

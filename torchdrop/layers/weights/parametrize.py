@@ -11,8 +11,6 @@ parametrized module:
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -22,7 +20,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from ...core.checks import check_module
 from ...core.mask_shape import Axes, mask_shape
+from ...core.names import fits, near
 from ...core.rate import DEFAULT_P, Rated
 from ...kernels.masking import COMPUTE_DTYPE, SERVED
 
@@ -108,13 +108,8 @@ def _all_places(module: nn.Module) -> list[Place]:
     ]
 
 
-def _fits(path: str, pattern: str) -> bool:
-    return path == pattern or fnmatch.fnmatchcase(path, pattern)
-
-
 def _patterns(module: Any, names: Any) -> Sequence[str]:
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    check_module("module", module)
     patterns = (names,) if isinstance(names, str) else names
     if not isinstance(patterns, Sequence) or not all(isinstance(one, str) for one in patterns):
         raise TypeError(f"names must be a string such as 'weight_hh_*', or several, got {names!r}")
@@ -127,21 +122,16 @@ def _chosen(module: nn.Module, patterns: Sequence[str], found: list[Place], what
     """Those of the places that a pattern names; each pattern must name one."""
     kind = _original_class(module).__name__
     for pattern in patterns:
-        if any(_fits(place.path, pattern) for place in found):
+        if any(fits(pattern, place.path) for place in found):
             continue
         others = [place.path for place in _all_places(module)]
-        if any(_fits(path, pattern) for path in others):
-            raise ValueError(f"{pattern!r} names no {what} of the {kind}{_near(pattern, found)}")
-        raise ValueError(f"{pattern!r} names no parameter of the {kind}{_near(pattern, found or _all_places(module))}")
-    return [place for place in found if any(_fits(place.path, pattern) for pattern in patterns)]
-
-
-def _near(pattern: str, found: list[Place]) -> str:
-    paths = [place.path for place in found]
-    close = difflib.get_close_matches(pattern, paths, 3, 0.4)
-    if close:
-        return f": near misses: {', '.join(close)}"
-    return f": there are {', '.join(paths[:8])}{', ...' if len(paths) > 8 else ''}" if paths else ": there are none"
+        if any(fits(pattern, path) for path in others):
+            raise ValueError(
+                f"{pattern!r} names no {what} of the {kind}: {near(pattern, [place.path for place in found])}"
+            )
+        there = [place.path for place in found or _all_places(module)]
+        raise ValueError(f"{pattern!r} names no parameter of the {kind}: {near(pattern, there)}")
+    return [place for place in found if any(fits(pattern, place.path) for pattern in patterns)]
 
 
 def register(module: Any, names: Any, layers: Layers, make: Callable[[Tensor], OfWeight]) -> None:

@@ -10,7 +10,6 @@ What is kept is not rescaled, as in the paper: the targets shrink, and at last t
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -20,7 +19,8 @@ from torch.fx import Proxy
 from torch.nn.utils import parametrize
 
 from ...core import sites
-from ...core.checks import check_bool, check_input, check_integer
+from ...core.checks import check_bool, check_integer, check_probability
+from ...core.inputs import check_input
 from ...core.rate import DEFAULT_P, KeepProb, as_rate
 from ...core.symbolic import recorded
 from ...core.torch_state import is_compiling
@@ -41,11 +41,7 @@ def _check_fraction(fraction: Any) -> Any:
     """The fraction as a float; a layer in compiled code, which has checked its own, gives a tensor."""
     if isinstance(fraction, Tensor) and is_compiling():
         return fraction
-    if isinstance(fraction, bool) or not isinstance(fraction, numbers.Real):
-        raise TypeError(f"target_fraction must be a number, got {type(fraction).__name__}")
-    if not 0.0 <= fraction <= 1.0:  # type: ignore[operator]
-        raise ValueError(f"target_fraction must be in [0, 1], got {fraction}")
-    return float(fraction)
+    return check_probability("target_fraction", fraction)
 
 
 def _check_leaves_some(fraction: float, keep_prob: KeepProb, pruned: bool) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from ...core import sites
-from ...core.checks import check_input
+from ...core.inputs import check_input
 from ...core.mask_shape import Axes, mask_shape
 from ...core.rate import DEFAULT_P, as_rate
 from ...core.symbolic import recorded
