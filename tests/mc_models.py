@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 import torchdrop
-from torchdrop.monte_carlo.masks import Pass, Slot
+from torchdrop.handlers.masks import MaskSlot, Pass
 from torchdrop.monte_carlo.prediction import Prediction
 from torchdrop.monte_carlo.report import Report
 
@@ -112,7 +112,7 @@ def served_units() -> Iterator[list[tuple[int, int]]]:
     made: list[tuple[int, int]] = []
     shapes: list[list[int]] = []
     key: Callable[..., Tensor] = Pass.key
-    shaped: Callable[..., list[int]] = Slot._mask_shape
+    shaped: Callable[..., list[int]] = MaskSlot._mask_shape
 
     def counted(self: Pass, seed: int, own: bool) -> Tensor:
         keys = key(self, seed, own)
@@ -120,11 +120,11 @@ def served_units() -> Iterator[list[tuple[int, int]]]:
         made.append((seed, keys.numel() // 2 * math.prod(shapes[-1])))
         return keys
 
-    def noted(self: Slot, shape: Any) -> list[int]:
+    def noted(self: MaskSlot, shape: Any) -> list[int]:
         shapes.append(shaped(self, shape))
         return shapes[-1]
 
-    with mock.patch.object(Pass, "key", counted), mock.patch.object(Slot, "_mask_shape", noted):
+    with mock.patch.object(Pass, "key", counted), mock.patch.object(MaskSlot, "_mask_shape", noted):
         yield made
 
 

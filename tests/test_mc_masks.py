@@ -12,9 +12,9 @@ from torch import Tensor
 
 from tests.statistical import check_rate, draws_for
 from torchdrop import kernels
+from torchdrop.handlers.masks import Hypercube, Layout, MaskSlot, NotVectorizableError, Pass, find_layout, source_seed
 from torchdrop.kernels import native
 from torchdrop.kernels.mask_params import ONE, MaskParams, gaussian, mask_params
-from torchdrop.monte_carlo.masks import Hypercube, Layout, NotVectorizableError, Pass, Slot, find_layout, source_seed
 from torchdrop.ops import operators
 
 SEED = 12345
@@ -27,7 +27,7 @@ def pass_of(sample: int, rows: int | None, first_row: int = 0, **options: object
 def dropped(
     run: Pass, x: Tensor, layout: Layout | None, keep_prob: float = 0.5, mask: list[int] | None = None
 ) -> Tensor:
-    slot = Slot(run, SEED, lambda *_: layout)
+    slot = MaskSlot(run, SEED, lambda *_: layout)
     return slot.apply(operators.masked, x, mask_params(keep_prob), mask or list(x.shape), False)
 
 
@@ -135,17 +135,17 @@ class TestRows:
         keep = torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 1.0]])
         from torchdrop.kernels.mask_params import params_tensor
 
-        slot = Slot(pass_of(0, 2), SEED, lambda *_: Layout(0, 1, True))
+        slot = MaskSlot(pass_of(0, 2), SEED, lambda *_: Layout(0, 1, True))
         out = slot.apply(operators.masked, torch.ones(2, 3), params_tensor(keep), [2, 3], False)
         assert torch.equal(out, keep)
-        slot = Slot(pass_of(0, 3), SEED, lambda *_: Layout(1, 1, True))
+        slot = MaskSlot(pass_of(0, 3), SEED, lambda *_: Layout(1, 1, True))
         out = slot.apply(operators.masked, torch.ones(2, 3), params_tensor(keep), [2, 3], False)
         assert torch.equal(out, keep)
 
     def test_gaussian_noise_follows_its_row(self) -> None:
         for cube in (None, Hypercube(4)):
-            whole = Slot(pass_of(1, 5, hypercube=cube), SEED, lambda *_: Layout(0, 1, True))
-            part = Slot(pass_of(1, 2, 3, hypercube=cube), SEED, lambda *_: Layout(0, 1, True))
+            whole = MaskSlot(pass_of(1, 5, hypercube=cube), SEED, lambda *_: Layout(0, 1, True))
+            part = MaskSlot(pass_of(1, 2, 3, hypercube=cube), SEED, lambda *_: Layout(0, 1, True))
             noise = mask_params(0.5, gaussian)
             a = whole.apply(operators.gaussian, torch.ones(5, 6), noise, [5, 6], False)
             b = part.apply(operators.gaussian, torch.ones(2, 6), noise, [2, 6], False)
@@ -159,7 +159,7 @@ class TestRows:
 
     def test_in_place(self) -> None:
         x = torch.ones(4, 8)
-        slot = Slot(pass_of(0, 4), SEED, lambda *_: Layout(0, 1, True))
+        slot = MaskSlot(pass_of(0, 4), SEED, lambda *_: Layout(0, 1, True))
         out = slot.apply(operators.masked, x, mask_params(0.5), [4, 8], True)
         assert out is x
         assert set(x.unique().tolist()) == {0.0, 2.0}
@@ -169,7 +169,7 @@ class TestNumbers:
     @pytest.mark.parametrize("cube", [None, Hypercube(5)])
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
     def test_uniform(self, dtype: torch.dtype, cube: Hypercube | None) -> None:
-        slot = Slot(pass_of(2, 100, hypercube=cube), SEED, lambda *_: Layout(0, 1, True))
+        slot = MaskSlot(pass_of(2, 100, hypercube=cube), SEED, lambda *_: Layout(0, 1, True))
         u = slot.uniform((100, 6000), dtype)
         assert u.dtype == dtype
         assert u.min() >= 0
@@ -178,7 +178,7 @@ class TestNumbers:
         check_rate(int((u < 0.25).sum()), u.numel(), 0.25, 0.01)
 
     def test_normal(self) -> None:
-        z = Slot(pass_of(2, 400), SEED, lambda *_: Layout(0, 1, True)).normal((400, 1000), torch.float64)
+        z = MaskSlot(pass_of(2, 400), SEED, lambda *_: Layout(0, 1, True)).normal((400, 1000), torch.float64)
         # five standard deviations of the mean, the variance and the fourth moment of 400,000 normals
         assert abs(z.mean()) < 5 / 632
         assert abs(z.var() - 1) < 5 * 2**0.5 / 632

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchdrop
-from torchdrop.monte_carlo.report import DRAWN, Report
+from torchdrop.handlers.sources import DRAWN
+from torchdrop.monte_carlo.report import Report
 
 from .mc_models import Of, apart, data, equal, network, passes, timm_path, train_draws, unchanged
 

@@ -95,13 +95,13 @@ def test_compiled_models_are_seen_through_and_the_sum_compiles() -> None:
 
 
 def test_an_attribute_of_that_name_is_no_method() -> None:
-    class Holder(nn.Module):
+    class RateSite(nn.Module):
         def __init__(self, regularizer: Any) -> None:
             super().__init__()
             self.regularizer = regularizer
 
     for other in (None, 0.1, nn.Linear(1, 1), lambda: torch.ones(())):
-        assert regularization(nn.Sequential(Holder(other), Term(1.0))).item() == 3.0
+        assert regularization(nn.Sequential(RateSite(other), Term(1.0))).item() == 3.0
 
 
 def test_a_model_without_any_is_an_error_that_says_what_to_do() -> None:

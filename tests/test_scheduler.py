@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import torchdrop
 from torchdrop import KeepProbScheduler, keep_probs, rules, schedules
-from torchdrop.configure import holders
+from torchdrop.configure import rate_sites as rate_sites
 
 from .test_operators import Net, same_masks
 
@@ -538,7 +538,7 @@ class TestCompiled:
 
         def counted(model: nn.Module) -> Any:
             calls.append(model)
-            return holders.names_of(model)
+            return rate_sites.names_of(model)
 
         model = nn.ModuleList(torch.compile(nn.Sequential(torchdrop.Dropout())) for _ in range(20))
         scheduler = KeepProbScheduler(model, {"*": DOWN})

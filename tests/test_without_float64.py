@@ -12,12 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from torchdrop.core import portable
+from torchdrop.handlers import masks
 from torchdrop.kernels import aten
 from torchdrop.kernels import mask_params as params_of_each
 from torchdrop.kernels.mask_params import ONE, alpha, inverted, mask_params, params_tensor
 from torchdrop.kernels.masking import trailing
 from torchdrop.layers.standout import _thresholds
-from torchdrop.monte_carlo import masks
 
 from .family import VARIANTS, built, gradients, inputs
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from .core.checks import check_integer, check_module
+from .core.hooks import observer
 from .core.torch_state import (
     in_backward,
     is_compiling,
@@ -207,6 +208,7 @@ class _Frozen:
     def running(self) -> bool:
         return bool(self._forward.modules)
 
+    @observer
     def enter(self, module: nn.Module, args: Any) -> None:
         if is_compiling():
             return
@@ -220,6 +222,7 @@ class _Frozen:
                 start(self._seed, self._names.get(id(module), ""), torch.manual_seed)
         forward.modules.append(module)
 
+    @observer
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         modules = self._forward.modules
         if not is_compiling() and modules and modules[-1] is module:  # not so if a hook before `enter` has raised

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ._extras import axes_or_new
-from .configure.holders import Holder, check_keep_prob, compiled_parts, names_of, unwrapped
+from .configure.rate_sites import RateSite, check_keep_prob, compiled_parts, names_of, unwrapped
 from .configure.rates import chosen, shown
 from .core.checks import check_integer
 from .core.names import near
@@ -26,7 +26,7 @@ _POINTS = 500
 class _Scheduled:
     """A layer, the pattern that chose it, what was asked for it, and its own keep_prob from before."""
 
-    holder: Holder
+    site: RateSite
     pattern: str
     asked: Any
     own: KeepProb
@@ -38,7 +38,7 @@ class _Scheduled:
         Raises:
             TypeError, ValueError: the schedule gives no keep_prob at that step; names the layer.
         """
-        schedule, name = self.asked, self.holder.name
+        schedule, name = self.asked, self.site.name
         if isinstance(schedule, Scaled):
             if isinstance(self.own, Tensor):
                 raise TypeError(
@@ -54,9 +54,9 @@ class _Scheduled:
         """Its keep_prob, as the layer can hold it."""
         value = self.at(step)
         try:
-            return self.holder.check(value)
+            return self.site.check(value)
         except ValueError as error:
-            raise ValueError(f"{error}, at step {step} of the schedule of {self.holder.name!r}") from None
+            raise ValueError(f"{error}, at step {step} of the schedule of {self.site.name!r}") from None
 
 
 class KeepProbScheduler:
@@ -103,18 +103,18 @@ class KeepProbScheduler:
     def __init__(self, model: nn.Module, rates: Mapping[str, Any]) -> None:
         self.model = unwrapped(model)
         self._layers = [
-            _Scheduled(holder, pattern, asked, holder.keep_prob)
+            _Scheduled(site, pattern, asked, site.keep_prob)
             for pattern, found in chosen(model, rates).items()
             for asked in (_readable(pattern, rates[pattern]),)
-            for holder in found
+            for site in found
         ]
         self.last_step = 0
         self.seek(0)
         compiled = {inner for part in compiled_parts(model) for inner in part.modules()}
         stock = [
-            layer.holder.name
+            layer.site.name
             for layer in self._layers
-            if layer.holder.module in compiled and not isinstance(layer.holder.module, Rated)
+            if layer.site.module in compiled and not isinstance(layer.site.module, Rated)
         ]
         if stock:
             warnings.warn(
@@ -143,36 +143,36 @@ class KeepProbScheduler:
         self._check_layers()
         values = [layer.checked(step) for layer in self._layers]
         for layer, value in zip(self._layers, values, strict=True):
-            layer.holder.set(value)
-            layer.last = value if layer.holder.is_disabled else layer.holder.keep_prob
+            layer.site.set(value)
+            layer.last = value if layer.site.is_disabled else layer.site.keep_prob
         self.last_step = step
 
     def _check_layers(self) -> None:
-        moved = [layer for layer in self._layers if not _is_there(self.model, layer.holder)]
+        moved = [layer for layer in self._layers if not _is_there(self.model, layer.site)]
         if not moved:
             return
         there = names_of(self.model)
         names = [name for every in there.values() for name in every if name]
         for layer in moved:
-            holder = layer.holder
-            if holder.module in there and _has_rate(holder):  # under another name, or in a part that has been compiled
+            site = layer.site
+            if site.module in there and _has_rate(site):  # under another name, or in a part that has been compiled
                 continue
-            hint = "another one has its name" if holder.name in names else near(holder.name, names)
+            hint = "another one has its name" if site.name in names else near(site.name, names)
             raise ValueError(
-                f"the layer {holder.name!r}, scheduled by {layer.pattern!r}, is no longer in the model ({hint}): "
+                f"the layer {site.name!r}, scheduled by {layer.pattern!r}, is no longer in the model ({hint}): "
                 "create the scheduler after changing the model"
             )
 
     def get_last_keep_prob(self) -> dict[str, KeepProb]:
         """The keep_prob that this scheduler has set last, for each of its layers by name."""
-        return {layer.holder.name: layer.last for layer in self._layers}
+        return {layer.site.name: layer.last for layer in self._layers}
 
     def state_dict(self) -> dict[str, Any]:
         """The step, and the layers with the rates that they had before, which ``schedules.scale`` multiplies.
 
         The schedules are not in it: as with learning rates, create the scheduler with them and then load.
         """
-        return {"step": self.last_step, "layers": {layer.holder.name: layer.own for layer in self._layers}}
+        return {"step": self.last_step, "layers": {layer.site.name: layer.own for layer in self._layers}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Goes to the step of a state, and sets its rates.
@@ -188,7 +188,7 @@ class KeepProbScheduler:
             raise ValueError(
                 "state_dict must be what KeepProbScheduler.state_dict() returned, with 'step' and 'layers'"
             )
-        layers, own = state_dict["layers"], [layer.holder.name for layer in self._layers]
+        layers, own = state_dict["layers"], [layer.site.name for layer in self._layers]
         missing, unknown = [n for n in own if n not in layers], [n for n in layers if n not in own]
         if missing or unknown:
             raise ValueError(
@@ -199,7 +199,7 @@ class KeepProbScheduler:
             check_keep_prob(value)
         before = [layer.own for layer in self._layers]
         for layer in self._layers:
-            layer.own = layers[layer.holder.name]
+            layer.own = layers[layer.site.name]
         try:
             self.seek(state_dict["step"])
         except Exception:
@@ -208,7 +208,7 @@ class KeepProbScheduler:
             raise
 
     def __repr__(self) -> str:
-        names = [layer.holder.name or "(model)" for layer in self._layers]
+        names = [layer.site.name or "(model)" for layer in self._layers]
         width = max(map(len, names), default=0)
         lines = [f"KeepProbScheduler at step {self.last_step}"]
         for name, layer in zip(names, self._layers, strict=True):
@@ -235,7 +235,7 @@ class KeepProbScheduler:
         lines: dict[tuple[float, ...], list[str]] = {}
         for layer in self._layers:
             values = tuple(layer.at(step) for step in shown_at)
-            lines.setdefault(values, []).append(layer.holder.name or "(model)")
+            lines.setdefault(values, []).append(layer.site.name or "(model)")
         for values, names in lines.items():
             label = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             ax.plot(shown_at, values, label=f" {label}" if label.startswith("_") else label)  # matplotlib hides those
@@ -273,14 +273,14 @@ def _takes_a_step(function: Callable[..., Any]) -> bool:
     return True
 
 
-def _has_rate(holder: Holder) -> bool:
-    return hasattr(holder.module, holder.attribute or "p")
+def _has_rate(site: RateSite) -> bool:
+    return hasattr(site.module, site.attribute or "p")
 
 
-def _is_there(model: nn.Module, holder: Holder) -> bool:
+def _is_there(model: nn.Module, site: RateSite) -> bool:
     """Whether the layer stands at its name, by the shortest way."""
     module: nn.Module | None = model
-    names = holder.name.split(".") if holder.name else []
-    for part in names[:-1] if names and holder.attribute and names[-1] == holder.attribute else names:
+    names = site.name.split(".") if site.name else []
+    for part in names[:-1] if names and site.attribute and names[-1] == site.attribute else names:
         module = module._modules.get(part) if module is not None else None
-    return module is holder.module and _has_rate(holder)
+    return module is site.module and _has_rate(site)

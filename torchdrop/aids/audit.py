@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
 
-from ..configure.holders import Holder, holders
+from ..configure.rate_sites import RateSite, rate_sites
 from ..layers.gaussian import GaussianDropout
 from ..monte_carlo.activate import check_model
 from ..monte_carlo.inputs import Inputs
 from ..monte_carlo.state import flags, own_generators, random_state, undisturbed
 from .flow import Call, Flow, leaves
-from .share import Share, mask_of_layer, measured, zeroes
+from .realized_rate import RealizedRate, mask_of_layer, measured, zeroes
 
 _PROBE = 0.123456789
 """A rate that no one chooses, to see which calls follow the rates that have a name."""
@@ -119,13 +119,13 @@ def audit(model: nn.Module, example_input: Any) -> Audit:
             output = inputs.copy().call(model)
         with _following(model, measure=False, training=False) as at_rest:
             first, second = inputs.copy().call(model), inputs.copy().call(model)
-        with _probed(holders(model)), _following(model, measure=False, training=True) as probed:
+        with _probed(rate_sites(model)), _following(model, measure=False, training=True) as probed:
             inputs.copy().call(model)
         with flags(model, lambda _: True):
             calls = _with_layers(model, flow)
     noisy = not all(map(torch.equal, leaves(first), leaves(second)))
     found += _active(at_rest.calls, noisy)
-    found += _extreme(holders(model))
+    found += _extreme(rate_sites(model))
     found += _normalized(flow)
     found += [
         Finding("on the output", name, "Its output is the model's output: predictions are zeroed. Leave it out.")
@@ -158,16 +158,16 @@ def _following(model: nn.Module, measure: bool, training: bool) -> Iterator[Flow
 
 
 @contextmanager
-def _probed(found: list[Holder]) -> Iterator[None]:
+def _probed(found: list[RateSite]) -> Iterator[None]:
     """Every rate that has a name is another one within."""
-    states = [holder.state() for holder in found]
+    states = [site.state() for site in found]
     try:
-        for holder in found:
-            holder.set(1.0 - _PROBE)
+        for site in found:
+            site.set(1.0 - _PROBE)
         yield
     finally:
-        for holder, state in zip(found, states, strict=True):
-            holder.restore(state)
+        for site, state in zip(found, states, strict=True):
+            site.restore(state)
 
 
 def _with_layers(model: nn.Module, flow: Flow) -> list[Call]:
@@ -177,7 +177,7 @@ def _with_layers(model: nn.Module, flow: Flow) -> list[Call]:
         input = flow.ran.get(layer)
         if not isinstance(layer, _DropoutNd) or input is None or isinstance(layer.p, Tensor):
             continue
-        share = measured(layer.forward, input, mask_of_layer(layer, input)) if zeroes(layer) else Share(None, 0)
+        share = measured(layer.forward, input, mask_of_layer(layer, input)) if zeroes(layer) else RealizedRate(None, 0)
         own = [call for call in calls if call.module == name and not call.flagged]
         if not own:
             own = [Call(name, type(layer).__name__, True, layer.p, layer.p > 0, False, None)]
@@ -189,7 +189,7 @@ def _with_layers(model: nn.Module, flow: Flow) -> list[Call]:
 
 def _left_on(model: nn.Module) -> Iterator[Finding]:
     for name, module in model.named_modules():
-        holds = any(holder.module is module for holder in holders(model))
+        holds = any(site.module is module for site in rate_sites(model))
         if holds and module.training and not model.training:
             message = (
                 "It is in train mode while the model is in eval mode. Call model.eval(), or use torchdrop.mc_dropout."
@@ -218,19 +218,19 @@ def _active(calls: Iterable[Call], noisy: bool) -> Iterator[Finding]:
             yield Finding("ignores training", call.module, message)
 
 
-def _extreme(found: Iterable[Holder]) -> Iterator[Finding]:
-    for holder in found:
-        if holder.attribute and not isinstance(holder.module, nn.RNNBase | nn.MultiheadAttention):
+def _extreme(found: Iterable[RateSite]) -> Iterator[Finding]:
+    for site in found:
+        if site.attribute and not isinstance(site.module, nn.RNNBase | nn.MultiheadAttention):
             continue
-        keep_prob = torch.as_tensor(holder.keep_prob, dtype=torch.float64)
-        if bool((keep_prob == 1).all()) and not holder.attribute:
+        keep_prob = torch.as_tensor(site.keep_prob, dtype=torch.float64)
+        if bool((keep_prob == 1).all()) and not site.attribute:
             message = "Its keep_prob is 1, so it does nothing. Remove it, or give it a rate."
-            yield Finding("rate 0", holder.name, message)
+            yield Finding("rate 0", site.name, message)
         elif bool((keep_prob == 0).all()):
             message = (
                 "Its keep_prob is 0: it drops everything. p is the probability of dropping, keep_prob that of keeping."
             )
-            yield Finding("rate 1", holder.name, message)
+            yield Finding("rate 1", site.name, message)
 
 
 def _normalized(flow: Flow) -> Iterator[Finding]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from ..configure import disabled, keep_probs
-from ..configure.holders import unwrapped
+from ..configure.rate_sites import unwrapped
 from ..core.rate import Rated
 from ..monte_carlo.activate import check_seed
 from ..monte_carlo.state import flags, own_generators, random_state, undisturbed

@@ -19,6 +19,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .._extras import BLUE, GREEN, ORANGE, VERMILION, axes_or_new
 from ..core.checks import check_choice, check_module
+from ..core.hooks import observer
 from ..core.names import check_patterns, fits
 from ..monte_carlo.inputs import Inputs
 
@@ -274,9 +275,9 @@ def _observed(
             undo.callback(setattr, one, "training", one.training)
             one.training = False
             if isinstance(one, _ConvNd | nn.Linear | nn.Embedding | nn.RNNBase | nn.MultiheadAttention):
-                undo.callback(one.register_forward_hook(place).remove)
+                undo.callback(one.register_forward_hook(observer(place)).remove)
         for name, one in chosen.items():
-            hook = one.register_forward_hook(lambda _, __, output, name=name: measure(name, output))
+            hook = one.register_forward_hook(observer(lambda _, __, output, name=name: measure(name, output)))
             undo.callback(hook.remove)
         yield
 

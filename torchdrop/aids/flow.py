@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..core import sites
-from ..monte_carlo.draw import Draw
-from ..monte_carlo.mode import Watching
-from ..monte_carlo.tracker import Tracker
-from .share import Share, mask_of_call, measured
+from ..core.hooks import observer
+from ..handlers.base import Handler
+from ..handlers.calls import RandomCall
+from ..handlers.tracker import Tracker
+from .realized_rate import RealizedRate, mask_of_call, measured
 
 _T = Tensor
 
@@ -54,11 +55,11 @@ class Call:
     @property
     def unlikely(self) -> bool:
         """Whether dropout at its rate would keep another share with a probability of all but 1e-9."""
-        return self.rate is not None and Share(self.realized, self.draws).unlikely(self.rate)
+        return self.rate is not None and RealizedRate(self.realized, self.draws).unlikely(self.rate)
 
 
 @dataclass(frozen=True)
-class _Trace:
+class _Followed:
     """A tensor that holds what a module's dropout gave, maybe by way of a linear map, named then.
 
     It does so as long as the tensor's version is this one: an operation in place makes it another.
@@ -69,7 +70,7 @@ class _Trace:
     version: int
 
 
-class Flow(Watching):
+class Flow(Handler):
     """Lets a forward happen and follows what its dropout gives.
 
     Args:
@@ -92,7 +93,7 @@ class Flow(Watching):
         self._layers = {name for name, m in model.named_modules() if isinstance(m, _DropoutNd)}
         self._args: tuple[Any, ...] = ()
         self._kwargs: dict[str, Any] = {}
-        self._traces: dict[int, _Trace] = {}
+        self._traces: dict[int, _Followed] = {}
         self._alive: list[Tensor] = []  # an id is a tensor's only as long as it lives
         self._names = {module: name for name, module in model.named_modules()}
         self._handles = [
@@ -104,16 +105,15 @@ class Flow(Watching):
             )
         ]
 
+    @observer
     def _runs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._tracker.enter(self._names[module])
         input = _first(args, kwargs) if isinstance(module, _DropoutNd) else None
         self.ran.setdefault(module, None if input is None else input.detach())
 
+    @observer
     def _ends(self, module: nn.Module, args: Any, output: Any) -> None:
-        stack, name = self._tracker.stack, self._names[module]
-        if name in stack:  # not so if a hook before `_runs` has raised
-            while stack.pop() != name:
-                pass
+        self._tracker.leave(self._names[module])
 
     def close(self) -> None:
         for handle in self._handles:
@@ -131,7 +131,7 @@ class Flow(Watching):
     def _turns_on(self) -> bool:
         return False
 
-    def _meet(self, func: Any, draw: Draw) -> Any:
+    def _meet(self, func: Any, draw: RandomCall) -> Any:
         name = self._tracker.next(draw.kind).module
         input, args, kwargs = _first(self._args, self._kwargs), self._args, self._kwargs
         before = self._trace(input)
@@ -172,10 +172,10 @@ class Flow(Watching):
         return out
 
     def _mark(self, tensor: Tensor, dropout: str, through: str = "") -> None:
-        self._traces[id(tensor)] = _Trace(dropout, through, _version(tensor))
+        self._traces[id(tensor)] = _Followed(dropout, through, _version(tensor))
         self._alive.append(tensor)
 
-    def _trace(self, tensor: Tensor | None) -> _Trace | None:
+    def _trace(self, tensor: Tensor | None) -> _Followed | None:
         trace = self._traces.get(id(tensor))
         return trace if trace is not None and tensor is not None and trace.version == _version(tensor) else None
 

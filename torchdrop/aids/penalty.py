@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..core.checks import check_choice, check_module
+from ..core.hooks import observer
 from ..core.mask_shape import mask_shape
 from ..core.rate import KeepProb, Rated, params_for, realized
 from ..kernels.mask_params import inverted
@@ -254,7 +255,7 @@ def _gated(module: nn.Module, layers: Mapping[str, _DropoutNd], gates: list[_Gat
             undo.callback(setattr, one, "training", training)
             one.training = False
         for name, layer in layers.items():
-            hook = layer.register_forward_hook(lambda layer, _, output, name=name: gate(name, layer, output))
+            hook = layer.register_forward_hook(observer(lambda layer, _, output, name=name: gate(name, layer, output)))
             undo.callback(hook.remove)
         undo.enter_context(nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH))
         undo.enter_context(torch.backends.cudnn.flags(enabled=False))

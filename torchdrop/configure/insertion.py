@@ -13,7 +13,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..core.names import check_patterns, matches_itself, winner
-from .holders import names_of
+from .rate_sites import names_of
 from .surgery import Undoable, listed
 
 CHILD = "inserted"

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ..core.names import check_patterns, winner
 from ..core.rate import KeepProb
+from ..handlers.disable import without_functional_dropout
 from ..schedules import Scaled, Schedule
-from .holders import Holder, check_keep_prob, compiled_parts, holders, names_of, sizes, unwrapped
-from .silence import silenced
+from .rate_sites import RateSite, check_keep_prob, compiled_parts, names_of, rate_sites, sizes, unwrapped
 
 WHAT = "layers with a rate"
 
@@ -27,18 +27,18 @@ class KeepProbs(Mapping[str, KeepProb]):
         rows: a plain dict for each: name, kind, keep_prob, p, training, and the attribute that holds a number.
     """
 
-    def __init__(self, found: list[Holder]) -> None:
-        self._values = {holder.name: holder.keep_prob for holder in found}
+    def __init__(self, found: list[RateSite]) -> None:
+        self._values = {site.name: site.keep_prob for site in found}
         self.rows: list[dict[str, Any]] = [
             {
-                "name": holder.name,
-                "kind": holder.kind,
-                "keep_prob": holder.keep_prob,
-                "p": holder.module.p if not holder.attribute else _dropping(holder.keep_prob),
-                "training": holder.module.training,
-                "attribute": holder.attribute,
+                "name": site.name,
+                "kind": site.kind,
+                "keep_prob": site.keep_prob,
+                "p": site.module.p if not site.attribute else _dropping(site.keep_prob),
+                "training": site.module.training,
+                "attribute": site.attribute,
             }
-            for holder in found
+            for site in found
         ]
 
     def __getitem__(self, name: str) -> KeepProb:
@@ -106,10 +106,10 @@ def keep_probs(model: nn.Module) -> KeepProbs:
         >>> torchdrop.keep_probs(model)["0"]
         0.8
     """
-    return KeepProbs(holders(model))
+    return KeepProbs(rate_sites(model))
 
 
-def chosen(model: nn.Module, patterns: Mapping[str, Any]) -> dict[str, list[Holder]]:
+def chosen(model: nn.Module, patterns: Mapping[str, Any]) -> dict[str, list[RateSite]]:
     """The rates for which each pattern is the most specific one, in the model's order.
 
     Raises:
@@ -118,15 +118,15 @@ def chosen(model: nn.Module, patterns: Mapping[str, Any]) -> dict[str, list[Hold
     """
     if not isinstance(patterns, Mapping):
         raise TypeError(f"give patterns and values as a mapping, {{'features.*': 0.9}}, got {type(patterns).__name__}")
-    found = holders(model)
-    names = {alias for holder in found for alias in holder.aliases}
+    found = rate_sites(model)
+    names = {alias for site in found for alias in site.aliases}
     others = {name for all_names in names_of(model).values() for name in all_names if name} - names
     check_patterns(patterns, sorted(names), sorted(others), WHAT)
-    result: dict[str, list[Holder]] = {pattern: [] for pattern in patterns}
-    for holder in found:
-        best = winner(list(patterns), holder.aliases)
+    result: dict[str, list[RateSite]] = {pattern: [] for pattern in patterns}
+    for site in found:
+        best = winner(list(patterns), site.aliases)
         if best is not None:
-            result[best].append(holder)
+            result[best].append(site)
     return result
 
 
@@ -161,15 +161,15 @@ def set_keep_prob(model: nn.Module, rates: Mapping[str, Any]) -> None:
         body.1  Dropout  0.8        train
         head    Dropout  0.7        train
     """
-    wanted: list[tuple[Holder, KeepProb]] = []
+    wanted: list[tuple[RateSite, KeepProb]] = []
     for pattern, of_pattern in chosen(model, rates).items():
         values = _values(model, pattern, rates[pattern], of_pattern)
-        wanted += [(holder, holder.check(one)) for holder, one in zip(of_pattern, values, strict=True)]
-    for holder, value in wanted:
-        holder.set(value)
+        wanted += [(site, site.check(one)) for site, one in zip(of_pattern, values, strict=True)]
+    for site, value in wanted:
+        site.set(value)
 
 
-def _values(model: nn.Module, pattern: str, value: Any, of_pattern: list[Holder]) -> Sequence[Any]:
+def _values(model: nn.Module, pattern: str, value: Any, of_pattern: list[RateSite]) -> Sequence[Any]:
     """What a pattern's value gives its layers."""
     if isinstance(value, Schedule | Scaled):
         raise TypeError(
@@ -196,8 +196,8 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
     To debug with the noise off while everything else stays in train mode. A rate that is set within, as by a
     scheduler's step, holds from the end of the context on. Functional dropout in the model, whose rate
-    has no name, is silenced as well; in a compiled model only the rates that `keep_probs` lists can be reached. Other
-    random layers, such as those that draw with torch.rand, go on unless their rate is listed.
+    has no name, is without_functional_dropout as well; in a compiled model only the rates that `keep_probs` lists can
+    be reached. Other random layers, such as those that draw with torch.rand, go on unless their rate is listed.
 
     Args:
         model: any module.
@@ -215,13 +215,13 @@ def disabled(model: nn.Module) -> Iterator[None]:
         >>> torch.equal(y, x), torchdrop.keep_probs(model)["0"]
         (True, 0.5)
     """
-    found = [holder for holder in holders(model) if not holder.is_disabled]  # of a context around this one
+    found = [site for site in rate_sites(model) if not site.is_disabled]  # of a context around this one
     original = unwrapped(model)
     try:
-        for holder in found:
-            holder.disable()
-        with nullcontext() if compiled_parts(model) else silenced(original):
+        for site in found:
+            site.disable()
+        with nullcontext() if compiled_parts(model) else without_functional_dropout(original):
             yield
     finally:
-        for holder in found:
-            holder.enable()
+        for site in found:
+            site.enable()

@@ -13,7 +13,7 @@ from ..core.rate import Rated
 from ..layers.alpha import AlphaDropout, FeatureAlphaDropout
 from ..layers.channel import Dropout1d, Dropout2d, Dropout3d
 from ..layers.dropout import Dropout
-from .holders import names_of, unwrapped
+from .rate_sites import names_of, unwrapped
 from .unreached import Unreached, class_forwards, has_own_forward, unreached
 
 OURS: dict[type[nn.Module], type[nn.Module]] = {

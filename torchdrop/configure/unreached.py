@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..core.rate import Rated
-from ..monte_carlo.sources import DESCRIBE
-from .holders import holders, names_of
+from ..handlers.random_functions import DESCRIBE
+from .rate_sites import names_of, rate_sites
 
 _CALLS = {function for function in DESCRIBE if "drop" in function.__name__} | {F.scaled_dot_product_attention}
 
@@ -44,20 +44,20 @@ class Unreached:
 def unreached(model: nn.Module) -> list[Unreached]:
     """All of them that can be seen without running the model: attributes, and calls in the source of the forwards."""
     found = []
-    for holder in holders(model):
-        if isinstance(holder.module, Rated):
+    for site in rate_sites(model):
+        if isinstance(site.module, Rated):
             continue
-        if isinstance(holder.module, _DropoutNd):
-            if not type(holder.module).__module__.startswith("torch."):
+        if isinstance(site.module, _DropoutNd):
+            if not type(site.module).__module__.startswith("torch."):
                 what = "a subclass of torch.nn's dropout with code of its own"
-                found.append(Unreached(holder.name, holder.kind, what, _settable(holder.name)))
-            elif has_own_forward(holder.module):
+                found.append(Unreached(site.name, site.kind, what, _settable(site.name)))
+            elif has_own_forward(site.module):
                 what = "its instance has a forward of its own, which calls that of torch.nn"
                 advice = "call torchdrop.replace before what sets it, or set the class's forward again"
-                found.append(Unreached(holder.name, holder.kind, what, advice))
+                found.append(Unreached(site.name, site.kind, what, advice))
             continue
-        what = f"holds a rate as a number in .{holder.attribute} (keep_prob {holder.keep_prob:g})"
-        found.append(Unreached(holder.name, holder.kind, what, _settable(holder.name)))
+        what = f"holds a rate as a number in .{site.attribute} (keep_prob {site.keep_prob:g})"
+        found.append(Unreached(site.name, site.kind, what, _settable(site.name)))
     advice = "its masks stay PyTorch's; call torchdrop.functional there to have ours"
     for module, names in names_of(model).items():
         calls = functional_calls(type(module))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..configure.holders import unwrapped
+from ..configure.rate_sites import unwrapped
 from ..scheduler import KeepProbScheduler
 from .every import check_every, state_key
 

@@ -3,11 +3,12 @@
 `mc_dropout` makes a model's randomness fire; `mc_predict` runs samples and gives their statistics.
 """
 
+from ..handlers.sources import Source
 from .activate import mc_dropout
 from .gal import predictive_log_likelihood, tau_from_weight_decay, weight_decay_from_tau
 from .predict import mc_predict
 from .prediction import ClassificationPrediction, Prediction, RegressionPrediction
-from .report import Report, Source
+from .report import Report
 
 __all__ = [
     "ClassificationPrediction",

@@ -22,18 +22,19 @@ from ..core import sites
 from ..core.checks import check_integer, check_module
 from ..core.names import fits, matches, near
 from ..core.torch_state import transforms_active, tree_flatten
+from ..handlers.base import refuse_backward
+from ..handlers.calls import RandomCall
+from ..handlers.masks import Pass
+from ..handlers.random_functions import DESCRIBE
+from ..handlers.substitute import Substitute
+from ..handlers.tracker import Tracker, inner_names
 from ..random import start
-from .draw import Draw
 from .inputs import Inputs
-from .masks import Pass
-from .mode import Server, refuse_backward
 from .redirect import Redirected, next_level
 from .report import Report
 from .shells import Shells
-from .sources import DESCRIBE
 from .state import GENERATORS, restored_generators
 from .survey import FOREIGN, Survey
-from .tracker import Tracker, inner_names
 
 
 class Activation:
@@ -57,7 +58,7 @@ class Activation:
         self.flagged: set[nn.Module] = set()
         self.tracker = Tracker()
         self.shells = Shells(model, self.tracker, next_level())
-        self.server = Server(self.tracker, self.chosen, inner_names(model))
+        self.server = Substitute(self.tracker, self.chosen, inner_names(model))
 
     def serving(self) -> AbstractContextManager[Any]:
         """The mode that serves, unless it is on already."""
@@ -317,7 +318,7 @@ class _Context:
         self.activation.report.draws = self.activation.server.draws
         self.activation.list_sources()
 
-    def _elsewhere(self, server: Server, func: Any, args: Any, kwargs: Any) -> Any:
+    def _elsewhere(self, server: Substitute, func: Any, args: Any, kwargs: Any) -> Any:
         """A random call, or a layer's question if it is on, while no module of the model runs."""
         owner, outermost, foreign = self._frames()
         if owner is None:
@@ -351,13 +352,13 @@ class _Context:
         return (None if foreign else owner), outermost, foreign
 
 
-def _is_left_off(server: Server, func: Any, args: Any, kwargs: Any) -> bool:
+def _is_left_off(server: Substitute, func: Any, args: Any, kwargs: Any) -> bool:
     """Whether it is dropout with a rate that is off."""
     if func is sites.is_on:
         return not args[0]
     if func not in DESCRIBE or "dropout" not in func.__name__:
         return False
-    draw: Draw = DESCRIBE[func](server, func, *args, **kwargs)
+    draw: RandomCall = DESCRIBE[func](server, func, *args, **kwargs)
     return not draw.on and not draw.flagged and bool(draw.rate)
 
 

@@ -74,7 +74,7 @@ def risk_coverage(
         prediction: a `ClassificationPrediction`, or probabilities (B, C, ...).
         targets: classes (B, ...).
         uncertainty: of the targets' shape; the predictive entropy if None.
-        label: the curve's name in the legend, where its area is added. Draw several on one Axes to compare them.
+        label: the curve's name in the legend, where its area is added. RandomCall several on one Axes to compare them.
         ax: the Axes to draw on; new ones if None.
 
     Returns:

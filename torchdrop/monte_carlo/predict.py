@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from .._extras import optional
 from ..core.checks import check_integer
+from ..handlers.masks import Hypercube
+from ..handlers.prefix import Prefix
 from ..layers.compact.sequential import CompactSequential
 from .activate import ADVICE, Activation, check_masks, check_model, check_seed, check_sources, new_seed
-from .effort import ROUND, Effort
 from .inputs import Inputs, batches, picker
-from .masks import Hypercube
+from .plan import ROUND, SamplePlan
 from .prediction import Prediction, predict_from
-from .prefix import Prefix
 from .sample import STRATEGIES, Outputs, Sampler
 from .statistics import Collector, Mean, Task
 from .tasks import read_task
@@ -126,7 +126,7 @@ def mc_predict(
     """
     check_model(model)
     method = _method(model, method)
-    effort = Effort(_positive("samples", samples), _tolerance(tolerance), _sampling(sampling) == "latin", group)
+    effort = SamplePlan(_positive("samples", samples), _tolerance(tolerance), _sampling(sampling) == "latin", group)
     if strategy not in ("auto", *STRATEGIES):
         raise ValueError(f"strategy must be 'auto', {', '.join(map(repr, STRATEGIES))}, got {strategy!r}")
     kind = read_task(task, scores=scores, tau=tau, noise=noise)
@@ -172,7 +172,7 @@ class _Job:
         self,
         activation: Activation,
         sampler: Sampler,
-        effort: Effort,
+        effort: SamplePlan,
         strategy: str,
         chunk: int | None,
         memory: int | None,

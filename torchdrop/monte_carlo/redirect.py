@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-Handler = Callable[[nn.Module, str, tuple[Any, ...], dict[str, Any]], Any]
+Receiver = Callable[[nn.Module, str, tuple[Any, ...], dict[str, Any]], Any]
 """Is called with the module, "_call_impl" or "forward", and the arguments."""
 
 CALLS = ("_call_impl", "forward")
@@ -88,7 +88,7 @@ class Redirected:
     Contexts of several threads, on the same modules, may be entered and left in any order.
     """
 
-    def __init__(self, model: nn.Module, handler: Handler) -> None:
+    def __init__(self, model: nn.Module, handler: Receiver) -> None:
         self.handler, self._modules = handler, list(model.modules())
         self.thread = threading.get_ident()
         self.level = next_level()

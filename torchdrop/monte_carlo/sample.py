@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from ..core.torch_state import TorchDispatchMode, tree_flatten
+from ..handlers.masks import Hypercube, Pass, find_layout
+from ..handlers.prefix import Prefix
 from .activate import Activation
 from .inputs import Inputs
-from .masks import Hypercube, Pass, find_layout
-from .prefix import Prefix
 
 Outputs = tuple[Tensor, ...]
 
@@ -232,17 +232,17 @@ class LiveBytes(TorchDispatchMode):
 
     def _hold(self, tensor: Tensor) -> None:
         pointer, size = _pointer(tensor), tensor.untyped_storage().nbytes()
-        _, holders = self._live.get(pointer, (0, 0))
-        if not holders:
+        _, rate_sites = self._live.get(pointer, (0, 0))
+        if not rate_sites:
             self._total += size
-        self._live[pointer] = size, holders + 1
+        self._live[pointer] = size, rate_sites + 1
         weakref.finalize(tensor, self._release, pointer)
 
     def _release(self, pointer: int) -> None:
-        size, holders = self._live.get(pointer, (0, 0))
-        if holders > 1:
-            self._live[pointer] = size, holders - 1
-        elif holders == 1:
+        size, rate_sites = self._live.get(pointer, (0, 0))
+        if rate_sites > 1:
+            self._live[pointer] = size, rate_sites - 1
+        elif rate_sites == 1:
             del self._live[pointer]
             self._total -= size
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..handlers.tracker import Tracker
 from .redirect import CALLS, beneath
-from .tracker import Tracker
 
 _TABLES = ("_modules", "_parameters", "_buffers")
 _STANDARD = frozenset((*vars(nn.Module()), *CALLS))

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from ..core.torch_state import tree_flatten
+from ..handlers.masks import Pass
+from ..handlers.sources import AUGMENTS, NOT_CHOSEN, Source
+from ..handlers.trace import Trace
 from ..layers.layer_drop import LayerDrop
 from .inputs import Inputs
-from .masks import Pass
-from .mode import Recorder
-from .report import AUGMENTS, NOT_CHOSEN, Source
 from .state import GENERATORS, foreign_states, own_generators, random_state
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class Survey:
     def _missing(self) -> list[Source]:
         return [source for source in self._server.sources.values() if source.active and not source.served]
 
-    def _train(self, inputs: Inputs) -> Recorder | None:
+    def _train(self, inputs: Inputs) -> Trace | None:
         """Forwards in train mode: more than one where it is random which layers run, until all have been seen."""
         recorder = self._train_forward(inputs)
         stacks = any(isinstance(module, LayerDrop) for module in self._model.modules())
@@ -127,7 +127,7 @@ class Survey:
         if recorder is None or not self._branching:
             return recorder
         trained = set(self._tracker.entered)
-        with Recorder(self._tracker, inputs.rows):  # in whose eyes nothing is random in eval mode
+        with Trace(self._tracker, inputs.rows):  # in whose eyes nothing is random in eval mode
             self._call(inputs)
         every = set(self._tracker.entered)
         for _ in range(_TRIES):
@@ -139,12 +139,12 @@ class Survey:
             recorder.flagged |= other.flagged if other is not None else set()
         return recorder
 
-    def _train_forward(self, inputs: Inputs) -> Recorder | None:
+    def _train_forward(self, inputs: Inputs) -> Trace | None:
         """What a forward in train mode draws. Layers with running statistics stay in eval mode, and so do modules whose
         code fails in train mode, as that of a detector that wants targets."""
         before = foreign_states()
         while True:
-            recorder = Recorder(self._tracker, inputs.rows)
+            recorder = Trace(self._tracker, inputs.rows)
             self._tracker.failed = None
             try:
                 with recorder, recorder.unseen:
@@ -172,7 +172,7 @@ class Survey:
         self._take(recorder)
         return recorder
 
-    def _take(self, recorder: Recorder) -> None:
+    def _take(self, recorder: Trace) -> None:
         for source in recorder.sources:
             if source.site in self._server.sources:
                 continue

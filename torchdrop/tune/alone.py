@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from ..configure.holders import holders
+from ..configure.rate_sites import rate_sites
 from ..core.rate import KeepProb
 from .training import Fold, Masks, Training, first_stream, mixed
 
@@ -16,8 +16,8 @@ from .training import Fold, Masks, Training, first_stream, mixed
 def with_rates(model: nn.Module, rates: Sequence[KeepProb]) -> nn.Module:
     """A copy of the model with these rates, in train mode."""
     model = copy.deepcopy(model).train()
-    for holder, rate in zip(holders(model), rates, strict=True):
-        holder.set(rate)
+    for site, rate in zip(rate_sites(model), rates, strict=True):
+        site.set(rate)
     return model
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._extras import optional
-from ..configure.holders import holders
+from ..configure.rate_sites import rate_sites
 from ..configure.surgery import OURS, replace
 from ..core.checks import check_integer
 from ..core.rate import KeepProb
@@ -177,7 +177,7 @@ def _built(build: Callable[[], nn.Module], seed: int) -> nn.Module:
 
 
 def _check_alike(folds: Sequence[Fold]) -> None:
-    names = [[holder.name for holder in holders(fold.model)] for fold in folds]
+    names = [[site.name for site in rate_sites(fold.model)] for fold in folds]
     for own in names:
         if own != names[0]:
             raise ValueError(f"build must give the same layers every time, got rates in {names[0]} and in {own}")

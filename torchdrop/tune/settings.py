@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..configure.holders import holders
+from ..configure.rate_sites import rate_sites
 from ..configure.rates import set_keep_prob
 from ..core.checks import check_integer
 from ..core.rate import KeepProb
@@ -88,15 +88,15 @@ def rates_of(model: nn.Module, settings: Sequence[Setting]) -> list[list[KeepPro
     Raises:
         TypeError, ValueError: a setting that `set_keep_prob` refuses; says which.
     """
-    found = holders(model)
-    states = [holder.state() for holder in found]
+    found = rate_sites(model)
+    states = [site.state() for site in found]
     rates = []
     for number, setting in enumerate(settings):
         try:
             set_keep_prob(model, setting)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{error}; in settings[{number}], {setting!r}") from None
-        rates.append([holder.keep_prob for holder in found])
-        for holder, state in zip(found, states, strict=True):
-            holder.restore(state)
+        rates.append([site.keep_prob for site in found])
+        for site, state in zip(found, states, strict=True):
+            site.restore(state)
     return rates

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ..configure.holders import holders
+from ..configure.rate_sites import rate_sites
 from ..core.rate import KeepProb, Rate, Rated
 from ..kernels.mask_params import params_tensor
 from .alone import with_rates
@@ -43,7 +43,7 @@ class NotStackableError(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """One model of the search: its fold, and its rates in the order of `holders`."""
+    """One model of the search: its fold, and its rates in the order of `rate_sites`."""
 
     fold: Fold
     rates: Sequence[KeepProb]
@@ -67,7 +67,7 @@ class Stack:
         _check_rates(jobs)
         self._jobs, self._training = jobs, training
         self._model = with_rates(jobs[0].fold.model, jobs[0].rates)
-        self._layers = [h.module for h in holders(self._model) if isinstance(h.module, Rated)]
+        self._layers = [h.module for h in rate_sites(self._model) if isinstance(h.module, Rated)]
         self._rates = _stacked_rates(self._model, jobs)
         self._masks = Masks(training.seed)
         models = [job.fold.model for job in jobs]
@@ -220,22 +220,22 @@ def _attributes(model: nn.Module) -> dict[tuple[str, str], Any]:
 
 
 def _check_rates(jobs: Sequence[Job]) -> None:
-    for at, holder in enumerate(holders(jobs[0].fold.model)):
+    for at, site in enumerate(rate_sites(jobs[0].fold.model)):
         rates = [job.rates[at] for job in jobs]
-        if not isinstance(holder.module, Rated):
+        if not isinstance(site.module, Rated):
             if any(rate != rates[0] for rate in rates):
-                raise NotStackableError(f"settings differ in a rate that is no layer, {holder.name!r} ({holder.kind})")
+                raise NotStackableError(f"settings differ in a rate that is no layer, {site.name!r} ({site.kind})")
         elif any(isinstance(rate, Tensor) and rate.dim() for rate in rates):
-            raise NotStackableError(f"the keep_prob of {holder.name!r} is a tensor with more than one value")
+            raise NotStackableError(f"the keep_prob of {site.name!r} is a tensor with more than one value")
 
 
 def _stacked_rates(model: nn.Module, jobs: Sequence[Job]) -> list[list[Tensor]]:
     """For each layer of torchdrop the keep_prob and the parameters of every model."""
     result = []
-    for at, holder in enumerate(holders(model)):
-        if isinstance(holder.module, Rated):
+    for at, site in enumerate(rate_sites(model)):
+        if isinstance(site.module, Rated):
             keep = torch.tensor([float(job.rates[at]) for job in jobs], dtype=torch.float64)
-            result.append([keep, params_tensor(keep, holder.module._formula)])
+            result.append([keep, params_tensor(keep, site.module._formula)])
     return result
 
 

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...core.hooks import is_observer
 from ...core.inputs import check_input
 from ...core.portable import refuse_script
 from ...core.symbolic import leaf
@@ -115,14 +116,10 @@ def _check_feed(modules: _Named, source: int, dropouts: Sequence[int], linear: i
         )
 
 
-_MARKS = ("torchdrop.random", "torchdrop.monte_carlo.", "torchdrop.configure.silence", "torchdrop.aids.")
-"""Where hooks come from that only note what runs, or that are there in eval mode alone."""
-
-
 def _is_watched(module: nn.Module) -> bool:
     """Whether a hook wants whole tensors: to see or change (`insert`), or to make the weight (pruning, weight_norm)."""
     return any(
-        not (getattr(hook, "__module__", None) or "").startswith(_MARKS)
+        not is_observer(hook)
         for hooks in (
             module._forward_pre_hooks, module._forward_hooks, module._backward_hooks, module._backward_pre_hooks
         )

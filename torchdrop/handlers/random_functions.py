@@ -1,8 +1,8 @@
 """What in a model is random: the functions of torch and of torchdrop that draw, described one by one.
 
-A function mode sees each call of them. `DESCRIBE` turns a call into a `Draw`: what it would draw, how it is made as it
-stands, without its randomness, and with masks of ours. Layers of other packages (DropPath, StochasticDepth, LayerDrop,
-StableDropout) draw with torch.rand, bernoulli_ and the like, so they are seen as well.
+A function mode sees each call of them. `DESCRIBE` turns a call into a `RandomCall`: what it would draw, how it is made
+as it stands, without its randomness, and with masks of ours. Layers of other packages (DropPath, StochasticDepth,
+LayerDrop, StableDropout) draw with torch.rand, bernoulli_ and the like, so they are seen as well.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from .. import functional
 from ..core import sites
 from ..kernels.mask_params import ONE, MaskParams, mask_params
 from ..ops import operators, random_bits
-from . import tensors
-from .draw import Draw, Mode
-from .masks import Slot, written
+from . import random_tensors as tensors
+from .calls import Mode, RandomCall
+from .masks import MaskSlot, written
 
 
 def _is_on(training: bool, p: Any) -> bool:
     return bool(training) and (isinstance(p, Tensor) or p > 0)
 
 
-def _dropout(kind: str, twin: Callable[..., Tensor], inplace: bool = False) -> Callable[..., Draw]:
+def _dropout(kind: str, twin: Callable[..., Tensor], inplace: bool = False) -> Callable[..., RandomCall]:
     """Torch's dropout functions, each served by torchdrop's function of the same name."""
 
     def describe(
@@ -42,15 +42,15 @@ def _dropout(kind: str, twin: Callable[..., Tensor], inplace: bool = False) -> C
         inplace: bool = inplace,
         *,
         train: bool | None = None,
-    ) -> Draw:
+    ) -> RandomCall:
         training = training if train is None else train  # torch.dropout's own name
         extra = {"inplace": inplace} if isinstance(func, types.FunctionType) else {}
 
-        def served(slot: Slot, rate: float) -> Tensor:
+        def served(slot: MaskSlot, rate: float) -> Tensor:
             with mode.inside(slot):
                 return twin(input, rate, True, inplace)
 
-        return Draw(
+        return RandomCall(
             kind,
             p,
             _is_on(training, p),
@@ -76,12 +76,12 @@ def _layer(
     shape: Sequence[int],
     inplace: bool,
     generator: torch.Generator | None,
-) -> Draw:
+) -> RandomCall:
     """A layer or function of torchdrop."""
     rate = 1.0 - given.threshold / ONE if isinstance(given, MaskParams) else None
     if operator is operators.gaussian and isinstance(given, MaskParams):
         rate = given.scale**2 / (1.0 + given.scale**2)
-    return Draw(
+    return RandomCall(
         "torchdrop",
         rate,
         rate != 0.0,
@@ -101,14 +101,14 @@ def _numbers(
     shape: Sequence[int],
     generator: torch.Generator | None,
     given: MaskParams | Tensor | None,
-) -> Draw:
+) -> RandomCall:
     """What a layer or function of torchdrop draws to make a mask of its own from. Whether it does, `is_on` has said."""
     rate = 1.0 - given.threshold / ONE if isinstance(given, MaskParams) else None
 
     def original() -> Tensor:
         return func(numbers, like, shape, generator, given)
 
-    return Draw(
+    return RandomCall(
         "torchdrop", rate, rate != 0.0, shape, original, original, lambda slot, _: slot.numbers(numbers, shape, given)
     )
 
@@ -124,13 +124,13 @@ def _attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Draw:
+) -> RandomCall:
     """Dropout of attention weights. The rate is 0 in eval mode, so the one seen in train mode is used."""
 
     def call(p: float) -> Tensor:
         return func(query, key, value, attn_mask, p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
-    def served(slot: Slot, rate: float) -> Tensor:
+    def served(slot: MaskSlot, rate: float) -> Tensor:
         keys, values = key, value
         if enable_gqa:
             groups = query.shape[-3] // key.shape[-3]
@@ -140,7 +140,7 @@ def _attention(
         return slot.apply(operators.masked, weights, mask_params(1.0 - rate), weights.shape, False) @ values
 
     shape = (*query.shape[:-1], key.shape[-2])
-    return Draw(
+    return RandomCall(
         "attention",
         dropout_p,
         dropout_p > 0,
@@ -162,7 +162,7 @@ def _softmax(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
     return scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
 
 
-def _recurrent(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Draw:
+def _recurrent(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> RandomCall:
     """The dropout between the layers of nn.LSTM, nn.GRU and nn.RNN: served by running one layer at a time.
 
     (input, hx, weights, biases, layers, p, train, bidirectional, batch_first), or, for packed sequences,
@@ -175,7 +175,7 @@ def _recurrent(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Draw:
     def call(train: bool) -> Any:
         return func(*args[:at], train, *args[at + 1 :], **kwargs)
 
-    def served(slot: Slot, rate: float) -> Any:
+    def served(slot: MaskSlot, rate: float) -> Any:
         states = hx if isinstance(hx, tuple | list) else (hx,)
         directions, per_layer = 1 + bool(bidirectional), len(weights) // layers
         data, finals = head[0], []
@@ -189,7 +189,7 @@ def _recurrent(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Draw:
             finals.append(final)
         return (data, *(torch.cat(parts) for parts in zip(*finals, strict=True)))
 
-    return Draw(
+    return RandomCall(
         func.__name__.split("_")[0],
         p,
         _is_on(args[at], p) and layers > 1,
@@ -210,15 +210,15 @@ def _rrelu(
     upper: float = 1 / 3,
     training: bool = False,
     inplace: bool = False,
-) -> Draw:
+) -> RandomCall:
     extra = {"inplace": inplace} if func is F.rrelu else {}
 
-    def served(slot: Slot, _: float) -> Tensor:
+    def served(slot: MaskSlot, _: float) -> Tensor:
         slope = slot.uniform(input.shape, input.dtype) * (upper - lower) + lower
         out = torch.where(input < 0, input * slope, input)
         return written(input, out) if inplace else out
 
-    return Draw(
+    return RandomCall(
         "rrelu",
         None,
         training,
@@ -229,14 +229,14 @@ def _rrelu(
     )
 
 
-def describe_other(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> Draw:
+def describe_other(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> RandomCall:
     """Random functions that keep torch's own numbers: they fire, but depend on how the samples are run."""
 
     def original() -> Any:
         return func(*args, **kwargs)
 
     name = getattr(func, "__name__", "other").strip("_")
-    return Draw(
+    return RandomCall(
         name, None, True, None, original, original, None, flagged=True, loose="torch's own numbers, drawn in one go"
     )
 
@@ -245,7 +245,7 @@ _T = Tensor
 
 RECURRENT = frozenset((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu))
 
-DESCRIBE: dict[Any, Callable[..., Draw]] = {
+DESCRIBE: dict[Any, Callable[..., RandomCall]] = {
     sites.apply: _layer,
     sites.draw: _numbers,
     F.dropout: _dropout("dropout", functional.dropout),

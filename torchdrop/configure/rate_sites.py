@@ -25,11 +25,11 @@ _PLAIN = ("p", "prob", "rate")
 
 
 _disabled: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
-"""The rates of disabled layers, by module and attribute, as `Holder.state` has them."""
+"""The rates of disabled layers, by module and attribute, as `RateSite.state` has them."""
 
 
 @dataclass(frozen=True)
-class Holder:
+class RateSite:
     """One place that holds a rate.
 
     Args:
@@ -169,14 +169,14 @@ def names_of(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
     return names
 
 
-def holders(model: nn.Module) -> list[Holder]:
+def rate_sites(model: nn.Module) -> list[RateSite]:
     """Every place in the model that holds a rate, in the order of `named_modules`."""
     found = []
     for module, aliases in names_of(model).items():
         for attribute in _attributes(module):
             plain = attribute and not _is_own(module, attribute)
             full = tuple(f"{alias}.{attribute}".lstrip(".") for alias in aliases) if plain else aliases
-            found.append(Holder(full[0], module, attribute, full))
+            found.append(RateSite(full[0], module, attribute, full))
     return found
 
 
@@ -200,7 +200,7 @@ def _attributes(module: nn.Module) -> list[str]:
     return ["", *plain] if is_layer else plain
 
 
-def sizes(model: nn.Module, chosen: list[Holder]) -> list[LayerSize]:
+def sizes(model: nn.Module, chosen: list[RateSite]) -> list[LayerSize]:
     """What rules look at: the weights before each layer, in the order in which modules are registered."""
     before: dict[nn.Module, int | None] = {}
     weights: int | None = None

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from .draw import Site
+from ..core.hooks import observer
+from .calls import Site
 
 
 class Tracker:
-    """Follows a model's forward.
+    """Follows a model's forward. It is told by hooks (`follow`), or by what calls the modules.
 
     Attributes:
         stack: names of the modules that run, outermost first.
@@ -29,6 +32,26 @@ class Tracker:
         """A module is called."""
         self.stack.append(name)
         self.entered.add(name)
+
+    def leave(self, name: str) -> None:
+        """A module's call ends. It is not known where a hook before `enter` has raised."""
+        if name in self.stack:
+            while self.stack.pop() != name:
+                pass
+
+    @contextmanager
+    def follow(self, model: nn.Module) -> Iterator[None]:
+        """Within it, hooks on every module of a model tell the tracker which one runs."""
+        handles = []
+        try:
+            for name, module in model.named_modules():
+                enter, leave = _hooks(self, name)
+                handles.append(module.register_forward_pre_hook(enter, prepend=True))
+                handles.append(module.register_forward_hook(leave, always_call=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def fail(self) -> None:
         """An exception comes out of the running module."""
@@ -54,6 +77,10 @@ class Tracker:
     def again(self, site: Site) -> None:
         """Takes the last `next` back."""
         self._calls[site.module, site.kind] -= 1
+
+
+def _hooks(tracker: Tracker, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
+    return observer(lambda *_: tracker.enter(name)), observer(lambda *_: tracker.leave(name))
 
 
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)

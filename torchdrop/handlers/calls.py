@@ -16,7 +16,7 @@ class Site(NamedTuple):
 
 
 @dataclass
-class Draw:
+class RandomCall:
     """One call of a random function.
 
     Args:

@@ -185,7 +185,7 @@ def _key(seed: int, stream: Tensor) -> Tensor:
     return torch.stack([torch.full_like(stream, seed), stream], -1)
 
 
-class Slot:
+class MaskSlot:
     """The place of one source in one pass: what serves its masks and numbers.
 
     Args:
@@ -199,9 +199,9 @@ class Slot:
         self._layout: Layout | None = None
         self._own = False
 
-    def another(self, number: int) -> Slot:
+    def another(self, number: int) -> MaskSlot:
         """The place of one of several masks that one call draws; the first of them is this one."""
-        return self if not number else Slot(self._run, source_seed(self._seed, number), self._find)
+        return self if not number else MaskSlot(self._run, source_seed(self._seed, number), self._find)
 
     def _place(self, shape: Sequence[int], mask: Sequence[int]) -> None:
         self._layout = self._find(shape, mask)

@@ -13,7 +13,7 @@ ROUND = 20
 
 
 @dataclass(frozen=True)
-class Effort:
+class SamplePlan:
     """How many samples, in which order, and on how many processes."""
 
     samples: int

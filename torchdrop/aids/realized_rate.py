@@ -27,7 +27,7 @@ _VALUES = 8
 ALARM = math.log(2e9)
 
 
-class Share(NamedTuple):
+class RealizedRate(NamedTuple):
     """The fraction of elements kept, in so many independent draws; None for noise, which keeps and drops nothing."""
 
     kept: float | None
@@ -39,7 +39,7 @@ class Share(NamedTuple):
         By Chernoff's and Hoeffding's bound 2 exp(-n KL), which holds for means of n draws of any kind within [0, 1].
 
         Example:
-            >>> Share(0.5, 100).unlikely(0.5), Share(0.5, 1000).unlikely(0.2)
+            >>> RealizedRate(0.5, 100).unlikely(0.5), RealizedRate(0.5, 1000).unlikely(0.2)
             (False, True)
         """
         return self.kept is not None and self.draws * _divergence(self.kept, 1.0 - rate) > ALARM
@@ -58,7 +58,7 @@ def _divergence(a: float, b: float) -> float:
     return total
 
 
-def measured(drop: Callable[[Tensor], Tensor], input: Tensor, mask: tuple[int, ...] | None) -> Share:
+def measured(drop: Callable[[Tensor], Tensor], input: Tensor, mask: tuple[int, ...] | None) -> RealizedRate:
     """The share that a function of a tensor of this shape keeps.
 
     Args:
@@ -67,7 +67,7 @@ def measured(drop: Callable[[Tensor], Tensor], input: Tensor, mask: tuple[int, .
     """
     each = math.prod(mask) if mask is not None else 1
     if not input.numel() or not each:
-        return Share(None, 0)
+        return RealizedRate(None, 0)
     values: set[float] = set()
     kept, calls = 0.0, 0
     with torch.no_grad():
@@ -75,10 +75,10 @@ def measured(drop: Callable[[Tensor], Tensor], input: Tensor, mask: tuple[int, .
             out = drop(torch.ones_like(input))
             values.update(out[out > 0].unique()[: _VALUES + 1].tolist())
             if out.shape != input.shape or len(values) > _VALUES:
-                return Share(None, 0)
+                return RealizedRate(None, 0)
             kept += (out > 0).double().mean().item()
             calls += 1
-    return Share(kept / calls, calls * each)
+    return RealizedRate(kept / calls, calls * each)
 
 
 def zeroes(layer: nn.Module) -> bool:

@@ -1,0 +1,144 @@
+"""The base of all handlers: a function mode that sees the random calls of a model while it runs.
+
+A handler decides what becomes of a call: `Trace` notes it, `Substitute` gives it a mask of its own, `Disable` leaves it
+out, and an audit follows its result. A call that no handler wants goes to the function mode outside of it.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch.overrides import TorchFunctionMode
+
+from ..core import sites
+from ..core.torch_state import in_backward
+from .calls import RandomCall
+from .masks import MaskSlot
+from .random_functions import DESCRIBE, OPENED, describe_other
+from .tracker import Tracker
+
+
+def refuse_backward() -> None:
+    """Refuses a forward that backward makes."""
+    if in_backward():
+        refuse_checkpoint()
+
+
+def refuse_checkpoint() -> None:
+    raise RuntimeError(
+        "activation checkpointing runs a part of the model again in backward, where Monte Carlo masks cannot be given "
+        "to it again: switch checkpointing off in the model, or make the pass under torch.no_grad()"
+    )
+
+
+def checkpointed() -> bool:
+    """Whether this call is made from within torch.utils.checkpoint."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            return True
+        frame = frame.f_back
+    return False
+
+
+class Handler(TorchFunctionMode):
+    """Describes the random calls of a model that is running; everything else goes through.
+
+    A subclass says what becomes of a random call (`_meet`), of any other call (`_pass`), of the question whether a
+    layer is on (`_is_on`, or `_turns_on` for those whose own flag is off), and of calls while its model does not run
+    (`_outside`).
+
+    Attributes:
+        others: functions that draw, and that `DESCRIBE` does not know.
+        decides: whether the handlers outside of this one leave the calls to it while its model runs.
+    """
+
+    decides = True
+
+    def __init__(self, tracker: Tracker) -> None:
+        super().__init__()
+        self.others: set[Any] = set()
+        self._tracker = tracker
+        self._bound: MaskSlot | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not self._tracker.running or (self.decides and innermost() is not self):
+            return self._outside(func, args, kwargs)
+        return self._inside(func, args, kwargs)
+
+    def _outside(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A call while the model is not running, or another context's model runs."""
+        if func in DESCRIBE:
+            refuse_backward()
+        return func(*args, **kwargs)
+
+    def _inside(self, func: Any, args: Any, kwargs: Any) -> Any:
+        describe = DESCRIBE.get(func) or (describe_other if func in self.others else None)
+        if describe is not None:
+            if self._bound is not None and func is sites.apply:
+                slot, self._bound = self._bound, None
+                operator, input, params, shape, inplace, _ = args
+                return slot.apply(operator, input, params, shape, inplace)
+            return self._meet(func, describe(self, func, *args, **kwargs))
+        if func is sites.is_on:
+            return self._is_on(*args)
+        if func in OPENED:
+            with self:
+                return OPENED[func](*args, **kwargs)
+        return self._pass(func, lambda: func(*args, **kwargs))
+
+    @contextmanager
+    def inside(self, slot: MaskSlot) -> Iterator[None]:
+        """Within it, the next layer of torchdrop takes its mask from the slot."""
+        self._bound = slot
+        try:
+            with self:
+                yield
+        finally:
+            self._bound = None
+
+    def __enter__(self) -> Any:
+        _entered.handlers.append(self)
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        _entered.handlers.pop()
+        super().__exit__(*exception)
+
+    @property
+    def is_entered(self) -> bool:
+        """Whether it is on in this thread."""
+        return self in _entered.handlers
+
+    def _pass(self, func: Any, call: Callable[[], Any]) -> Any:
+        """A call that is not random."""
+        return call()
+
+    def _turns_on(self) -> bool:
+        raise NotImplementedError
+
+    def _is_on(self, training: bool) -> bool:
+        return training or self._turns_on()
+
+    def _meet(self, func: Any, draw: RandomCall) -> Any:
+        raise NotImplementedError
+
+
+class _Entered(threading.local):
+    """The handlers that are on in this thread, outermost first."""
+
+    def __init__(self) -> None:
+        self.handlers: list[Handler] = []
+
+
+_entered = _Entered()
+
+
+def innermost() -> Handler | None:
+    """The last of this thread's handlers that decide and whose model is running."""
+    return next((one for one in reversed(_entered.handlers) if one.decides and one._tracker.running), None)

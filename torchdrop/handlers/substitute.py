@@ -1,0 +1,152 @@
+"""A handler that gives random calls masks of its own, each that of its place in the model: `Substitute`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..core import sites
+from ..core.torch_state import transforms_active
+from .base import Handler, checkpointed, innermost, refuse_checkpoint
+from .calls import RandomCall, Site
+from .masks import Layout, MaskSlot, NotVectorizableError, Pass, find_layout, source_seed
+from .prefix import Prefix
+from .random_functions import DESCRIBE, OPENED
+from .sources import UNCHECKED, Seen, Source
+from .tracker import Tracker
+
+_ASKED = frozenset((sites.is_on, *OPENED))
+"""Functions that do not draw themselves, and whose answer decides if others do."""
+
+_UNPLACED = "the size of its tensor does not follow the number of rows, so its masks depend on the batch"
+
+
+class Substitute(Handler):
+    """Serves the calls that are active, each with the mask of its place, and silences the others.
+
+    Args:
+        tracker: of the model.
+        chosen: whether a module's sources may be active.
+        inner: the name by which a module's masks go, where it is another.
+
+    Attributes:
+        drew: whether a call was let through that may have drawn from PyTorch's generators.
+        elsewhere: is given the calls made while no module of a model runs; None if there are none to serve.
+    """
+
+    def __init__(self, tracker: Tracker, chosen: Callable[[str], bool], inner: Mapping[str, str]) -> None:
+        super().__init__(tracker)
+        self.sources: dict[Site, Source] = {}
+        self.run: Pass | None = None
+        self.draws = 0
+        self.calls = 0
+        self.prefix: Prefix | None = None
+        self.surveyed = self.differentiated = self.drew = False
+        self.elsewhere: Callable[[Substitute, Any, Any, Any], Any] | None = None
+        self._chosen, self._inner = chosen, inner
+        self._seeds: dict[tuple[int, Site], int] = {}
+
+    def begin(self, run: Pass) -> None:
+        """What follows is this pass."""
+        self.run, self.draws, self.calls = run, 0, 0
+        if self.prefix is not None:
+            self.prefix.restart()
+
+    def _outside(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if self.elsewhere is None or innermost() is not None or not (func in _ASKED or func in DESCRIBE):
+            return super()._outside(func, args, kwargs)
+        return self.elsewhere(self, func, args, kwargs)
+
+    def serve_in(self, module: str, func: Any, args: Any, kwargs: Any) -> Any:
+        """A call made by this module's code while its forward does not run."""
+        self._tracker.stack.append(module)
+        try:
+            return self._inside(func, args, kwargs)
+        finally:
+            self._tracker.stack.pop()
+
+    @property
+    def entered(self) -> bool:
+        return self.is_entered
+
+    def _turns_on(self) -> bool:
+        site = self._tracker.next("torchdrop")
+        source = self._known(site)
+        on = source.active if source is not None else self._chosen(site.module)
+        if on:
+            self._tracker.again(site)  # the layer comes next
+        return on
+
+    def _is_on(self, training: bool) -> bool:
+        return self._turns_on()  # what is not active is off in a function that is always on, too
+
+    def _pass(self, func: Any, call: Callable[[], Any]) -> Any:
+        out = call() if self.prefix is None else self.prefix.run(func, call)
+        self.calls += isinstance(out, Tensor)
+        return out
+
+    def _known(self, site: Site) -> Source | None:
+        """What is known of a call: as of the module's last one of its kind where there were fewer in train mode."""
+        for number in range(site.number, -1, -1):
+            source = self.sources.get(site._replace(number=number))
+            if source is not None:
+                return source
+        return None
+
+    def _meet(self, func: Any, draw: RandomCall) -> Any:
+        site = self._tracker.next(draw.kind)
+        source = self._known(site)
+        if source is None:
+            source = self.sources[site] = Source.of_call(site, draw)
+            source.active = (draw.on or bool(draw.rate)) and self._chosen(site.module)
+            source.known = UNCHECKED
+            if self.surveyed:
+                source.replayable, source.reason = False, "not met before, so where its rows lie is not known"
+        rate = draw.rate or source.rate
+        if not source.active or (draw.rate is not None and not rate):
+            self.drew = self.drew or draw.flagged
+            return draw.plain() if draw.flagged else self._pass(func, draw.plain)
+        if self.prefix is not None:
+            self.prefix.end()
+        if self.differentiated and checkpointed():
+            refuse_checkpoint()
+        source.served = True
+        self.draws += draw.draws
+        if draw.served is not None:
+            return draw.served(self._slot(site, source), float(rate or 0.0))
+        assert self.run is not None
+        if transforms_active() or self.run.folded:
+            raise NotVectorizableError(f"{draw.kind} in {site.module or 'the model'} draws torch's own numbers")
+        self.drew = True
+        return draw.original()
+
+    def _slot(self, site: Site, source: Source) -> MaskSlot:
+        run = self.run
+        assert run is not None
+        seed = self._seeds.get((run.seed, site))
+        if seed is None:
+            seed = self._seeds[run.seed, site] = source_seed(
+                run.seed, self._inner.get(site.module, site.module), site.kind, site.number
+            )
+        return MaskSlot(run, seed, lambda shape, mask: self._layout(source, shape, mask))
+
+    def _layout(self, source: Source, shape: Sequence[int], mask: Sequence[int]) -> Layout | None:
+        run = self.run
+        assert run is not None
+        if run.rows is None or not source.replayable:
+            return None
+        seen = source.seen
+        if seen is None:
+            source.seen = Seen(run.rows, tuple(shape), tuple(mask))
+        elif seen.rows is not None and seen.rows != run.rows and not source.placed:
+            source.layout = find_layout((shape, seen.shape), (run.rows, seen.rows), seen.mask)
+            source.placed = True
+            if source.layout is None and tuple(shape) != seen.shape:
+                source.replayable, source.reason = False, _UNPLACED
+        layout = source.layout
+        if layout is not None and shape[layout.dim] != run.copies * run.rows * layout.ratio:
+            source.replayable, source.reason = False, _UNPLACED
+            return None
+        return layout

@@ -1,0 +1,90 @@
+"""A handler that lets every random call happen, and notes it: `Trace`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.torch_state import TorchDispatchMode
+from .base import Handler
+from .calls import RandomCall
+from .random_functions import describe_other
+from .sources import Seen, Source
+from .tracker import Tracker
+
+
+class DrawCount(TorchDispatchMode):
+    """Counts the calls of operators that draw from PyTorch's generators.
+
+    Attention is left out: it is described on its own, and its kernels are tagged whether or not they draw.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += torch.Tag.nondeterministic_seeded in func.tags and "scaled_dot_product" not in func.__name__
+        return func(*args, **(kwargs or {}))
+
+
+class Trace(Handler):
+    """Lets everything happen, and notes what is drawn.
+
+    Args:
+        tracker: of the model.
+        rows: how many rows of data are in the forward.
+
+    Attributes:
+        sources: of the forward, in order.
+        flagged: names of modules whose own code may decide from their training flag what is drawn.
+        unseen: a dispatch mode to be on meanwhile, which counts the draws of all operators.
+        seen: how many of these belong to the calls that were seen.
+        branching: whether a single number was drawn, as where code decides by it to skip a layer.
+    """
+
+    def __init__(self, tracker: Tracker, rows: int | None) -> None:
+        super().__init__(tracker)
+        self.sources: list[Source] = []
+        self.flagged: set[str] = set()
+        self.unseen = DrawCount()
+        self.seen = 0
+        self.branching = False
+        self._rows = rows
+
+    def _pass(self, func: Any, call: Callable[[], Any]) -> Any:
+        before = self.unseen.count
+        out = call()
+        if self.unseen.count > before:
+            self.seen += self.unseen.count - before
+            self.others.add(func)
+            self._note(describe_other(self, func), out)
+        return out
+
+    def _turns_on(self) -> bool:
+        self.sources.append(Source(*self._tracker.next("torchdrop"), None, False))
+        return False
+
+    def _meet(self, func: Any, draw: RandomCall) -> Any:
+        before = self.unseen.count
+        out = draw.original()
+        self.seen += self.unseen.count - before
+        return self._note(draw, out)
+
+    def _note(self, draw: RandomCall, out: Any) -> Any:
+        source = Source.of_call(self._tracker.next(draw.kind), draw)
+        source.within = tuple(self._tracker.stack)
+        shape = tuple(draw.shape if draw.shape is not None else getattr(_first(out), "shape", ()))
+        source.seen = Seen(self._rows, shape, tuple(draw.mask or shape))
+        self.sources.append(source)
+        if draw.flagged:
+            self.flagged.add(source.module)
+            self.branching = self.branching or not shape
+        return out
+
+
+def _first(out: Any) -> Tensor:
+    return out[0] if isinstance(out, tuple) else out
