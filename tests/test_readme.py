@@ -12,6 +12,7 @@ import pytest
 from torch import nn
 
 import torchdrop
+from torchdrop import docs
 
 pytestmark = pytest.mark.slow
 
@@ -103,3 +104,54 @@ def test_the_guide_names_all_functions_of_layers() -> None:
     dimensions = {f"{stem}{n}d" for stem in ("dropout", "drop_block") for n in (2, 3)}
     missing = {entry for entry in torchdrop.functional.__all__ if f"`{entry}`" not in rows}
     assert missing - dimensions == {"local_reparameterization", "masksembles_masks", "masksembles_predict"}
+
+
+class TestSite:
+    WITH_REFERENCE = tuple(Path(docs.file_of(page.name)).name for page in docs.PAGES if page.reference)
+    """Identifiers in docstrings may name what a class has from torch.nn.Module, which is not on the site."""
+
+    def test_has_all_guides(self) -> None:
+        assert {name(guide) for guide in GUIDES} <= {page.guide for page in docs.PAGES}
+
+    def test_is_built_without_warnings(self, tmp_path: Path) -> None:
+        pytest.importorskip("pdoc", reason="the site is made by pdoc")
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-m", "torchdrop.docs", str(tmp_path)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        page = (tmp_path / "torchdrop" / "monte_carlo.html").read_text(encoding="utf-8")
+        assert "Repeating and splitting a prediction" in page
+        assert 'id="ClassificationPrediction.mutual_information"' in page
+        for path in tmp_path.rglob("*.html"):
+            written = re.sub(r"<script.*?</script>", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+            for target in re.findall(r'(?:href|src)="([^":]+)"', written):
+                file, _, heading = target.partition("#")
+                reached = Path(os.path.normpath(path.parent / file)) if file else path
+                assert reached.exists(), f"{path.name}: {target}"
+                if heading and path.name not in self.WITH_REFERENCE:
+                    assert f'id="{heading}"' in reached.read_text(encoding="utf-8"), f"{path.name}: {target}"
+
+    def test_without_pdoc_it_says_what_to_install(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "pdoc", None)
+        with pytest.raises(SystemExit) as error:
+            docs.main([str(tmp_path / "site")])
+        assert error.value.code == 2
+        assert "pip install 'torchdrop[docs]'" in capsys.readouterr().err
+        assert not (tmp_path / "site").exists()
+
+    def test_links_to_what_is_no_page_are_words(self) -> None:
+        pages = {"benchmarks/README.md": "torchdrop/benchmarks.html", "README.md": "torchdrop.html"}
+        assert docs.linked("[results](results), [top](../README.md#speed)", "benchmarks/README.md", pages) == (
+            "results, [top](../torchdrop.html#speed)"
+        )
+        images: set[Path] = set()
+        shown = docs.linked("![a](benchmarks/results/overview.svg) ![b](absent.svg)", "README.md", pages, images)
+        assert shown == "![a](overview.svg) "
+        assert images == {ROOT / "benchmarks" / "results" / "overview.svg"}
