@@ -1,6 +1,6 @@
 """Dropout on a CUDA device: against torch.nn's, eager and compiled, against a copy of the same bytes, and its overhead.
 
-python benchmarks/bench_cuda.py [--fill README.md] [--quick] [--output FILE]
+python benchmarks/bench_cuda.py [--fill benchmarks/README.md] [--quick] [--output FILE]
 python benchmarks/bench_cuda.py --render FILE
 
 Times are CUDA events', medians of interleaved rounds; a ratio is taken within each round. What is timed has passed its

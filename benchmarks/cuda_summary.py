@@ -1,4 +1,4 @@
-"""What the benchmark on CUDA must show, read off a report, its tables, and its place in the README."""
+"""What the benchmark on CUDA must show, read off a report, its tables, and its place in benchmarks/README.md."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CELL_HEADER = ["case", *COLUMNS]
 MEMORY_HEADER = ["operation", "contender", "kept for backward", "peak of both passes"]
 
 MARKERS = ("<!-- cuda -->", "<!-- end of cuda -->")
-"""Between these lines of the README stands the table."""
+"""Between these lines of benchmarks/README.md stands the table."""
 
 ABSENT = "no GPU was to be had"
 
@@ -168,7 +168,7 @@ def text(report: Report) -> str:
 
 
 def markdown(report: Report, cells: list[list[str]]) -> str:
-    """The section of the README, then times and bytes."""
+    """The section of benchmarks/README.md, then times and bytes."""
     rows = [memory_row(result) for result in report["memory"]]
     return "\n\n".join(
         [
@@ -180,7 +180,7 @@ def markdown(report: Report, cells: list[list[str]]) -> str:
 
 
 def section(report: Report | None) -> str:
-    """What stands in the README: the run's, or where there is none the rows with the reason."""
+    """What stands in benchmarks/README.md: the run's, or where there is none the rows with the reason."""
     if report is None:
         return markdown_table(HEADER, [[row.case, row.required, ABSENT, "-"] for row in ROWS])
     return f"{summary.markdown(report)}\n\nMasks came from the {report['backend']} backend."

@@ -53,6 +53,7 @@ RANKS = {
     "": 8,
     "integrations": 9,
     "demo": 9,
+    "docs": 9,
     "__main__": 9,
 }
 """A part imports parts of its own rank or lower; a file may have a rank of its own. The empty name is ``import
@@ -78,6 +79,12 @@ needs_tree = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="the te
 def sources() -> list[Path]:
     found = sorted(PACKAGE.rglob("*.py"))
     assert PACKAGE / "__init__.py" in found
+    return found
+
+
+def guides() -> list[Path]:
+    found = sorted(PACKAGE.rglob("*.md"))
+    assert PACKAGE / "monte_carlo" / "README.md" in found
     return found
 
 
@@ -217,7 +224,8 @@ class TestSources:
 
     def test_name_no_place_on_a_machine(self) -> None:
         files = [p for p in PACKAGE.rglob("*") if p.suffix in (".py", ".c", ".h", ".toml", ".md")]
-        files += [p for p in (ROOT / "pyproject.toml", ROOT / "setup.py", ROOT / "README.md") if p.exists()]
+        texts = ("pyproject.toml", "setup.py", "README.md", "benchmarks/README.md")
+        files += [ROOT / name for name in texts if (ROOT / name).exists()]
         assert any(p.suffix == ".c" for p in files)
         place = re.compile(r"(?<![\w.])/(?:home|root|Users|work|workspace|tmp)\b")
         assert place.search("see /home/someone and /work/shop") is not None
@@ -350,7 +358,7 @@ class TestBuild:
         wheel = build(tmp_path / "tree", *WHEEL)
         assert re.fullmatch(r"torchdrop-.+-py3-none-(?!any).+\.whl", wheel.name)
         names = set(zipfile.ZipFile(wheel).namelist())
-        assert names >= {str(path.relative_to(ROOT)) for path in sources()}
+        assert names >= {str(path.relative_to(ROOT)) for path in [*sources(), *guides()]}
         assert "torchdrop/py.typed" in names
         assert [name for name in names if "_native" in name] == ["torchdrop/kernels/_native.so"]
         assert not [name for name in names if name.startswith(("tests", "benchmarks"))]
@@ -370,6 +378,12 @@ class TestBuild:
         made = build(tmp_path / "tree", *SDIST)
         shutil.unpack_archive(made, tmp_path / "unpacked")
         (tree,) = (tmp_path / "unpacked").iterdir()
-        needed = [*sources(), *(PACKAGE / "kernels" / "csrc").iterdir(), PACKAGE / "py.typed", ROOT / "setup.py"]
+        needed = [
+            *sources(),
+            *guides(),
+            *(PACKAGE / "kernels" / "csrc").iterdir(),
+            PACKAGE / "py.typed",
+            ROOT / "setup.py",
+        ]
         missing = [str(p.relative_to(ROOT)) for p in needed if not (tree / p.relative_to(ROOT)).exists()]
         assert missing == []

@@ -271,7 +271,7 @@ def warm_up(then: ScheduleLike, steps: int) -> Schedule:
 
 
 def join(schedules: Iterable[ScheduleLike], boundaries: Iterable[int]) -> Schedule:
-    """keep = schedules[i](t - boundaries[i - 1]) from step boundaries[i - 1] on: each counts from its own start.
+    """``keep = schedules[i](t - boundaries[i - 1])`` from step boundaries[i - 1] on: each has its own start.
 
     Example:
         >>> [join([linear(1.0, 0.5, 10), linear(0.5, 1.0, 10)], [20])(t) for t in (0, 10, 20, 25, 30)]

@@ -71,8 +71,8 @@ def insert(model: nn.Module, layers: Mapping[str, nn.Module], where: str = "afte
 
     Args:
         model: any module.
-        layers: for each glob pattern of module names a dropout layer without parameters. "*" stands for one part of a
-            name: "blocks.*" are the blocks and not what is in them. Where a pattern matches several modules each has a
+        layers: for each glob pattern of module names a dropout layer without parameters. `*` stands for one part of a
+            name: `blocks.*` are the blocks and not what is in them. Where a pattern matches several modules each has a
             copy of its own. The most specific pattern wins.
         where: "after" or "before" the module.
 

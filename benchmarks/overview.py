@@ -1,0 +1,216 @@
+"""The table and the figure of the project's README, made of committed results; nothing is measured here.
+
+python benchmarks/overview.py    # writes results/overview.svg and fills in the table of README.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import escape
+
+from command import RESULTS
+from harness import digits, factor, markdown_table
+from summary import BOTH, FORWARD, LIMIT, OURS, STOCK, where
+
+README = RESULTS.parents[1] / "README.md"
+FIGURE = RESULTS / "overview.svg"
+MARKERS = ("<!-- overview -->", "<!-- end of overview -->")
+"""Between these lines of the README stands the table."""
+
+HEADER = ["what", "against", "times faster", "run"]
+RUNS = ["dropout-cpu", "fused-cpu", "variants-cpu", "monte-carlo-cpu", "search-cpu", "compact"]
+
+Report = dict[str, Any]
+
+
+def load(run: str) -> Report:
+    """A committed result."""
+    return json.loads((RESULTS / f"{run}.json").read_text(encoding="utf-8"))
+
+
+def one(entries: Sequence[Report], **fields: Any) -> Report:
+    """The only entry with these fields."""
+    (found,) = [entry for entry in entries if fields.items() <= entry.items()]
+    return found
+
+
+def dropout_cells(section: str, **fields: Any) -> dict[str, Report]:
+    """The contenders of one cell of the benchmark of dropout."""
+    return one(load("dropout-cpu")["cells"], section=section, **fields)["contenders"]
+
+
+def rows() -> list[list[str]]:
+    """One row a question, with the cases in which little or nothing is gained."""
+    million, speed, samples = 2**20, load("variants-cpu")["speed"], load("monte-carlo-cpu")["speed"]
+    add = one(load("fused-cpu")["cells"], label="dropout_add", elements=million, dtype="float32")["contenders"]
+    block = one(speed, label="DropBlock2d(0.1, 7)")["contenders"]
+    path = one(speed, label="DropPath(0.1)")["contenders"]
+    conv, encoder = (one(samples, short=short) for short in ("conv", "encoder"))
+    search, step = load("search-cpu")["search"], one(load("compact")["steps"], case="MLP", keep_prob=0.5)
+    both, size = "forward + backward", "32x96x28x28"
+
+    def dropout(section: str, **fields: Any) -> str:
+        return factor(dropout_cells(section, **fields)[STOCK]["times_torchdrop"])
+
+    def sampled(case: Report) -> str:
+        return factor(case["contenders"]["usual loop"]["times_torchdrop"])
+
+    table = [
+        ("`Dropout`, forward, 2^20 elements", "`torch.nn`", dropout(FORWARD, elements=million), 0),
+        (f"`Dropout`, {both}, 2^20", "`torch.nn`", dropout(BOTH, elements=million), 0),
+        (f"`Dropout`, {both}, 2^6", "`torch.nn`", dropout(BOTH, elements=64), 0),
+        ("`Dropout`, forward, 2^20, bfloat16", "`torch.nn`", dropout("dtypes", dtype="bfloat16", mode=FORWARD), 0),
+        (f"`Dropout2d`, {both}, 64x256x14x14", "`torch.nn`", dropout("channels", layout="contiguous", mode=BOTH), 0),
+        (f"`DropoutAdd`, {both}, 2^20", "`torch.nn`, not fused", factor(add[STOCK]["times_fused"]), 1),
+        (f"`DropoutAdd`, {both}, 2^20", "torchdrop, not fused", factor(add["separate"]["times_fused"]), 1),
+        (f"`DropBlock2d`, {both}, {size}", "torchvision", factor(block["torchvision"]["times_torchdrop"]), 2),
+        (f"`DropPath`, {both}, {size}", "timm", factor(path["timm"]["times_torchdrop"]), 2),
+        (f"`mc_predict`, convolutional network, {conv['samples']} samples", "a loop", sampled(conv), 3),
+        (f"`mc_predict`, transformer encoder, {encoder['samples']} samples", "a loop", sampled(encoder), 3),
+        (f"`tune.cross_validate`, {search['models']} small networks", "a loop", f"{digits(search['ratio'])}x", 4),
+        (
+            "`compact`, training step of an MLP",
+            "no dropout",
+            factor(step["contenders"]["no dropout"]["times_compact"]),
+            5,
+        ),
+    ]
+    return [[what, against, ratio, RUNS[run]] for what, against, ratio, run in table]
+
+
+def section() -> str:
+    """The table, and below it what each run was measured on."""
+    used = [f"- {run}: {where(load(run)['machine'])}" for run in RUNS]
+    return f"{markdown_table(HEADER, rows())}\n\n" + "\n".join(used)
+
+
+def shown(text: str) -> str:
+    """What stands between the markers of a text."""
+    return text.partition(MARKERS[0])[2].partition(MARKERS[1])[0].strip()
+
+
+def fill(file: Path) -> None:
+    """Puts the section between the markers of a file that has them."""
+    head, begin, rest = file.read_text(encoding="utf-8").partition(MARKERS[0])
+    _, end, tail = rest.partition(MARKERS[1])
+    if not (begin and end):
+        raise ValueError(f"{file.name} has no lines {MARKERS[0]} and {MARKERS[1]}")
+    file.write_text(f"{head}{begin}\n{section()}\n{end}{tail}", encoding="utf-8")
+
+
+# The colors are Okabe and Ito's, which color-blind readers can tell apart.
+COLORS = {STOCK: "#D55E00", OURS: "#0072B2", LIMIT: "#666666", "averaged": "#0072B2", "scaled": "#D55E00"}
+WIDTH, HEIGHT, PANEL, SIDE, TOP, BOTTOM = 860, 340, 340, 64, 52, 52
+
+
+@dataclass
+class Panel:
+    """Axes of one plot: logarithmic in x, and in y if `log`. What is drawn is collected in `parts`."""
+
+    left: int
+    x: tuple[float, float]
+    y: tuple[float, float]
+    log: bool = True
+    parts: list[str] = field(default_factory=list)
+
+    def place(self, x: float, y: float) -> tuple[float, float]:
+        """Where a point of the data is in the picture."""
+        scale: Callable[[float], float] = math.log if self.log else float
+        across = (math.log(x) - math.log(self.x[0])) / (math.log(self.x[1]) - math.log(self.x[0]))
+        up = (scale(y) - scale(self.y[0])) / (scale(self.y[1]) - scale(self.y[0]))
+        return round(self.left + across * PANEL, 1), round(HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM), 1)
+
+    def line(self, points: Sequence[tuple[float, float]], color: str, style: str = "") -> None:
+        placed = " ".join(f"{x},{y}" for x, y in (self.place(*point) for point in points))
+        self.parts.append(f'<polyline points="{placed}" fill="none" stroke="{color}" stroke-width="2"{style}/>')
+
+    def dots(self, points: Sequence[tuple[float, float]], color: str) -> None:
+        for x, y in (self.place(*point) for point in points):
+            self.parts.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{color}"/>')
+
+    def label(self, x: float, y: float, text: str, color: str = "#222", style: str = "") -> None:
+        self.parts.append(f'<text x="{x}" y="{y}" fill="{color}"{style}>{escape(text)}</text>')
+
+    def axes(self, title: str, xs: dict[float, str], ys: dict[float, str], x_name: str, y_name: str) -> None:
+        bottom, middle = HEIGHT - BOTTOM, ' text-anchor="middle"'
+        for value, name in ys.items():
+            _, y = self.place(self.x[0], value)
+            self.parts.append(f'<path d="M{self.left},{y}h{PANEL}" stroke="#ddd"/>')
+            self.label(self.left - 6, y + 4, name, style=' text-anchor="end"')
+        for value, name in xs.items():
+            x, _ = self.place(value, self.y[0])
+            self.parts.append(f'<path d="M{x},{bottom}v4" stroke="#222"/>')
+            self.label(x, bottom + 18, name, style=middle)
+        self.parts.append(f'<path d="M{self.left},{TOP}V{bottom}H{self.left + PANEL}" fill="none" stroke="#222"/>')
+        self.label(self.left, TOP - 28, title, style=' font-weight="bold" font-size="14"')
+        self.label(self.left, TOP - 10, y_name, "#555")
+        self.label(self.left + PANEL / 2, bottom + 38, x_name, "#555", middle)
+
+
+def speed_panel(left: int) -> Panel:
+    """Time of a forward pass per element, over sizes."""
+    cells = [cell for cell in load("dropout-cpu")["cells"] if cell["section"] == FORWARD]
+    panel = Panel(left, (2**6, 2**24), (0.05, 200))
+    powers, decades = range(6, 25, 3), (0.1, 1, 10, 100)
+    panel.axes(
+        "Dropout on the CPU, forward",
+        {2**power: f"2^{power}" for power in powers},
+        {value: f"{value:g}" for value in decades},
+        "elements, float32, p = 0.5",
+        "nanoseconds per element",
+    )
+    names = {STOCK: "torch.nn.Dropout", OURS: "torchdrop.Dropout", LIMIT: "x * s, a multiplication"}
+    for row, (contender, name) in enumerate(names.items()):
+        points = [(c["elements"], 1e9 * c["contenders"][contender]["seconds"][1] / c["elements"]) for c in cells]
+        panel.line(points, COLORS[contender])
+        panel.dots(points, COLORS[contender])
+        panel.label(left + 172, TOP + 16 + 18 * row, name, COLORS[contender])
+    return panel
+
+
+def monte_carlo_panel(left: int) -> Panel:
+    """Error of the average of k Monte Carlo passes of the dropout network on MNIST."""
+    found = load("mnist")["monte_carlo"]
+    points = [(entry["k"], entry["error"]) for entry in found["averaged"]]
+    panel = Panel(left, (0.9, 110), (1.2, 2.7), log=False)
+    panel.axes(
+        "Monte Carlo dropout on MNIST",
+        {k: str(k) for k in (1, 2, 5, 10, 20, 50, 100)},
+        {value / 10: f"{value / 10:.1f}" for value in range(12, 28, 3)},
+        "passes averaged",
+        "test error, %",
+    )
+    panel.line([(k, found["weight_scaling"]) for k in panel.x], COLORS["scaled"], ' stroke-dasharray="6 4"')
+    panel.line(points, COLORS["averaged"])
+    panel.dots(points, COLORS["averaged"])
+    panel.label(left + 150, TOP + 16, "mean of passes with dropout on", COLORS["averaged"])
+    panel.label(left + 150, TOP + 34, "one pass, dropout off", COLORS["scaled"])
+    return panel
+
+
+def figure() -> str:
+    """The figure as SVG, which is the same text wherever it is made."""
+    panels = [speed_panel(SIDE), monte_carlo_panel(SIDE + PANEL + 96)]
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
+        'font-family="Helvetica, Arial, sans-serif" font-size="12">'
+    )
+    ground = '<rect width="100%" height="100%" fill="white"/>'
+    return "\n".join([head, ground, *(part for panel in panels for part in panel.parts), "</svg>"]) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    FIGURE.write_text(figure(), encoding="utf-8")
+    fill(README)
+
+
+if __name__ == "__main__":
+    main()
