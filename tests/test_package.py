@@ -76,6 +76,10 @@ WITHOUT_A_CLASS = {
 needs_tree = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="the tests lie outside a source tree")
 
 
+FRAGMENT = re.compile(r"""(?:^\s*|[.:] |# |\"{3})(?:Of|Those of|That of) [a-z`]""")
+"""The beginning of a sentence without a subject."""
+
+
 def sources() -> list[Path]:
     found = sorted(PACKAGE.rglob("*.py"))
     assert PACKAGE / "__init__.py" in found
@@ -221,6 +225,20 @@ class TestSources:
     def test_files_hold_one_idea(self, path: Path) -> None:
         lines = len(path.read_text().splitlines())
         assert lines <= 400, f"{path.name} has {lines} lines: split it by idea"
+
+    @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
+    def test_prose_is_made_of_sentences(self, path: Path) -> None:
+        """No docstring or comment has a fragment that begins with "Of", and no file is named by a question."""
+        found = [line for line in path.read_text().splitlines() if FRAGMENT.search(line)]
+        assert found == []
+        purpose = ast.get_docstring(ast.parse(path.read_text())) or ""
+        assert not re.match(r"(What|Where|Which)\b", purpose), f"name {path.name} by what is in it: {purpose[:60]}"
+
+    def test_fragments_are_found(self) -> None:
+        assert FRAGMENT.search('    """Of one step."""')
+        assert FRAGMENT.search("    # Those of the places")
+        assert FRAGMENT.search("It is kept. That of a part is not.")
+        assert not FRAGMENT.search("Those who draw; the sum of them. Often it is.")
 
     def test_name_no_place_on_a_machine(self) -> None:
         files = [p for p in PACKAGE.rglob("*") if p.suffix in (".py", ".c", ".h", ".toml", ".md")]

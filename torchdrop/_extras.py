@@ -1,4 +1,4 @@
-"""What needs packages that torchdrop does not depend on: imports with a message, and Axes to draw on."""
+"""Imports of packages that torchdrop does not depend on, with a message where one is missing, and Axes to draw on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Seeds and streams: the only place that touches a torch.Generator.
+"""Seeds and streams: where keys come from.
 
 A mask's key is two 64-bit integers, (seed, stream). By default both are drawn from PyTorch's default generator of the
 device, so whatever governs that generator governs masks. Inside `frozen_masks` they are derived instead.

@@ -238,7 +238,8 @@ def _without_generators(model: nn.Module) -> Iterator[None]:
 
 
 def _optimizers_of(parameters: Iterable[Tensor]) -> list[Optimizer]:
-    """Those that train any of the parameters. `step` holds them, and nothing but their existence tells which."""
+    """The optimizers that train any of the parameters. `step` holds them, and nothing but their existence tells
+    which."""
     trained = {id(parameter) for parameter in parameters}
     # By type: to ask other objects for their class may run code of theirs.
     every = [found for found in gc.get_objects() if issubclass(type(found), Optimizer)]

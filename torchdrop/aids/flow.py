@@ -1,4 +1,5 @@
-"""What a forward does with dropout: which calls drop, at which rate, what comes right before and after them."""
+"""A handler that follows dropout through a forward: which calls drop, at which rate, and what comes before and
+after."""
 
 from __future__ import annotations
 

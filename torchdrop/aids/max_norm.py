@@ -42,7 +42,7 @@ def max_norm(module: ModuleT, c: float, dim: int | None = None, *, name: str = "
 
     Args:
         module: a layer, or a model: then it applies to the weight of each linear layer, convolution, embedding and the
-            like in it, that is to each parameter of that name with two dimensions or more. Those of normalization
+            like in it, that is to each parameter of that name with two dimensions or more. The weights of normalization
             layers and parameters of one dimension, such as biases, are left alone; so are others' names, such as
             ``in_proj_weight`` of nn.MultiheadAttention. Tied weights stay tied.
         c: the largest norm, in the units of the weights; 2 to 4 are usual.

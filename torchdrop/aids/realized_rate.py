@@ -1,4 +1,5 @@
-"""The share of elements that dropout really keeps, measured on ones, and how unlikely it is at a rate."""
+"""The realized rate: the share of elements that dropout really keeps, measured on ones, and how unlikely it is at a
+rate."""
 
 from __future__ import annotations
 
@@ -104,7 +105,7 @@ _CHANNELS = {
 
 
 def mask_of_function(name: str, input: Tensor) -> tuple[int, ...]:
-    """Of torch's functions: a draw for each element, or for each channel."""
+    """The mask's shape for one of torch's functions: a draw for each element, or for each channel."""
     if not ("feature" in name or name[-2:] in ("1d", "2d", "3d")):
         return tuple(input.shape)
     spatial = int(name[-2]) if name[-1:] == "d" and name[-2].isdigit() else input.dim() - 2
@@ -113,5 +114,5 @@ def mask_of_function(name: str, input: Tensor) -> tuple[int, ...]:
 
 
 def mask_of_call(func: Any, args: tuple[Any, ...], input: Tensor) -> tuple[int, ...]:
-    """Of a call that a function mode has seen."""
+    """The mask's shape of a call that a handler has seen."""
     return tuple(args[3]) if func is sites.apply else mask_of_function(func.__name__, input)

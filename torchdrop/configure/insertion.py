@@ -66,7 +66,7 @@ def insert(model: nn.Module, layers: Mapping[str, nn.Module], where: str = "afte
     """Puts dropout into a model, at the output or the input of modules that are chosen by name.
 
     A layer that is put after "fc1" has the name "fc1.inserted.after", so that ``model.eval()``, `keep_probs`, schedules
-    and Monte Carlo inference find it; having no parameters, it adds no key to the state_dict. Of several outputs or
+    and Monte Carlo inference find it; having no parameters, it adds no key to the state_dict. From several outputs or
     inputs the first is dropped from. What torch.compile has compiled is compiled again.
 
     Args:

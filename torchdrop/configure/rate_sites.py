@@ -1,4 +1,4 @@
-"""Where a model holds its rates: in dropout layers, in nn.LSTM and nn.MultiheadAttention, in plain attributes."""
+"""The places where a model holds its rates: dropout layers, nn.LSTM and nn.MultiheadAttention, plain attributes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a swap of layers cannot reach: dropout that is a function call, a number, or inside a fused module."""
+"""The dropout that a swap of layers cannot reach: a function call, a number, or a part of a fused module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every layer stands on, one idea a file.
+"""The parts that every layer is made of, one idea a file.
 
 rate          how a keep probability is given, checked, held, and turned into the parameters of a mask
 sites         a layer's verbs: whether this call drops, apply a mask, a keep mask, random bits, random variates

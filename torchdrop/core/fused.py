@@ -1,4 +1,5 @@
-"""What layers share that fuse dropout with what stands beside it."""
+"""The choice between one fused kernel and separate operations, for layers that fuse dropout with what stands beside
+it."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def check_patterns(
 
 
 def winner(patterns: Iterable[str], names: Sequence[str], match: Match = matches) -> str | None:
-    """Of the patterns that match one thing under any of its names the most specific one; None if none does.
+    """The most specific of the patterns that match one thing under any of its names; None if none does.
 
     Raises:
         ValueError: two are equally specific.

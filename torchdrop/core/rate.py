@@ -91,7 +91,7 @@ def _checked_tensor(name: str, value: Tensor) -> Tensor:
 
 
 def formula_of(inverted_scale: bool) -> Formula:
-    """Of inverted dropout, or of the original formulation, which does not scale."""
+    """The formula of inverted dropout, or of the original formulation, which does not scale."""
     return inverted if inverted_scale else original
 
 

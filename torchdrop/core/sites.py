@@ -55,7 +55,8 @@ def apply(
     """A checked `input` under an operator and mask parameters, with a new key. The input itself where nothing is
     dropped.
 
-    Of a DTensor, `shape` is the whole mask's. Of a plain tensor that is a part of a larger one, `cut` says which part.
+    For a DTensor, `shape` is the whole mask's. For a plain tensor that is a part of a larger one, `cut` says which
+    part.
     """
     if type(input) is not Tensor and is_dtensor(input):
         if inplace:

@@ -1,4 +1,5 @@
-"""What torch.fx's symbolic tracing records: a call of the layer, or of the function, in the place of what it would do.
+"""Nodes for torch.fx's symbolic tracing: it records a call of the layer, or of the function, and not what that would
+do.
 
 torch.nn's modules are leaves of such a trace and its functions are nodes, so that dropout in a graph follows the flags
 and rates of its modules. Tracers know ours by no name, so each looks at its input: a Proxy stands for a tensor there.

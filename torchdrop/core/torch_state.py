@@ -1,4 +1,4 @@
-"""What PyTorch is doing at the moment of a call, and the only place that names private parts of torch.
+"""The state of PyTorch at the moment of a call. No other file names private parts of torch.
 
 A new version of torch that has moved one of them is adapted to here. This file imports nothing of torchdrop, so every
 other file may import it.

@@ -1,4 +1,4 @@
-"""What is printed: the table, and what it says, worked out from the numbers."""
+"""The printed report: a table, and sentences that are worked out from its numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What sees a model's random calls and decides what becomes of them, after the handlers of Pyro and numpyro.
+"""Handlers see a model's random calls and decide what becomes of them, after the handlers of Pyro and numpyro.
 
 base               the function mode that all handlers are
 tracker, calls     which module runs; one random call, described

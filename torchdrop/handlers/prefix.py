@@ -1,4 +1,4 @@
-"""What comes before the first random call runs once: its results are kept and given again in the passes that follow.
+"""The calls before the first random one run once: their results are kept and given again in the passes that follow.
 
 Up to there a forward is the same for all samples, call by call. A result that nothing but the next call needed is not
 kept: an empty tensor without memory stands for it, since the calls that would read it are not made again.

@@ -1,4 +1,4 @@
-"""What in a model is random: the functions of torch and of torchdrop that draw, described one by one.
+"""The functions of torch and of torchdrop that draw, described one by one: they are what is random in a model.
 
 A function mode sees each call of them. `DESCRIBE` turns a call into a `RandomCall`: what it would draw, how it is made
 as it stands, without its randomness, and with masks of ours. Layers of other packages (DropPath, StochasticDepth,

@@ -1,4 +1,4 @@
-"""Which module of a model is running, and which call of a kind in it comes next."""
+"""A tracker of the module that is running in a model, and of its calls of each kind."""
 
 from __future__ import annotations
 

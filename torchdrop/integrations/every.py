@@ -1,4 +1,4 @@
-"""What the callbacks share: what a step of a schedule is, and the name that their state has in a checkpoint."""
+"""The parts that callbacks share: what a step of a schedule is, and the name of their state in a checkpoint."""
 
 from __future__ import annotations
 

@@ -121,8 +121,8 @@ def gelu_dropout(
         generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
 
     Returns:
-        A new tensor of the input's shape and dtype. Of half types the CPU rounds GELU and the product each, as separate
-        layers do, CUDA the product alone.
+        A new tensor of the input's shape and dtype. For half types the CPU rounds GELU and the product each, as
+        separate layers do, CUDA the product alone.
 
     Raises:
         ValueError: a rate outside [0, 1], or another approximation.

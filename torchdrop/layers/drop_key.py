@@ -118,7 +118,7 @@ def _masked_by(mask: Tensor | None, other: Tensor) -> Tensor:
 
 
 def _logits_shape(query: Tensor, key: Tensor) -> tuple[int, ...]:
-    """Of ``query @ key.mT``. Keys may have fewer heads than queries, as in grouped-query attention."""
+    """The shape of ``query @ key.mT``. Keys may have fewer heads than queries, as in grouped-query attention."""
     own = (1,) * max(key.dim() - query.dim(), 0) + tuple(query.shape[:-2])
     other = (1,) * (len(own) - key.dim() + 2) + tuple(key.shape[:-2])
     batch = [of_key if size == 1 else size for size, of_key in zip(own, other, strict=True)]

@@ -5,8 +5,8 @@ With k the keep probability and m_v a mask element for each row v of the embeddi
     y_i = E[w_i] m_(w_i) / k       in training, so E[y_i] = E[w_i]
     y_i = E[w_i]                   in eval mode
 
-for the word w_i at place i: every occurrence of a word shares one fate (Gal and Ghahramani, NeurIPS 2016). The mask is
-looked up beside the vectors, so the matrix is never copied.
+for the word w_i at place i: all occurrences of a word are dropped together (Gal and Ghahramani, NeurIPS 2016). The mask
+is looked up beside the vectors, so the matrix is never copied.
 """
 
 from __future__ import annotations

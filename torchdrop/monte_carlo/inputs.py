@@ -1,4 +1,4 @@
-"""What a model is called with: the rows of data in it, some of them, and copies of them."""
+"""The arguments of a model: the rows of data in them, some of the rows, and copies of them."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Inputs:
 
 
 def batches(inputs: Any, select: Callable[[Any], Any] | None, dim: int | None, model: nn.Module) -> Iterator[Inputs]:
-    """The batches in what `mc_predict` is given. Those of an iterable are brought to the model's device.
+    """The batches in what `mc_predict` is given. An iterable's batches are brought to the model's device.
 
     Raises:
         TypeError: something else, or a batch of an unexpected structure.

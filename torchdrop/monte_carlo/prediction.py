@@ -1,4 +1,4 @@
-"""What Monte Carlo inference gives: one plain object with named tensors, whose first dimension is the data's rows."""
+"""Predictions: plain objects with named tensors, whose first dimension is the data's rows."""
 
 from __future__ import annotations
 

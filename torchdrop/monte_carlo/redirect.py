@@ -32,7 +32,7 @@ _levels = _Levels()
 
 
 def next_level() -> int:
-    """That of a context which this thread enters now."""
+    """The level of a context which this thread enters now."""
     return _levels.depth + 1
 
 
@@ -47,7 +47,7 @@ class _Redirect:
 
     @property
     def level(self) -> int:
-        """That of its context, in the thread of that; 0 in others, for which it is not there."""
+        """The level of its context, in the thread of that; 0 in others, for which it is not there."""
         return self._redirected.level if threading.get_ident() == self._redirected.thread else 0
 
     @property

@@ -1,4 +1,4 @@
-"""What is random in a model, and how that is known: the coverage report."""
+"""The report on coverage: what is random in a model, and how that is known."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class Report:
 
     @property
     def inactive(self) -> list[Source]:
-        """Those that draw in a train-mode forward and not in Monte Carlo mode, each with its reason."""
+        """The sources that draw in a train-mode forward and not in Monte Carlo mode, each with its reason."""
         return [source for source in self.sources if not source.active]
 
     @property
     def unreached(self) -> list[Source]:
-        """Those of them that were not left out on purpose: they could not be made to draw."""
+        """The missing ones that were not left out on purpose: they could not be made to draw."""
         return [source for source in self.inactive if source.reason not in (NOT_CHOSEN, AUGMENTS)]
 
     def noted(self) -> str:

@@ -76,7 +76,7 @@ def own_generators(model: nn.Module) -> Iterator[None]:
 
 
 def foreign_states() -> tuple[Any, ...]:
-    """Of Python's and numpy's generators, for comparison."""
+    """The states of Python's and numpy's generators, for comparison."""
     numpy = sys.modules.get("numpy")
     if numpy is None:
         return (random.getstate(),)

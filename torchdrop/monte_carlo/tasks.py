@@ -1,4 +1,4 @@
-"""What is observed of each sample: the outputs as they are, classes, or values with noise.
+"""Tasks say what is observed of each sample: the outputs as they are, classes, or values with noise.
 
 Each task turns raw outputs into observables and says which statistics, functions of the observables' moments, are
 reported.

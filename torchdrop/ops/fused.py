@@ -182,7 +182,7 @@ def _add_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _add_gradients(
     ctx: Any, grad: Tensor, key: Tensor, params: MaskParams | Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Of x, bias and residual."""
+    """The gradients of x, bias and residual."""
     of_x, of_bias, of_residual = ctx.needs_input_grad[:3]
     grad = fitting(grad, ctx.shape, key.device)
     dropped = masked(grad, key, linear(params), grad.shape) if of_x or of_bias else None

@@ -1,10 +1,10 @@
-"""The registered operators, and the roads to them.
+"""The registered operators, and the three paths to a kernel.
 
 ``torchdrop::masked`` and ``torchdrop::gaussian`` are linear in x up to a constant, and their derivative is the same map
 under the parameters' linear part. Backward, double backward, forward mode and vmap all follow from that one fact, so
 both operators come out of `_define`.
 
-Three roads lead to a kernel, and all give the same result:
+All paths give the same result:
 
 - plain: ordinary tensors in eager mode. Straight to the backend, under a lean autograd.Function for a gradient.
 - transformed: torch.func transforms and forward-mode AD, through an autograd.Function with all the rules.

@@ -1,4 +1,5 @@
-"""What a search found: means and standard errors as a table and a plot, the best and the one-standard-error choice."""
+"""The result of a search: means and standard errors as a table and a plot, the best and the one-standard-error
+choice."""
 
 from __future__ import annotations
 
@@ -51,12 +52,12 @@ class SearchResult:
 
     @property
     def means(self) -> Tensor:
-        """Of each setting, over folds; NaN where one diverged."""
+        """Each setting's mean over folds; NaN where one diverged."""
         return self.scores.mean(1)
 
     @property
     def standard_errors(self) -> Tensor:
-        """Of each setting's mean."""
+        """The standard error of each setting's mean."""
         return self.scores.std(1) / math.sqrt(self.scores.shape[1])
 
     @property

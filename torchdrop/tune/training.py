@@ -1,4 +1,4 @@
-"""What is trained: the parts of the data, the order of the batches, the masks, and the score at the end."""
+"""One training of a search: the parts of the data, the order of the batches, the masks, and the score at the end."""
 
 from __future__ import annotations
 

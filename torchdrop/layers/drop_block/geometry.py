@@ -1,4 +1,4 @@
-"""Where DropBlock's blocks can lie, and how often a position is kept.
+"""The places where DropBlock's blocks can lie, and the probability that a position is kept.
 
 Blocks of side b lie wholly inside the map, so an axis of length L has L - b + 1 anchors, of which
 

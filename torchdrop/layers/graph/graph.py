@@ -136,7 +136,8 @@ def drop_edge(
         edge_weight: (edges,) or (edges, ...); ones if None.
         p: probability of dropping an edge, in [0, 1]. Default: 0.5.
         training: whether edges are dropped.
-        undirected: whether (i, j) and (j, i), and repeated edges, share one fate. What becomes of an edge then follows
+        undirected: whether (i, j) and (j, i), and repeated edges, are dropped together. What becomes of an edge then
+        follows
             from its nodes, not from its place in the list.
         keep_self_loops: whether the edges (i, i) always stay, with the weight they have.
         num_nodes: if given, the nodes' numbers are compared with it (on the CPU, and not in compiled code).
@@ -177,7 +178,7 @@ class DropEdge(Rated):
 
     Args:
         p: probability of dropping an edge, in [0, 1]. Default: 0.5.
-        undirected: whether (i, j) and (j, i) share one fate.
+        undirected: whether (i, j) and (j, i) are dropped together.
         keep_self_loops: whether the edges (i, i) always stay.
         keep_prob: probability of keeping, in place of `p`.
         generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.

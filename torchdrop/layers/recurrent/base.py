@@ -1,4 +1,4 @@
-"""What LSTM and GRU layers with noise have in common with torch.nn's: parameters, interface, checks; and their forward.
+"""The base of LSTM and GRU layers with noise: the parameters, interface and checks of torch.nn's, and the forward.
 
 The inputs of all time steps are projected at once, masks are drawn for all steps at once, and the rest is a loop.
 """

@@ -51,7 +51,7 @@ class Noise(NamedTuple):
         return [Noise(*values) for values in zip(*(_unbound(value, count) for value in self), strict=True)]
 
     def first(self, rows: int) -> Noise:
-        """Of one step, for so many rows."""
+        """The noise of one step, for so many rows."""
         values: list[Any] = [v[:rows] if isinstance(v, Tensor) and v.dim() > 0 else v for v in self]
         return Noise(*values)
 

@@ -29,7 +29,7 @@ _of_tanh = torch.ops.aten.tanh_backward
 def run_fast(
     data: Tensor, sizes: Sequence[int], weights: Weights, state: State, noise: Noise, backwards: bool
 ) -> tuple[Tensor, State]:
-    """`cells.run`, by the faster road where that is open."""
+    """`cells.run`, by the faster path where it can be taken."""
     if is_compiling() or not _is_open(data, weights, state, noise):
         return run(data, sizes, weights, state, noise, backwards)
     hidden, *final = _Recorded.apply(noise, sizes, backwards, data, *weights[:4], *state)

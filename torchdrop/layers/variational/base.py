@@ -1,4 +1,4 @@
-"""What the variational layers share: noise on outputs instead of weights, and the way from and to plain layers.
+"""The base of variational layers: noise on outputs instead of weights, and the way from and to plain layers.
 
 With independent Gaussian weights w_ij ~ N(W_ij, V_ij) a linear map has, given its input, outputs
 

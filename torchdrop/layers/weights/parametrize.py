@@ -119,7 +119,7 @@ def _patterns(module: Any, names: Any) -> Sequence[str]:
 
 
 def _chosen(module: nn.Module, patterns: Sequence[str], found: list[Place], what: str) -> list[Place]:
-    """Those of the places that a pattern names; each pattern must name one."""
+    """The places that a pattern names; each pattern must name one."""
     kind = _original_class(module).__name__
     for pattern in patterns:
         if any(fits(pattern, place.path) for place in found):

@@ -91,7 +91,7 @@ def targeted_dropout(
     """Drops, with rate p, weights among the smallest of each output unit, and never any of the others.
 
     ``W' = W m`` with m ~ Bernoulli(1 - p) for the floor(gamma n) weights of the smallest magnitude among the n weights
-    of a unit, and m = 1 for the others. Of equal magnitudes those that come first count as smaller. Nothing is
+    of a unit, and m = 1 for the others. Where magnitudes are equal those that come first count as smaller. Nothing is
     rescaled: E[W'] = (1 - p) W for targets, W for the others. A dropped weight gets no gradient. With p = 0, in eval
     mode and with nothing targeted, W' = W; with p = 1 all targets are 0.
 

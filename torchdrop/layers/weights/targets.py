@@ -1,4 +1,4 @@
-"""Which weights targeted dropout may drop: the smallest of each output unit, or the smallest units."""
+"""The weights that targeted dropout may drop: the smallest of each output unit, or the smallest units."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ class Choice(NamedTuple):
         return tuple(size if axis == self.dim % len(shape) else 1 for axis, size in enumerate(shape))
 
     def targets(self, weight: Tensor) -> Tensor:
-        """Bools of the mask's shape. Of equal magnitudes the first ones are the smaller, so the count is exact."""
+        """Bools of the mask's shape. Where magnitudes are equal the first ones count as smaller, so the number is
+        exact."""
         rows = weight.detach().movedim(self.dim, 0)
         if self.units:
             magnitudes = rows.flatten(1).to(COMPUTE_DTYPE[weight.dtype]).norm(dim=1)
