@@ -126,7 +126,7 @@ def recomputing_setting() -> tuple[str, str] | None:
 def is_watched() -> bool:
     """Whether a function mode is on that may put keys or masks of its own in the place of ours.
 
-    That of `torch.set_default_device` does not: every device is named where a tensor is made.
+    The mode of `torch.set_default_device` does not: every device is named where a tensor is made.
     """
     return any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
 

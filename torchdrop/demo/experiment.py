@@ -25,7 +25,7 @@ class Outcome(NamedTuple):
     plain: Tensor
     deterministic: Tensor
     scheduled: Tensor
-    """Of the deterministic pass of a network whose rates followed a schedule in training."""
+    """The deterministic pass of a network whose rates followed a schedule in training."""
     monte_carlo: dict[int, Tensor]
     """The mean over the first k passes, for the k that are reported, in rising order."""
     prediction: ClassificationPrediction

@@ -138,8 +138,8 @@ class Standout(nn.Module):
         generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
 
     Shape:
-        Those of the layer. The state_dict has the layer's entries after ``layer.``, and those of an activation that is
-        a module after ``activation.``; nothing of its own.
+        The shapes of the layer. The state_dict has the layer's entries after ``layer.``, and those of an activation
+        that is a module after ``activation.``; nothing of its own.
 
     Raises:
         TypeError: a layer that is no module, an activation that cannot be called, alpha or beta that is no number.

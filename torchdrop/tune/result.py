@@ -91,8 +91,8 @@ class SearchResult:
     def one_standard_error(self) -> dict[str, Any]:
         """The most regularized setting that is not clearly worse than the best one.
 
-        Of the settings whose mean is at least ``best mean - standard error of the best``, the one with the lowest mean
-        keep_prob over the model's layers; of equal ones that with the higher mean.
+        The settings whose mean is at least ``best mean - standard error of the best`` are compared, and the one
+        with the lowest mean keep_prob over the model's layers is chosen; among equal ones the one with the higher mean.
 
         Raises:
             ValueError: every setting diverged.

@@ -98,7 +98,7 @@ class ConcreteLayer(nn.Module):
         regularizers: (lambda_w, lambda_d).
 
     Shape:
-        Those of the layer. The state_dict has the layer's entries after ``layer.``, and ``dropout.logit_p``.
+        The shapes of the layer. The state_dict has the layer's entries after ``layer.``, and ``dropout.logit_p``.
 
     Raises:
         TypeError: another kind of layer, or factors that are no pair of numbers; else as `ConcreteDropout`.
