@@ -192,7 +192,7 @@ def test_rates_of_each_sample() -> None:
         ({"dim": 1, "heads": 2}, TypeError, "^give dim or heads, not both: got dim=1 and heads=2$"),
         ({"dim": 1.0}, TypeError, "^dim must be an integer, got float$"),
         ({"heads": True}, TypeError, "^heads must be an integer, got bool$"),
-        ({"heads": 0}, ValueError, "^heads must be positive, got 0$"),
+        ({"heads": 0}, ValueError, "^heads must be at least 1, got 0$"),
         ({"p": 0.5, "keep_prob": 0.5}, TypeError, "give the rate as p or as keep_prob"),
         ({"p": 1.5}, ValueError, "dropout probability has to be between 0 and 1, but got 1.5"),
     ],

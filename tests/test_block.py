@@ -373,8 +373,8 @@ def test_empty_batches(spatial: int) -> None:
         (lambda x: DropBlock2d(0.1, 9)(x), ValueError, r"^block_size must be at most the smallest side"),
         (lambda x: drop_block2d(x, 0.1, 0), ValueError, "^block_size must be at least 1, got 0$"),
         (lambda x: DropBlock3d(0.1, -1), ValueError, "^block_size must be at least 1, got -1$"),
-        (lambda x: DropBlock2d(0.1, 3.0), TypeError, r"^block_size must be an integer, got 3\.0$"),
-        (lambda x: drop_block2d(x, 0.1, True), TypeError, "^block_size must be an integer, got True$"),
+        (lambda x: DropBlock2d(0.1, 3.0), TypeError, r"^block_size must be an integer, got float$"),
+        (lambda x: drop_block2d(x, 0.1, True), TypeError, "^block_size must be an integer, got bool$"),
         (lambda x: drop_block2d(x[0, 0], 0.1, 3), ValueError, r"^input should be 4 dimensional. Got 2 dimensions: "
          r"drop_block2d takes \(N, C, H, W\), or \(C, H, W\) for one sample$"),
         (lambda x: drop_block1d(x, 0.1, 3), ValueError, r"^input should be 3 dimensional. Got 4 .* \(N, C, L\)"),
