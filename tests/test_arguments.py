@@ -156,7 +156,7 @@ def _key(rng: random.Random, batch: list[int]) -> Tensor:
 
 
 def _law(rng: random.Random, sizes: list[int] | None) -> Tensor:
-    """One law, or one for each of some dimensions; now and then with a threshold that is none."""
+    """One set of parameters, or one for each of some dimensions; now and then with a threshold that is none."""
     if sizes is None or rng.random() < 0.6:
         threshold = rng.choice((2.0**31, 0.0, 2.0**32, rng.random() * 2**32, -5.0, 1e300, float("nan")))
         return torch.tensor(
@@ -271,7 +271,7 @@ def _check(name: str, args: list[Argument]) -> bool:
 
     found, promised = outcome(lambda: operator(*args)), faked(operator, tuple(args))
     if isinstance(found[1], str) and found[1].startswith("scaling='marginal'"):
-        return True  # what a fake cannot know, which has no law
+        return True  # what a fake cannot know, which sees no values
     assert found == promised, (name, args, found, promised)
     if len(found) == 2:
         assert issubclass(found[0], (TypeError, ValueError, RuntimeError)), (name, args, found)

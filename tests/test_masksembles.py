@@ -253,7 +253,7 @@ def test_impossible_masks() -> None:
         ((16, 0, 2.0), ValueError, r"^n must be at least 1, got 0$"),
         ((16.0, 4, 2.0), TypeError, r"^channels must be an integer, got float$"),
         ((16, True, 2.0), TypeError, r"^n must be an integer, got bool$"),
-        ((16, 4, "2"), TypeError, r"^scale must be a number, got '2'$"),
+        ((16, 4, "2"), TypeError, r"^scale must be a number, got str$"),
         ((16, 4, 0.9), ValueError, r"^scale must be finite and at least 1, got 0.9$"),
         ((16, 4, float("inf")), ValueError, r"^scale must be finite and at least 1, got inf$"),
         ((16, 4, float("nan")), ValueError, r"^scale must be finite and at least 1, got nan$"),

@@ -92,9 +92,9 @@ def exact_cases(dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
     yield "groups of 3", masked(x.reshape(-1, 3), KEY, some, (1320, 1))
     yield "large groups", masked(x.reshape(3, 1320), KEY, some, (3, 1))
     yield "groups, keys", masked(x, KEYS, some, (40, 1))
-    yield "law in memory", in_memory(x, some, shape)
-    yield "affine law in memory", in_memory(x, affine, shape)
-    yield "groups, law in memory", in_memory(x, some, (3, 40, 1))
+    yield "parameters in memory", in_memory(x, some, shape)
+    yield "affine parameters in memory", in_memory(x, affine, shape)
+    yield "groups, parameters in memory", in_memory(x, some, (3, 40, 1))
     for name, given in (("add", None), ("add bias", bias)):
         yield (
             name,
