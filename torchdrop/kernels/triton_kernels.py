@@ -4,7 +4,7 @@ Tensors here have the shape (vectors, lanes): a vector is 16 bytes that a thread
 block decides eight neighbors; where they are several vectors, each of their threads makes the block, which costs less
 than an exchange between threads.
 
-The numbers of mask parameters are arguments, or are read from `params` where that is given: four doubles in the
+The numbers of mask parameters are arguments, or are read from `mask_params` where that is given: four doubles in the
 device's memory. Neither they nor sizes and indices, which have 64 bits, are specialized: another rate or size compiles
 nothing.
 
@@ -31,7 +31,7 @@ _BY_HAND = tl.constexpr(INTERPRETED)
 _SIGN = tl.constexpr(-(2**63))
 _RUNTIME = [
     "key",
-    "params",
+    "mask_params",
     "high",
     "low",
     "start",
@@ -113,16 +113,16 @@ def _draws(vector, seed, stream, lanes: tl.constexpr):
 
 
 @triton.jit
-def _law(params, high, low, scale, shift, fill, wide: tl.constexpr):
+def _law(mask_params, high, low, scale, shift, fill, wide: tl.constexpr):
     """The threshold in two halves, and the other numbers in the type that is computed in.
 
     A shift of -0 changes nothing, not even a zero's sign.
     """
-    if params is not None:
-        threshold = tl.minimum(tl.maximum(tl.load(params), 0.0), 4294967296.0).to(tl.int64)
+    if mask_params is not None:
+        threshold = tl.minimum(tl.maximum(tl.load(mask_params), 0.0), 4294967296.0).to(tl.int64)
         high = tl.minimum(threshold >> 16, 0xFFFF)
         high, low = high.to(tl.int32), (threshold - (high << 16)).to(tl.int32)
-        scale, shift, fill = tl.load(params + 1), tl.load(params + 2), tl.load(params + 3)
+        scale, shift, fill = tl.load(mask_params + 1), tl.load(mask_params + 2), tl.load(mask_params + 3)
         negative_zero = tl.full([], _SIGN, tl.int64).to(tl.float64, bitcast=True)  # a -0.0 would be taken for 0
         shift = tl.where((shift == 0.0) & (fill == 0.0), negative_zero, shift)
     return high, low, tl.full([], scale, wide), tl.full([], shift, wide), tl.full([], fill, wide)
@@ -184,7 +184,7 @@ def _rows_body(
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def rows(
-    out, x, key, params, high: tl.int32, low: tl.int32, scale: tl.float64, shift: tl.float64, fill: tl.float64,
+    out, x, key, mask_params, high: tl.int32, low: tl.int32, scale: tl.float64, shift: tl.float64, fill: tl.float64,
     start: tl.int64, length: tl.int64, pitch: tl.int64, rows_per_key: tl.int64, chunks: tl.int32,
     makes: tl.constexpr, affine: tl.constexpr, params_of: tl.constexpr, single: tl.constexpr, aligned: tl.constexpr,
     vectors: tl.constexpr, lanes: tl.constexpr,
@@ -201,9 +201,9 @@ def rows(
         of_key = row // rows_per_key
     seed, stream = tl.load(key + 2 * of_key), tl.load(key + 2 * of_key + 1)
     if params_of == "row":
-        params += 4 * row
+        mask_params += 4 * row
     elif params_of == "key":
-        params += 4 * of_key
+        mask_params += 4 * of_key
     index = (row - of_key * rows_per_key) * pitch + start
     place, column = row * length, chunk * (vectors * lanes)
     if aligned:
@@ -215,7 +215,7 @@ def rows(
         x += place + column
     vector = index // lanes + chunk * vectors + tl.arange(0, vectors)
     each = _elements(vectors, lanes)
-    high, low, scale, shift, fill = _law(params, high, low, scale, shift, fill, _wide(out))
+    high, low, scale, shift, fill = _law(mask_params, high, low, scale, shift, fill, _wide(out))
     if (column >= 0) & (column + vectors * lanes <= length):
         _rows_body(out, x, each, None, vector, seed, stream, high, low, scale, shift, fill, makes, affine, lanes)
     else:
@@ -227,7 +227,7 @@ def rows(
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def groups(
-    out, x, key, params, high: tl.int32, low: tl.int32, scale: tl.float64, shift: tl.float64, fill: tl.float64,
+    out, x, key, mask_params, high: tl.int32, low: tl.int32, scale: tl.float64, shift: tl.float64, fill: tl.float64,
     start: tl.int64, length: tl.int64, width: tl.int64, tiles: tl.int32, chunks: tl.int32,
     affine: tl.constexpr, aligned: tl.constexpr, tile_groups: tl.constexpr, tile_width: tl.constexpr,
 ):  # fmt: skip
@@ -242,7 +242,7 @@ def groups(
     seed, stream = tl.load(key + 2 * of_key), tl.load(key + 2 * of_key + 1)
     index = tile * tile_groups + start
     group = tile * tile_groups - index % 8 + tl.arange(0, tile_groups)
-    high, low, scale, shift, fill = _law(params, high, low, scale, shift, fill, _wide(out))
+    high, low, scale, shift, fill = _law(mask_params, high, low, scale, shift, fill, _wide(out))
     vector = index // 8 + tl.arange(0, tile_groups // 8)
     kept = tl.reshape(_kept(vector, seed, stream, high, low, 8), [tile_groups, 1])
     if aligned:
@@ -269,7 +269,7 @@ def _add_body(
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def add(
-    out, x, bias, residual, key, params, high: tl.int32, low: tl.int32, scale: tl.float64, shift: tl.float64,
+    out, x, bias, residual, key, mask_params, high: tl.int32, low: tl.int32, scale: tl.float64, shift: tl.float64,
     fill: tl.float64, length: tl.int64, width: tl.int64,
     affine: tl.constexpr, aligned: tl.constexpr, vectors: tl.constexpr, lanes: tl.constexpr,
 ):  # fmt: skip
@@ -291,7 +291,7 @@ def add(
             column = (of_row % period.to(tl.int32) * lanes)[:, None] + tl.arange(0, lanes)[None, :]
         else:
             column = ((first % width).to(tl.int32) + each) % width.to(tl.int32)
-    high, low, scale, shift, fill = _law(params, high, low, scale, shift, fill, _wide(out))
+    high, low, scale, shift, fill = _law(mask_params, high, low, scale, shift, fill, _wide(out))
     if first + vectors * lanes <= length:
         _add_body(
             out, x, bias, residual, each, None, column, vector, seed, stream, high, low, scale, shift, fill, affine,
@@ -344,8 +344,9 @@ def _activation_body(
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def activation(
-    out, x, grad, key, params, high: tl.int32, low: tl.int32, scale: tl.float64, shift: tl.float64, fill: tl.float64,
-    length: tl.int64, affine: tl.constexpr, function: tl.constexpr, vectors: tl.constexpr, lanes: tl.constexpr,
+    out, x, grad, key, mask_params, high: tl.int32, low: tl.int32, scale: tl.float64, shift: tl.float64,
+    fill: tl.float64, length: tl.int64,
+    affine: tl.constexpr, function: tl.constexpr, vectors: tl.constexpr, lanes: tl.constexpr,
 ):  # fmt: skip
     """``kept ? f(x) * scale : 0``, or with `grad` the gradient of that."""
     chunk = tl.program_id(0).to(tl.int64)
@@ -356,7 +357,7 @@ def activation(
         grad += first
     vector = chunk * vectors + tl.arange(0, vectors)
     each = _elements(vectors, lanes)
-    high, low, scale, shift, fill = _law(params, high, low, scale, shift, fill, _wide(out))
+    high, low, scale, shift, fill = _law(mask_params, high, low, scale, shift, fill, _wide(out))
     if first + vectors * lanes <= length:
         _activation_body(
             out, x, grad, each, None, vector, seed, stream, high, low, scale, shift, fill, affine, function, lanes
@@ -377,13 +378,13 @@ def _relu_backward_body(out, grad, kept, each, inside, scale, fill):
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def relu_backward(
-    out, grad, kept, params, scale: tl.float64, fill: tl.float64, length: tl.int64, elements: tl.constexpr
+    out, grad, kept, mask_params, scale: tl.float64, fill: tl.float64, length: tl.int64, elements: tl.constexpr
 ):
     """``kept <= 0 ? fill : grad * scale`` with `kept` the output of relu and dropout; nothing is drawn."""
     first = tl.program_id(0).to(tl.int64) * elements
     out, grad, kept = out + first, grad + first, kept + first
-    if params is not None:
-        scale, fill = tl.load(params + 1), tl.load(params + 3)
+    if mask_params is not None:
+        scale, fill = tl.load(mask_params + 1), tl.load(mask_params + 3)
     scale, fill, each = tl.full([], scale, _wide(out)), tl.full([], fill, _wide(out)), tl.arange(0, elements)
     if first + elements <= length:
         _relu_backward_body(out, grad, kept, each, None, scale, fill)
