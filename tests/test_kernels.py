@@ -17,7 +17,7 @@ import torchdrop
 from torchdrop import kernels
 from torchdrop.kernels import aten, native, reference
 from torchdrop.kernels.mask_params import ONE, MaskParams, alpha, inverted, mask_params, original, params_tensor
-from torchdrop.kernels.masking import WHOLE, MaskSlice, apply_mask, held, trailing
+from torchdrop.kernels.masking import WHOLE, MaskSlice, apply_mask, params_by_value, unpack_params
 
 from .statistical import check_rate, draws_for
 from .strategies import DTYPES, keep_probs, keys, shared, tensors
@@ -82,7 +82,7 @@ def test_draws_are_those_of_an_independent_philox(block: int, seed: int, stream:
     expected = [high << 16 | low for high, low in zip(*halves, strict=True)]
     key = torch.tensor([signed(seed), signed(stream)])
     for backend in (reference, aten, *([native] if native.library is not None else [])):
-        assert backend.draws((8,), key, MaskSlice(8 * block)).tolist() == expected
+        assert backend.random_bits((8,), key, MaskSlice(8 * block)).tolist() == expected
 
 
 @made_fast
@@ -134,7 +134,9 @@ def test_any_part_of_the_index_space_can_be_drawn(
     fast: Any, data: st.DataObject | None, start: int, n: int, k: float
 ) -> None:
     key = KEY if data is None else data.draw(keys())
-    assert torch.equal(fast.draws((n,), key, MaskSlice(start)), reference.draws((n,), key, MaskSlice(start)))
+    assert torch.equal(
+        fast.random_bits((n,), key, MaskSlice(start)), reference.random_bits((n,), key, MaskSlice(start))
+    )
     assert torch.equal(
         fast.standard_normal((n,), key, MaskSlice(start)), reference.standard_normal((n,), key, MaskSlice(start))
     )
@@ -146,15 +148,15 @@ def test_any_part_of_the_index_space_can_be_drawn(
 
 @pytest.mark.parametrize("start", [0, 1, 7, 8, 2**32 - 5, 2**35 + 3])
 def test_a_part_is_the_part_of_the_whole(start: int) -> None:
-    whole = kernels.draws((1000,), KEY, MaskSlice(start))
+    whole = kernels.random_bits((1000,), KEY, MaskSlice(start))
     for offset in (0, 1, 8, 255, 256, 999):
-        assert torch.equal(kernels.draws((1000 - offset,), KEY, MaskSlice(start + offset)), whole[offset:])
+        assert torch.equal(kernels.random_bits((1000 - offset,), KEY, MaskSlice(start + offset)), whole[offset:])
 
 
 def test_indices_beyond_2_to_the_32_do_not_repeat() -> None:
-    here = kernels.draws((4096,), KEY)
+    here = kernels.random_bits((4096,), KEY)
     for start in (2**31, 2**32, 2**35, 2**48, 2**60):
-        assert not torch.equal(kernels.draws((4096,), KEY, MaskSlice(start)), here)
+        assert not torch.equal(kernels.random_bits((4096,), KEY, MaskSlice(start)), here)
 
 
 @needs_native
@@ -272,7 +274,7 @@ def test_masks_are_independent_along_elements_streams_and_seeds(k: float) -> Non
 @pytest.mark.slow
 def test_every_bit_of_the_draws_is_fair() -> None:
     n = draws_for(0.5, 0.005)
-    drawn = kernels.draws((n,), KEY)
+    drawn = kernels.random_bits((n,), KEY)
     for bit in range(32):
         check_rate(int((drawn >> bit & 1).sum()), n, 0.5, 0.005)
 
@@ -327,7 +329,7 @@ def test_elements_whose_upper_bits_do_not_decide_are_decided_by_the_lower_ones()
     """At this rate each of them is on the threshold's upper 16 bits with probability 2**-16, so some hundred are."""
     n = 2**23
     k = mask_params(0.3)
-    drawn = native.draws((n,), KEY) if native.library is not None else reference.draws((n,), KEY)
+    drawn = native.random_bits((n,), KEY) if native.library is not None else reference.random_bits((n,), KEY)
     tied = drawn >> 16 == k.threshold >> 16
     assert tied.sum() > 64
     found = aten.keep_mask((n,), KEY, k)
@@ -407,26 +409,26 @@ class TestLawsOnOtherDevices:
     def test_one_law_is_taken_by_its_numbers(self, dims: int) -> None:
         given_law = mask_params(0.3, alpha)
         tensor = given_law.tensor().reshape(*[1] * dims, 4)
-        assert repr(held(tensor)) == repr(given_law)
-        assert held(given_law) is given_law
+        assert repr(params_by_value(tensor)) == repr(given_law)
+        assert params_by_value(given_law) is given_law
 
     def test_a_threshold_out_of_range_is_clipped(self) -> None:
         for value, below in ((-1.0, 0), (2.0**33, ONE)):
-            found = held(torch.tensor([value, 2.0, 0.0, 0.0], dtype=torch.float64))
+            found = params_by_value(torch.tensor([value, 2.0, 0.0, 0.0], dtype=torch.float64))
             assert isinstance(found, MaskParams)
             assert found.threshold == below
 
     def test_several_laws_and_those_of_a_device_stay_where_they_are(self) -> None:
         several, elsewhere = params_tensor(torch.tensor([0.3, 0.6])), mask_params(0.3).tensor().to("meta")
-        assert held(several) is several
-        assert held(elsewhere) is elsewhere
+        assert params_by_value(several) is several
+        assert params_by_value(elsewhere) is elsewhere
 
     def test_the_scalars_of_one_law_are_not_copied(self) -> None:
         meta, tensor = torch.device("meta"), mask_params(0.3, alpha).tensor()
-        scalars = trailing(tensor, meta)
+        scalars = unpack_params(tensor, meta)
         assert [v.item() for v in scalars if isinstance(v, Tensor) and v.is_cpu] == tensor.tolist()
-        assert all(isinstance(v, Tensor) and v.is_meta for v in trailing(tensor.expand(3, 4), meta))
-        batched = torch.func.vmap(lambda one: trailing(one, meta)[1])(tensor.expand(3, 4))
+        assert all(isinstance(v, Tensor) and v.is_meta for v in unpack_params(tensor.expand(3, 4), meta))
+        batched = torch.func.vmap(lambda one: unpack_params(one, meta)[1])(tensor.expand(3, 4))
         assert batched.is_meta
 
     @pytest.mark.parametrize("run", [kernels.masked, kernels.gaussian])

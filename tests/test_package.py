@@ -112,12 +112,12 @@ def python(*args: str, cwd: Path, timeout: float = 240, **environment: str) -> s
 class TestImports:
     def test_resolution(self, tmp_path: Path) -> None:
         """The check itself: every form of import is seen."""
-        assert part_of("torchdrop.kernels.mask_params.Law") == "kernels"
+        assert part_of("torchdrop.kernels.mask_params.MaskParams") == "kernels"
         assert part_of("torchdrop.random.draw_key") == "random"
         assert part_of("torchdrop.Dropout") == part_of("torchdrop") == ""
         assert part_of("torch.nn") is None
         found = set(imports(PACKAGE / "ops" / "fast_path.py"))
-        assert {"torchdrop.kernels", "torchdrop.random", "torchdrop.kernels.mask_params.Law", "torch"} <= found
+        assert {"torchdrop.kernels", "torchdrop.random", "torchdrop.kernels.mask_params.MaskParams", "torch"} <= found
 
     @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
     def test_point_one_way(self, path: Path) -> None:

@@ -47,7 +47,7 @@ small_tensors = tensors(
 @settings(max_examples=20)
 @given(keys(), lengths, keep_probs)
 def test_draws_and_masks_are_those_of_the_reference(key: Tensor, n: int, k: float) -> None:
-    assert torch.equal(backend.draws((n,), here(key)).cpu(), reference.draws((n,), key))
+    assert torch.equal(backend.random_bits((n,), here(key)).cpu(), reference.random_bits((n,), key))
     got = backend.keep_mask((n,), here(key), mask_params(k))
     assert got.dtype == torch.bool
     assert torch.equal(got.cpu(), reference.keep_mask((n,), key, mask_params(k)))
@@ -69,7 +69,7 @@ def test_any_part_of_the_index_space(
         start, run, pitch = start // 8 * 8, run * 8, pitch // 8 * 8
     shape, part = (rows, run), MaskSlice(start, run, pitch)
     x = torch.rand(shape) + 1
-    assert torch.equal(backend.draws(shape, here(key), part).cpu(), reference.draws(shape, key, part))
+    assert torch.equal(backend.random_bits(shape, here(key), part).cpu(), reference.random_bits(shape, key, part))
     assert identical(
         masked(x, key, mask_params(0.3), shape, part), reference.masked(x, key, mask_params(0.3), shape, part)
     )
@@ -91,7 +91,7 @@ def test_what_begins_within_a_vector_may_need_one_more_program(rows: int, run: i
 @needs_kernels
 @pytest.mark.parametrize("n", [8, 2048, 3001])
 def test_ties_of_the_upper_halves_are_decided_by_the_lower(n: int) -> None:
-    drawn = reference.draws((n,), KEY)
+    drawn = reference.random_bits((n,), KEY)
     x = torch.ones(n)
     for element in (0, n // 2, n - 1):
         draw = int(drawn[element])
@@ -106,7 +106,7 @@ def test_ties_of_the_upper_halves_are_decided_by_the_lower(n: int) -> None:
 @needs_kernels
 def test_ties_at_the_smallest_and_the_largest_upper_half() -> None:
     """Where nothing is below the threshold's upper half, or everything else is."""
-    drawn = reference.draws((2**20,), KEY)
+    drawn = reference.random_bits((2**20,), KEY)
     for upper in (0, 0xFFFF):
         for parity in (0, 1):
             found = (drawn >> 16 == upper).nonzero().flatten()

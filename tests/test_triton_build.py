@@ -104,7 +104,7 @@ def cases(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
             "groups unaligned": lambda: backend.masked(x.reshape(-1)[:4095].reshape(-1, 3), KEY, half, (1365, 1)),
             "add short bias": lambda: backend.dropout_add(x.reshape(-1, 4), x[0, :4], x.reshape(-1, 4), KEY, half),
             "mask": lambda: backend.keep_mask((5000,), KEY, half),
-            "draws": lambda: backend.draws((5000,), KEY),
+            "draws": lambda: backend.random_bits((5000,), KEY),
         }
     return found
 

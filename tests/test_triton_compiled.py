@@ -68,7 +68,7 @@ def in_memory(x: Tensor, given_law: MaskParams, shape: Any) -> Case:
 
     def call() -> Tensor:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(backend, "held", lambda one: one)
+            patch.setattr(backend, "params_by_value", lambda one: one)
             return backend.masked(x, KEY, given_law.tensor(), shape)
 
     return call, lambda: reference.masked(x, KEY, given_law, shape)
@@ -156,9 +156,9 @@ def close_cases(dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
 
 def other_cases() -> Iterator[tuple[str, Case]]:
     """Masks and draws themselves, and thresholds that draws are equal to, whose upper halves decide nothing."""
-    found = reference.draws((2100,), KEY)
-    yield "draws", (lambda: backend.draws((2100,), KEY), lambda: found)
-    yield "draws of keys", (lambda: backend.draws((70,), KEYS), lambda: reference.draws((70,), KEYS))
+    found = reference.random_bits((2100,), KEY)
+    yield "draws", (lambda: backend.random_bits((2100,), KEY), lambda: found)
+    yield "draws of keys", (lambda: backend.random_bits((70,), KEYS), lambda: reference.random_bits((70,), KEYS))
     yield (
         "mask",
         (

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .mask_params import MaskParams
-from .masking import WHOLE, MaskSlice, apply_mask, trailing
+from .masking import WHOLE, MaskSlice, apply_mask, unpack_params
 
 NAME = "native"
 
@@ -221,7 +221,7 @@ def _in_rows(params: MaskParams | Tensor, key: Tensor, shape: Sequence[int], par
     return dims <= keys or math.prod(shape[dims - keys :]) >= _SHORTEST_ROW
 
 
-def draws(shape: Sequence[int], key: Tensor, part: MaskSlice = WHOLE) -> Tensor:
+def random_bits(shape: Sequence[int], key: Tensor, part: MaskSlice = WHOLE) -> Tensor:
     out = torch.empty((*key.shape[:-1], *shape), dtype=torch.int64)
     _rows(_DRAWS, out, None, key, _NO_PARAMS, shape, part)
     return out
@@ -238,7 +238,7 @@ _NO_PARAMS = MaskParams(0, 0.0)
 
 def keep_mask(shape: Sequence[int], key: Tensor, params: MaskParams | Tensor, part: MaskSlice = WHOLE) -> Tensor:
     if not _in_rows(params, key, shape, part):
-        return draws(shape, key, part) < trailing(params, key.device)[0]
+        return random_bits(shape, key, part) < unpack_params(params, key.device)[0]
     out = torch.empty((*key.shape[:-1], *shape), dtype=torch.bool)
     _rows(_KEEP, out, None, key, params, shape, part)
     return out

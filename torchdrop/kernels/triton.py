@@ -22,7 +22,7 @@ from torch import Tensor
 from ..core.torch_state import current_cuda_device, without_dispatch_modes
 from . import native, reference
 from .mask_params import ONE, MaskParams
-from .masking import COMPUTE_DTYPE, WHOLE, MaskSlice, apply_mask, held, trailing
+from .masking import COMPUTE_DTYPE, WHOLE, MaskSlice, apply_mask, params_by_value, unpack_params
 
 NAME = "triton"
 
@@ -129,7 +129,7 @@ def _values(params: MaskParams) -> Values:
 def _numbers(params: MaskParams | Tensor) -> tuple[Tensor | None, Values, bool]:
     """Where a kernel reads mask parameters from, or their values. And whether something may be added to what is kept,
     or put in the place of what is not."""
-    params = held(params)
+    params = params_by_value(params)
     if isinstance(params, Tensor):
         return params.contiguous(), (0, 0, 0.0, 0.0, 0.0), True
     return None, _values(params), bool(params.shift or params.fill)
@@ -258,7 +258,7 @@ def masked_row(x: Tensor, key: Tensor, params: MaskParams, out: Tensor | None = 
 _NO_PARAMS = MaskParams(0, 0.0)
 
 
-def draws(shape: Sequence[int], key: Tensor, part: MaskSlice = WHOLE) -> Tensor:
+def random_bits(shape: Sequence[int], key: Tensor, part: MaskSlice = WHOLE) -> Tensor:
     out = torch.empty((*key.shape[:-1], *shape), dtype=torch.int64, device=key.device)
     _rows("draws", out, None, key, _NO_PARAMS, shape, part)
     return out
@@ -269,7 +269,7 @@ standard_normal = reference.standard_normal
 
 def keep_mask(shape: Sequence[int], key: Tensor, params: MaskParams | Tensor, part: MaskSlice = WHOLE) -> Tensor:
     if not native._in_rows(params, key, shape, part):
-        return draws(shape, key, part) < trailing(params, key.device)[0]
+        return random_bits(shape, key, part) < unpack_params(params, key.device)[0]
     out = torch.empty((*key.shape[:-1], *shape), dtype=torch.bool, device=key.device)
     _rows("mask", out, None, key, params, shape, part)
     return out
