@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.overrides import BaseTorchFunctionMode
@@ -78,8 +78,10 @@ def test_the_addition_is_that_of_the_parts(data: st.DataObject, x: Tensor, k: fl
 
 @given(st.data(), tensors(), keep_probs, st.sampled_from(sorted(ACTIVATIONS)))
 def test_the_activation_is_that_of_the_parts(data: st.DataObject, x: Tensor, k: float, activation: str) -> None:
-    key = data.draw(keys())
+    key, g = data.draw(keys()), beside(x)
     kept, scale = kernels.keep_mask(x.shape, key, mask_params(k)), mask_params(k).scale
+    if activation != "relu":  # GELU's parts are rounded each, so that a half type may overflow between them
+        assume(all(bool((one.double() * scale).abs().le(torch.finfo(x.dtype).max).all()) for one in (x, g)))
     leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     y = fused.activation_dropout(leaf, key, mask_params(k), activation)
     whole = wide(leaf.detach()).requires_grad_()
@@ -88,7 +90,6 @@ def test_the_activation_is_that_of_the_parts(data: st.DataObject, x: Tensor, k: 
     assert torch.equal(y, expected) if activation == "relu" else near(y, expected, x.double() * scale)
     assert y.dtype == x.dtype
     assert steps(y) == steps(torch.empty_like(x))
-    g = beside(x)
     (ours,) = torch.autograd.grad(y, leaf, g)
     (theirs,) = torch.autograd.grad(parts, whole, wide(g))
     expected = theirs.to(x.dtype)
