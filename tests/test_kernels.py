@@ -18,6 +18,7 @@ from torchdrop import kernels
 from torchdrop.kernels import aten, native, reference
 from torchdrop.kernels.mask_params import ONE, MaskParams, alpha, inverted, mask_params, original, params_tensor
 from torchdrop.kernels.masking import WHOLE, MaskSlice, apply_mask, params_by_value, unpack_params
+from torchdrop.kernels.rows import has_plan, plan_rows
 
 from .statistical import check_rate, draws_for
 from .strategies import DTYPES, keep_probs, keys, shared, tensors
@@ -93,20 +94,20 @@ def test_fast_backends_equal_the_reference_bit_for_bit(
     key = data.draw(keys())
     shape = data.draw(shared(tuple(x.shape)))
     drawn = mask_params(k, formula)  # type: ignore[arg-type]
-    given_law = drawn.tensor() if as_tensor else drawn
-    expected = reference.masked(x, key, given_law, shape)
-    got = fast.masked(x, key, given_law, shape)
+    given_params = drawn.tensor() if as_tensor else drawn
+    expected = reference.masked(x, key, given_params, shape)
+    got = fast.masked(x, key, given_params, shape)
     assert torch.equal(got, expected)
     assert got.dtype == x.dtype
     assert got.stride() == torch.empty_like(x).stride()
-    again = fast.masked(x, key, given_law, shape, WHOLE, x.clone(memory_format=torch.preserve_format))
+    again = fast.masked(x, key, given_params, shape, WHOLE, x.clone(memory_format=torch.preserve_format))
     assert torch.equal(again, expected)
-    assert torch.equal(fast.keep_mask(shape, key, given_law), reference.keep_mask(shape, key, given_law))
+    assert torch.equal(fast.keep_mask(shape, key, given_params), reference.keep_mask(shape, key, given_params))
 
 
 @made_fast
 @given(st.data(), st.sampled_from([(3,), (2, 3), (1, 3)]), st.sampled_from([(5, 130), (4, 3), (200,), ()]))
-def test_batches_of_keys_and_laws_equal_the_reference(
+def test_batches_of_keys_and_params_equal_the_reference(
     fast: Any, data: st.DataObject, batch: tuple[int, ...], rest: tuple[int, ...]
 ) -> None:
     key = data.draw(keys(batch))
@@ -117,9 +118,9 @@ def test_batches_of_keys_and_laws_equal_the_reference(
         torch.rand(rates, dtype=torch.float64, generator=torch.Generator().manual_seed(3)), alpha
     )
     x = torch.randn((2, *full[1:]) if full[0] == 1 else full)
-    for given_law in (params_of_each, mask_params(0.7)):
-        expected = reference.masked(x, key, given_law, shape)
-        assert torch.equal(fast.masked(x, key, given_law, shape), expected)
+    for given_params in (params_of_each, mask_params(0.7)):
+        expected = reference.masked(x, key, given_params, shape)
+        assert torch.equal(fast.masked(x, key, given_params, shape), expected)
     for index in np.ndindex(*batch):
         alone = reference.masked(x[index], key[index], mask_params(0.7), shape)
         assert torch.equal(fast.masked(x, key, mask_params(0.7), shape)[index], alone)
@@ -159,6 +160,43 @@ def test_indices_beyond_2_to_the_32_do_not_repeat() -> None:
         assert not torch.equal(kernels.random_bits((4096,), KEY, MaskSlice(start)), here)
 
 
+@pytest.mark.parametrize(
+    ("batch", "shape", "rates", "part"),
+    [
+        ((), (5, 130), None, WHOLE),
+        ((2, 3), (70,), (2, 1, 1), WHOLE),
+        ((3,), (4, 5), (3, 1, 1), MaskSlice(7, 10, 96)),
+        ((2,), (6, 80), (1, 6, 1), WHOLE),
+        ((), (3, 4, 64), (3, 4, 1), MaskSlice(5)),
+        ((), (), None, MaskSlice(3)),
+    ],
+)
+def test_a_plan_of_rows_has_the_bits_and_parameters_of_the_mask(
+    batch: tuple[int, ...], shape: tuple[int, ...], rates: tuple[int, ...] | None, part: MaskSlice
+) -> None:
+    key = KEY + torch.arange(2 * math.prod(batch)).reshape(*batch, 2)
+    params = (
+        mask_params(0.3) if rates is None else params_tensor(torch.linspace(0.1, 0.9, math.prod(rates)).view(rates))
+    )
+    assert has_plan(params, key, shape, part)
+    plan = plan_rows(key, params, shape, part)
+    keys = key.reshape(-1, 2)
+    rows = [
+        reference.random_bits(
+            (plan.length,), keys[r // plan.rows_per_key], MaskSlice(part.start + r % plan.rows_per_key * plan.pitch)
+        )
+        for r in range(plan.rows)
+    ]
+    assert torch.equal(torch.cat(rows), reference.random_bits(shape, key, part).flatten())
+    if isinstance(plan.params, Tensor):
+        own = plan.params.reshape(-1, 4).repeat_interleave(plan.rows_per_key if plan.params_for == "key" else 1, 0)
+        assert isinstance(params, Tensor)
+        expected = params.expand(*batch, *shape, 4).reshape(-1, 4)
+        assert torch.equal(own.repeat_interleave(plan.length, 0), expected)
+    else:
+        assert (plan.params, plan.params_for) == (params, "all")
+
+
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", [0.5, 0.9, 1 / 3])
@@ -171,8 +209,8 @@ def test_threads_and_vector_width_do_not_change_a_bit(dtype: torch.dtype, k: flo
         for threads in (1, 2, 3, 7):
             out = torch.empty_like(x)
             native.library.masked(
-                native.KINDS[dtype], out.data_ptr(), x.data_ptr(), 1, x.numel(), 1, 0, x.numel(), KEY.data_ptr(),
-                drawn.address, 0, threads, width,
+                native.KINDS[dtype], out.data_ptr(), x.data_ptr(), 1, x.numel(), 1, 0,
+                x.numel(), KEY.data_ptr(), drawn.address, 0, threads, width,
             )  # fmt: skip
             assert torch.equal(out, expected), (width, threads)
 
@@ -204,8 +242,8 @@ def test_every_half_value_is_scaled_and_rounded_as_pytorch_does(dtype: torch.dty
     for scale in (1.0, 4 / 3, 2.0**16, 0.3, 2.0**-9):
         out, drawn = torch.empty_like(x), MaskParams(ONE, scale)
         native.library.masked(
-            native.KINDS[dtype], out.data_ptr(), x.data_ptr(), 1, x.numel(), 1, 0, x.numel(), KEY.data_ptr(),
-            drawn.address, 0, 1, width,
+            native.KINDS[dtype], out.data_ptr(), x.data_ptr(), 1, x.numel(), 1, 0,
+            x.numel(), KEY.data_ptr(), drawn.address, 0, 1, width,
         )  # fmt: skip
         expected = (x.float() * scale).to(dtype)
         assert torch.equal(out.isnan(), expected.isnan())
@@ -407,10 +445,10 @@ class TestLawsOnOtherDevices:
 
     @pytest.mark.parametrize("dims", [0, 2])
     def test_one_law_is_taken_by_its_numbers(self, dims: int) -> None:
-        given_law = mask_params(0.3, alpha)
-        tensor = given_law.tensor().reshape(*[1] * dims, 4)
-        assert repr(params_by_value(tensor)) == repr(given_law)
-        assert params_by_value(given_law) is given_law
+        given_params = mask_params(0.3, alpha)
+        tensor = given_params.tensor().reshape(*[1] * dims, 4)
+        assert repr(params_by_value(tensor)) == repr(given_params)
+        assert params_by_value(given_params) is given_params
 
     def test_a_threshold_out_of_range_is_clipped(self) -> None:
         for value, below in ((-1.0, 0), (2.0**33, ONE)):
@@ -437,8 +475,8 @@ class TestLawsOnOtherDevices:
 
         class Backend:
             @staticmethod
-            def masked(x: Tensor, key: Tensor, given_law: Any, *rest: Any) -> Tensor:
-                seen.append(given_law)
+            def masked(x: Tensor, key: Tensor, given_params: Any, *rest: Any) -> Tensor:
+                seen.append(given_params)
                 return x
 
             @staticmethod
@@ -446,7 +484,7 @@ class TestLawsOnOtherDevices:
                 return torch.zeros(shape, dtype=torch.float64, device=key.device)
 
         monkeypatch.setattr(kernels, "backend_for", lambda *_: Backend)
-        monkeypatch.setattr(kernels, "apply_normal", lambda x, z, given_law, out: seen.append(given_law) or x)
+        monkeypatch.setattr(kernels, "apply_normal", lambda x, z, given_params, out: seen.append(given_params) or x)
         for device, kind in (("meta", MaskParams), ("cpu", Tensor)):
             x = torch.ones(5, device=device)
             run(x, KEY.to(device), mask_params(0.3).tensor(), x.shape)

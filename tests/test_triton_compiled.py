@@ -56,22 +56,22 @@ class Interpreted(Driver):
         return 1, assembly[bytes(binary)], 32, 0, 1024
 
 
-def masked(x: Tensor, key: Tensor, given_law: Any, shape: Any, part: MaskSlice = WHOLE) -> Case:
+def masked(x: Tensor, key: Tensor, given_params: Any, shape: Any, part: MaskSlice = WHOLE) -> Case:
     return (
-        lambda: backend.masked(x, key, given_law, shape, part),
-        lambda: reference.masked(x, key, given_law, shape, part),
+        lambda: backend.masked(x, key, given_params, shape, part),
+        lambda: reference.masked(x, key, given_params, shape, part),
     )
 
 
-def in_memory(x: Tensor, given_law: MaskParams, shape: Any) -> Case:
+def in_memory(x: Tensor, given_params: MaskParams, shape: Any) -> Case:
     """As if the parameters were in a device's memory."""
 
     def call() -> Tensor:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(backend, "params_by_value", lambda one: one)
-            return backend.masked(x, KEY, given_law.tensor(), shape)
+            return backend.masked(x, KEY, given_params.tensor(), shape)
 
-    return call, lambda: reference.masked(x, KEY, given_law, shape)
+    return call, lambda: reference.masked(x, KEY, given_params, shape)
 
 
 def exact_cases(dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
@@ -92,9 +92,9 @@ def exact_cases(dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
     yield "groups of 3", masked(x.reshape(-1, 3), KEY, some, (1320, 1))
     yield "large groups", masked(x.reshape(3, 1320), KEY, some, (3, 1))
     yield "groups, keys", masked(x, KEYS, some, (40, 1))
-    yield "law in memory", in_memory(x, some, shape)
-    yield "affine law in memory", in_memory(x, affine, shape)
-    yield "groups, law in memory", in_memory(x, some, (3, 40, 1))
+    yield "parameters in memory", in_memory(x, some, shape)
+    yield "affine parameters in memory", in_memory(x, affine, shape)
+    yield "groups, parameters in memory", in_memory(x, some, (3, 40, 1))
     for name, given in (("add", None), ("add bias", bias)):
         yield (
             name,
@@ -157,8 +157,8 @@ def close_cases(dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
 def other_cases() -> Iterator[tuple[str, Case]]:
     """Masks and draws themselves, and thresholds that draws are equal to, whose upper halves decide nothing."""
     found = reference.random_bits((2100,), KEY)
-    yield "draws", (lambda: backend.random_bits((2100,), KEY), lambda: found)
-    yield "draws of keys", (lambda: backend.random_bits((70,), KEYS), lambda: reference.random_bits((70,), KEYS))
+    yield "random bits", (lambda: backend.random_bits((2100,), KEY), lambda: found)
+    yield "random bits of keys", (lambda: backend.random_bits((70,), KEYS), lambda: reference.random_bits((70,), KEYS))
     yield (
         "mask",
         (

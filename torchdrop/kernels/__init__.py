@@ -1,12 +1,13 @@
 """Masks as functions of a key, and the backends that compute them.
 
-A backend is a module with a NAME and five functions:
+A backend is a module with a NAME and six functions:
 
     unsupported_reasons(device, dtype)           why it cannot serve such tensors
     random_bits(shape, key, part)                32 random bits for each element
     standard_normal(shape, key, part)            standard normal variates
     keep_mask(shape, key, params, part)          whether random bits are below the threshold
     masked(x, key, params, shape, part, out)     x under such a mask
+    select(x, kept, params, out)                 x under a mask that is given
 
 The first backend that has no reasons against a tensor serves it. The native and the Triton backend also have kernels
 for the fused operators: see `torchdrop.ops.fused`.
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from . import aten, native, reference, triton
 from .mask_params import ONE, MaskParams
-from .masking import COMPUTE_DTYPE, WHOLE, MaskSlice, apply_mask, apply_normal, params_by_value, unpack_params
+from .masking import COMPUTE_DTYPE, WHOLE, MaskSlice, apply_normal, params_by_value, unpack_params
 
 BACKENDS: tuple[ModuleType, ...] = (native, triton, aten, reference)
 """The backends, in the order in which they are tried."""
@@ -167,10 +168,7 @@ def select(x: Tensor, kept: Tensor, params: MaskParams | Tensor) -> Tensor:
     if x.shape != kept.shape:  # broadcast_shapes takes 15 us of Python
         x = x.expand(torch.broadcast_shapes(x.shape, kept.shape))
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if backend_for(x.device, x.dtype) is native and native.varying_dims(params) == 0:
-        native._spread(x, kept.expand(x.shape), params, out)
-        return out
-    return apply_mask(x, kept, params, out)
+    return backend_for(x.device, x.dtype).select(x, kept, params, out)
 
 
 def keep_mask(shape: Sequence[int], key: Tensor, params: MaskParams | Tensor, part: MaskSlice = WHOLE) -> Tensor:

@@ -185,6 +185,9 @@ def masked(
     return apply_mask(x, keep_mask(shape, key, params, part), params, out)
 
 
+select = apply_mask
+
+
 def standard_normal(shape: Sequence[int], key: Tensor, part: MaskSlice = WHOLE) -> Tensor:
     def row(start: int, n: int) -> Tensor:
         words = _blocks(start // 4 + NORMAL_PLANE, -(-(start + n) // 4) + NORMAL_PLANE, key)

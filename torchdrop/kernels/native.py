@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .mask_params import MaskParams
 from .masking import WHOLE, MaskSlice, apply_mask, unpack_params
+from .rows import group_size, has_plan, plan_rows, varying_dims
 
 NAME = "native"
 
@@ -32,9 +33,6 @@ NO_KEY = bytes(16)
 
 SERIAL = 2 * 16384
 """Below this many elements one thread does the work."""
-
-_SHORTEST_ROW = 64
-"""A row of its own costs a chunk of draws; where parameters change more often than this, drawing first is cheaper."""
 
 ANY_WIDTH = -1
 
@@ -174,51 +172,21 @@ def _rows(
     shape: Sequence[int],
     part: MaskSlice,
 ) -> None:
-    """Contiguous elements of a mask of shape ``key.shape[:-1] + shape``, in rows that share a key and parameters."""
+    """Runs a kernel on contiguous elements of a mask of shape ``key.shape[:-1] + shape``, for which `has_plan` is
+    true."""
     if not out.numel():
         return
-    keys, full = len(key.shape) - 1, (*key.shape[:-1], *shape)
-    split = max(keys, varying_dims(params))
-    if split == keys:
-        rows_per_key, length, pitch = part.rows(math.prod(shape))
-    else:
-        rows_per_key, length = math.prod(full[keys:split]), math.prod(full[split:])
-        pitch = length
-    rows = math.prod(full[:keys]) * rows_per_key
-    key = key.contiguous()
-    if isinstance(params, MaskParams):
-        address, step = params.address, 0
-    elif split == keys and varying_dims(params) == 0:
-        params = params.cpu().contiguous()
-        address, step = params.data_ptr(), 0
-    else:
-        params = params.cpu()[(slice(None),) * split + (0,) * (len(full) - split)].expand(*full[:split], 4)
-        if split == keys:  # a key's rows are under one set of parameters
-            params = params.unsqueeze(-2).expand(*full[:split], rows_per_key, 4)
-        params = params.contiguous()
-        address, step = params.data_ptr(), 4
+    plan = plan_rows(key, params, shape, part)
+    given, key = plan.params, key.contiguous()
+    if isinstance(given, Tensor):
+        if plan.params_for == "key":
+            given = given.unsqueeze(-2).expand(*given.shape[:-1], plan.rows_per_key, 4)
+        given = given.cpu().contiguous()
     library.masked(  # type: ignore[union-attr]
-        kind, out.data_ptr(), None if x is None else x.data_ptr(), rows, length, max(rows_per_key, 1), part.start,
-        pitch, key.data_ptr(), address, step, threads(), ANY_WIDTH,
+        kind, out.data_ptr(), None if x is None else x.data_ptr(), plan.rows, plan.length, max(plan.rows_per_key, 1),
+        part.start, plan.pitch, key.data_ptr(), _address(given), 0 if plan.params_for == "all" else 4, threads(),
+        ANY_WIDTH,
     )  # fmt: skip
-
-
-def varying_dims(params: MaskParams | Tensor) -> int:
-    """How many leading dimensions mask parameters vary over."""
-    if isinstance(params, MaskParams):
-        return 0
-    return max((d + 1 for d, size in enumerate(params.shape[:-1]) if size > 1), default=0)
-
-
-def _in_rows(params: MaskParams | Tensor, key: Tensor, shape: Sequence[int], part: MaskSlice) -> bool:
-    keys, dims = len(key.shape) - 1, varying_dims(params)
-    if part.run and dims > keys:
-        return False
-    if isinstance(params, Tensor) and params.dim() > 1:
-        full = (*key.shape[:-1], *shape)
-        if any(size not in (1, whole) for size, whole in zip(params.shape[:-1], full, strict=True)):
-            return False  # one draw under several sets of parameters
-    return dims <= keys or math.prod(shape[dims - keys :]) >= _SHORTEST_ROW
 
 
 def random_bits(shape: Sequence[int], key: Tensor, part: MaskSlice = WHOLE) -> Tensor:
@@ -237,7 +205,7 @@ _NO_PARAMS = MaskParams(0, 0.0)
 
 
 def keep_mask(shape: Sequence[int], key: Tensor, params: MaskParams | Tensor, part: MaskSlice = WHOLE) -> Tensor:
-    if not _in_rows(params, key, shape, part):
+    if not has_plan(params, key, shape, part):
         return random_bits(shape, key, part) < unpack_params(params, key.device)[0]
     out = torch.empty((*key.shape[:-1], *shape), dtype=torch.bool)
     _rows(_KEEP, out, None, key, params, shape, part)
@@ -269,10 +237,11 @@ def masked(
     if (*key.shape[:-1], *shape) == x.shape and contiguous:
         if key.dim() == 1 and part == WHOLE and _is_single(params) and x.numel():
             return _whole_row(KINDS[x.dtype], x, key, params, out)
-        if _in_rows(params, key, shape, part):
+        if has_plan(params, key, shape, part):
             _rows(KINDS[x.dtype], out, x, key, params, shape, part)
             return out
-    group = _group(x, key, params, shape) if part == WHOLE and contiguous else 0
+    single_key = key.dim() == 1 and key.is_contiguous()
+    group = group_size(x, key, params, shape) if part == WHOLE and contiguous and single_key else 0
     if group:
         params = _readable(params)
         library.grouped(  # type: ignore[union-attr]
@@ -280,11 +249,7 @@ def masked(
             _address(params), threads(),
         )  # fmt: skip
         return out
-    kept = keep_mask(shape, key, params, part)
-    if varying_dims(params):
-        return apply_mask(x, kept, params, out)
-    _spread(x, kept.expand(x.shape), params, out)
-    return out
+    return select(x, keep_mask(shape, key, params, part), params, out)
 
 
 def _is_single(params: MaskParams | Tensor) -> bool:
@@ -309,20 +274,19 @@ def _address(params: MaskParams | Tensor) -> int:
     return params.address if isinstance(params, MaskParams) else params.data_ptr()
 
 
-def _group(x: Tensor, key: Tensor, params: MaskParams | Tensor, shape: Sequence[int]) -> int:
-    """How many neighbors of a contiguous x share a draw under one key; 0 where the mask has another form."""
-    if key.dim() != 1 or not key.is_contiguous() or x.numel() == 0:
-        return 0
-    if not isinstance(params, MaskParams) and params.dim() != 1:
-        return 0
-    split = len(shape)
-    while split and shape[split - 1] == 1:
-        split -= 1
-    return math.prod(x.shape[split:]) if tuple(shape[:split]) == x.shape[:split] else 0
+def select(x: Tensor, kept: Tensor, params: MaskParams | Tensor, out: Tensor) -> Tensor:
+    if varying_dims(params):
+        return apply_mask(x, kept, params, out)
+    _select(x, kept.expand(x.shape), params, out)
+    return out
 
 
-def _spread(x: Tensor, kept: Tensor, params: MaskParams | Tensor, out: Tensor) -> None:
-    """A mask of x's shape, any strides: dimensions in the order of the output's memory, merged where all agree."""
+def _select(x: Tensor, kept: Tensor, params: MaskParams | Tensor, out: Tensor) -> None:
+    """Applies a mask of x's shape to tensors of any strides, under one set of parameters.
+
+    The kernel gets the dimensions in the order of the output's memory. Those that lie together in all three tensors are
+    merged into one.
+    """
     if not out.numel():
         return
     strides = zip(x.shape, out.stride(), x.stride(), kept.stride(), strict=True)

@@ -95,6 +95,9 @@ def masked(
     return apply_mask(x, keep_mask(shape, key, params, part), params, out)
 
 
+select = apply_mask
+
+
 def _log(u: Tensor) -> Tensor:
     mantissa, exponent = torch.frexp(u)
     m, e = mantissa * 2.0, exponent.to(torch.float64) - 1.0
