@@ -52,9 +52,16 @@ def _kernels() -> ModuleType:
 
 
 @functools.cache
+def _functions() -> ModuleType:
+    from . import triton_functions
+
+    return triton_functions
+
+
+@functools.cache
 def _interpreted() -> bool:
     """Whether Triton's interpreter is on. triton is not imported to find that out where no variable asks for it."""
-    return "TRITON_INTERPRET" in os.environ and _kernels().INTERPRETED
+    return "TRITON_INTERPRET" in os.environ and _functions().INTERPRETED
 
 
 @functools.cache
@@ -139,7 +146,7 @@ def _arguments_of(params: MaskParams | Tensor) -> tuple[Tensor | None, Values, b
 
 @functools.cache
 def _vectors() -> int:
-    return _INTERPRETED_VECTORS if _kernels().INTERPRETED else _VECTORS
+    return _INTERPRETED_VECTORS if _functions().INTERPRETED else _VECTORS
 
 
 def _lanes(out: Tensor) -> int:
@@ -196,7 +203,7 @@ def _rows(
     part: MaskSlice,
 ) -> None:
     """Runs the kernel for contiguous elements of a mask of shape ``key.shape[:-1] + shape``, for which `has_plan` is
-    true. `makes` is "product", "mask" or "draws"."""
+    true. `makes` is "product", "mask" or "random_bits"."""
     rows, length, rows_per_key, pitch, params_for, given = plan_rows(key, params, shape, part)
     if rows * length == 0:
         return
@@ -254,7 +261,7 @@ _NO_PARAMS = MaskParams(0, 0.0)
 
 def random_bits(shape: Sequence[int], key: Tensor, part: MaskSlice = WHOLE) -> Tensor:
     out = torch.empty((*key.shape[:-1], *shape), dtype=torch.int64, device=key.device)
-    _rows("draws", out, None, key, _NO_PARAMS, shape, part)
+    _rows("random_bits", out, None, key, _NO_PARAMS, shape, part)
     return out
 
 
