@@ -208,8 +208,8 @@ def test_threads_and_vector_width_do_not_change_a_bit(dtype: torch.dtype, k: flo
     for width in (0, 2, 512):
         for threads in (1, 2, 3, 7):
             out = torch.empty_like(x)
-            native.library.masked(
-                native.KINDS[dtype], out.data_ptr(), x.data_ptr(), 1, x.numel(), 1, 0,
+            native.library.rows(
+                native.Operation.DROPOUT, native.ELEMENT_TYPES[dtype], out.data_ptr(), x.data_ptr(), 1, x.numel(), 1, 0,
                 x.numel(), KEY.data_ptr(), drawn.address, 0, threads, width,
             )  # fmt: skip
             assert torch.equal(out, expected), (width, threads)
@@ -241,8 +241,8 @@ def test_every_half_value_is_scaled_and_rounded_as_pytorch_does(dtype: torch.dty
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     for scale in (1.0, 4 / 3, 2.0**16, 0.3, 2.0**-9):
         out, drawn = torch.empty_like(x), MaskParams(ONE, scale)
-        native.library.masked(
-            native.KINDS[dtype], out.data_ptr(), x.data_ptr(), 1, x.numel(), 1, 0,
+        native.library.rows(
+            native.Operation.DROPOUT, native.ELEMENT_TYPES[dtype], out.data_ptr(), x.data_ptr(), 1, x.numel(), 1, 0,
             x.numel(), KEY.data_ptr(), drawn.address, 0, 1, width,
         )  # fmt: skip
         expected = (x.float() * scale).to(dtype)

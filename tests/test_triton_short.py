@@ -43,7 +43,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
         return backend.masked_row(x, *rest)
 
     if DEVICE.type == "cpu":
-        monkeypatch.setattr(fast_path, "_kind", lambda x: None)
+        monkeypatch.setattr(fast_path, "_served_element_type", lambda x: None)
         monkeypatch.setitem(torchdrop.random._keys, -1, torch.empty(2, dtype=torch.int64))
         monkeypatch.setattr(
             fast_path,

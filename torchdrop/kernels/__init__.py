@@ -107,7 +107,7 @@ def backend_for(device: torch.device, dtype: torch.dtype = torch.float32) -> Mod
     if _forced is not None:
         _refuse(_forced, _forced.unsupported_reasons(device, dtype))
         return _forced
-    if device.type == "cpu" and dtype in native.KINDS and native.library is not None:
+    if device.type == "cpu" and dtype in native.ELEMENT_TYPES and native.library is not None:
         return native
     if device.type == "cuda" and (device.index, dtype) in triton.served:
         return triton
