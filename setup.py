@@ -21,15 +21,15 @@ FLAGS = ["-O3", "-g0", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fvi
 def attempts(windows):
     """Compiler flags, linker flags and sources, the most complete first.
 
-    OpenMP, the door for CPython and the vector kernels are each left out where the compiler cannot make them.
+    OpenMP, the module for CPython and the vector kernels are each left out where the compiler cannot make them.
     """
-    for plain, openmp, door in itertools.product((False, True), (True, False), (True, False)):
-        if door and (windows or sysconfig.get_config_var("Py_GIL_DISABLED")):  # which has no limited API
+    for plain, openmp, module in itertools.product((False, True), (True, False), (True, False)):
+        if module and (windows or sysconfig.get_config_var("Py_GIL_DISABLED")):  # which has no limited API
             continue
         compile_flags = FLAGS + ["-DTD_PLAIN"] * plain + ["-fopenmp"] * openmp
         link_flags = ["-fopenmp"] * openmp
-        sources = [str(SOURCES / "dropout.c")] + [str(SOURCES / "module.c")] * door
-        include = [sysconfig.get_paths()["include"]] * door
+        sources = [str(SOURCES / "dropout.c")] + [str(SOURCES / "module.c")] * module
+        include = [sysconfig.get_paths()["include"]] * module
         yield compile_flags, link_flags, sources, include
 
 

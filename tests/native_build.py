@@ -52,10 +52,10 @@ def run_tests(library: Path) -> int:
     from torchdrop.kernels import native
     from torchdrop.ops import fast_path
 
-    built = native._Library(library)
-    built.masked_row, built.fused = native.doors_by_ctypes(ctypes.PyDLL(str(library)))
-    native.library, fast_path._row, fast_path._fused = built, built.masked_row, built.fused
-    fast_path._groups = built.grouped
+    built = native.Library(library)
+    built.row, built.fused = native.entry_points_by_ctypes(ctypes.PyDLL(str(library)))
+    native.library, fast_path._row, fast_path._fused = built, built.row, built.fused
+    fast_path._groups = built.groups
     chosen = (
         "(native or reference or threads or half or philox or part_of or short or in_place or kernels_take "
         "or stratified or fused or fuzzed or by_hand) and not aten"

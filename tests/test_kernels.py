@@ -17,7 +17,8 @@ import torchdrop
 from torchdrop import kernels
 from torchdrop.kernels import aten, native, reference
 from torchdrop.kernels.mask_params import ONE, MaskParams, alpha, inverted, mask_params, original, params_tensor
-from torchdrop.kernels.masking import WHOLE, MaskSlice, apply_mask, held, trailing
+from torchdrop.kernels.masking import WHOLE, MaskSlice, apply_mask, params_by_value, unpack_params
+from torchdrop.kernels.rows import has_plan, plan_rows
 
 from .statistical import check_rate, draws_for
 from .strategies import DTYPES, keep_probs, keys, shared, tensors
@@ -82,7 +83,7 @@ def test_draws_are_those_of_an_independent_philox(block: int, seed: int, stream:
     expected = [high << 16 | low for high, low in zip(*halves, strict=True)]
     key = torch.tensor([signed(seed), signed(stream)])
     for backend in (reference, aten, *([native] if native.library is not None else [])):
-        assert backend.draws((8,), key, MaskSlice(8 * block)).tolist() == expected
+        assert backend.random_bits((8,), key, MaskSlice(8 * block)).tolist() == expected
 
 
 @made_fast
@@ -93,20 +94,20 @@ def test_fast_backends_equal_the_reference_bit_for_bit(
     key = data.draw(keys())
     shape = data.draw(shared(tuple(x.shape)))
     drawn = mask_params(k, formula)  # type: ignore[arg-type]
-    given_law = drawn.tensor() if as_tensor else drawn
-    expected = reference.masked(x, key, given_law, shape)
-    got = fast.masked(x, key, given_law, shape)
+    given_params = drawn.tensor() if as_tensor else drawn
+    expected = reference.masked(x, key, given_params, shape)
+    got = fast.masked(x, key, given_params, shape)
     assert torch.equal(got, expected)
     assert got.dtype == x.dtype
     assert got.stride() == torch.empty_like(x).stride()
-    again = fast.masked(x, key, given_law, shape, WHOLE, x.clone(memory_format=torch.preserve_format))
+    again = fast.masked(x, key, given_params, shape, WHOLE, x.clone(memory_format=torch.preserve_format))
     assert torch.equal(again, expected)
-    assert torch.equal(fast.keep_mask(shape, key, given_law), reference.keep_mask(shape, key, given_law))
+    assert torch.equal(fast.keep_mask(shape, key, given_params), reference.keep_mask(shape, key, given_params))
 
 
 @made_fast
 @given(st.data(), st.sampled_from([(3,), (2, 3), (1, 3)]), st.sampled_from([(5, 130), (4, 3), (200,), ()]))
-def test_batches_of_keys_and_laws_equal_the_reference(
+def test_batches_of_keys_and_params_equal_the_reference(
     fast: Any, data: st.DataObject, batch: tuple[int, ...], rest: tuple[int, ...]
 ) -> None:
     key = data.draw(keys(batch))
@@ -117,9 +118,9 @@ def test_batches_of_keys_and_laws_equal_the_reference(
         torch.rand(rates, dtype=torch.float64, generator=torch.Generator().manual_seed(3)), alpha
     )
     x = torch.randn((2, *full[1:]) if full[0] == 1 else full)
-    for given_law in (params_of_each, mask_params(0.7)):
-        expected = reference.masked(x, key, given_law, shape)
-        assert torch.equal(fast.masked(x, key, given_law, shape), expected)
+    for given_params in (params_of_each, mask_params(0.7)):
+        expected = reference.masked(x, key, given_params, shape)
+        assert torch.equal(fast.masked(x, key, given_params, shape), expected)
     for index in np.ndindex(*batch):
         alone = reference.masked(x[index], key[index], mask_params(0.7), shape)
         assert torch.equal(fast.masked(x, key, mask_params(0.7), shape)[index], alone)
@@ -134,7 +135,9 @@ def test_any_part_of_the_index_space_can_be_drawn(
     fast: Any, data: st.DataObject | None, start: int, n: int, k: float
 ) -> None:
     key = KEY if data is None else data.draw(keys())
-    assert torch.equal(fast.draws((n,), key, MaskSlice(start)), reference.draws((n,), key, MaskSlice(start)))
+    assert torch.equal(
+        fast.random_bits((n,), key, MaskSlice(start)), reference.random_bits((n,), key, MaskSlice(start))
+    )
     assert torch.equal(
         fast.standard_normal((n,), key, MaskSlice(start)), reference.standard_normal((n,), key, MaskSlice(start))
     )
@@ -146,15 +149,52 @@ def test_any_part_of_the_index_space_can_be_drawn(
 
 @pytest.mark.parametrize("start", [0, 1, 7, 8, 2**32 - 5, 2**35 + 3])
 def test_a_part_is_the_part_of_the_whole(start: int) -> None:
-    whole = kernels.draws((1000,), KEY, MaskSlice(start))
+    whole = kernels.random_bits((1000,), KEY, MaskSlice(start))
     for offset in (0, 1, 8, 255, 256, 999):
-        assert torch.equal(kernels.draws((1000 - offset,), KEY, MaskSlice(start + offset)), whole[offset:])
+        assert torch.equal(kernels.random_bits((1000 - offset,), KEY, MaskSlice(start + offset)), whole[offset:])
 
 
 def test_indices_beyond_2_to_the_32_do_not_repeat() -> None:
-    here = kernels.draws((4096,), KEY)
+    here = kernels.random_bits((4096,), KEY)
     for start in (2**31, 2**32, 2**35, 2**48, 2**60):
-        assert not torch.equal(kernels.draws((4096,), KEY, MaskSlice(start)), here)
+        assert not torch.equal(kernels.random_bits((4096,), KEY, MaskSlice(start)), here)
+
+
+@pytest.mark.parametrize(
+    ("batch", "shape", "rates", "part"),
+    [
+        ((), (5, 130), None, WHOLE),
+        ((2, 3), (70,), (2, 1, 1), WHOLE),
+        ((3,), (4, 5), (3, 1, 1), MaskSlice(7, 10, 96)),
+        ((2,), (6, 80), (1, 6, 1), WHOLE),
+        ((), (3, 4, 64), (3, 4, 1), MaskSlice(5)),
+        ((), (), None, MaskSlice(3)),
+    ],
+)
+def test_a_plan_of_rows_has_the_bits_and_parameters_of_the_mask(
+    batch: tuple[int, ...], shape: tuple[int, ...], rates: tuple[int, ...] | None, part: MaskSlice
+) -> None:
+    key = KEY + torch.arange(2 * math.prod(batch)).reshape(*batch, 2)
+    params = (
+        mask_params(0.3) if rates is None else params_tensor(torch.linspace(0.1, 0.9, math.prod(rates)).view(rates))
+    )
+    assert has_plan(params, key, shape, part)
+    plan = plan_rows(key, params, shape, part)
+    keys = key.reshape(-1, 2)
+    rows = [
+        reference.random_bits(
+            (plan.length,), keys[r // plan.rows_per_key], MaskSlice(part.start + r % plan.rows_per_key * plan.pitch)
+        )
+        for r in range(plan.rows)
+    ]
+    assert torch.equal(torch.cat(rows), reference.random_bits(shape, key, part).flatten())
+    if isinstance(plan.params, Tensor):
+        own = plan.params.reshape(-1, 4).repeat_interleave(plan.rows_per_key if plan.params_for == "key" else 1, 0)
+        assert isinstance(params, Tensor)
+        expected = params.expand(*batch, *shape, 4).reshape(-1, 4)
+        assert torch.equal(own.repeat_interleave(plan.length, 0), expected)
+    else:
+        assert (plan.params, plan.params_for) == (params, "all")
 
 
 @needs_native
@@ -168,9 +208,9 @@ def test_threads_and_vector_width_do_not_change_a_bit(dtype: torch.dtype, k: flo
     for width in (0, 2, 512):
         for threads in (1, 2, 3, 7):
             out = torch.empty_like(x)
-            native.library.masked(
-                native.KINDS[dtype], out.data_ptr(), x.data_ptr(), 1, x.numel(), 1, 0, x.numel(), KEY.data_ptr(),
-                drawn.address, 0, threads, width,
+            native.library.rows(
+                native.Operation.DROPOUT, native.ELEMENT_TYPES[dtype], out.data_ptr(), x.data_ptr(), 1, x.numel(), 1, 0,
+                x.numel(), KEY.data_ptr(), drawn.address, 0, threads, width,
             )  # fmt: skip
             assert torch.equal(out, expected), (width, threads)
 
@@ -201,9 +241,9 @@ def test_every_half_value_is_scaled_and_rounded_as_pytorch_does(dtype: torch.dty
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     for scale in (1.0, 4 / 3, 2.0**16, 0.3, 2.0**-9):
         out, drawn = torch.empty_like(x), MaskParams(ONE, scale)
-        native.library.masked(
-            native.KINDS[dtype], out.data_ptr(), x.data_ptr(), 1, x.numel(), 1, 0, x.numel(), KEY.data_ptr(),
-            drawn.address, 0, 1, width,
+        native.library.rows(
+            native.Operation.DROPOUT, native.ELEMENT_TYPES[dtype], out.data_ptr(), x.data_ptr(), 1, x.numel(), 1, 0,
+            x.numel(), KEY.data_ptr(), drawn.address, 0, 1, width,
         )  # fmt: skip
         expected = (x.float() * scale).to(dtype)
         assert torch.equal(out.isnan(), expected.isnan())
@@ -272,7 +312,7 @@ def test_masks_are_independent_along_elements_streams_and_seeds(k: float) -> Non
 @pytest.mark.slow
 def test_every_bit_of_the_draws_is_fair() -> None:
     n = draws_for(0.5, 0.005)
-    drawn = kernels.draws((n,), KEY)
+    drawn = kernels.random_bits((n,), KEY)
     for bit in range(32):
         check_rate(int((drawn >> bit & 1).sum()), n, 0.5, 0.005)
 
@@ -327,7 +367,7 @@ def test_elements_whose_upper_bits_do_not_decide_are_decided_by_the_lower_ones()
     """At this rate each of them is on the threshold's upper 16 bits with probability 2**-16, so some hundred are."""
     n = 2**23
     k = mask_params(0.3)
-    drawn = native.draws((n,), KEY) if native.library is not None else reference.draws((n,), KEY)
+    drawn = native.random_bits((n,), KEY) if native.library is not None else reference.random_bits((n,), KEY)
     tied = drawn >> 16 == k.threshold >> 16
     assert tied.sum() > 64
     found = aten.keep_mask((n,), KEY, k)
@@ -405,28 +445,28 @@ class TestLawsOnOtherDevices:
 
     @pytest.mark.parametrize("dims", [0, 2])
     def test_one_law_is_taken_by_its_numbers(self, dims: int) -> None:
-        given_law = mask_params(0.3, alpha)
-        tensor = given_law.tensor().reshape(*[1] * dims, 4)
-        assert repr(held(tensor)) == repr(given_law)
-        assert held(given_law) is given_law
+        given_params = mask_params(0.3, alpha)
+        tensor = given_params.tensor().reshape(*[1] * dims, 4)
+        assert repr(params_by_value(tensor)) == repr(given_params)
+        assert params_by_value(given_params) is given_params
 
     def test_a_threshold_out_of_range_is_clipped(self) -> None:
         for value, below in ((-1.0, 0), (2.0**33, ONE)):
-            found = held(torch.tensor([value, 2.0, 0.0, 0.0], dtype=torch.float64))
+            found = params_by_value(torch.tensor([value, 2.0, 0.0, 0.0], dtype=torch.float64))
             assert isinstance(found, MaskParams)
             assert found.threshold == below
 
     def test_several_laws_and_those_of_a_device_stay_where_they_are(self) -> None:
         several, elsewhere = params_tensor(torch.tensor([0.3, 0.6])), mask_params(0.3).tensor().to("meta")
-        assert held(several) is several
-        assert held(elsewhere) is elsewhere
+        assert params_by_value(several) is several
+        assert params_by_value(elsewhere) is elsewhere
 
     def test_the_scalars_of_one_law_are_not_copied(self) -> None:
         meta, tensor = torch.device("meta"), mask_params(0.3, alpha).tensor()
-        scalars = trailing(tensor, meta)
+        scalars = unpack_params(tensor, meta)
         assert [v.item() for v in scalars if isinstance(v, Tensor) and v.is_cpu] == tensor.tolist()
-        assert all(isinstance(v, Tensor) and v.is_meta for v in trailing(tensor.expand(3, 4), meta))
-        batched = torch.func.vmap(lambda one: trailing(one, meta)[1])(tensor.expand(3, 4))
+        assert all(isinstance(v, Tensor) and v.is_meta for v in unpack_params(tensor.expand(3, 4), meta))
+        batched = torch.func.vmap(lambda one: unpack_params(one, meta)[1])(tensor.expand(3, 4))
         assert batched.is_meta
 
     @pytest.mark.parametrize("run", [kernels.masked, kernels.gaussian])
@@ -435,8 +475,8 @@ class TestLawsOnOtherDevices:
 
         class Backend:
             @staticmethod
-            def masked(x: Tensor, key: Tensor, given_law: Any, *rest: Any) -> Tensor:
-                seen.append(given_law)
+            def masked(x: Tensor, key: Tensor, given_params: Any, *rest: Any) -> Tensor:
+                seen.append(given_params)
                 return x
 
             @staticmethod
@@ -444,7 +484,7 @@ class TestLawsOnOtherDevices:
                 return torch.zeros(shape, dtype=torch.float64, device=key.device)
 
         monkeypatch.setattr(kernels, "backend_for", lambda *_: Backend)
-        monkeypatch.setattr(kernels, "apply_normal", lambda x, z, given_law, out: seen.append(given_law) or x)
+        monkeypatch.setattr(kernels, "apply_normal", lambda x, z, given_params, out: seen.append(given_params) or x)
         for device, kind in (("meta", MaskParams), ("cpu", Tensor)):
             x = torch.ones(5, device=device)
             run(x, KEY.to(device), mask_params(0.3).tensor(), x.shape)

@@ -266,7 +266,7 @@ class TestStratified:
         """Element by element, in Python's integers."""
         shift, choice = torch.tensor([5, 6]), torch.tensor([7, 8])
         offsets = Hypercube(3).offsets(torch.arange(3))
-        first, second = kernels.draws((40,), shift).tolist(), kernels.draws((40,), choice).tolist()
+        first, second = kernels.random_bits((40,), shift).tolist(), kernels.random_bits((40,), choice).tolist()
         threshold = MaskParams(3 * 2**30, 4 / 3)
         made = kernels.stratified((40,), shift, choice, offsets, threshold)
         for s, i in itertools.product(range(3), range(40)):

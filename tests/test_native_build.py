@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+from enum import IntEnum
 
 import pytest
 
 from torchdrop.kernels import native
 
-from .native_build import ROOT, VARIANTS
+from .native_build import ROOT, SOURCE, VARIANTS
+
+
+@pytest.mark.skipif(not SOURCE.exists(), reason="the tests lie outside a source tree")
+@pytest.mark.parametrize("ours", [native.ElementType, native.Operation], ids=["td_element_type", "td_operation"])
+def test_python_and_c_name_the_same_numbers(ours: type[IntEnum], request: pytest.FixtureRequest) -> None:
+    name = request.node.callspec.id
+    header = re.sub(r"/\*.*?\*/", "", SOURCE.with_name("entry_points.h").read_text(), flags=re.DOTALL)
+    body = re.search(rf"enum {name} {{(.*?)}};", header, re.DOTALL)
+    assert body is not None
+    theirs = {constant: int(number) for constant, number in re.findall(r"TD_(\w+) = (\d+)", body[1])}
+    count = theirs.pop({"td_element_type": "ELEMENT_TYPES", "td_operation": "OPERATIONS"}[name])
+    assert theirs == {member.name: member.value for member in ours}
+    assert count == len(ours)
 
 
 @pytest.mark.slow
@@ -39,7 +54,7 @@ sysconfig.get_config_vars()
 import torch, torchdrop
 from torchdrop.kernels import native
 assert "torchdrop.kernels._native" not in sys.modules
-assert type(native.library.masked_row).__name__ == type(native.library.fused).__name__ == "_FuncPtr"
+assert type(native.library.row).__name__ == type(native.library.fused).__name__ == "_FuncPtr"
 x, drops = torch.ones(1000), [torchdrop.Dropout(0.5), torchdrop.ReLUDropout(0.5), torchdrop.DropoutAdd(0.5)]
 for drop in drops:
     torch.manual_seed(3)

@@ -18,7 +18,7 @@ KEY = torch.tensor([3, 4])
 
 NUMBERS = {
     "keep_mask": (random_bits.keep_mask, mask_params(0.3)),
-    "draws": (random_bits.draws, None),
+    "random_bits": (random_bits.random_bits, None),
     "standard_normal": (random_bits.standard_normal, None),
 }
 
@@ -113,7 +113,7 @@ def test_every_draw_takes_a_new_key_and_generators_are_obeyed() -> None:
     torch.manual_seed(5)
     key = random.draw_key(x.device)
     torch.manual_seed(5)
-    assert torch.equal(sites.random_bits(x, (50,)), kernels.draws((50,), key))
+    assert torch.equal(sites.random_bits(x, (50,)), kernels.random_bits((50,), key))
 
 
 @pytest.mark.parametrize("randomness", ["same", "different"])

@@ -57,7 +57,7 @@ def test_each_element_is_kept_with_its_own_probability(backend: str) -> None:
     pi[0], pi[1] = 0.0, 1.0
     y = seeded(standout, x, pi)
     torch.manual_seed(3)
-    draws = kernels.draws((40, 30), random.draw_key(x.device))
+    draws = kernels.random_bits((40, 30), random.draw_key(x.device))
     assert torch.equal(y, (draws < (pi.double() * 2**32).round()).float())
     assert torch.equal(y[0], torch.zeros(30))
     assert torch.equal(y[1], torch.ones(30))

@@ -47,7 +47,7 @@ small_tensors = tensors(
 @settings(max_examples=20)
 @given(keys(), lengths, keep_probs)
 def test_draws_and_masks_are_those_of_the_reference(key: Tensor, n: int, k: float) -> None:
-    assert torch.equal(backend.draws((n,), here(key)).cpu(), reference.draws((n,), key))
+    assert torch.equal(backend.random_bits((n,), here(key)).cpu(), reference.random_bits((n,), key))
     got = backend.keep_mask((n,), here(key), mask_params(k))
     assert got.dtype == torch.bool
     assert torch.equal(got.cpu(), reference.keep_mask((n,), key, mask_params(k)))
@@ -69,7 +69,7 @@ def test_any_part_of_the_index_space(
         start, run, pitch = start // 8 * 8, run * 8, pitch // 8 * 8
     shape, part = (rows, run), MaskSlice(start, run, pitch)
     x = torch.rand(shape) + 1
-    assert torch.equal(backend.draws(shape, here(key), part).cpu(), reference.draws(shape, key, part))
+    assert torch.equal(backend.random_bits(shape, here(key), part).cpu(), reference.random_bits(shape, key, part))
     assert identical(
         masked(x, key, mask_params(0.3), shape, part), reference.masked(x, key, mask_params(0.3), shape, part)
     )
@@ -91,22 +91,22 @@ def test_what_begins_within_a_vector_may_need_one_more_program(rows: int, run: i
 @needs_kernels
 @pytest.mark.parametrize("n", [8, 2048, 3001])
 def test_ties_of_the_upper_halves_are_decided_by_the_lower(n: int) -> None:
-    drawn = reference.draws((n,), KEY)
+    drawn = reference.random_bits((n,), KEY)
     x = torch.ones(n)
     for element in (0, n // 2, n - 1):
         draw = int(drawn[element])
         assert draw & 0xFFFF
         for threshold in (draw, draw + 1, (draw & ~0xFFFF) + 1):
-            given_law = MaskParams(threshold, 1.0)
+            given_params = MaskParams(threshold, 1.0)
             expected = drawn < threshold
-            assert torch.equal(backend.keep_mask((n,), here(KEY), given_law).cpu(), expected)
-            assert torch.equal(masked(x, KEY, given_law, (n,)).cpu() != 0, expected)
+            assert torch.equal(backend.keep_mask((n,), here(KEY), given_params).cpu(), expected)
+            assert torch.equal(masked(x, KEY, given_params, (n,)).cpu() != 0, expected)
 
 
 @needs_kernels
 def test_ties_at_the_smallest_and_the_largest_upper_half() -> None:
     """Where nothing is below the threshold's upper half, or everything else is."""
-    drawn = reference.draws((2**20,), KEY)
+    drawn = reference.random_bits((2**20,), KEY)
     for upper in (0, 0xFFFF):
         for parity in (0, 1):
             found = (drawn >> 16 == upper).nonzero().flatten()
@@ -125,13 +125,13 @@ def test_masked_equals_the_reference_bit_for_bit(
 ) -> None:
     key, shape = data.draw(keys()), data.draw(shared(tuple(x.shape)))
     drawn = mask_params(k, formula)
-    given_law = drawn.tensor() if as_tensor else drawn
+    given_params = drawn.tensor() if as_tensor else drawn
     expected = reference.masked(x, key, drawn, shape)
-    got = masked(x, key, given_law, shape)
+    got = masked(x, key, given_params, shape)
     assert torch.equal(got.cpu(), expected)
     assert got.stride() == expected.stride()
     target = here(x).clone(memory_format=torch.preserve_format)
-    assert torch.equal(backend.masked(target, here(key), given_law, shape, WHOLE, target).cpu(), expected)
+    assert torch.equal(backend.masked(target, here(key), given_params, shape, WHOLE, target).cpu(), expected)
 
 
 @needs_kernels
@@ -139,7 +139,7 @@ def test_masked_equals_the_reference_bit_for_bit(
 @given(
     st.data(), dtypes, st.sampled_from([(3,), (2, 2), (1, 3)]), st.sampled_from([(2, 130), (4, 3), (200,), (2, 256)])
 )
-def test_batches_of_keys_and_laws_equal_the_reference(
+def test_batches_of_keys_and_params_equal_the_reference(
     data: st.DataObject, dtype: torch.dtype, batch: tuple[int, ...], rest: tuple[int, ...]
 ) -> None:
     key = data.draw(keys(batch))
@@ -151,18 +151,18 @@ def test_batches_of_keys_and_laws_equal_the_reference(
     )
     x = torch.randn((2, *full[1:]) if full[0] == 1 else full).to(dtype)
     part = MaskSlice(data.draw(st.sampled_from([0, 8, 13])), shape[-1] if shape[-1] > 1 else 0, 264)
-    for given_law, wanted in (
+    for given_params, wanted in (
         (params_of_each, WHOLE),
         (mask_params(0.7), WHOLE),
         (data.draw(st.sampled_from([params_of_each, mask_params(0.7)])), part),
     ):
-        expected = reference.masked(x, key, given_law, shape, wanted)
-        assert torch.equal(masked(x, key, given_law, shape, wanted).cpu(), expected)
+        expected = reference.masked(x, key, given_params, shape, wanted)
+        assert torch.equal(masked(x, key, given_params, shape, wanted).cpu(), expected)
 
 
 @needs_kernels
 @pytest.mark.parametrize("part", [MaskSlice(5, 16, 80), MaskSlice(8, 16, 80), WHOLE])
-def test_a_law_for_each_key_holds_for_all_its_rows(part: MaskSlice) -> None:
+def test_parameters_for_each_key_hold_for_all_its_rows(part: MaskSlice) -> None:
     x, key = torch.ones(3, 2, 32), torch.arange(6).reshape(3, 2)
     params_of_each = params_tensor(torch.tensor([0.2, 0.5, 0.8])).reshape(3, 1, 1, 4)
     expected = reference.masked(x, key, params_of_each, (2, 32), part)
@@ -231,29 +231,29 @@ def test_a_dropped_element_is_positive_zero_and_a_kept_zero_keeps_its_sign(dtype
     x = x.reshape(100, shared_by)
     kept = reference.keep_mask((100, 1), KEY, mask_params(0.5))
     expected = torch.where(kept, x * 2, torch.zeros((), dtype=dtype))
-    for given_law in (mask_params(0.5), mask_params(0.5).tensor()):
-        y = masked(x, KEY, given_law, (100, 1) if shared_by > 1 else x.shape).cpu()
+    for given_params in (mask_params(0.5), mask_params(0.5).tensor()):
+        y = masked(x, KEY, given_params, (100, 1) if shared_by > 1 else x.shape).cpu()
         assert torch.equal(y.isnan(), expected.isnan())
         assert identical(y.nan_to_num(7.0), expected.nan_to_num(7.0))
 
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_law_with_a_fill_alone_or_a_shift_alone(dtype: torch.dtype) -> None:
+def test_parameters_with_a_fill_alone_or_a_shift_alone(dtype: torch.dtype) -> None:
     x = torch.randn(999).to(dtype)
     x[::3] = -0.0
-    for given_law in (
+    for given_params in (
         MaskParams(ONE // 3, 1.5, 0.25),
         MaskParams(ONE // 3, 1.5, 0.0, -3.0),
         MaskParams(ONE, 1.0, -0.125, 2.0),
     ):
-        expected = reference.masked(x, KEY, given_law, x.shape)
-        assert identical(masked(x, KEY, given_law, x.shape), expected)
-        assert identical(masked(x, KEY, given_law.tensor(), x.shape), expected)
+        expected = reference.masked(x, KEY, given_params, x.shape)
+        assert identical(masked(x, KEY, given_params, x.shape), expected)
+        assert identical(masked(x, KEY, given_params.tensor(), x.shape), expected)
 
 
 @needs_kernels
-def test_laws_in_the_devices_memory_are_read_there() -> None:
+def test_many_parameters_in_the_devices_memory_are_read_there() -> None:
     """With thresholds that no `MaskParams` has: outside their range or no numbers."""
     x, key = torch.randn(3, 70, 80), torch.arange(6).reshape(3, 2)
     for below in (-5.0, 0.0, 1.0, 2.0**31, ONE - 1.0, float(ONE), 1e30):
@@ -272,20 +272,20 @@ def test_laws_in_the_devices_memory_are_read_there() -> None:
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("formula", [inverted, alpha])
-def test_one_law_in_the_devices_memory_is_read_there(dtype: torch.dtype, formula: Any) -> None:
+def test_one_set_of_parameters_in_the_devices_memory_is_read_there(dtype: torch.dtype, formula: Any) -> None:
     x, residual, drawn = torch.randn(300).to(dtype), torch.randn(300).to(dtype), mask_params(0.37, formula)
     x[::5] = -0.0
-    held = here(drawn.tensor())
+    in_memory = here(drawn.tensor())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backend, "_numbers", lambda params: (held, (0, 0, 0.0, 0.0, 0.0), True))
-        assert identical(masked(x, KEY, held, (300,)), reference.masked(x, KEY, drawn, (300,)))
+        patch.setattr(backend, "_arguments_of", lambda params: (in_memory, (0, 0, 0.0, 0.0, 0.0), True))
+        assert identical(masked(x, KEY, in_memory, (300,)), reference.masked(x, KEY, drawn, (300,)))
         grouped = x.reshape(100, 3)
-        assert identical(masked(grouped, KEY, held, (100, 1)), reference.masked(grouped, KEY, drawn, (100, 1)))
+        assert identical(masked(grouped, KEY, in_memory, (100, 1)), reference.masked(grouped, KEY, drawn, (100, 1)))
         if formula is inverted:
-            y = backend.dropout_add(here(x), None, here(residual), here(KEY), held)
+            y = backend.dropout_add(here(x), None, here(residual), here(KEY), in_memory)
             assert identical(cast(Tensor, y), added(x, None, residual, drawn))
             given, kept = here(x), here(residual)
-            g = backend.activation_dropout_backward(given, kept, here(KEY), held, "relu")
+            g = backend.activation_dropout_backward(given, kept, here(KEY), in_memory, "relu")
             wide = COMPUTE_DTYPE[dtype]
             assert identical(cast(Tensor, g), torch.where(residual <= 0, 0, x.to(wide) * drawn.scale).to(dtype))
 

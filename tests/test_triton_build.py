@@ -104,7 +104,7 @@ def cases(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
             "groups unaligned": lambda: backend.masked(x.reshape(-1)[:4095].reshape(-1, 3), KEY, half, (1365, 1)),
             "add short bias": lambda: backend.dropout_add(x.reshape(-1, 4), x[0, :4], x.reshape(-1, 4), KEY, half),
             "mask": lambda: backend.keep_mask((5000,), KEY, half),
-            "draws": lambda: backend.draws((5000,), KEY),
+            "random bits": lambda: backend.random_bits((5000,), KEY),
         }
     return found
 
@@ -153,7 +153,7 @@ def main(architecture: int) -> None:
             compiled.clear()
             call()
             found[f"{name} {str(dtype).removeprefix('torch.')}"] = [facts(kernel) for kernel in compiled]
-    print(json.dumps({"cases": found, "variants": variants(), "roads": both_roads()}))
+    print(json.dumps({"cases": found, "variants": variants(), "paths": both_paths()}))
 
 
 def variants() -> dict[str, int]:
@@ -165,9 +165,9 @@ def variants() -> dict[str, int]:
         calls()
         return sum(len(cache[0]) for cache in kernel.device_caches.values())
 
-    def run(n: int, given_law: MaskParams, part: MaskSlice = WHOLE) -> None:
+    def run(n: int, given_params: MaskParams, part: MaskSlice = WHOLE) -> None:
         forget()
-        backend.masked(torch.ones(n), KEY, given_law, (n,), part)
+        backend.masked(torch.ones(n), KEY, given_params, (n,), part)
 
     def params_of_each() -> None:
         for below in (0, 1, 15, 16, 17, 2**16, 2**31 - 1, 2**31, 2**31 + 1, 2**32 - 1, 2**32):
@@ -187,7 +187,7 @@ def variants() -> dict[str, int]:
     return {"sets of parameters": count(params_of_each), "sizes": count(sizes), "rows": count(rows)}
 
 
-def both_roads() -> list[bool]:
+def both_paths() -> list[bool]:
     """Whether a kernel that is known is launched with what Triton launches it with."""
     same = []
     for call in cases(torch.bfloat16).values():
@@ -244,7 +244,7 @@ def test_memory_is_read_and_written_in_vectors_of_16_bytes(built: dict[str, Any]
         width = "v2.b64" if "float64" in name else "v4.b32"
         if name.startswith("mask "):
             assert kernel["vectors"] == [["st.global", "v2.b32"]]
-        elif name.startswith("draws"):
+        elif name.startswith("random bits"):
             assert kernel["vectors"] == [["st.global", "v2.b64"]]
         else:
             assert ["ld.global", width] in kernel["vectors"], name
@@ -263,7 +263,7 @@ def test_only_float64_is_computed_in_double_precision(built: dict[str, Any]) -> 
 
 
 def test_nothing_is_divided_and_no_addition_fused(built: dict[str, Any]) -> None:
-    undivided = ("masked", "masked affine", "unaligned", "relu", "relu backward", "add", "mask", "draws", "gelu")
+    undivided = ("masked", "masked affine", "unaligned", "relu", "relu backward", "add", "mask", "random bits", "gelu")
     for name, kernel in named(built, *DTYPES).items():
         call = name.rsplit(" ", 2)[0]
         if call in undivided:
@@ -273,19 +273,19 @@ def test_nothing_is_divided_and_no_addition_fused(built: dict[str, Any]) -> None
 
 
 def test_bfloat16_is_rounded_two_at_a_time(built: dict[str, Any]) -> None:
-    kernels = named(built, torch.bfloat16, without=("unaligned", "groups unaligned", "mask ", "draws"))
+    kernels = named(built, torch.bfloat16, without=("unaligned", "groups unaligned", "mask ", "random bits"))
     assert len(kernels) == 16
     for name, kernel in kernels.items():
         assert kernel["to bfloat16"] > 0, name
 
 
-def test_another_law_size_or_place_compiles_nothing(built: dict[str, Any]) -> None:
+def test_other_parameters_sizes_or_places_compile_nothing(built: dict[str, Any]) -> None:
     assert built["variants"] == {"sets of parameters": 1, "sizes": 1, "rows": 1}
 
 
 def test_a_known_kernel_is_launched_as_triton_launches_it(built: dict[str, Any]) -> None:
-    assert len(built["roads"]) == 20
-    assert all(built["roads"])
+    assert len(built["paths"]) == 20
+    assert all(built["paths"])
 
 
 def test_registers_leave_room_for_several_programs(built: dict[str, Any]) -> None:

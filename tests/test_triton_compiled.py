@@ -56,22 +56,22 @@ class Interpreted(Driver):
         return 1, assembly[bytes(binary)], 32, 0, 1024
 
 
-def masked(x: Tensor, key: Tensor, given_law: Any, shape: Any, part: MaskSlice = WHOLE) -> Case:
+def masked(x: Tensor, key: Tensor, given_params: Any, shape: Any, part: MaskSlice = WHOLE) -> Case:
     return (
-        lambda: backend.masked(x, key, given_law, shape, part),
-        lambda: reference.masked(x, key, given_law, shape, part),
+        lambda: backend.masked(x, key, given_params, shape, part),
+        lambda: reference.masked(x, key, given_params, shape, part),
     )
 
 
-def in_memory(x: Tensor, given_law: MaskParams, shape: Any) -> Case:
+def in_memory(x: Tensor, given_params: MaskParams, shape: Any) -> Case:
     """As if the parameters were in a device's memory."""
 
     def call() -> Tensor:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(backend, "held", lambda one: one)
-            return backend.masked(x, KEY, given_law.tensor(), shape)
+            patch.setattr(backend, "params_by_value", lambda one: one)
+            return backend.masked(x, KEY, given_params.tensor(), shape)
 
-    return call, lambda: reference.masked(x, KEY, given_law, shape)
+    return call, lambda: reference.masked(x, KEY, given_params, shape)
 
 
 def exact_cases(dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
@@ -156,9 +156,9 @@ def close_cases(dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
 
 def other_cases() -> Iterator[tuple[str, Case]]:
     """Masks and draws themselves, and thresholds that draws are equal to, whose upper halves decide nothing."""
-    found = reference.draws((2100,), KEY)
-    yield "draws", (lambda: backend.draws((2100,), KEY), lambda: found)
-    yield "draws of keys", (lambda: backend.draws((70,), KEYS), lambda: reference.draws((70,), KEYS))
+    found = reference.random_bits((2100,), KEY)
+    yield "random bits", (lambda: backend.random_bits((2100,), KEY), lambda: found)
+    yield "random bits of keys", (lambda: backend.random_bits((70,), KEYS), lambda: reference.random_bits((70,), KEYS))
     yield (
         "mask",
         (

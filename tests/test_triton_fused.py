@@ -1,4 +1,4 @@
-"""The Triton backend's fused kernels against their definitions, and its road through the public functions."""
+"""The Triton backend's fused kernels against their definitions, and its path through the public functions."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def test_dropout_add_is_its_definition(dtype: torch.dtype, shape: tuple[int, int
     x, residual = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
     residual[:, ::3] = -0.0
     bias = torch.randn(shape[-1]).to(dtype) if biased else None
-    for given_law in (mask_params(k), mask_params(k).tensor()):
-        got = backend.dropout_add(here(x), here(bias), here(residual), here(KEY), given_law)
+    for given_params in (mask_params(k), mask_params(k).tensor()):
+        got = backend.dropout_add(here(x), here(bias), here(residual), here(KEY), given_params)
         assert got is not None
         assert identical(got, added(x, bias, residual, mask_params(k)))
 

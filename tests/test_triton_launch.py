@@ -33,13 +33,13 @@ pytestmark = quiet
 
 
 @needs_kernels
-@pytest.mark.parametrize("call", ["masked", "keep_mask", "draws", "add", "activation", "activation_backward"])
+@pytest.mark.parametrize("call", ["masked", "keep_mask", "random_bits", "add", "activation", "activation_backward"])
 def test_nothing_is_launched_for_nothing(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, half, key = here(torch.ones(4, 0, 3)), mask_params(0.5), here(KEY)
     calls: dict[str, Callable[[], Tensor | None]] = {
         "masked": lambda: backend.masked(x, key, half, x.shape),
         "keep_mask": lambda: backend.keep_mask(x.shape, key, half),
-        "draws": lambda: backend.draws(x.shape, key),
+        "random_bits": lambda: backend.random_bits(x.shape, key),
         "add": lambda: backend.dropout_add(x, None, x, key, half),
         "activation": lambda: backend.activation_dropout(x, key, half, "gelu"),
         "activation_backward": lambda: backend.activation_dropout_backward(x, x, key, half, "relu"),

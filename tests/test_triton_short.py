@@ -1,4 +1,4 @@
-"""The short road of CUDA tensors. Without a CUDA device it is shown tensors that Triton's interpreter takes."""
+"""The fast path of CUDA tensors. Without a CUDA device it is shown tensors that Triton's interpreter takes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ pytestmark = [needs_kernels, quiet]
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
-    """What the kernels are given on this road."""
+    """What the kernels are given on this path."""
     rows: list[Tensor] = []
 
     def masked_row(x: Tensor, *rest: Any) -> Tensor:
@@ -43,14 +43,14 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
         return backend.masked_row(x, *rest)
 
     if DEVICE.type == "cpu":
-        monkeypatch.setattr(fast_path, "_kind", lambda x: None)
+        monkeypatch.setattr(fast_path, "_served_element_type", lambda x: None)
         monkeypatch.setitem(torchdrop.random._keys, -1, torch.empty(2, dtype=torch.int64))
         monkeypatch.setattr(
             fast_path,
             "_is_served_row",
             lambda x: x.is_contiguous() and not (random._frozen or kernels._forced or fast_path.is_observed()),
         )
-    # Not in the backend itself, where the general road leads, too.
+    # Not in the backend itself, which the general path uses, too.
     monkeypatch.setattr(fast_path, "triton", types.SimpleNamespace(masked_row=masked_row, served=backend.served))
     for dtype in DTYPES:
         assert kernels.available_backends(DEVICE, dtype)["triton"] == []  # where it is CUDA, that is when it is tried
@@ -60,7 +60,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lengths.filter(bool), some_rates, st.sampled_from(DTYPES), st.booleans())
-def test_it_gives_what_the_general_road_gives(
+def test_it_gives_what_the_general_path_gives(
     served: list[Tensor], n: int, k: float, dtype: torch.dtype, twice: bool
 ) -> None:
     x, layer = here(torch.randn(2, n, dtype=dtype)).requires_grad_(), torchdrop.Dropout(keep_prob=k)
@@ -122,7 +122,7 @@ def test_it_is_not_taken_where_something_watches(served: list[Tensor]) -> None:
     assert len(served) == 1
 
 
-def test_memory_that_is_not_there_is_left_to_the_general_road(served: list[Tensor]) -> None:
+def test_memory_that_is_not_there_is_left_to_the_general_path(served: list[Tensor]) -> None:
     layer = torchdrop.Dropout(0.5)
     assert layer(here(torch.empty(0, 3))).shape == (0, 3)
     zeros = here(torch.ones(4)).requires_grad_()

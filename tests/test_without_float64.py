@@ -16,7 +16,7 @@ from torchdrop.handlers import masks
 from torchdrop.kernels import aten
 from torchdrop.kernels import mask_params as params_of_each
 from torchdrop.kernels.mask_params import ONE, alpha, inverted, mask_params, params_tensor
-from torchdrop.kernels.masking import trailing
+from torchdrop.kernels.masking import unpack_params
 from torchdrop.layers.standout import _thresholds
 
 from .family import VARIANTS, built, gradients, inputs
@@ -70,7 +70,7 @@ def test_laws_of_rates_there_are_computed_on_the_host(formula: Any, shape: tuple
     found, exact = params_tensor(torch.empty(shape, device=DEVICE), formula), mask_params(0.25, formula)
     assert (found.device.type, found.dtype) == ("cpu", torch.float64)
     assert torch.equal(found, exact.tensor().expand(*shape, 4))
-    threshold, *others = trailing(found, DEVICE)
+    threshold, *others = unpack_params(found, DEVICE)
     assert isinstance(threshold, Tensor)
     assert (threshold.device, threshold.dtype) == (DEVICE, torch.int64)
     assert all(isinstance(t, Tensor) and (t.device, t.dtype) == (DEVICE, torch.float32) for t in others)

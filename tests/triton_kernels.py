@@ -58,9 +58,9 @@ def masked(x: Tensor, key: Tensor, params: MaskParams | Tensor, shape: Any, part
     return backend.masked(here(x), here(key), params, shape, part)
 
 
-def added(x: Tensor, bias: Tensor | None, residual: Tensor, given_law: MaskParams) -> Tensor:
+def added(x: Tensor, bias: Tensor | None, residual: Tensor, given_params: MaskParams) -> Tensor:
     """The definition of `dropout_add`, rounded once."""
     wide = COMPUTE_DTYPE[x.dtype]
     value = x.to(wide) if bias is None else x.to(wide) + bias.to(wide)
-    kept = reference.keep_mask(x.shape, KEY, given_law)
-    return (residual.to(wide) + torch.where(kept, value * given_law.scale, 0)).to(x.dtype)
+    kept = reference.keep_mask(x.shape, KEY, given_params)
+    return (residual.to(wide) + torch.where(kept, value * given_params.scale, 0)).to(x.dtype)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.mask_params import ONE, MaskParams
-from ..kernels.masking import trailing
+from ..kernels.masking import unpack_params
 
 
 def subset(bits: Tensor, count: int) -> Tensor:
@@ -22,7 +22,7 @@ def kept_or_smallest(bits: Tensor, params: MaskParams | Tensor, dim: int, allowe
     is allowed."""
     if not bits.shape[dim]:
         return bits >= 0
-    threshold = trailing(params, bits.device)[0]
+    threshold = unpack_params(params, bits.device)[0]
     least = (bits if allowed is None else torch.where(allowed, bits, ONE)).amin(dim, keepdim=True)
     if isinstance(threshold, Tensor):
         return bits <= torch.maximum(least, threshold.to(torch.int64) - 1)

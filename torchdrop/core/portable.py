@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..kernels.mask_params import ONE, MaskParams, has_float64
-from ..kernels.masking import COMPUTE_DTYPE, trailing
+from ..kernels.masking import COMPUTE_DTYPE, unpack_params
 from ..ops import operators, random_bits
 from .torch_state import is_compiling, tracing_state
 
@@ -73,7 +73,7 @@ def apply(
     if isinstance(params, MaskParams) and params.threshold == ONE:
         return input
     dtype = COMPUTE_DTYPE[input.dtype]
-    threshold, scale, shift, fill = trailing(params, input.device)
+    threshold, scale, shift, fill = unpack_params(params, input.device)
     if operator is operators.gaussian:
         out = input.to(dtype) * (1.0 + scale * _normal(input, shape)).to(dtype)
     else:
@@ -96,7 +96,7 @@ def numbers(
     if kind is random_bits.standard_normal:
         return _normal(like, shape)
     words = _words(like, shape).to(torch.int64)
-    return words if params is None else words < trailing(params, like.device)[0]
+    return words if params is None else words < unpack_params(params, like.device)[0]
 
 
 def _words(like: Tensor, shape: Sequence[int]) -> Tensor:

@@ -118,7 +118,7 @@ def keep_mask(
 
 def random_bits(like: Tensor, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
     """Uniform integers in [0, 2**32), as int64: what ranks and choices are made from."""
-    return draw(numbers.draws, like, shape, generator)
+    return draw(numbers.random_bits, like, shape, generator)
 
 
 def random_bits_under(

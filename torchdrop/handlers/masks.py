@@ -28,7 +28,7 @@ from torch import Tensor
 from .. import kernels
 from ..core.torch_state import transforms_active
 from ..kernels.mask_params import ONE, MaskParams, has_float64
-from ..kernels.masking import trailing
+from ..kernels.masking import unpack_params
 from ..ops import operators, random_bits
 from ..random import hash_of
 
@@ -160,9 +160,9 @@ class Pass:
     def words(self, seed: int, shape: Sequence[int], own: bool) -> Tensor:
         """The 32-bit draws of a source, int64 of shape ``key.shape[:-1] + shape``."""
         if self.hypercube is None:
-            return random_bits.draws(self.key(seed, own), shape)
+            return random_bits.random_bits(self.key(seed, own), shape)
         shift, choice = self.unit_keys(seed, own)
-        first, member = kernels.draws(shape, shift), kernels.draws(shape, choice)
+        first, member = kernels.random_bits(shape, shift), kernels.random_bits(shape, choice)
         table = self.offsets()
         member = member * table.shape[-1] >> 32
         return first + (table[:, member] if self.folded else table[member]) & ONE - 1
@@ -272,12 +272,12 @@ class MaskSlot:
     def numbers(self, numbers: random_bits.Numbers, shape: Sequence[int], params: MaskParams | Tensor | None) -> Tensor:
         """What one of `kernels.noise` gives, of this shape."""
         words = self.words(shape)
-        if numbers is random_bits.draws:
+        if numbers is random_bits.random_bits:
             return words
         if numbers is random_bits.standard_normal:
             return _normal(words)
         assert params is not None
-        return words < trailing(params, words.device)[0]
+        return words < unpack_params(params, words.device)[0]
 
     def words(self, shape: Sequence[int]) -> Tensor:
         """32-bit draws, int64 of this shape."""

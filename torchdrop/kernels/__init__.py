@@ -1,14 +1,21 @@
-"""One primitive, several backends.
+"""Masks as functions of a key, and the backends that compute them.
 
-A backend is a module with five functions: ``unsupported_reasons(device, dtype)``, ``draws(shape, key, part)``,
-``standard_normal(shape, key, part)``, ``keep_mask(shape, key, params, part)`` and
-``masked(x, key, params, shape, part, out)``. The first one with no reasons against a tensor serves it. Some have
-kernels for what stands beside dropout as well: see `fused`.
+A backend is a module with a NAME and six functions:
 
-`key` is an int64 tensor with (seed, stream) in its last dimension; its other dimensions are a batch of keys, which
-comes before the mask's own `shape`. `part` tells which elements of a larger mask are meant, for one who holds only
-some of them. `params` is a `MaskParams`, or a float64 tensor that holds (threshold, scale, shift, fill) in its
-last dimension and whose other dimensions broadcast against the mask.
+    unsupported_reasons(device, dtype)           why it cannot serve such tensors
+    random_bits(shape, key, part)                32 random bits for each element
+    standard_normal(shape, key, part)            standard normal variates
+    keep_mask(shape, key, params, part)          whether random bits are below the threshold
+    masked(x, key, params, shape, part, out)     x under such a mask
+    select(x, kept, params, out)                 x under a mask that is given
+
+The first backend that has no reasons against a tensor serves it. The native and the Triton backend also have kernels
+for the fused operators: see `torchdrop.ops.fused`.
+
+`key` is an int64 tensor with (seed, stream) in its last dimension. Its other dimensions are a batch of keys, which
+comes before the mask's own `shape`. `part` says which elements of a larger mask are meant, for a caller that has only
+some of them. `params` is a `MaskParams`, or a float64 tensor that has (threshold, scale, shift, fill) in its last
+dimension and whose other dimensions broadcast against the mask.
 """
 
 from __future__ import annotations
@@ -23,10 +30,10 @@ from torch import Tensor
 
 from . import aten, native, reference, triton
 from .mask_params import ONE, MaskParams
-from .masking import COMPUTE_DTYPE, WHOLE, MaskSlice, apply_mask, apply_normal, held, trailing
+from .masking import COMPUTE_DTYPE, WHOLE, MaskSlice, apply_normal, params_by_value, unpack_params
 
 BACKENDS: tuple[ModuleType, ...] = (native, triton, aten, reference)
-"""In the order in which they are tried."""
+"""The backends, in the order in which they are tried."""
 
 _forced: ModuleType | None = None
 _told = False
@@ -40,7 +47,7 @@ def _named(name: str) -> ModuleType:
 
 
 def available_backends(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, list[str]]:
-    """For each backend, in the order in which they are tried, why it cannot serve such tensors: [] where it can.
+    """Returns for each backend, in the order in which they are tried, why it cannot serve such tensors: [] if it can.
 
     >>> available_backends()["reference"]
     []
@@ -51,15 +58,15 @@ def available_backends(device: torch.device | str = "cpu", dtype: torch.dtype = 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Within the context, for all threads, this backend serves every mask or raises with its reasons.
+    """Forces a backend: within the context, for all threads, it serves every mask or raises with its reasons.
 
     Args:
         name: "native", "triton", "aten" or "reference". See `available_backends`.
 
     Raises:
         ValueError: no backend has this name.
-        RuntimeError: the backend cannot work in this installation; or, from a layer inside the context, it cannot
-            serve that layer's input.
+        RuntimeError: the backend cannot work in this installation. A layer inside the context raises it as well, where
+            the backend cannot serve that layer's input.
 
     >>> x, key = torch.ones(4), torch.tensor([1, 2])
     >>> params = MaskParams(2**31, 2.0)
@@ -92,20 +99,20 @@ def _refuse_absent(backend: ModuleType) -> None:
 
 
 def backend_for(device: torch.device, dtype: torch.dtype = torch.float32) -> ModuleType:
-    """The backend that serves such tensors.
+    """Returns the backend that serves such tensors.
 
     Raises:
-        RuntimeError: the forced backend cannot serve them, or none can; with the reasons.
+        RuntimeError: the forced backend cannot serve them, or none can. The message has the reasons.
     """
     if _forced is not None:
         _refuse(_forced, _forced.unsupported_reasons(device, dtype))
         return _forced
-    if device.type == "cpu" and dtype in native.KINDS and native.library is not None:
+    if device.type == "cpu" and dtype in native.ELEMENT_TYPES and native.library is not None:
         return native
     if device.type == "cuda" and (device.index, dtype) in triton.served:
         return triton
     for backend in BACKENDS:
-        interpreted = backend is triton and device.type == "cpu"  # for tests, which force it
+        interpreted = backend is triton and device.type == "cpu"  # tests force it
         if not interpreted and not backend.unsupported_reasons(device, dtype):
             if backend is aten and device.type == "cpu" and native.library is None:
                 _tell_of_absence()
@@ -135,11 +142,12 @@ def masked(
     part: MaskSlice = WHOLE,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``x * scale + shift`` where an element's draw is below the parameters' threshold, ``fill`` elsewhere.
+    """Returns ``x * scale + shift`` where an element's random bits are below the threshold, and ``fill`` elsewhere.
 
-    `shape` is the mask's, without the keys' dimensions; it equals x's or has ones where the mask is shared.
+    `shape` is the mask's shape without the keys' dimensions. It has ones where elements of x share their random bits.
     """
-    return backend_for(x.device, x.dtype).masked(x, key, params if x.is_cpu else held(params), shape, part, out)
+    given = params if x.is_cpu else params_by_value(params)
+    return backend_for(x.device, x.dtype).masked(x, key, given, shape, part, out)
 
 
 def gaussian(
@@ -150,50 +158,48 @@ def gaussian(
     part: MaskSlice = WHOLE,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``x * (1 + scale * z)`` with standard normal z of this shape, broadcast where it has ones."""
+    """Returns ``x * (1 + scale * z)`` with standard normal z of this shape, which is broadcast where it has ones."""
     z = backend_for(x.device, x.dtype).standard_normal(shape, key, part)
-    return apply_normal(x, z, params if x.is_cpu else held(params), out)
+    return apply_normal(x, z, params if x.is_cpu else params_by_value(params), out)
 
 
 def select(x: Tensor, kept: Tensor, params: MaskParams | Tensor) -> Tensor:
-    """``x * scale + shift`` where `kept`, `fill` elsewhere, for a mask that broadcasts against x or x against it."""
+    """Returns ``x * scale + shift`` where `kept`, and `fill` elsewhere, for x and a mask that broadcast together."""
     if x.shape != kept.shape:  # broadcast_shapes takes 15 us of Python
         x = x.expand(torch.broadcast_shapes(x.shape, kept.shape))
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if backend_for(x.device, x.dtype) is native and native.varying_dims(params) == 0:
-        native._spread(x, kept.expand(x.shape), params, out)
-        return out
-    return apply_mask(x, kept, params, out)
+    return backend_for(x.device, x.dtype).select(x, kept, params, out)
 
 
 def keep_mask(shape: Sequence[int], key: Tensor, params: MaskParams | Tensor, part: MaskSlice = WHOLE) -> Tensor:
-    """The mask itself, as bools of shape ``key.shape[:-1] + shape``."""
+    """Returns the mask itself, as bools of shape ``key.shape[:-1] + shape``."""
     return backend_for(key.device).keep_mask(shape, key, params, part)
 
 
 def stratified(
     shape: Sequence[int], shift: Tensor, choice: Tensor, offsets: Tensor, params: MaskParams | Tensor
 ) -> Tensor:
-    """Masks of several samples whose draws are strata of one draw, as bools of shape ``(S,) + shift.shape[:-1] +
+    """Returns masks of several samples that are strata of each other, as bools of shape ``(S,) + shift.shape[:-1] +
     shape``.
 
-    An element's draw in sample s is ``(shift + offsets[s, m]) mod 2**32`` with its draws under the two keys, the second
-    scaled to a member m of the family. `offsets` has the shape (S, family) and holds integers in [0, 2**32).
+    An element is kept in sample s where ``(b + offsets[s, m]) mod 2**32`` is below the threshold. Its random bits under
+    the key `shift` are b, and its random bits under the key `choice` are scaled to a member m of the family. `offsets`
+    has the shape (S, family) and integers in [0, 2**32).
     """
     backend = backend_for(shift.device)
     if backend is native and isinstance(params, MaskParams):
         return native.stratified(shape, shift, choice, offsets, params)
-    first, member = backend.draws(shape, shift), backend.draws(shape, choice) * offsets.shape[1] >> 32
-    return (first + offsets[:, member] & ONE - 1) < trailing(params, shift.device)[0]
+    first, member = backend.random_bits(shape, shift), backend.random_bits(shape, choice) * offsets.shape[1] >> 32
+    return (first + offsets[:, member] & ONE - 1) < unpack_params(params, shift.device)[0]
 
 
-def draws(shape: Sequence[int], key: Tensor, part: MaskSlice = WHOLE) -> Tensor:
-    """The 32-bit draws that masks are decided by, as int64 of shape ``key.shape[:-1] + shape``."""
-    return backend_for(key.device).draws(shape, key, part)
+def random_bits(shape: Sequence[int], key: Tensor, part: MaskSlice = WHOLE) -> Tensor:
+    """Returns the 32 random bits by which masks are decided, as int64 of shape ``key.shape[:-1] + shape``."""
+    return backend_for(key.device).random_bits(shape, key, part)
 
 
 def standard_normal(shape: Sequence[int], key: Tensor, part: MaskSlice = WHOLE) -> Tensor:
-    """Standard normal variates, as float64 of shape ``key.shape[:-1] + shape``."""
+    """Returns standard normal variates, as float64 of shape ``key.shape[:-1] + shape``."""
     return backend_for(key.device).standard_normal(shape, key, part)
 
 
@@ -202,13 +208,13 @@ __all__ = [
     "COMPUTE_DTYPE",
     "WHOLE",
     "MaskParams",
-    "Part",
+    "MaskSlice",
     "available_backends",
     "backend_for",
-    "draws",
     "gaussian",
     "keep_mask",
     "masked",
+    "random_bits",
     "select",
     "standard_normal",
     "stratified",

@@ -1,9 +1,9 @@
-"""PyTorch's own operations, for devices and installations without a kernel: the masks of the reference, made faster.
+"""The backend for devices and installations without a kernel: PyTorch's own operations make the masks of the reference.
 
 The ten rounds of Philox run on both halves of many counters at a time, in place, in pieces that stay in cache. A mask
-looks at the upper 16 bits of its draws first, and at the lower ones of those elements alone that they do not decide. A
-few blocks under one key are worked out by Python's long integers, in which each block has 64 bits of its own: that
-takes a third of the time that operations on small tensors take.
+looks at the upper 16 of the random bits first, and at the lower 16 only for those elements that the upper ones do not
+decide. A few blocks under one key are computed with Python's long integers, in which each block has 64 bits: that takes
+a third of the time that operations on small tensors take.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ _MULTIPLIERS, _STEPS = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 
 PIECE = 2**16
-"""So many blocks are worked on at a time."""
+"""So many blocks are computed at a time."""
 
 FEW = 512
-"""Up to so many blocks, Python's integers are faster."""
+"""For up to so many blocks, Python's integers are faster."""
 
 
 def unsupported_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
     return [] if dtype in COMPUTE_DTYPE else [f"it takes {', '.join(map(str, COMPUTE_DTYPE))}, not {dtype}"]
 
 
-def _words(first: int, last: int, key: Tensor) -> Tensor:
-    """The four words of blocks first to last - 1, as int32 of shape ``key.shape[:-1] + (last - first, 4)``."""
+def _blocks(first: int, last: int, key: Tensor) -> Tensor:
+    """Returns blocks first to last - 1, as int32 of shape ``key.shape[:-1] + (last - first, 4)``."""
     if key.dim() == 1 and key.is_cpu and last - first <= FEW:
-        return _few_words(first, last - first, *key.tolist())
+        return _few_blocks(first, last - first, *key.tolist())
     block = torch.arange(first, last, device=key.device)
-    return _words_of(block, key.reshape(-1, 2)).reshape((*key.shape[:-1], last - first, 4))
+    return _numbered_blocks(block, key.reshape(-1, 2)).reshape((*key.shape[:-1], last - first, 4))
 
 
-def _words_of(block: Tensor, key: Tensor) -> Tensor:
-    """The words of blocks (n,) under each of the keys (k, 2), as int32 (k, n, 4)."""
+def _numbered_blocks(block: Tensor, key: Tensor) -> Tensor:
+    """Returns the blocks with these numbers (n,) under each of the keys (k, 2), as int32 (k, n, 4)."""
     out = torch.empty((len(key), len(block), 4), dtype=torch.int32, device=key.device)
     _fill(out, block, key)
     return out
@@ -63,8 +63,8 @@ def _fill(out: Tensor, block: Tensor, key: Tensor) -> None:
             else:
                 _fill(out[part], block, key[part])
         return
-    # Counter words 0 and 2 lie in `even`, 1 and 3 in `odd`. The products of a round are made twice, one pair after the
-    # other, so that the middle two are those of words 2 and 0: the order in which the round swaps them.
+    # Counter words 0 and 2 are in `even`, and 1 and 3 are in `odd`. The products of a round are made twice, one pair
+    # after the other, so that the middle two belong to words 2 and 0. The round swaps them into this order.
     device = key.device
     room = torch.empty((12, keys, blocks), dtype=torch.int64, device=device)
     even, first, second, odd = room.split((2, 4, 4, 2))
@@ -82,19 +82,19 @@ def _fill(out: Tensor, block: Tensor, key: Tensor) -> None:
         torch.mul(twice, multipliers, out=product)
         torch.bitwise_right_shift(swapped, 32, out=even)
         even.bitwise_xor_(odd).bitwise_xor_(seed).bitwise_and_(_WORD)
-        odd = swapped  # with whatever is above its 32 bits
+        odd = swapped  # the bits above its lower 32 have no meaning
     pairs = out.unflatten(-1, (2, 2))
     pairs[..., 0], pairs[..., 1] = even.movedim(0, -1), odd.movedim(0, -1)
 
 
 @functools.lru_cache(maxsize=64)
 def _lanes(n: int) -> tuple[int, int]:
-    """1 and i in the i-th of n groups of 64 bits."""
+    """Returns two integers of n groups of 64 bits. Group i is 1 in the first, and i in the second."""
     ones = ((1 << 64 * n) - 1) // ((1 << 64) - 1)
     return ones, int.from_bytes(b"".join(i.to_bytes(8, "little") for i in range(n)), "little")
 
 
-def _few_words(first: int, n: int, seed: int, stream: int) -> Tensor:
+def _few_blocks(first: int, n: int, seed: int, stream: int) -> Tensor:
     ones, numbers = _lanes(n)
     low = ones * _WORD
     block = ones * (first % 2**64) + numbers
@@ -114,8 +114,8 @@ def _few_words(first: int, n: int, seed: int, stream: int) -> Tensor:
 
 
 def _halves(first: int, last: int, plane: int, key: Tensor) -> Tensor:
-    """The 16-bit values of blocks first to last - 1, in order in the last dimension, with the sign of int16."""
-    words = _words(first + plane, last + plane, key)
+    """Returns the halves of the words of blocks first to last - 1 of a plane, in order, as int16."""
+    words = _blocks(first + plane, last + plane, key)
     halves = words.view(torch.int16)
     if sys.byteorder == "big":
         halves = halves.unflatten(-1, (4, 2)).flip(-1).flatten(-2)
@@ -123,15 +123,15 @@ def _halves(first: int, last: int, plane: int, key: Tensor) -> Tensor:
 
 
 def _plane(shape: Sequence[int], key: Tensor, part: MaskSlice, plane: int) -> Tensor:
-    """Each element's 16 bits of a plane, as int16."""
+    """Returns each element's 16 bits of a plane, as int16."""
 
     def row(start: int, n: int) -> Tensor:
         return _halves(start // 8, -(-(start + n) // 8), plane, key)[..., start % 8 : start % 8 + n]
 
-    return reference.of_part(row, shape, key, part)
+    return reference.stack_rows(row, shape, key, part)
 
 
-def draws(shape: Sequence[int], key: Tensor, part: MaskSlice = WHOLE) -> Tensor:
+def random_bits(shape: Sequence[int], key: Tensor, part: MaskSlice = WHOLE) -> Tensor:
     upper, lower = (_plane(shape, key, part, plane).to(torch.int64) & 0xFFFF for plane in (0, SECOND_PLANE))
     return upper << 16 | lower
 
@@ -160,7 +160,7 @@ def keep_mask(shape: Sequence[int], key: Tensor, params: MaskParams | Tensor, pa
 
 
 def _lower(places: Tensor, shape: Sequence[int], key: Tensor, part: MaskSlice) -> Tensor:
-    """The lower 16 bits of the draws of these elements, one a row of their indices."""
+    """Returns the lower 16 random bits of these elements. Each row of `places` has the indices of one element."""
     keys = key.dim() - 1
     element = torch.zeros_like(places[:, 0])
     for dim, size in enumerate(shape):
@@ -185,12 +185,15 @@ def masked(
     return apply_mask(x, keep_mask(shape, key, params, part), params, out)
 
 
+select = apply_mask
+
+
 def standard_normal(shape: Sequence[int], key: Tensor, part: MaskSlice = WHOLE) -> Tensor:
     def row(start: int, n: int) -> Tensor:
-        words = _words(start // 4 + NORMAL_PLANE, -(-(start + n) // 4) + NORMAL_PLANE, key)
+        words = _blocks(start // 4 + NORMAL_PLANE, -(-(start + n) // 4) + NORMAL_PLANE, key)
         exact = has_float64(key.device)
         wide = (words if exact else words.cpu()).to(torch.int64).bitwise_and_(_WORD)
         variates = reference.normals(wide)
         return (variates if exact else variates.to(key.device, torch.float32))[..., start % 4 : start % 4 + n]
 
-    return reference.of_part(row, shape, key, part)
+    return reference.stack_rows(row, shape, key, part)

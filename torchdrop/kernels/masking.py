@@ -1,5 +1,7 @@
-"""Which elements of a mask are wanted, and applying masks and noise with PyTorch's own operations, where a backend has
-no kernel for the case at hand."""
+"""Slices of masks, and functions that apply masks and noise with PyTorch's own operations.
+
+Backends use these functions where they have no kernel for the case at hand.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +19,16 @@ COMPUTE_DTYPE = {
     torch.float32: torch.float32,
     torch.float64: torch.float64,
 }
-"""The element types that are served, and the one each is computed in: half types are rounded once, at the end."""
+"""The element types that are served, and the types they are computed in. Half types are rounded once, at the end."""
 
 SERVED = frozenset(COMPUTE_DTYPE)
-"""The element types alone. Compiled regions within compiled code cannot ask a dictionary what it contains."""
+"""The element types that are served. Compiled regions within compiled code cannot ask a dictionary what it contains."""
 
 
 class MaskSlice(NamedTuple):
-    """Which elements of a larger mask: element e has the index ``start + (e // run) * pitch + e % run`` there.
+    """The elements of a larger mask that are wanted: element e has the index ``start + (e // run) * pitch + e % run``.
 
-    So the part is made of rows of `run` neighbors, `pitch` apart. With a run of 0 it is one row.
+    So the slice is made of rows of `run` neighbors, which start `pitch` elements apart. With a run of 0 it is one row.
     """
 
     start: int = 0
@@ -34,7 +36,7 @@ class MaskSlice(NamedTuple):
     pitch: int = 0
 
     def rows(self, n: int) -> tuple[int, int, int]:
-        """How many rows n elements are, their length and their pitch.
+        """Returns how many rows n elements are, their length and their pitch.
 
         Raises:
             ValueError: they are not whole rows.
@@ -49,11 +51,11 @@ class MaskSlice(NamedTuple):
 WHOLE = MaskSlice()
 
 
-def held(params: MaskParams | Tensor) -> MaskParams | Tensor:
-    """The parameters themselves, or their numbers where they lie in the host's memory: a copy to a device would be
-    waited for.
+def params_by_value(params: MaskParams | Tensor) -> MaskParams | Tensor:
+    """Returns parameters as a `MaskParams` where their tensor is one set in the host's memory, and unchanged otherwise.
 
-    For what runs, and is not traced.
+    A kernel on another device then gets them by value. A copy of the tensor to the device would be waited for. Code
+    that is traced must not call this function, because it reads the tensor's numbers.
     """
     if isinstance(params, MaskParams) or params.numel() != 4 or not params.is_cpu:
         return params
@@ -61,52 +63,51 @@ def held(params: MaskParams | Tensor) -> MaskParams | Tensor:
     return MaskParams(int(min(max(0.0, threshold), ONE)), scale, shift, fill)  # a NaN keeps nothing
 
 
-def trailing(params: MaskParams | Tensor, device: torch.device) -> tuple[float | Tensor, ...]:
-    """Threshold, scale, shift and fill of mask parameters: numbers, or tensors that go with those of
-    `device`."""
+def unpack_params(params: MaskParams | Tensor, device: torch.device) -> tuple[float | Tensor, ...]:
+    """Returns threshold, scale, shift and fill: numbers, or tensors that can be combined with tensors of `device`."""
     if isinstance(params, MaskParams):
         return params.threshold, params.scale, params.shift, params.fill
     if not has_float64(device):
         threshold, *others = params.unbind(-1)
         return threshold.to(torch.int64).to(device), *(other.to(torch.float32).to(device) for other in others)
     if params.dim() == 1 and params.is_cpu and not transforms_active():
-        return params.unbind(-1)  # scalars of the host go with any device
+        return params.unbind(-1)  # 0-d tensors of the host can be combined with tensors of any device
     return params.to(device).unbind(-1)
 
 
 def masked_values(x: Tensor, kept: Tensor, params: MaskParams | Tensor) -> Tensor:
-    """``x * scale + shift`` where `kept`, `fill` elsewhere, in the element type that x is computed in.
+    """Returns ``x * scale + shift`` where `kept`, and `fill` elsewhere, in the element type that x is computed in.
 
-    A select, so a dropped infinity or NaN is `fill`.
+    This is a select and not a product, so a dropped infinity or NaN becomes `fill`.
     """
     dtype = COMPUTE_DTYPE[x.dtype]
-    _, scale, shift, fill = (v.to(dtype) if isinstance(v, Tensor) else v for v in trailing(params, x.device))
+    _, scale, shift, fill = (v.to(dtype) if isinstance(v, Tensor) else v for v in unpack_params(params, x.device))
     value = x.to(dtype) * scale
     if not isinstance(params, MaskParams) or params.shift or params.fill:
         if not isinstance(fill, Tensor):
-            fill = torch.full((), fill, dtype=dtype, device=x.device)  # not a copy, for which CUDA would be waited for
+            fill = torch.full((), fill, dtype=dtype, device=x.device)  # a copy from the host would wait for CUDA
         return torch.where(kept, value + shift, fill)
     return torch.where(kept, value, torch.zeros((), dtype=dtype, device=x.device))
 
 
 def apply_mask(x: Tensor, kept: Tensor, params: MaskParams | Tensor, out: Tensor | None = None) -> Tensor:
-    """`masked_values`, rounded to x's element type, with x's strides."""
+    """Rounds `masked_values` to x's element type, and writes them to `out` or to a new tensor with x's strides."""
     if out is None:
         out = torch.empty_like(x)
     return out.copy_(masked_values(x, kept, params))
 
 
 def apply_normal(x: Tensor, z: Tensor, params: MaskParams | Tensor, out: Tensor | None = None) -> Tensor:
-    """``x * (1 + scale * z)``, the factor computed in double precision."""
+    """Returns ``x * (1 + scale * z)``. The factor is computed in double precision."""
     dtype = COMPUTE_DTYPE[x.dtype]
-    factor = 1.0 + trailing(params, x.device)[1] * z
+    factor = 1.0 + unpack_params(params, x.device)[1] * z
     if out is None:
         out = torch.empty_like(x)
     return out.copy_(x.to(dtype) * factor.to(dtype))
 
 
 def scaled_where(kept: Tensor, x: Tensor, scale: Tensor | float) -> Tensor:
-    """``x * scale`` where kept, 0 elsewhere; half types are rounded once."""
+    """Returns ``x * scale`` where kept, and 0 elsewhere. Half types are rounded once."""
     if isinstance(scale, float):
         return torch.where(kept, x * scale, 0.0)
     wide = COMPUTE_DTYPE[x.dtype]

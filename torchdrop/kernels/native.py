@@ -1,4 +1,8 @@
-"""Binding of the C kernels: a small shared library that knows neither Python nor libtorch, called through ctypes."""
+"""The native backend: C kernels from a small shared library, which is called through ctypes.
+
+The kernels themselves (csrc/dropout.c) know neither Python nor libtorch: they get addresses and numbers. Where Python's
+headers were found, the library is also a module for CPython (csrc/module.c) with faster entry points for small tensors.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ import sys
 import sysconfig
 from collections.abc import Callable, Sequence
 from ctypes import c_char_p, c_int, c_int64, c_uint64, c_void_p
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +22,54 @@ import torch
 from torch import Tensor
 
 from .mask_params import MaskParams
-from .masking import WHOLE, MaskSlice, apply_mask, trailing
+from .masking import WHOLE, MaskSlice, apply_mask, unpack_params
+from .rows import group_size, has_plan, plan_rows, varying_dims
 
 NAME = "native"
 
-KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_KEEP, _DRAWS, _NORMAL = 4, 5, 6
-RECTIFIED = 7
-"""What is added to an element type's kind where it is rectified first."""
 
-ADD, RELU_BACKWARD = 0, 1
+class ElementType(IntEnum):
+    """The numbers by which csrc/entry_points.h names element types."""
+
+    FLOAT32 = 0
+    FLOAT64 = 1
+    BFLOAT16 = 2
+    FLOAT16 = 3
+
+
+class Operation(IntEnum):
+    """The numbers by which csrc/entry_points.h names operations. It says there what each of them computes."""
+
+    DROPOUT = 0
+    RELU_DROPOUT = 1
+    KEEP_MASK = 2
+    RANDOM_BITS = 3
+    STANDARD_NORMAL = 4
+    DROPOUT_ADD = 5
+    RELU_DROPOUT_BACKWARD = 6
+
+
+ELEMENT_TYPES = {
+    torch.float32: ElementType.FLOAT32,
+    torch.float64: ElementType.FLOAT64,
+    torch.bfloat16: ElementType.BFLOAT16,
+    torch.float16: ElementType.FLOAT16,
+}
+
+_NO_ELEMENTS = ElementType.FLOAT32
+"""The element type for operations that read no elements, which ignore it."""
+
 NO_KEY = bytes(16)
-"""For what draws nothing."""
+"""The key for operations that use no random bits."""
+
+_NO_PARAMS = MaskParams(0, 0.0)
+"""The parameters for operations that use none."""
 
 SERIAL = 2 * 16384
 """Below this many elements one thread does the work."""
 
-_SHORTEST_ROW = 64
-"""A row of its own costs a chunk of draws; where parameters change more often than this, drawing first is cheaper."""
-
 ANY_WIDTH = -1
+"""The C kernels use the widest instruction set that the processor has."""
 
 _LIBRARY = Path(__file__).with_name("_native.dll" if sys.platform == "win32" else "_native.so")
 
@@ -46,81 +79,68 @@ def _typed(function: Any, result: Any, *arguments: Any) -> Any:
     return function
 
 
-class _Library:
-    """The functions of one compiled library, with their argument types."""
+class Library:
+    """The functions of one compiled library, with their argument types. csrc/entry_points.h describes them."""
 
     def __init__(self, path: Path) -> None:
         lib = ctypes.CDLL(str(path))
-        self.masked = _typed(
-            lib.td_masked, None, c_int, c_void_p, c_void_p, *[c_int64] * 3, c_uint64, c_int64, c_void_p, c_void_p,
+        self.rows = _typed(
+            lib.td_rows, None, c_int, c_int, c_void_p, c_void_p, *[c_int64] * 3, c_uint64, c_int64, c_void_p, c_void_p,
             c_int64, c_int, c_int,
         )  # fmt: skip
-        self.spread = _typed(lib.td_spread, c_int, c_int, *[c_void_p] * 3, c_int, *[c_void_p] * 5, c_int, c_int)
-        self.grouped = _typed(
-            lib.td_grouped, None, c_int, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int
+        self.select = _typed(lib.td_select, c_int, c_int, *[c_void_p] * 3, c_int, *[c_void_p] * 5, c_int, c_int)
+        self.groups = _typed(
+            lib.td_groups, None, c_int, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int
         )
         self.stratified = _typed(
             lib.td_stratified, None, c_void_p, *[c_int64] * 3, *[c_void_p] * 3, c_int64, c_void_p, c_int, c_int
         )
         self.philox_block = _typed(lib.td_philox_block, None, c_uint64, c_void_p, c_void_p)
         self.width, self.openmp = _typed(lib.td_width, c_int), _typed(lib.td_openmp, c_int)
-        self.masked_row, self.fused = _doors(path)
+        self.row, self.fused = _entry_points(path)
 
 
-Doors = tuple[Callable[..., None], Callable[..., None]]
-"""For one contiguous row: kind, out, in, length, 16 bytes of key, parameters, threads. And td_fused, with its key as
-bytes."""
+EntryPoints = tuple[Callable[..., None], Callable[..., None]]
+"""td_row and td_fused, both of which take a key as 16 bytes."""
 
 
-def _takes_doors() -> bool:
-    """Whether the limited API that the library's module is compiled for is that of this Python.
+def _can_load_module() -> bool:
+    """Whether this Python has the limited API that the library's module is compiled for.
 
-    It has another layout of objects where Python runs without its lock, and where it is built to be debugged; a wheel
-    of this library is for any Python, which would load the module all the same.
+    Objects have another layout where Python runs without its lock, and where it is built to be debugged. A wheel of
+    this library is for any Python, which would load the module all the same.
     """
     free_threaded = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
     return not (free_threaded or hasattr(sys, "gettotalrefcount") or hasattr(sys, "getobjects"))
 
 
-def _doors(path: Path) -> Doors:
-    if not _takes_doors():
-        return doors_by_ctypes(ctypes.CDLL(str(path)))
+def _entry_points(path: Path) -> EntryPoints:
+    if not _can_load_module():
+        return entry_points_by_ctypes(ctypes.CDLL(str(path)))
     try:
         from . import _native  # type: ignore[attr-defined]
 
-        return _native.masked_row, _native.fused
-    except ImportError:  # compiled without Python's headers
-        return doors_by_ctypes(ctypes.CDLL(str(path)))
+        return _native.row, _native.fused
+    except ImportError:  # the library was compiled without Python's headers
+        return entry_points_by_ctypes(ctypes.CDLL(str(path)))
 
 
-def doors_by_ctypes(lib: ctypes.CDLL) -> Doors:
-    return (
-        _typed(lib.td_masked_row, None, c_int, c_void_p, c_void_p, c_int64, c_char_p, c_void_p, c_int),
-        _typed(
-            lib.td_fused,
-            None,
-            c_int,
-            c_int,
-            *[c_void_p] * 3,
-            c_int64,
-            c_void_p,
-            c_int64,
-            c_char_p,
-            c_void_p,
-            c_int,
-            c_int,
-        ),
+def entry_points_by_ctypes(lib: ctypes.CDLL) -> EntryPoints:
+    row = _typed(lib.td_row, None, c_int, c_int, c_void_p, c_void_p, c_int64, c_char_p, c_void_p, c_int)
+    fused = _typed(
+        lib.td_fused, None, c_int, c_int, *[c_void_p] * 3, c_int64, c_void_p, c_int64, c_char_p, c_void_p, c_int, c_int
     )
+    return row, fused
 
 
 _REINSTALL = "`pip install --no-cache-dir --force-reinstall --no-deps torchdrop` (pip keeps the wheel it has built)"
 
 
-def _load() -> tuple[_Library | None, str]:
+def _load() -> tuple[Library | None, str]:
     if not _LIBRARY.exists():
         return None, f"its C kernels were not built: install a C compiler (gcc or clang), then run {_REINSTALL}"
     try:
-        return _Library(_LIBRARY), ""
+        return Library(_LIBRARY), ""
     except (OSError, AttributeError) as error:
         return None, _unloaded(error)
 
@@ -152,7 +172,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def threads() -> int:
-    """As many threads as PyTorch uses; one in a forked child. The mask does not depend on it."""
+    """Returns PyTorch's number of threads, or 1 in a forked child. The mask does not depend on it."""
     return 1 if _forked else torch.get_num_threads()
 
 
@@ -160,13 +180,14 @@ def unsupported_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
     reasons = [why_not] if library is None else []
     if device.type != "cpu":
         reasons.append(f"it works on CPU tensors, not on {device.type}")
-    if dtype not in KINDS:
-        reasons.append(f"it takes {', '.join(map(str, KINDS))}, not {dtype}")
+    if dtype not in ELEMENT_TYPES:
+        reasons.append(f"it takes {', '.join(map(str, ELEMENT_TYPES))}, not {dtype}")
     return reasons
 
 
 def _rows(
-    kind: int,
+    operation: Operation,
+    element_type: ElementType,
     out: Tensor,
     x: Tensor | None,
     key: Tensor,
@@ -174,73 +195,40 @@ def _rows(
     shape: Sequence[int],
     part: MaskSlice,
 ) -> None:
-    """Contiguous elements of a mask of shape ``key.shape[:-1] + shape``, in rows that share a key and parameters."""
+    """Runs an operation on contiguous elements of a mask of shape ``key.shape[:-1] + shape``, for which `has_plan` is
+    true."""
     if not out.numel():
         return
-    keys, full = len(key.shape) - 1, (*key.shape[:-1], *shape)
-    split = max(keys, varying_dims(params))
-    if split == keys:
-        rows_per_key, length, pitch = part.rows(math.prod(shape))
-    else:
-        rows_per_key, length = math.prod(full[keys:split]), math.prod(full[split:])
-        pitch = length
-    rows = math.prod(full[:keys]) * rows_per_key
-    key = key.contiguous()
-    if isinstance(params, MaskParams):
-        address, step = params.address, 0
-    elif split == keys and varying_dims(params) == 0:
-        params = params.cpu().contiguous()
-        address, step = params.data_ptr(), 0
-    else:
-        params = params.cpu()[(slice(None),) * split + (0,) * (len(full) - split)].expand(*full[:split], 4)
-        if split == keys:  # a key's rows are under one set of parameters
-            params = params.unsqueeze(-2).expand(*full[:split], rows_per_key, 4)
-        params = params.contiguous()
-        address, step = params.data_ptr(), 4
-    library.masked(  # type: ignore[union-attr]
-        kind, out.data_ptr(), None if x is None else x.data_ptr(), rows, length, max(rows_per_key, 1), part.start,
-        pitch, key.data_ptr(), address, step, threads(), ANY_WIDTH,
+    plan = plan_rows(key, params, shape, part)
+    given, key = plan.params, key.contiguous()
+    if isinstance(given, Tensor):
+        if plan.params_for == "key":
+            given = given.unsqueeze(-2).expand(*given.shape[:-1], plan.rows_per_key, 4)
+        given = given.cpu().contiguous()
+    library.rows(  # type: ignore[union-attr]
+        operation, element_type, out.data_ptr(), None if x is None else x.data_ptr(), plan.rows, plan.length,
+        max(plan.rows_per_key, 1), part.start, plan.pitch, key.data_ptr(), _address(given),
+        0 if plan.params_for == "all" else 4, threads(), ANY_WIDTH,
     )  # fmt: skip
 
 
-def varying_dims(params: MaskParams | Tensor) -> int:
-    """How many leading dimensions mask parameters vary over."""
-    if isinstance(params, MaskParams):
-        return 0
-    return max((d + 1 for d, size in enumerate(params.shape[:-1]) if size > 1), default=0)
-
-
-def _in_rows(params: MaskParams | Tensor, key: Tensor, shape: Sequence[int], part: MaskSlice) -> bool:
-    keys, dims = len(key.shape) - 1, varying_dims(params)
-    if part.run and dims > keys:
-        return False
-    if isinstance(params, Tensor) and params.dim() > 1:
-        full = (*key.shape[:-1], *shape)
-        if any(size not in (1, whole) for size, whole in zip(params.shape[:-1], full, strict=True)):
-            return False  # one draw under several sets of parameters
-    return dims <= keys or math.prod(shape[dims - keys :]) >= _SHORTEST_ROW
-
-
-def draws(shape: Sequence[int], key: Tensor, part: MaskSlice = WHOLE) -> Tensor:
+def random_bits(shape: Sequence[int], key: Tensor, part: MaskSlice = WHOLE) -> Tensor:
     out = torch.empty((*key.shape[:-1], *shape), dtype=torch.int64)
-    _rows(_DRAWS, out, None, key, _NO_PARAMS, shape, part)
+    _rows(Operation.RANDOM_BITS, _NO_ELEMENTS, out, None, key, _NO_PARAMS, shape, part)
     return out
 
 
 def standard_normal(shape: Sequence[int], key: Tensor, part: MaskSlice = WHOLE) -> Tensor:
     out = torch.empty((*key.shape[:-1], *shape), dtype=torch.float64)
-    _rows(_NORMAL, out, None, key, _NO_PARAMS, shape, part)
+    _rows(Operation.STANDARD_NORMAL, _NO_ELEMENTS, out, None, key, _NO_PARAMS, shape, part)
     return out
 
 
-_NO_PARAMS = MaskParams(0, 0.0)
-
-
 def keep_mask(shape: Sequence[int], key: Tensor, params: MaskParams | Tensor, part: MaskSlice = WHOLE) -> Tensor:
-    if not _in_rows(params, key, shape, part):
-        return draws(shape, key, part) < trailing(params, key.device)[0]
+    if not has_plan(params, key, shape, part):
+        return random_bits(shape, key, part) < unpack_params(params, key.device)[0]
     out = torch.empty((*key.shape[:-1], *shape), dtype=torch.bool)
-    _rows(_KEEP, out, None, key, params, shape, part)
+    _rows(Operation.KEEP_MASK, _NO_ELEMENTS, out, None, key, params, shape, part)
     return out
 
 
@@ -268,40 +256,38 @@ def masked(
     contiguous = x.is_contiguous() and out.is_contiguous()
     if (*key.shape[:-1], *shape) == x.shape and contiguous:
         if key.dim() == 1 and part == WHOLE and _is_single(params) and x.numel():
-            return _whole_row(KINDS[x.dtype], x, key, params, out)
-        if _in_rows(params, key, shape, part):
-            _rows(KINDS[x.dtype], out, x, key, params, shape, part)
+            return _whole_row(Operation.DROPOUT, x, key, params, out)
+        if has_plan(params, key, shape, part):
+            _rows(Operation.DROPOUT, ELEMENT_TYPES[x.dtype], out, x, key, params, shape, part)
             return out
-    group = _group(x, key, params, shape) if part == WHOLE and contiguous else 0
+    single_key = key.dim() == 1 and key.is_contiguous()
+    group = group_size(x, key, params, shape) if part == WHOLE and contiguous and single_key else 0
     if group:
         params = _readable(params)
-        library.grouped(  # type: ignore[union-attr]
-            KINDS[x.dtype], out.data_ptr(), x.data_ptr(), x.numel() // group, group, key.data_ptr(),
+        library.groups(  # type: ignore[union-attr]
+            ELEMENT_TYPES[x.dtype], out.data_ptr(), x.data_ptr(), x.numel() // group, group, key.data_ptr(),
             _address(params), threads(),
         )  # fmt: skip
         return out
-    kept = keep_mask(shape, key, params, part)
-    if varying_dims(params):
-        return apply_mask(x, kept, params, out)
-    _spread(x, kept.expand(x.shape), params, out)
-    return out
+    return select(x, keep_mask(shape, key, params, part), params, out)
 
 
 def _is_single(params: MaskParams | Tensor) -> bool:
     return isinstance(params, MaskParams) or params.dim() == 1
 
 
-def _whole_row(kind: int, x: Tensor, key: Tensor, params: MaskParams | Tensor, out: Tensor) -> Tensor:
-    """A whole contiguous tensor under one key, with fewer steps: small tensors feel each of them."""
-    n, held = x.numel(), _readable(params)
-    library.masked_row(  # type: ignore[union-attr]
-        kind, out.data_ptr(), x.data_ptr(), n, key_bytes(key), _address(held), 1 if n < SERIAL else threads()
-    )
+def _whole_row(operation: Operation, x: Tensor, key: Tensor, params: MaskParams | Tensor, out: Tensor) -> Tensor:
+    """Runs an operation on a whole contiguous tensor under one key, in fewer steps, because small tensors feel each."""
+    n, readable = x.numel(), _readable(params)
+    library.row(  # type: ignore[union-attr]
+        operation, ELEMENT_TYPES[x.dtype], out.data_ptr(), x.data_ptr(), n, key_bytes(key), _address(readable),
+        1 if n < SERIAL else threads(),
+    )  # fmt: skip
     return out
 
 
 def _readable(params: MaskParams | Tensor) -> MaskParams | Tensor:
-    """One set of parameters, with its four numbers in a row in the host's memory."""
+    """Returns one set of parameters with its four numbers in a row in the host's memory."""
     return params if isinstance(params, MaskParams) else params.cpu().contiguous()
 
 
@@ -309,20 +295,19 @@ def _address(params: MaskParams | Tensor) -> int:
     return params.address if isinstance(params, MaskParams) else params.data_ptr()
 
 
-def _group(x: Tensor, key: Tensor, params: MaskParams | Tensor, shape: Sequence[int]) -> int:
-    """How many neighbors of a contiguous x share a draw under one key; 0 where the mask has another form."""
-    if key.dim() != 1 or not key.is_contiguous() or x.numel() == 0:
-        return 0
-    if not isinstance(params, MaskParams) and params.dim() != 1:
-        return 0
-    split = len(shape)
-    while split and shape[split - 1] == 1:
-        split -= 1
-    return math.prod(x.shape[split:]) if tuple(shape[:split]) == x.shape[:split] else 0
+def select(x: Tensor, kept: Tensor, params: MaskParams | Tensor, out: Tensor) -> Tensor:
+    if varying_dims(params):
+        return apply_mask(x, kept, params, out)
+    _select(x, kept.expand(x.shape), params, out)
+    return out
 
 
-def _spread(x: Tensor, kept: Tensor, params: MaskParams | Tensor, out: Tensor) -> None:
-    """A mask of x's shape, any strides: dimensions in the order of the output's memory, merged where all agree."""
+def _select(x: Tensor, kept: Tensor, params: MaskParams | Tensor, out: Tensor) -> None:
+    """Applies a mask of x's shape to tensors of any strides, under one set of parameters.
+
+    The kernel gets the dimensions in the order of the output's memory. Those that lie together in all three tensors are
+    merged into one.
+    """
     if not out.numel():
         return
     strides = zip(x.shape, out.stride(), x.stride(), kept.stride(), strict=True)
@@ -333,10 +318,10 @@ def _spread(x: Tensor, kept: Tensor, params: MaskParams | Tensor, out: Tensor) -
         else:
             dims.append([size, *steps])
     columns = [(c_int64 * len(dims))(*column) for column in zip(*dims, strict=True)] if dims else [(c_int64 * 1)(1)] * 4
-    held = _readable(params if isinstance(params, MaskParams) else params.reshape(4))
-    failed = library.spread(  # type: ignore[union-attr]
-        KINDS[x.dtype], out.data_ptr(), x.data_ptr(), kept.data_ptr(), max(len(dims), 1), *columns,
-        _address(held), threads(), ANY_WIDTH,
+    readable = _readable(params if isinstance(params, MaskParams) else params.reshape(4))
+    failed = library.select(  # type: ignore[union-attr]
+        ELEMENT_TYPES[x.dtype], out.data_ptr(), x.data_ptr(), kept.data_ptr(), max(len(dims), 1), *columns,
+        _address(readable), threads(), ANY_WIDTH,
     )  # fmt: skip
     if failed:
         raise RuntimeError(f"torchdrop's native kernels take at most 64 dimensions, got {x.dim()}")
@@ -352,11 +337,11 @@ def dropout_add(
 ) -> Tensor | None:
     if not (x.is_contiguous() and residual.is_contiguous() and (bias is None or bias.is_contiguous())):
         return None
-    held, out = _readable(params), torch.empty_like(x)
+    readable, out = _readable(params), torch.empty_like(x)
     library.fused(  # type: ignore[union-attr]
-        ADD, KINDS[x.dtype], out.data_ptr(), x.data_ptr(), None if bias is None else bias.data_ptr(),
-        1 if bias is None else bias.numel(), residual.data_ptr(), x.numel(), key_bytes(key), _address(held), threads(),
-        ANY_WIDTH,
+        Operation.DROPOUT_ADD, ELEMENT_TYPES[x.dtype], out.data_ptr(), x.data_ptr(),
+        None if bias is None else bias.data_ptr(), 1 if bias is None else bias.numel(), residual.data_ptr(), x.numel(),
+        key_bytes(key), _address(readable), threads(), ANY_WIDTH,
     )  # fmt: skip
     return out
 
@@ -364,7 +349,7 @@ def dropout_add(
 def activation_dropout(x: Tensor, key: Tensor, params: MaskParams | Tensor, activation: str) -> Tensor | None:
     if activation != "relu" or not x.is_contiguous():
         return None
-    return _whole_row(KINDS[x.dtype] + RECTIFIED, x, key, params, torch.empty_like(x))
+    return _whole_row(Operation.RELU_DROPOUT, x, key, params, torch.empty_like(x))
 
 
 def activation_dropout_backward(
@@ -372,9 +357,9 @@ def activation_dropout_backward(
 ) -> Tensor | None:
     if activation != "relu" or not (grad.is_contiguous() and kept.is_contiguous()):
         return None
-    held, out = _readable(params), torch.empty_like(grad)
+    readable, out = _readable(params), torch.empty_like(grad)
     library.fused(  # type: ignore[union-attr]
-        RELU_BACKWARD, KINDS[grad.dtype], out.data_ptr(), grad.data_ptr(), None, 1, kept.data_ptr(), grad.numel(),
-        NO_KEY, _address(held), threads(), ANY_WIDTH,
+        Operation.RELU_DROPOUT_BACKWARD, ELEMENT_TYPES[grad.dtype], out.data_ptr(), grad.data_ptr(), None, 1,
+        kept.data_ptr(), grad.numel(), NO_KEY, _address(readable), threads(), ANY_WIDTH,
     )  # fmt: skip
     return out

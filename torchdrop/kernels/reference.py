@@ -1,14 +1,14 @@
-"""The specification, in plain integer operations on tensors: what the draws are, and what a kernel makes of them.
+"""The specification of random bits and masks, in plain integer operations on tensors. It runs on any device.
 
-Every other backend that claims the same masks is held to this file bit for bit. It runs on any device.
+Every other backend that claims the same masks must agree with this file bit for bit.
 
-- A block is Philox4x32-10 (Salmon et al., SC 2011) of the counter (block number, stream) under the key seed; seed,
-  stream and block number have 64 bits, and the block gives four 32-bit words.
-- Element i takes 16 bits from block i // 8: the lower half of word (i % 8) // 2 if i is even, else its upper half.
-  They are the upper half of its draw. The lower half comes in the same way from block 2**61 + i // 8.
-- It is kept when the draw is below the threshold.
-- Standard normal variate i comes from block 2**62 + i // 4: words 0 and 1 give variates 0 and 1 by Box and Muller's
-  method, words 2 and 3 give variates 2 and 3.
+- A block is Philox4x32-10 (Salmon et al., SC 2011) of the counter (block number, stream) under the key seed. Seed,
+  stream and block number have 64 bits each, and the block has four 32-bit words.
+- Element i has 32 random bits. Block i // 8 gives their upper half: the lower half of word (i % 8) // 2 if i is even,
+  and the upper half of that word if i is odd. Block 2**61 + i // 8 gives their lower half in the same way.
+- An element is kept where the unsigned integer that its random bits make is below the threshold.
+- Standard normal variate i comes from block 2**62 + i // 4: words 0 and 1 give variates 0 and 1 by the method of Box
+  and Muller, and words 2 and 3 give variates 2 and 3.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .mask_params import MaskParams
-from .masking import COMPUTE_DTYPE, WHOLE, MaskSlice, apply_mask, trailing
+from .masking import COMPUTE_DTYPE, WHOLE, MaskSlice, apply_mask, unpack_params
 
 NAME = "reference"
 
@@ -33,7 +33,7 @@ def unsupported_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
 
 
 def philox(block: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four words, as int64 tensors, of the blocks with these numbers.
+    """Returns the four words of the blocks with these numbers, as int64 tensors.
 
     `key` holds (seed, stream) in its last dimension; its other dimensions broadcast against `block`.
     """
@@ -47,40 +47,40 @@ def philox(block: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return c0, c1, c2, c3
 
 
-def _words(first: int, last: int, plane: int, key: Tensor) -> Tensor:
-    """Blocks first to last - 1, four words each, in the last two dimensions."""
+def _blocks(first: int, last: int, plane: int, key: Tensor) -> Tensor:
+    """Returns blocks first to last - 1 of a plane, with four words each, in the last two dimensions."""
     block = torch.arange(first, last, device=key.device) + plane
     return torch.stack(torch.broadcast_tensors(*philox(block, key.unsqueeze(-2))), -1)
 
 
 def _halves(first: int, last: int, plane: int, key: Tensor) -> Tensor:
-    """The 16-bit values of blocks first to last - 1, in order, in the last dimension."""
-    words = _words(first, last, plane, key)
+    """Returns the halves of the words of blocks first to last - 1, in order, in the last dimension."""
+    words = _blocks(first, last, plane, key)
     return torch.stack([words & 0xFFFF, words >> 16], -1).flatten(-3)
 
 
-def of_part(row: Callable[[int, int], Tensor], shape: Sequence[int], key: Tensor, part: MaskSlice) -> Tensor:
-    """The rows of a part, each from `row`, which takes an index and a length."""
+def stack_rows(row: Callable[[int, int], Tensor], shape: Sequence[int], key: Tensor, part: MaskSlice) -> Tensor:
+    """Stacks the rows of a slice. `row` makes each of them from its first index and its length."""
     count, length, pitch = part.rows(math.prod(shape))
     rows = [row(part.start + r * pitch, length) for r in range(count)]
     out = torch.stack(rows, -2) if count else row(part.start, 0)
     return out.reshape((*key.shape[:-1], *shape))
 
 
-def draws(shape: Sequence[int], key: Tensor, part: MaskSlice = WHOLE) -> Tensor:
-    """The 32-bit draws of the part's elements as int64, of shape ``key.shape[:-1] + shape``."""
+def random_bits(shape: Sequence[int], key: Tensor, part: MaskSlice = WHOLE) -> Tensor:
+    """Returns the random bits of the slice's elements, 32 each, as int64 of shape ``key.shape[:-1] + shape``."""
 
     def row(start: int, n: int) -> Tensor:
         first, last, skip = start // 8, -(-(start + n) // 8), start % 8
-        draw = _halves(first, last, 0, key) << 16 | _halves(first, last, SECOND_PLANE, key)
-        return draw[..., skip : skip + n]
+        bits = _halves(first, last, 0, key) << 16 | _halves(first, last, SECOND_PLANE, key)
+        return bits[..., skip : skip + n]
 
-    return of_part(row, shape, key, part)
+    return stack_rows(row, shape, key, part)
 
 
 def keep_mask(shape: Sequence[int], key: Tensor, params: MaskParams | Tensor, part: MaskSlice = WHOLE) -> Tensor:
-    """True where the draw is below the parameters' threshold, of shape ``key.shape[:-1] + shape``."""
-    return draws(shape, key, part) < trailing(params, key.device)[0]
+    """Returns True where the random bits are below the threshold, in the shape ``key.shape[:-1] + shape``."""
+    return random_bits(shape, key, part) < unpack_params(params, key.device)[0]
 
 
 def masked(
@@ -91,8 +91,11 @@ def masked(
     part: MaskSlice = WHOLE,
     out: Tensor | None = None,
 ) -> Tensor:
-    """`x` under the parameters and a mask of this shape, broadcast where it has ones."""
+    """Applies the parameters to x, under a mask of this shape that is broadcast where it has ones."""
     return apply_mask(x, keep_mask(shape, key, params, part), params, out)
+
+
+select = apply_mask
 
 
 def _log(u: Tensor) -> Tensor:
@@ -124,19 +127,19 @@ def _circle(word: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normals(words: Tensor) -> Tensor:
-    """The variates of blocks whose words lie in the last dimension, in order in the last dimension."""
+    """Makes normal variates from the words in the last dimension, as many as there are words and in their order."""
     first, second = words[..., 0::2], words[..., 1::2]
     square = -2.0 * _log((first.to(torch.float64) + 0.5) * 2.0**-32)
-    radius = square * square.rsqrt()  # sqrt() may go to a vector library that does not round exactly
+    radius = square * square.rsqrt()  # sqrt() may call a vector library that does not round exactly
     cosine, sine = _circle(second)
     return torch.stack([radius * cosine, radius * sine], -1).flatten(-3)
 
 
 def standard_normal(shape: Sequence[int], key: Tensor, part: MaskSlice = WHOLE) -> Tensor:
-    """Standard normal variates of the part's elements as float64, of shape ``key.shape[:-1] + shape``."""
+    """Returns standard normal variates of the slice's elements, as float64 of shape ``key.shape[:-1] + shape``."""
 
     def row(start: int, n: int) -> Tensor:
-        words = _words(start // 4, -(-(start + n) // 4), NORMAL_PLANE, key)
+        words = _blocks(start // 4, -(-(start + n) // 4), NORMAL_PLANE, key)
         return normals(words)[..., start % 4 : start % 4 + n]
 
-    return of_part(row, shape, key, part)
+    return stack_rows(row, shape, key, part)

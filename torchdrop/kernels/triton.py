@@ -1,8 +1,7 @@
-"""Triton kernels for CUDA: the masks of the reference, bit for bit, in one pass over memory.
+"""The Triton backend for CUDA: the masks of the reference, bit for bit, in one pass over memory.
 
-Keys are read in the kernels, from the device's memory, and a `MaskParams` goes in by value: a launch copies nothing and
-waits for nothing, so it can be captured in a CUDA graph. Triton itself is imported when a tensor is there that it can
-serve.
+The kernels read keys from the device's memory and get a `MaskParams` by value. So a launch copies nothing and waits for
+nothing, and a CUDA graph can capture it. Triton itself is imported when there is a tensor that it can serve.
 """
 
 from __future__ import annotations
@@ -20,23 +19,24 @@ import torch
 from torch import Tensor
 
 from ..core.torch_state import current_cuda_device, without_dispatch_modes
-from . import native, reference
+from . import reference
 from .mask_params import ONE, MaskParams
-from .masking import COMPUTE_DTYPE, WHOLE, MaskSlice, apply_mask, held, trailing
+from .masking import COMPUTE_DTYPE, WHOLE, MaskSlice, apply_mask, params_by_value, unpack_params
+from .rows import group_size, has_plan, plan_rows
 
 NAME = "triton"
 
 _WARPS, _VECTORS = 4, 256
-"""A program's warps, and the vectors of 16 bytes that it serves: two for a thread."""
+"""A program has so many warps, and serves so many vectors of 16 bytes: two for each thread."""
 
-_BRIEF = 32
-"""The vectors of a program of one warp, for rows that are no longer than that."""
+_SHORT_VECTORS = 32
+"""A program of one warp serves so many vectors. Rows that are no longer than that get such programs."""
 
-_INTERPRETED = 4096
-"""The vectors of a program in the interpreter, which takes as long for many as for few."""
+_INTERPRETED_VECTORS = 4096
+"""A program in the interpreter serves so many vectors, because the interpreter takes as long for many as for few."""
 
 _TILES = ((16, 128), (64, 32), (256, 8))
-"""Neighbors of a group, and groups, that a program serves where they share draws."""
+"""Where groups of neighbors share their random bits, a program serves so many neighbors of so many groups."""
 
 
 @functools.cache
@@ -52,14 +52,21 @@ def _kernels() -> ModuleType:
 
 
 @functools.cache
+def _functions() -> ModuleType:
+    from . import triton_functions
+
+    return triton_functions
+
+
+@functools.cache
 def _interpreted() -> bool:
-    """Whether Triton's interpreter is on, for which triton is not imported where nothing asks for it."""
-    return "TRITON_INTERPRET" in os.environ and _kernels().INTERPRETED
+    """Whether Triton's interpreter is on. triton is not imported to find that out where no variable asks for it."""
+    return "TRITON_INTERPRET" in os.environ and _functions().INTERPRETED
 
 
 @functools.cache
 def _failure(index: int, dtype: torch.dtype) -> str:
-    """Why kernels cannot be compiled and launched on this CUDA device, found by trying one; "" if they can."""
+    """Tries a kernel on this CUDA device, and returns why it cannot be compiled or launched there; "" if it can."""
     device = torch.device("cuda", index)
     try:
         with without_dispatch_modes(), torch.inference_mode(False):
@@ -68,7 +75,7 @@ def _failure(index: int, dtype: torch.dtype) -> str:
             expected = reference.masked(x, key, half, x.shape)
             if not all(torch.equal(masked(x, key, half, x.shape), expected) for _ in range(2)):
                 raise RuntimeError("masks are not those of the reference")
-    except Exception as error:  # compilers, drivers and libraries fail in ways of their own
+    except Exception as error:  # compilers, drivers and libraries raise errors of any type
         why = f"{type(error).__name__}: {error}"
         warnings.warn(
             f"torchdrop's Triton kernels do not take {dtype} on {device}: masks for it come from another backend "
@@ -81,7 +88,7 @@ def _failure(index: int, dtype: torch.dtype) -> str:
 
 
 served: set[tuple[int | None, torch.dtype]] = set()
-"""The CUDA devices and element types for which a kernel has run."""
+"""A kernel has run for these CUDA devices and element types."""
 
 
 def unsupported_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -106,7 +113,7 @@ def _why_not(device: torch.device, dtype: torch.dtype) -> str:
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA device"
     if torch.cuda.is_current_stream_capturing():
-        return ""  # no time for a trial
+        return ""  # a trial would be captured
     index = torch.cuda.current_device() if device.index is None else device.index
     why = _failure(index, dtype)
     if why:
@@ -116,8 +123,8 @@ def _why_not(device: torch.device, dtype: torch.dtype) -> str:
 
 
 Values = tuple[int, int, float, float, float]
-"""Mask parameters as a kernel takes them: the threshold in two halves, scale, shift and fill. The upper half has 16
-bits, so the lower one of 2**32 has 17."""
+"""A kernel takes mask parameters as these: the threshold in two halves, scale, shift and fill. The upper half has 16
+bits, so the lower half of 2**32 has 17."""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -126,10 +133,12 @@ def _values(params: MaskParams) -> Values:
     return high, params.threshold - (high << 16), params.scale, params.shift, params.fill
 
 
-def _numbers(params: MaskParams | Tensor) -> tuple[Tensor | None, Values, bool]:
-    """Where a kernel reads mask parameters from, or their values. And whether something may be added to what is kept,
-    or put in the place of what is not."""
-    params = held(params)
+def _arguments_of(params: MaskParams | Tensor) -> tuple[Tensor | None, Values, bool]:
+    """Returns the memory that a kernel reads mask parameters from, or None and their values.
+
+    The third result says whether kept elements may be shifted, or dropped ones filled.
+    """
+    params = params_by_value(params)
     if isinstance(params, Tensor):
         return params.contiguous(), (0, 0, 0.0, 0.0, 0.0), True
     return None, _values(params), bool(params.shift or params.fill)
@@ -137,18 +146,19 @@ def _numbers(params: MaskParams | Tensor) -> tuple[Tensor | None, Values, bool]:
 
 @functools.cache
 def _vectors() -> int:
-    return _INTERPRETED if _kernels().INTERPRETED else _VECTORS
+    return _INTERPRETED_VECTORS if _functions().INTERPRETED else _VECTORS
 
 
 def _lanes(out: Tensor) -> int:
-    """The elements of a vector. A Philox block decides eight."""
+    """Counts the elements of a vector. There are eight at most, because a Philox block decides so many."""
     return min(16 // out.element_size(), 8)
 
 
 _Starter = Callable[..., None]
 
 _starters: dict[Any, _Starter] = {}
-"""What launches a kernel, by all that it is compiled for. Triton's own search takes longer than all else."""
+"""The functions that launch compiled kernels, by all that these are compiled for. Triton's own search would take
+longer than everything else."""
 
 
 def _launch(
@@ -159,9 +169,9 @@ def _launch(
     constants: tuple[Any, ...],
     warps: int = _WARPS,
 ) -> _Starter | None:
-    """Runs a kernel. `tensors` are of one element type, but for the key and the parameters that are among them.
+    """Runs a kernel. All `tensors` except the key and the parameters have the same element type.
 
-    Returns what launches the same kernel again; None in the interpreter, which compiles nothing.
+    Returns a function that launches the same kernel again, or None in the interpreter, which compiles nothing.
     """
     out = cast(Tensor, tensors[0])
     index = out.get_device()
@@ -174,7 +184,7 @@ def _launch(
     if start is not None:
         start(programs, *tensors, *values, *constants)
         return start
-    # Multiplication and addition stay apart: fused, they would round otherwise than the reference does.
+    # A fused multiplication and addition would be rounded once, and the reference rounds twice.
     kernel = getattr(_kernels(), name)[(programs,)]
     compiled = kernel(*tensors, *values, *constants, num_warps=warps, enable_fp_fusion=False)
     if compiled is None:
@@ -192,46 +202,37 @@ def _rows(
     shape: Sequence[int],
     part: MaskSlice,
 ) -> None:
-    """Contiguous elements of a mask of shape ``key.shape[:-1] + shape``, in rows that share a key and parameters."""
-    keys, dims, full = key.dim() - 1, native.varying_dims(params), (*key.shape[:-1], *shape)
-    split = max(keys, dims)
-    if split == keys:
-        rows_per_key, length, pitch = part.rows(math.prod(shape))
-    else:
-        rows_per_key, length = math.prod(full[keys:split]), math.prod(full[split:])
-        pitch = length
-    rows = math.prod(full[:keys]) * rows_per_key
+    """Runs the kernel for contiguous elements of a mask of shape ``key.shape[:-1] + shape``, for which `has_plan` is
+    true. `makes` is "product", "mask" or "random_bits"."""
+    rows, length, rows_per_key, pitch, params_for, given = plan_rows(key, params, shape, part)
     if rows * length == 0:
         return
-    params_of = "all"
-    if dims:
-        params_of = "key" if split == keys else "row"
-        params = params[(slice(None),) * split + (0,) * (len(full) - split)].expand(*full[:split], 4)  # type: ignore[index]
-        params = params.to(out.device).contiguous()
+    if params_for != "all":
+        given = cast(Tensor, given).to(out.device).contiguous()
     lanes = _lanes(out)
     aligned = part.start % lanes == 0 and (
         rows == 1 or (length % lanes == 0 and (rows_per_key == 1 or pitch % lanes == 0))
     )
     skip = 0 if aligned else part.start % lanes if rows == 1 else lanes - 1
-    brief = skip + length <= _BRIEF * lanes and rows > 1
-    vectors = _BRIEF if brief else _vectors()
+    short = skip + length <= _SHORT_VECTORS * lanes and rows > 1
+    vectors = _SHORT_VECTORS if short else _vectors()
     chunks = -(-(skip + length) // (vectors * lanes))
-    in_memory, values, affine = _numbers(params)
+    in_memory, values, affine = _arguments_of(given)
     _launch(
         "rows", rows * chunks, (out, x, key.contiguous(), in_memory),
         (*values, part.start, length, pitch, rows_per_key, chunks),
-        (makes, affine, params_of, rows == 1, aligned, vectors, lanes),
-        1 if brief else _WARPS,
+        (makes, affine, params_for, rows == 1, aligned, vectors, lanes),
+        1 if short else _WARPS,
     )  # fmt: skip
 
 
 _ready: dict[tuple[int, torch.dtype], tuple[_Starter, int, tuple[Any, ...]]] = {}
-"""For a device and element type: what launches the kernel of `masked_row` for aligned tensors and parameters that only
-scale, the elements that a program serves, and the kernel's constants."""
+"""What `masked_row` needs for each device and element type, if tensors are aligned and parameters only scale: the
+function that launches its kernel, the number of elements that a program serves, and the kernel's constants."""
 
 
 def masked_row(x: Tensor, key: Tensor, params: MaskParams, out: Tensor | None = None) -> Tensor:
-    """What `masked` does for a whole contiguous tensor under one key, itself contiguous, in less time."""
+    """Does what `masked` does for a whole contiguous tensor under one contiguous key, in less time."""
     if out is None:
         out = torch.empty_like(x)
     n = x.numel()
@@ -258,18 +259,19 @@ def masked_row(x: Tensor, key: Tensor, params: MaskParams, out: Tensor | None = 
 _NO_PARAMS = MaskParams(0, 0.0)
 
 
-def draws(shape: Sequence[int], key: Tensor, part: MaskSlice = WHOLE) -> Tensor:
+def random_bits(shape: Sequence[int], key: Tensor, part: MaskSlice = WHOLE) -> Tensor:
     out = torch.empty((*key.shape[:-1], *shape), dtype=torch.int64, device=key.device)
-    _rows("draws", out, None, key, _NO_PARAMS, shape, part)
+    _rows("random_bits", out, None, key, _NO_PARAMS, shape, part)
     return out
 
 
 standard_normal = reference.standard_normal
+select = apply_mask
 
 
 def keep_mask(shape: Sequence[int], key: Tensor, params: MaskParams | Tensor, part: MaskSlice = WHOLE) -> Tensor:
-    if not native._in_rows(params, key, shape, part):
-        return draws(shape, key, part) < trailing(params, key.device)[0]
+    if not has_plan(params, key, shape, part):
+        return random_bits(shape, key, part) < unpack_params(params, key.device)[0]
     out = torch.empty((*key.shape[:-1], *shape), dtype=torch.bool, device=key.device)
     _rows("mask", out, None, key, params, shape, part)
     return out
@@ -288,8 +290,8 @@ def masked(
     contiguous = x.is_contiguous() and out.is_contiguous()
     if contiguous and part == WHOLE and type(params) is MaskParams and key.dim() == 1 and tuple(shape) == x.shape:
         return masked_row(x, key.contiguous(), params, out)
-    in_rows = (*key.shape[:-1], *shape) == x.shape and native._in_rows(params, key, shape, part)
-    width = 0 if in_rows or part.run else _width(x, key, params, shape)
+    in_rows = (*key.shape[:-1], *shape) == x.shape and has_plan(params, key, shape, part)
+    width = 0 if in_rows or part.run else group_size(x, key, params, shape)
     if not (in_rows or width):
         return apply_mask(x, keep_mask(shape, key, params, part), params, out)
     if not contiguous:
@@ -301,23 +303,12 @@ def masked(
     return out
 
 
-def _width(x: Tensor, key: Tensor, params: MaskParams | Tensor, shape: Sequence[int]) -> int:
-    """How many neighbors of x, once contiguous, share a draw; 0 where the mask has another form."""
-    keys, split = key.dim() - 1, len(shape)
-    if native.varying_dims(params) or x.numel() == 0:
-        return 0
-    while split and shape[split - 1] == 1:
-        split -= 1
-    full = (*key.shape[:-1], *shape[:split])
-    return math.prod(x.shape[keys + split :]) if full == x.shape[: keys + split] else 0
-
-
 def _groups(out: Tensor, x: Tensor, key: Tensor, params: MaskParams | Tensor, start: int, width: int) -> None:
     keys = math.prod(key.shape[:-1])
     count = x.numel() // (keys * width)
     tile_width, tile_groups = next((tile for tile in _TILES if width <= tile[0]), _TILES[-1])
     tiles, chunks = -(-(start % 8 + count) // tile_groups), -(-width // tile_width)
-    in_memory, values, affine = _numbers(params)
+    in_memory, values, affine = _arguments_of(params)
     _launch(
         "groups", keys * tiles * chunks, (out, x, key.contiguous(), in_memory),
         (*values, start, count, width, tiles, chunks), (affine, width % 8 == 0, tile_groups, tile_width),
@@ -334,7 +325,7 @@ def dropout_add(
         return None
     out, lanes, vectors = torch.empty_like(x), _lanes(x), _vectors()
     if x.numel():
-        in_memory, values, affine = _numbers(params)
+        in_memory, values, affine = _arguments_of(params)
         _launch(
             "add", -(-x.numel() // (vectors * lanes)), (out, x, bias, residual, key.contiguous(), in_memory),
             (*values, x.numel(), width), (affine, width % lanes == 0, vectors, lanes),
@@ -349,7 +340,7 @@ def activation_dropout(x: Tensor, key: Tensor, params: MaskParams | Tensor, acti
 def _activation(x: Tensor, grad: Tensor | None, key: Tensor, params: MaskParams | Tensor, activation: str) -> Tensor:
     out, lanes, vectors = torch.empty_like(x), _lanes(x), _vectors()
     if x.numel():
-        in_memory, values, affine = _numbers(params)
+        in_memory, values, affine = _arguments_of(params)
         _launch(
             "activation", -(-x.numel() // (vectors * lanes)), (out, x, grad, key.contiguous(), in_memory),
             (*values, x.numel()), (affine, activation, vectors, lanes),
@@ -366,13 +357,9 @@ def activation_dropout_backward(
         return _activation(kept, grad, key, params, activation)
     out, elements = torch.empty_like(grad), _vectors() * _lanes(grad)
     if grad.numel():
-        in_memory, values, _ = _numbers(params)
-        programs = -(-grad.numel() // elements)
+        in_memory, values, _ = _arguments_of(params)
         _launch(
-            "relu_backward",
-            programs,
-            (out, grad, kept, in_memory),
-            (values[2], values[4], grad.numel()),
-            (elements,),
-        )
+            "relu_backward", -(-grad.numel() // elements), (out, grad, kept, in_memory),
+            (values[2], values[4], grad.numel()), (elements,),
+        )  # fmt: skip
     return out

@@ -22,7 +22,7 @@ from ..core.checks import check_bool
 from ..core.inputs import check_input
 from ..core.rate import DEFAULT_P, InplaceRated, as_rate
 from ..core.symbolic import leaf, recorded
-from ..kernels.masking import scaled_where, trailing
+from ..kernels.masking import scaled_where, unpack_params
 from ..ops import operators
 
 Sequences = TypeVar("Sequences", Tensor, PackedSequence)
@@ -116,7 +116,7 @@ def locked_dropout(
     if order is None:
         order = torch.arange(shape[0], device=kept.device)
     rows = torch.cat([order[:size] for size in input.batch_sizes.tolist()])
-    scale: Any = trailing(params, kept.device)[1]
+    scale: Any = unpack_params(params, kept.device)[1]
     if isinstance(scale, Tensor):
         scale = scale.to(kept.device).expand(shape)[rows]
     out = scaled_where(kept[rows], input.data, scale)

@@ -1,8 +1,8 @@
-"""The short roads: dropout of contiguous tensors in eager mode. Python's overhead is what small ones cost.
+"""The fast path: dropout of contiguous tensors in eager mode, where Python's overhead is most of what small ones cost.
 
-They give what the general roads give (tests compare them) with fewer calls. On the CPU the key is drawn as 16 bytes
-instead of a tensor, and the kernel is called with addresses; on CUDA it stays a tensor in the device's memory. All that
-is held for backward is the key and the parameters, and the output of a rectifier.
+It gives what the general path gives (tests compare them) with fewer calls. On the CPU the key is drawn as 16 bytes
+instead of a tensor, and the kernel is called with addresses. On CUDA the key stays a tensor in the device's memory.
+Backward needs only the key and the parameters, and for relu its output.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from .. import kernels, random
 from ..core.torch_state import function_modes, is_observed, is_watched, lean_node_of, without_function_modes
 from ..kernels import native, triton
 from ..kernels.mask_params import ONE, MaskParams
+from ..kernels.native import ElementType
 from . import fused, operators
 
 _CPU = torch.device("cpu")
@@ -28,30 +29,35 @@ _is_grad_enabled = torch.is_grad_enabled
 _key = random.key_bytes
 _threads = native.threads
 _SERIAL = native.SERIAL
-_kind_of = native.KINDS.get
-_row: Any = native.library.masked_row if native.library is not None else None
-_groups: Any = native.library.grouped if native.library is not None else None
+_element_type_of = native.ELEMENT_TYPES.get
+_row: Any = native.library.row if native.library is not None else None
+_groups: Any = native.library.groups if native.library is not None else None
 _fused: Any = native.library.fused if native.library is not None else None
-_RECTIFIED, _ADD, _RELU_BACKWARD = native.RECTIFIED, native.ADD, native.RELU_BACKWARD
+_DROPOUT, _RELU_DROPOUT = native.Operation.DROPOUT, native.Operation.RELU_DROPOUT
+_DROPOUT_ADD, _RELU_DROPOUT_BACKWARD = native.Operation.DROPOUT_ADD, native.Operation.RELU_DROPOUT_BACKWARD
 _ANY_WIDTH = native.ANY_WIDTH
 
-State = tuple[int, int, bytes, int, MaskParams]
+State = tuple[ElementType, int, bytes, int, MaskParams]
+"""Element type, number of elements, key, address of the parameters, and the parameters."""
 
 
-def _unseen(road: Callable[..., Tensor | None], *args: Any) -> Tensor | None:
-    """What a road gives under function modes, if all they do is name a default device: every device is named here. The
-    modes are set aside meanwhile, for else each look at a tensor would be a call of theirs."""
+def _unseen(path: Callable[..., Tensor | None], *args: Any) -> Tensor | None:
+    """Takes a fast path under function modes, if all they do is name a default device: every device is named here.
+
+    The modes are set aside meanwhile, because they would be called at each look at a tensor.
+    """
     if is_watched():
         return None
     with without_function_modes():
-        return road(*args, True)
+        return path(*args, True)
 
 
-def _kind(x: Tensor) -> int | None:
-    """The kind of a CPU tensor that lies in its memory as a row; None where this road does not lead there."""
-    kind = type(x)
+def _served_element_type(x: Tensor) -> ElementType | None:
+    """Returns the element type of a CPU tensor that is one row in memory, or None where the fast path does not serve
+    it."""
+    cls = type(x)
     if (
-        (kind is not Tensor and kind is not Parameter)
+        (cls is not Tensor and cls is not Parameter)
         or x.layout is not _strided
         or x.is_neg()
         or not x.is_cpu
@@ -62,14 +68,14 @@ def _kind(x: Tensor) -> int | None:
         or is_observed()
     ):
         return None
-    return _kind_of(x.dtype)
+    return _element_type_of(x.dtype)
 
 
 def _is_served_row(x: Tensor) -> bool:
-    """Whether it is a CUDA tensor that lies in its memory as a row, of a type for which kernels have run there."""
-    kind = type(x)
+    """Whether it is a CUDA tensor that is one row in memory, and kernels for its type have run on its device."""
+    cls = type(x)
     return (
-        (kind is Tensor or kind is Parameter)
+        (cls is Tensor or cls is Parameter)
         and x.is_cuda
         and (x.get_device(), x.dtype) in triton.served
         and x.layout is _strided
@@ -83,14 +89,14 @@ def _is_served_row(x: Tensor) -> bool:
 
 
 def fast_dropout(x: Tensor, params: MaskParams, unseen: bool = False) -> Tensor | None:
-    """Inverted dropout of x, or None where this road does not lead there.
+    """Returns inverted dropout of x, or None where the fast path does not serve it.
 
-    It leads there under function modes if they have no say in what is done; `unseen` is for `_unseen` to set.
+    It serves x under function modes if these do not have to see the call. Only `_unseen` sets `unseen`.
     """
     if function_modes() and not unseen:
         return _unseen(fast_dropout, x, params)
-    code = _kind(x)
-    if code is None:
+    element_type = _served_element_type(x)
+    if element_type is None:
         return _dropout_on_cuda(x, params) if _is_served_row(x) else None
     n, source = x.numel(), x.data_ptr()
     if not source:
@@ -100,9 +106,9 @@ def fast_dropout(x: Tensor, params: MaskParams, unseen: bool = False) -> Tensor 
         return x
     key = _key.memory.raw
     if x.requires_grad and _is_grad_enabled():
-        return _record(x, (code, n, key, params.address, params))
+        return _record(x, (element_type, n, key, params.address, params))
     out = _empty_like(x)
-    _row(code, out.data_ptr(), source, n, key, params.address, 1 if n < _SERIAL else _threads())
+    _row(_DROPOUT, element_type, out.data_ptr(), source, n, key, params.address, 1 if n < _SERIAL else _threads())
     return out
 
 
@@ -116,17 +122,18 @@ def _dropout_on_cuda(x: Tensor, params: MaskParams) -> Tensor:
 
 
 def fast_channel_dropout(x: Tensor, params: MaskParams, mask: Sequence[int], unseen: bool = False) -> Tensor | None:
-    """Inverted dropout under a mask of this shape, x's with ones at its end; None as `fast_dropout`."""
+    """Returns inverted dropout under a mask of this shape, which is x's with ones at its end; or None as `fast_dropout`
+    does."""
     if function_modes() and not unseen:
         return _unseen(fast_channel_dropout, x, params, mask)
-    code = _kind(x)
-    if code is None or not x.data_ptr():
+    element_type = _served_element_type(x)
+    if element_type is None or not x.data_ptr():
         return None
     _key.draw()
     if params.threshold == ONE:
         return x
     n = x.numel()
-    state, group = (code, n, _key.memory.raw, params.address, params), n // math.prod(mask)
+    state, group = (element_type, n, _key.memory.raw, params.address, params), n // math.prod(mask)
     if x.requires_grad and _is_grad_enabled():
         return _record_channels(x, state, mask, group)
     return _grouped(x, state, group)
@@ -135,43 +142,46 @@ def fast_channel_dropout(x: Tensor, params: MaskParams, mask: Sequence[int], uns
 def fast_dropout_add(
     x: Tensor, bias: Tensor | None, residual: Tensor, params: MaskParams, unseen: bool = False
 ) -> Tensor | None:
-    """Dropout with a residual added after it and a bias before it, or None where this road does not lead there."""
+    """Returns dropout with a residual added after it and a bias before it, or None as `fast_dropout` does."""
     if function_modes() and not unseen:
         return _unseen(fast_dropout_add, x, bias, residual, params)
-    code = _kind(x)
+    element_type = _served_element_type(x)
     if (
-        code is None
+        element_type is None
         or not isinstance(residual, Tensor)
         or residual.dtype != x.dtype
         or residual.shape != x.shape
-        or _kind(residual) is None
+        or _served_element_type(residual) is None
         or not x.data_ptr()
         or not residual.data_ptr()
     ):
         return None
     if bias is not None and (
-        not isinstance(bias, Tensor) or bias.dtype != x.dtype or bias.shape != x.shape[-1:] or _kind(bias) is None
+        not isinstance(bias, Tensor)
+        or bias.dtype != x.dtype
+        or bias.shape != x.shape[-1:]
+        or _served_element_type(bias) is None
     ):
         return None
     _key.draw()
     if params.threshold == ONE:
         return fused.composed_add(x, bias, residual, lambda whole: whole)
-    state = (code, x.numel(), _key.memory.raw, params.address, params)
+    state = (element_type, x.numel(), _key.memory.raw, params.address, params)
     wanted = x.requires_grad or residual.requires_grad or (bias is not None and bias.requires_grad)
     return _record_add(x, bias, residual, state) if wanted and _is_grad_enabled() else _added(x, bias, residual, state)
 
 
 def fast_activation_dropout(x: Tensor, params: MaskParams, activation: str, unseen: bool = False) -> Tensor | None:
-    """An activation and inverted dropout of x, or None where this road does not lead there."""
+    """Returns inverted dropout of an activation of x, or None as `fast_dropout` does."""
     if function_modes() and not unseen:
         return _unseen(fast_activation_dropout, x, params, activation)
-    code = _kind(x)
-    if code is None or not x.data_ptr():
+    element_type = _served_element_type(x)
+    if element_type is None or not x.data_ptr():
         return None
     _key.draw()
     if params.threshold == ONE:
         return fused.ACTIVATIONS[activation].function(x)
-    state = (code, x.numel(), _key.memory.raw, params.address, params)
+    state = (element_type, x.numel(), _key.memory.raw, params.address, params)
     recorded = x.requires_grad and _is_grad_enabled()
     if activation == "relu":
         return _record_relu(x, state) if recorded else _rectified(x, state)
@@ -179,24 +189,24 @@ def fast_activation_dropout(x: Tensor, params: MaskParams, activation: str, unse
 
 
 def _again(grad: Tensor, state: State, shape: Sequence[int]) -> Tensor:
-    """The derivative's map, which is forward's under the parameters' linear part."""
-    code, n, key, address, params = state
-    if _is_row(grad, shape, code):
+    """Applies the derivative, which is forward's map under the linear part of the parameters."""
+    element_type, n, key, address, params = state
+    if _is_row(grad, shape, element_type):
         out = _empty_like(grad)
-        _row(code, out.data_ptr(), grad.data_ptr(), n, key, address, 1 if n < _SERIAL else _threads())
+        _row(_DROPOUT, element_type, out.data_ptr(), grad.data_ptr(), n, key, address, 1 if n < _SERIAL else _threads())
         return out
     return operators.masked(operators.fitting(grad, shape, _CPU), random.key_tensor(key), params, shape)
 
 
-def _is_row(grad: Tensor, shape: Sequence[int], code: int, device: int = -1) -> bool:
-    """Whether a gradient is like the output, lies in its memory as a row, and nothing watches.
+def _is_row(grad: Tensor, shape: Sequence[int], element_type: ElementType, device: int = -1) -> bool:
+    """Whether a gradient is like the output, is one row in memory, and nothing has to see the call.
 
-    Autograd gives no other than one like the output, but a node may be called by hand.
+    Autograd always gives a gradient like the output, but a node may be called by hand.
     """
     if (
         type(grad) is not Tensor
         or grad.shape != shape
-        or _kind_of(grad.dtype) != code
+        or _element_type_of(grad.dtype) != element_type
         or grad.get_device() != device
         or not grad.is_contiguous()
         or grad.is_neg()
@@ -211,17 +221,18 @@ def _is_row(grad: Tensor, shape: Sequence[int], code: int, device: int = -1) -> 
 
 
 def _grouped(x: Tensor, state: State, group: int) -> Tensor:
-    code, n, key, address, _ = state
+    element_type, n, key, address, _ = state
     out = _empty_like(x)
-    _groups(code, out.data_ptr(), x.data_ptr(), n // group, group, key, address, 1 if n < _SERIAL else _threads())
+    threads = 1 if n < _SERIAL else _threads()
+    _groups(element_type, out.data_ptr(), x.data_ptr(), n // group, group, key, address, threads)
     return out
 
 
 def _added(x: Tensor, bias: Tensor | None, residual: Tensor, state: State) -> Tensor:
-    code, n, key, address, _ = state
+    element_type, n, key, address, _ = state
     out = _empty_like(x)
     _fused(
-        _ADD, code, out.data_ptr(), x.data_ptr(), None if bias is None else bias.data_ptr(),
+        _DROPOUT_ADD, element_type, out.data_ptr(), x.data_ptr(), None if bias is None else bias.data_ptr(),
         1 if bias is None else bias.numel(), residual.data_ptr(), n, key, address, 1 if n < _SERIAL else _threads(),
         _ANY_WIDTH,
     )  # fmt: skip
@@ -229,17 +240,17 @@ def _added(x: Tensor, bias: Tensor | None, residual: Tensor, state: State) -> Te
 
 
 def _rectified(x: Tensor, state: State) -> Tensor:
-    code, n, key, address, _ = state
+    element_type, n, key, address, _ = state
     out = _empty_like(x)
-    _row(code + _RECTIFIED, out.data_ptr(), x.data_ptr(), n, key, address, 1 if n < _SERIAL else _threads())
+    _row(_RELU_DROPOUT, element_type, out.data_ptr(), x.data_ptr(), n, key, address, 1 if n < _SERIAL else _threads())
     return out
 
 
 def _gelu(x: Tensor, state: State, activation: str) -> Tensor:
-    """Masked where it lies."""
-    code, n, key, address, _ = state
+    """Applies the mask in place, to the output of GELU."""
+    element_type, n, key, address, _ = state
     out = fused.ACTIVATIONS[activation].function(x)
-    _row(code, out.data_ptr(), out.data_ptr(), n, key, address, 1 if n < _SERIAL else _threads())
+    _row(_DROPOUT, element_type, out.data_ptr(), out.data_ptr(), n, key, address, 1 if n < _SERIAL else _threads())
     return out
 
 
@@ -247,9 +258,9 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, state: State) -> Tensor:
         ctx.state, ctx.shape = state, x.shape
-        code, n, key, address, _ = state
+        element_type, n, key, address, _ = state
         out = _empty_like(x)
-        _row(code, out.data_ptr(), x.data_ptr(), n, key, address, 1 if n < _SERIAL else _threads())
+        _row(_DROPOUT, element_type, out.data_ptr(), x.data_ptr(), n, key, address, 1 if n < _SERIAL else _threads())
         return out
 
     @staticmethod
@@ -260,13 +271,13 @@ class _Dropout(torch.autograd.Function):
 class _DropoutOnCUDA(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, key: Tensor, params: MaskParams) -> Tensor:
-        ctx.key, ctx.params, ctx.shape, ctx.code = key, params, x.shape, _kind_of(x.dtype)
+        ctx.key, ctx.params, ctx.shape, ctx.element_type = key, params, x.shape, _element_type_of(x.dtype)
         return triton.masked_row(x, key, params)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         key, params, shape = ctx.key, ctx.params, ctx.shape
-        if _is_row(grad, shape, ctx.code, key.get_device()):
+        if _is_row(grad, shape, ctx.element_type, key.get_device()):
             return triton.masked_row(grad, key, params), None, None
         return operators.masked(operators.fitting(grad, shape, key.device), key, params, shape), None, None
 
@@ -279,8 +290,8 @@ class _ChannelDropout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        code, _, key, _, params = ctx.state
-        if _is_row(grad, ctx.shape, code):
+        element_type, _, key, _, params = ctx.state
+        if _is_row(grad, ctx.shape, element_type):
             return _grouped(grad, ctx.state, ctx.group), None, None, None
         grad = operators.fitting(grad, ctx.shape, _CPU)
         return operators.masked(grad, random.key_tensor(key), params, ctx.mask), None, None, None
@@ -313,13 +324,13 @@ class _ReLUDropout(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (y,) = ctx.saved_tensors
-        code, n, key, address, params = ctx.state
-        if not _is_row(grad, y.shape, code):
+        element_type, n, key, address, params = ctx.state
+        if not _is_row(grad, y.shape, element_type):
             return fused.gradient(grad, y, random.key_tensor(key), params, "relu"), None
         out = _empty_like(grad)
         _fused(
-            _RELU_BACKWARD, code, out.data_ptr(), grad.data_ptr(), None, 1, y.data_ptr(), n, key, address,
-            1 if n < _SERIAL else _threads(), _ANY_WIDTH,
+            _RELU_DROPOUT_BACKWARD, element_type, out.data_ptr(), grad.data_ptr(), None, 1, y.data_ptr(), n, key,
+            address, 1 if n < _SERIAL else _threads(), _ANY_WIDTH,
         )  # fmt: skip
         return out, None
 

@@ -25,7 +25,7 @@ from .. import kernels
 from ..core.torch_state import dispatch_modes, is_compiling, is_plain, node_of, transforms_active
 from ..kernels import native, triton
 from ..kernels.mask_params import MaskParams, linear
-from ..kernels.masking import COMPUTE_DTYPE, WHOLE, held
+from ..kernels.masking import COMPUTE_DTYPE, WHOLE, params_by_value
 from .arguments import check_activation, check_activation_backward, check_add
 from .operators import fitting, masked
 
@@ -93,8 +93,8 @@ def _kernel(x: Tensor) -> Any:
 
 
 def _for_kernel(backend: Any, params: MaskParams | Tensor) -> MaskParams | Tensor:
-    """The native kernels look at nothing but threshold and scale."""
-    return params if backend is native else linear(held(params))
+    """Returns the parameters that a kernel gets. The native kernels read only threshold and scale."""
+    return params if backend is native else linear(params_by_value(params))
 
 
 def _laid_out_as(x: Tensor, out: Tensor) -> Tensor:
@@ -111,9 +111,10 @@ def _add(x: Tensor, bias: Tensor | None, residual: Tensor, key: Tensor, params: 
     out = None
     if backend is not None and by_column:
         out = backend.dropout_add(x, bias, residual, key, _for_kernel(backend, params))
-    return (
-        out if out is not None else _laid_out_as(x, composed_add(x, bias, residual, _fresh(key, linear(held(params)))))
-    )
+    if out is None:
+        drop = _fresh(key, linear(params_by_value(params)))
+        out = _laid_out_as(x, composed_add(x, bias, residual, drop))
+    return out
 
 
 def _activation(x: Tensor, key: Tensor, params: MaskParams | Tensor, activation: str) -> Tensor:
@@ -126,7 +127,7 @@ def _activation(x: Tensor, key: Tensor, params: MaskParams | Tensor, activation:
     return (
         out
         if out is not None
-        else _laid_out_as(x, composed_activation(x, activation, _written(key, linear(held(params)))))
+        else _laid_out_as(x, composed_activation(x, activation, _written(key, linear(params_by_value(params)))))
     )
 
 

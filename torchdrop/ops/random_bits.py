@@ -1,7 +1,7 @@
 """The registered operators that give numbers themselves, where a mask is not simply applied to a tensor.
 
-``torchdrop::keep_mask``, ``torchdrop::draws`` and ``torchdrop::standard_normal`` are functions of a key and a shape, as
-those of `torchdrop.kernels`. They have no derivative.
+``torchdrop::keep_mask``, ``torchdrop::random_bits`` and ``torchdrop::standard_normal`` are functions of a key and a
+shape, as their namesakes in `torchdrop.kernels` are. They have no derivative.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def _keep_mask(key: Tensor, shape: Sequence[int], params: Tensor | None) -> Tens
 keep_mask = _define("keep_mask", torch.bool, _keep_mask)
 """Bools, True with the probability that the parameters' threshold has."""
 
-draws = _define("draws", torch.int64, lambda key, shape, _: kernels.draws(shape, key))
-"""32-bit draws, as int64."""
+random_bits = _define("random_bits", torch.int64, lambda key, shape, _: kernels.random_bits(shape, key))
+"""32 random bits for each element, as int64."""
 
 standard_normal = _define("standard_normal", torch.float64, lambda key, shape, _: kernels.standard_normal(shape, key))
 """Standard normal variates, as float64; as float32 on devices without it."""

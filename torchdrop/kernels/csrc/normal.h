@@ -1,7 +1,9 @@
-/* Logarithm, sine and cosine for Box and Muller from +, -, *, / and sqrt alone. IEEE 754 rounds those exactly, so every
- * backend that applies them in this order has the same bits; a library's log and cos differ from machine to machine. */
+/* The logarithm, sine and cosine that the method of Box and Muller needs, made of +, -, *, / and sqrt alone.
+ *
+ * IEEE 754 says how those are rounded, so every backend that applies them in this order has the same bits. The log and
+ * cos of libraries differ from machine to machine. */
 
-/* ln u for a normal u > 0: u = m 2^e with m in (sqrt(1/2), sqrt(2)], ln m = 2 artanh((m - 1) / (m + 1)). */
+/* Returns ln u for a normal u > 0: u = m 2^e with m in (sqrt(1/2), sqrt(2)], and ln m = 2 artanh((m - 1) / (m + 1)). */
 static inline TD_INLINE double td_log(double u) {
     uint64_t bits = td_double_bits(u);
     double m = td_double((bits & 0x000fffffffffffffu) | 0x3ff0000000000000u);
@@ -23,7 +25,7 @@ static inline TD_INLINE double td_log(double u) {
     return e * 0x1.62e42fefa39efp-1 + (2.0 * f) * sum;
 }
 
-/* The angle of a 32-bit word: two bits name the quadrant, thirty the place in it, from its middle outwards. */
+/* Turns a 32-bit word into an angle: two bits name the quadrant, and thirty the distance from the middle of it. */
 static inline TD_INLINE void td_circle(uint32_t word, double *cosine, double *sine) {
     uint32_t quadrant = word >> 30;
     double a = ((double)(int32_t)(word & 0x3fffffffu) - 536870911.5) * (0x1.921fb54442d18p+0 * 0x1p-30), t = a * a;

@@ -1,13 +1,14 @@
-/* Philox4x32-10 (Salmon, Moraes, Dror and Shaw, SC 2011), many blocks at a time.
+/* Philox4x32-10 (Salmon, Moraes, Dror and Shaw, SC 2011) for many blocks at a time.
  *
- * Included once per instruction set; TD_ISA names it and TD_NAME(f) gives f its suffix. A block is
+ * This file is included once for each instruction set: TD_ISA names it, and TD_NAME(f) gives f its suffix. A block is
+ * four 32-bit words, a function of
  *
  *     counter = (block number: 64 bits, stream: 64 bits)      key = seed: 64 bits
  *
- * The vector forms keep a 32-bit word in each 64-bit lane. A widening multiplication reads only the lower
- * half of a lane, so what is left in the upper half does no harm until the words are packed at the end. The
- * upper half of a product is brought down by a shuffle, not by a shift: shifts share their port with
- * multiplications.
+ * The vector forms keep a 32-bit word in each 64-bit lane. A widening multiplication reads only the lower half of a
+ * lane, so what is left in the upper half does no harm until the words are packed at the end. The upper half of a
+ * product is brought down by a shuffle and not by a shift, because shifts and multiplications use the same execution
+ * port.
  */
 
 #if TD_ISA == 512
@@ -64,9 +65,9 @@
 #define TD_VECTORS 1
 #endif
 
-#define TD_STEP (TD_LANES * TD_VECTORS) /* blocks made at a time */
+#define TD_STEP (TD_LANES * TD_VECTORS) /* so many blocks are made at a time */
 
-/* TD_STEP consecutive blocks, four words each, in order. */
+/* Makes TD_STEP consecutive blocks: four words for each, in order. */
 TD_TARGET static inline TD_INLINE void TD_NAME(philox_step)(uint64_t block, td_key key, uint32_t *words) {
     uint32_t k0 = (uint32_t)key.seed, k1 = (uint32_t)(key.seed >> 32);
 #ifdef TD_VEC

@@ -52,4 +52,4 @@ def bits_of_pairs(edge_index: Tensor, generator: torch.Generator | None) -> Tens
     source, target = edge_index.to(torch.int64).unbind(0)
     pair = torch.minimum(source, target) << 32 ^ torch.maximum(source, target)
     stream = (top << 32 | bottom) ^ pair
-    return numbers.draws(torch.stack([(high << 32 | low).expand_as(stream), stream], -1), ())
+    return numbers.random_bits(torch.stack([(high << 32 | low).expand_as(stream), stream], -1), ())

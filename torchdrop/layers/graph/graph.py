@@ -26,7 +26,7 @@ from ...core.rate import DEFAULT_P, InplaceRated, Rate, Rated, as_rate
 from ...core.symbolic import holds_proxy, leaf, recorded
 from ...core.torch_state import transforms_active
 from ...kernels.mask_params import MaskParams, keeps_all
-from ...kernels.masking import COMPUTE_DTYPE, trailing
+from ...kernels.masking import COMPUTE_DTYPE, unpack_params
 from ...ops import operators
 from .edges import bits_of_pairs, check_edges
 
@@ -52,7 +52,7 @@ def _drop_edges(
     if kept is None:
         return None, weight
     dtype = COMPUTE_DTYPE[weight.dtype]
-    scale = trailing(params, weight.device)[1]
+    scale = unpack_params(params, weight.device)[1]
     if keep_self_loops:
         loops = edge_index[0] == edge_index[1]
         kept, scale = kept | loops, torch.where(loops, torch.ones((), dtype=dtype, device=weight.device), scale)
@@ -71,7 +71,7 @@ def _kept_edges(
     if every and transforms_active():
         return None
     bits = bits_of_pairs(edge_index, generator)
-    return None if every else bits < trailing(params, edge_index.device)[0]
+    return None if every else bits < unpack_params(params, edge_index.device)[0]
 
 
 def _without(edge_index: Tensor, kept: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from ...core import sites
 from ...core.checks import check_bool
 from ...core.rate import Rated
 from ...kernels.mask_params import MaskParams
-from ...kernels.masking import trailing
+from ...kernels.masking import unpack_params
 from .base import Unrolled, named
 from .cells import Noise
 from .zoneout import ZoneoutSteps
@@ -52,7 +52,7 @@ class RecurrentDropoutSteps(Rated):
         kept = kept.expand(batch, steps, units)
         if isinstance(params, MaskParams):
             return kept, params.scale
-        scale: Any = trailing(params, like.device)[1]
+        scale: Any = unpack_params(params, like.device)[1]
         scale = scale.to(like.device)
         return kept, scale if scale.dim() == 0 else scale.expand(batch, steps, units)
 
