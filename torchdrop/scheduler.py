@@ -15,7 +15,7 @@ from .configure.rate_sites import RateSite, check_keep_prob, compiled_parts, nam
 from .configure.rates import chosen, shown
 from .core.checks import check_integer
 from .core.names import near
-from .core.rate import KeepProb, Rated
+from .core.rate import Probability, Rated
 from .rules import Rule
 from .schedules import Scaled, as_schedule, keep_prob_at
 
@@ -29,8 +29,8 @@ class _Scheduled:
     site: RateSite
     pattern: str
     asked: Any
-    own: KeepProb
-    last: KeepProb = 1.0
+    own: Probability
+    last: Probability = 1.0
 
     def at(self, step: int) -> float:
         """Its keep_prob.
@@ -50,7 +50,7 @@ class _Scheduled:
                 raise ValueError(f"{error}, for {name!r}") from None
         return keep_prob_at(schedule, step, name)
 
-    def checked(self, step: int) -> KeepProb:
+    def checked(self, step: int) -> Probability:
         """Its keep_prob, as the layer can hold it."""
         value = self.at(step)
         try:
@@ -163,7 +163,7 @@ class KeepProbScheduler:
                 "create the scheduler after changing the model"
             )
 
-    def get_last_keep_prob(self) -> dict[str, KeepProb]:
+    def get_last_keep_prob(self) -> dict[str, Probability]:
         """The keep_prob that this scheduler has set last, for each of its layers by name."""
         return {layer.site.name: layer.last for layer in self._layers}
 

@@ -28,7 +28,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from ..core.checks import check_choice, check_module
 from ..core.hooks import observer
 from ..core.mask_shape import mask_shape
-from ..core.rate import KeepProb, Rated, params_for, realized
+from ..core.rate import Probability, Rated, params_for, realized
 from ..kernels.mask_params import inverted
 from ..layers.channel import channel_shape
 from ..layers.dropout import Dropout
@@ -200,7 +200,7 @@ def _check_layer(name: str, layer: _DropoutNd) -> None:
         raise ValueError(f"{where} must be in (0, 1], got {least}: with nothing kept the penalty is infinite")
 
 
-def _keep_prob(layer: _DropoutNd) -> KeepProb:
+def _keep_prob(layer: _DropoutNd) -> Probability:
     """The probability that the layer's masks really have."""
     return realized(layer.keep_prob) if isinstance(layer, Rated) else 1.0 - layer.p
 
@@ -225,7 +225,7 @@ class _Gate(NamedTuple):
 
     layer: str
     ones: Tensor
-    variance: KeepProb
+    variance: Probability
 
     @property
     def acts(self) -> bool:

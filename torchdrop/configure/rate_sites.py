@@ -13,7 +13,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils import parametrize
 
 from ..core.checks import check_module
-from ..core.rate import KeepProb, Rate, Rated, read_rate
+from ..core.rate import Probability, Rate, Rated, read_rate
 from ..rules import LayerSize
 
 _NAMED = re.compile(
@@ -49,13 +49,13 @@ class RateSite:
         return type(self.module).__name__
 
     @property
-    def keep_prob(self) -> KeepProb:
+    def keep_prob(self) -> Probability:
         if isinstance(self.module, Rated):
             return self.module.keep_prob
         value = float(getattr(self.module, self.attribute or "p"))
         return value if self._keeps else round(1.0 - value, 15)
 
-    def check(self, keep_prob: Any) -> KeepProb:
+    def check(self, keep_prob: Any) -> Probability:
         """A keep probability that can be set here.
 
         Raises:
@@ -75,7 +75,7 @@ class RateSite:
             )
         return checked
 
-    def set(self, keep_prob: KeepProb) -> None:
+    def set(self, keep_prob: Probability) -> None:
         """Sets what `check` has let pass; the rate that is there already stays to the bit."""
         if self.is_disabled:
             _disabled[self.module][self.attribute] = (keep_prob, self._value_of(keep_prob))
@@ -88,7 +88,7 @@ class RateSite:
         else:
             setattr(self.module, self.attribute or "p", self._value_of(keep_prob))
 
-    def _value_of(self, keep_prob: KeepProb) -> Any:
+    def _value_of(self, keep_prob: Probability) -> Any:
         """What an attribute holds for a keep_prob."""
         if self._keeps or isinstance(keep_prob, torch.Tensor):
             return keep_prob if self._keeps else 1.0 - keep_prob
@@ -125,7 +125,7 @@ class RateSite:
         return bool(_KEPT.search(self.attribute))
 
 
-def check_keep_prob(keep_prob: Any) -> KeepProb:
+def check_keep_prob(keep_prob: Any) -> Probability:
     """A keep probability.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..core.names import check_patterns, winner
-from ..core.rate import KeepProb
+from ..core.rate import Probability
 from ..handlers.disable import without_functional_dropout
 from ..schedules import Scaled, Schedule
 from .rate_sites import RateSite, check_keep_prob, compiled_parts, names_of, rate_sites, sizes, unwrapped
@@ -17,7 +17,7 @@ from .rate_sites import RateSite, check_keep_prob, compiled_parts, names_of, rat
 WHAT = "layers with a rate"
 
 
-class KeepProbs(Mapping[str, KeepProb]):
+class KeepProbs(Mapping[str, Probability]):
     """The keep probability of each layer by name: a mapping that prints as a table, and that `set_keep_prob` takes.
 
     Args:
@@ -41,7 +41,7 @@ class KeepProbs(Mapping[str, KeepProb]):
             for site in found
         ]
 
-    def __getitem__(self, name: str) -> KeepProb:
+    def __getitem__(self, name: str) -> Probability:
         return self._values[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -64,11 +64,11 @@ class KeepProbs(Mapping[str, KeepProb]):
         )
 
 
-def _dropping(keep_prob: KeepProb) -> KeepProb:
+def _dropping(keep_prob: Probability) -> Probability:
     return 1.0 - keep_prob if isinstance(keep_prob, Tensor) else round(1.0 - keep_prob, 15)
 
 
-def shown(keep_prob: KeepProb) -> str:
+def shown(keep_prob: Probability) -> str:
     """A keep probability in a table.
 
     >>> shown(0.8), shown(1 / 3)
@@ -161,7 +161,7 @@ def set_keep_prob(model: nn.Module, rates: Mapping[str, Any]) -> None:
         body.1  Dropout  0.8        train
         head    Dropout  0.7        train
     """
-    wanted: list[tuple[RateSite, KeepProb]] = []
+    wanted: list[tuple[RateSite, Probability]] = []
     for pattern, of_pattern in chosen(model, rates).items():
         values = _values(model, pattern, rates[pattern], of_pattern)
         wanted += [(site, site.check(one)) for site, one in zip(of_pattern, values, strict=True)]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..ops import operators
 from .exported import or_eval
-from .rate import DEFAULT_P, InplaceRated, Rate, formula_of, realized
+from .rate import DEFAULT_P, InplaceRated, Probability, Rate, formula_of, realized
 from .shard import Cut
 from .sites import apply
 from .torch_state import is_exporting
@@ -54,10 +53,10 @@ class Formulated(InplaceRated):
 
     def __init__(
         self,
-        p: Any = DEFAULT_P,
+        p: Probability = DEFAULT_P,
         inplace: bool = False,
         *,
-        keep_prob: Any = None,
+        keep_prob: Probability | None = None,
         generator: torch.Generator | None = None,
         inverted: bool = True,
     ) -> None:

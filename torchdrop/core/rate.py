@@ -19,7 +19,8 @@ from .portable import refuse_script
 from .shard import is_dtensor
 from .torch_state import is_compiling, transforms_active
 
-KeepProb = float | Tensor
+Probability = float | Tensor
+"""A probability of keeping or of dropping, for all elements or as a tensor that broadcasts against the mask."""
 
 
 class Default(float, enum.Enum):
@@ -37,7 +38,7 @@ DEFAULT_P = Default.P
 """torch.nn's default rate."""
 
 
-def read_rate(p: Any, keep_prob: Any) -> tuple[KeepProb, KeepProb]:
+def read_rate(p: Any, keep_prob: Any) -> tuple[Probability, Probability]:
     """The two views of one rate, (keep_prob, p), from whichever of them was given.
 
     Raises:
@@ -57,7 +58,7 @@ def read_rate(p: Any, keep_prob: Any) -> tuple[KeepProb, KeepProb]:
     return keep_prob, round(1.0 - keep_prob, 15)
 
 
-def _checked(name: str, value: Any) -> KeepProb:
+def _checked(name: str, value: Any) -> Probability:
     if isinstance(value, Tensor):
         return _checked_tensor(name, value)
     if not isinstance(value, numbers.Real):
@@ -95,7 +96,7 @@ def formula_of(inverted_scale: bool) -> Formula:
     return inverted if inverted_scale else original
 
 
-def params_for(keep_prob: KeepProb, formula: Formula, shape: Sequence[int]) -> MaskParams | Tensor:
+def params_for(keep_prob: Probability, formula: Formula, shape: Sequence[int]) -> MaskParams | Tensor:
     """The parameters of a rate that is a number, or a tensor that broadcasts against a mask of this shape.
 
     Raises:
@@ -121,7 +122,7 @@ def params_for(keep_prob: KeepProb, formula: Formula, shape: Sequence[int]) -> M
     return switched(params_tensor(keep_prob.reshape(sizes), formula), formula)
 
 
-def realized(keep_prob: KeepProb) -> KeepProb:
+def realized(keep_prob: Probability) -> Probability:
     """The keep probability that the threshold really has: within 2**-32 of the nominal one."""
     if isinstance(keep_prob, Tensor) or is_compiling():
         if not isinstance(keep_prob, Tensor):
@@ -145,7 +146,7 @@ class Rate:
     """
 
     def __init__(
-        self, keep_prob: KeepProb, p: KeepProb, formula: Formula, given: MaskParams | Tensor | None = None
+        self, keep_prob: Probability, p: Probability, formula: Formula, given: MaskParams | Tensor | None = None
     ) -> None:
         self.keep_prob, self.p, self.formula = keep_prob, p, formula
         self.params: Any = given
@@ -173,7 +174,7 @@ class Rate:
         return switched(self._compiled, self.formula)
 
 
-Check = Callable[[KeepProb], None]
+Check = Callable[[Probability], None]
 
 
 def as_rate(p: Any, keep_prob: Any, formula: Formula = inverted, check: Check | None = None) -> Rate:
@@ -217,7 +218,7 @@ def rate_named(name: str, p: Any, keep_prob: Any) -> Any:
     return 0.0 if p is Default.NO_DROP else p
 
 
-def check_count(keep_prob: KeepProb, name: str) -> None:
+def check_count(keep_prob: Probability, name: str) -> None:
     """Refuses a rate that does not say how many are kept.
 
     Raises:
@@ -230,7 +231,7 @@ def check_count(keep_prob: KeepProb, name: str) -> None:
         raise ValueError(f"keep_prob must be in (0, 1] for {name}, got {keep_prob}: at least one must be kept")
 
 
-def check_leaves_one(keep_prob: KeepProb, function: str, unit: str) -> None:
+def check_leaves_one(keep_prob: Probability, function: str, unit: str) -> None:
     """Raises ValueError where everything would be dropped, as far as that can be seen."""
     if isinstance(keep_prob, Tensor):
         if not keep_prob.is_cpu or is_compiling() or transforms_active() or not (keep_prob <= 0.0).any():
@@ -240,7 +241,7 @@ def check_leaves_one(keep_prob: KeepProb, function: str, unit: str) -> None:
         raise ValueError(f"keep_prob must be in (0, 1] for {function}, got {keep_prob}: at least one {unit} stays")
 
 
-def shown(p: KeepProb) -> str:
+def shown(p: Probability) -> str:
     """A rate as a layer's repr shows it."""
     return f"<tensor of shape {tuple(p.shape)}>" if isinstance(p, Tensor) else str(p)
 
@@ -273,7 +274,13 @@ class Rated(_DropoutNd):
     _formula: Formula = staticmethod(inverted)
     __prepare_scriptable__ = refuse_script
 
-    def __init__(self, p: Any = DEFAULT_P, *, keep_prob: Any = None, generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self,
+        p: Probability = DEFAULT_P,
+        *,
+        keep_prob: Probability | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
         super(_DropoutNd, self).__init__()  # of nn.Module, in the form that compiled code enters
         check_generator(generator)
         self.generator = generator
@@ -282,11 +289,11 @@ class Rated(_DropoutNd):
     def _set(self, p: Any, keep_prob: Any) -> None:
         self.rate: Any = as_rate(p, keep_prob, self._formula, self._check_rate).held()
 
-    def _check_rate(self, keep_prob: KeepProb) -> None:
+    def _check_rate(self, keep_prob: Probability) -> None:
         """What a layer demands of its rate beyond [0, 1]."""
 
     @property
-    def keep_prob(self) -> KeepProb:
+    def keep_prob(self) -> Probability:
         """The probability that an element is kept."""
         return self.rate.keep_prob
 
@@ -297,7 +304,7 @@ class Rated(_DropoutNd):
         self._set(None, value)
 
     @property  # type: ignore[override]
-    def p(self) -> KeepProb:
+    def p(self) -> Probability:
         """The probability that an element is dropped: 1 - keep_prob."""
         return self.rate.p
 
@@ -314,10 +321,10 @@ class InplaceRated(Rated):
 
     def __init__(
         self,
-        p: Any = DEFAULT_P,
+        p: Probability = DEFAULT_P,
         inplace: bool = False,
         *,
-        keep_prob: Any = None,
+        keep_prob: Probability | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(p, keep_prob=keep_prob, generator=generator)
@@ -333,7 +340,7 @@ class RateOfChild:
     dropout: Rated
 
     @property
-    def keep_prob(self) -> KeepProb:
+    def keep_prob(self) -> Probability:
         """The probability of keeping: that of `dropout`."""
         return self.dropout.keep_prob
 
@@ -342,7 +349,7 @@ class RateOfChild:
         self.dropout.keep_prob = value
 
     @property
-    def p(self) -> KeepProb:
+    def p(self) -> Probability:
         """The probability of dropping, 1 - keep_prob: that of `dropout`."""
         return self.dropout.p
 

@@ -20,7 +20,7 @@ from torch.fx import Proxy
 from ..core import sites
 from ..core.fused import dropped
 from ..core.inputs import check_input
-from ..core.rate import DEFAULT_P, Rate, Rated, as_rate
+from ..core.rate import DEFAULT_P, Probability, Rate, Rated, as_rate
 from ..core.symbolic import leaf, recorded
 from ..core.torch_state import is_compiling
 from ..ops import fused
@@ -58,10 +58,10 @@ def _gelu(approximate: Any) -> str:
 
 def relu_dropout(
     input: Tensor,
-    p: Any = DEFAULT_P,
+    p: Probability = DEFAULT_P,
     training: bool = True,
     *,
-    keep_prob: Any = None,
+    keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """A rectifier and dropout in one pass: ``y = m max(input, 0) / k``, with E[y] = max(input, 0).
@@ -100,11 +100,11 @@ def relu_dropout(
 
 def gelu_dropout(
     input: Tensor,
-    p: Any = DEFAULT_P,
+    p: Probability = DEFAULT_P,
     training: bool = True,
     *,
     approximate: str = "none",
-    keep_prob: Any = None,
+    keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """GELU and dropout together: ``y = m GELU(input) / k``, with E[y] = GELU(input) = input Phi(input).
@@ -202,10 +202,10 @@ class GELUDropout(Rated):
 
     def __init__(
         self,
-        p: Any = DEFAULT_P,
+        p: Probability = DEFAULT_P,
         *,
         approximate: str = "none",
-        keep_prob: Any = None,
+        keep_prob: Probability | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         _gelu(approximate)

@@ -9,8 +9,6 @@ which keeps mean 0 and variance 1 (Klambauer et al., NeurIPS 2017, section 3).
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
@@ -18,7 +16,7 @@ from torch.fx import Proxy
 from ..core import sites
 from ..core.inputs import check_input
 from ..core.mask_shape import check_channels
-from ..core.rate import DEFAULT_P, InplaceRated, as_rate, undrawn
+from ..core.rate import DEFAULT_P, InplaceRated, Probability, as_rate, undrawn
 from ..core.symbolic import leaf, recorded
 from ..kernels.mask_params import alpha
 from ..ops import operators
@@ -26,11 +24,11 @@ from ..ops import operators
 
 def alpha_dropout(
     input: Tensor,
-    p: Any = DEFAULT_P,
+    p: Probability = DEFAULT_P,
     training: bool = False,
     inplace: bool = False,
     *,
-    keep_prob: Any = None,
+    keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Sets dropped elements to SELU's saturation value, then scales and shifts so that mean 0 and variance 1 stay.
@@ -77,11 +75,11 @@ def alpha_dropout(
 
 def feature_alpha_dropout(
     input: Tensor,
-    p: Any = DEFAULT_P,
+    p: Probability = DEFAULT_P,
     training: bool = False,
     inplace: bool = False,
     *,
-    keep_prob: Any = None,
+    keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """`alpha_dropout` of whole channels of (N, C, ...): one draw for each channel of each sample.

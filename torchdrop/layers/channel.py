@@ -17,7 +17,7 @@ from ..core.checks import warn
 from ..core.formulations import Formulated, eval_form, masked
 from ..core.inputs import check_input
 from ..core.mask_shape import check_channels
-from ..core.rate import DEFAULT_P, as_rate, formula_of, undrawn
+from ..core.rate import DEFAULT_P, Probability, as_rate, formula_of, undrawn
 from ..core.symbolic import leaf, recorded
 from ..core.torch_state import is_compiling
 from ..ops.fast_path import fast_channel_dropout
@@ -102,11 +102,11 @@ def _drop_channels(
 
 def dropout1d(
     input: Tensor,
-    p: Any = DEFAULT_P,
+    p: Probability = DEFAULT_P,
     training: bool = True,
     inplace: bool = False,
     *,
-    keep_prob: Any = None,
+    keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
     inverted: bool = True,
 ) -> Tensor:
@@ -133,11 +133,11 @@ def dropout1d(
 
 def dropout2d(
     input: Tensor,
-    p: Any = DEFAULT_P,
+    p: Probability = DEFAULT_P,
     training: bool = True,
     inplace: bool = False,
     *,
-    keep_prob: Any = None,
+    keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
     inverted: bool = True,
 ) -> Tensor:
@@ -165,11 +165,11 @@ def dropout2d(
 
 def dropout3d(
     input: Tensor,
-    p: Any = DEFAULT_P,
+    p: Probability = DEFAULT_P,
     training: bool = True,
     inplace: bool = False,
     *,
-    keep_prob: Any = None,
+    keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
     inverted: bool = True,
 ) -> Tensor:

@@ -21,7 +21,7 @@ from ..core import sites
 from ..core.checks import check_integer
 from ..core.choices import kept_or_smallest
 from ..core.inputs import check_input
-from ..core.rate import DEFAULT_P, KeepProb, Rate, Rated, as_rate, check_leaves_one
+from ..core.rate import DEFAULT_P, Probability, Rate, Rated, as_rate, check_leaves_one
 from ..core.symbolic import leaf, recorded
 from ..kernels.masking import COMPUTE_DTYPE
 
@@ -65,18 +65,18 @@ def _drop_heads(
     return torch.where(kept, input * scale, 0.0).to(input.dtype)
 
 
-def _check_some(keep_prob: KeepProb) -> None:
+def _check_some(keep_prob: Probability) -> None:
     check_leaves_one(keep_prob, "drop_head", "head")
 
 
 def drop_head(
     input: Tensor,
-    p: Any = DEFAULT_P,
+    p: Probability = DEFAULT_P,
     training: bool = True,
     *,
     dim: int | None = None,
     heads: int | None = None,
-    keep_prob: Any = None,
+    keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Drops whole attention heads of a sample, and scales those kept by (heads / heads kept).
@@ -183,18 +183,18 @@ class DropHead(Rated):
 
     def __init__(
         self,
-        p: Any = DEFAULT_P,
+        p: Probability = DEFAULT_P,
         *,
         dim: int | None = None,
         heads: int | None = None,
-        keep_prob: Any = None,
+        keep_prob: Probability | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(p, keep_prob=keep_prob, generator=generator)
         _check_layout(dim, heads)
         self.dim, self.heads = dim, heads
 
-    def _check_rate(self, keep_prob: KeepProb) -> None:
+    def _check_rate(self, keep_prob: Probability) -> None:
         _check_some(keep_prob)
 
     @leaf

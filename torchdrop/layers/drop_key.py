@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from ..core import sites
 from ..core.choices import kept_or_smallest
 from ..core.inputs import check_input
 from ..core.mask_shape import Axes, mask_shape
-from ..core.rate import DEFAULT_P, KeepProb, Rate, Rated, as_rate, check_leaves_one
+from ..core.rate import DEFAULT_P, Probability, Rate, Rated, as_rate, check_leaves_one
 from ..core.symbolic import holds_proxy, leaf, recorded
 
 
@@ -45,17 +44,17 @@ def _kept_keys(
     return None if bits is None else kept_or_smallest(bits, params, -1, allowed)
 
 
-def _check_some(keep_prob: KeepProb) -> None:
+def _check_some(keep_prob: Probability) -> None:
     check_leaves_one(keep_prob, "drop_key", "key")
 
 
 def drop_key(
     input: Tensor,
-    p: Any = DEFAULT_P,
+    p: Probability = DEFAULT_P,
     training: bool = True,
     *,
     shared_axes: Axes = None,
-    keep_prob: Any = None,
+    keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Puts -inf in the place of attention logits, each with probability p, before the softmax.
@@ -153,13 +152,13 @@ def _attention_mask(query: Tensor, key: Tensor, attn_mask: Tensor | None, is_cau
 def drop_key_mask(
     query: Tensor,
     key: Tensor,
-    p: Any = DEFAULT_P,
+    p: Probability = DEFAULT_P,
     training: bool = True,
     *,
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
     shared_axes: Axes = None,
-    keep_prob: Any = None,
+    keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor | None:
     """`drop_key` as an `attn_mask` for torch.nn.functional.scaled_dot_product_attention, which makes its own logits.
@@ -240,16 +239,16 @@ class DropKey(Rated):
 
     def __init__(
         self,
-        p: Any = DEFAULT_P,
+        p: Probability = DEFAULT_P,
         *,
         shared_axes: Axes = None,
-        keep_prob: Any = None,
+        keep_prob: Probability | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(p, keep_prob=keep_prob, generator=generator)
         self.shared_axes = shared_axes
 
-    def _check_rate(self, keep_prob: KeepProb) -> None:
+    def _check_rate(self, keep_prob: Probability) -> None:
         _check_some(keep_prob)
 
     @leaf

@@ -19,7 +19,7 @@ from torch.fx import Proxy
 from ..core import sites
 from ..core.inputs import check_input
 from ..core.mask_shape import row_shape
-from ..core.rate import DEFAULT_P, Default, KeepProb, Rate, Rated, as_rate, formula_of, rate_named, shown
+from ..core.rate import DEFAULT_P, Default, Probability, Rate, Rated, as_rate, formula_of, rate_named, shown
 from ..core.symbolic import leaf, recorded
 from ..kernels.mask_params import inverted
 from ..ops import operators
@@ -37,11 +37,11 @@ def _check_mode(mode: Any) -> None:
 
 def drop_path(
     x: Tensor,
-    drop_prob: Any = NO_DROP,
+    drop_prob: Probability = NO_DROP,
     training: bool = False,
     scale_by_keep: bool = True,
     *,
-    keep_prob: Any = None,
+    keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Drops the residual branch of each sample as a whole; timm's signature.
@@ -89,11 +89,11 @@ def drop_path(
 
 def stochastic_depth(
     input: Tensor,
-    p: Any = DEFAULT_P,
+    p: Probability = DEFAULT_P,
     mode: str = "row",
     training: bool = True,
     *,
-    keep_prob: Any = None,
+    keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Drops the residual branch of each sample, or of the whole batch; torchvision's signature.
@@ -174,17 +174,17 @@ class DropPath(Rated):
 
     def __init__(
         self,
-        drop_prob: Any = NO_DROP,
+        drop_prob: Probability = NO_DROP,
         scale_by_keep: bool = True,
         *,
-        keep_prob: Any = None,
+        keep_prob: Probability | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         self._formula = formula_of(scale_by_keep)
         super().__init__(rate_named("drop_prob", drop_prob, keep_prob), keep_prob=keep_prob, generator=generator)
 
     @property
-    def drop_prob(self) -> KeepProb:
+    def drop_prob(self) -> Probability:
         """The probability that a sample is dropped: another name of p."""
         return self.p
 
@@ -241,10 +241,10 @@ class StochasticDepth(Rated):
 
     def __init__(
         self,
-        p: Any = DEFAULT_P,
+        p: Probability = DEFAULT_P,
         mode: str = "row",
         *,
-        keep_prob: Any = None,
+        keep_prob: Probability | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(rate_named("p", p, keep_prob), keep_prob=keep_prob, generator=generator)

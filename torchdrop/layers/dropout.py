@@ -22,7 +22,7 @@ from ..core.formulations import Formulated, eval_form, masked
 from ..core.inputs import check_input
 from ..core.mask_shape import Axes, NoiseShape, mask_shape
 from ..core.nested import is_jagged, of_values
-from ..core.rate import DEFAULT_P, as_rate, formula_of, undrawn
+from ..core.rate import DEFAULT_P, Probability, as_rate, formula_of, undrawn
 from ..core.shard import Cut, Shards, cut_by, shards
 from ..core.symbolic import called, recorded
 from ..core.torch_state import is_compiling
@@ -43,11 +43,11 @@ def _cut(shard: Shards, input: Tensor, shape: Sequence[int], shared_axes: Axes, 
 
 def dropout(
     input: Tensor,
-    p: Any = DEFAULT_P,
+    p: Probability = DEFAULT_P,
     training: bool = True,
     inplace: bool = False,
     *,
-    keep_prob: Any = None,
+    keep_prob: Probability | None = None,
     shared_axes: Axes = None,
     noise_shape: NoiseShape = None,
     shard: Shards = None,
@@ -101,7 +101,7 @@ def dropout(
     """
     if isinstance(input, Proxy):
         return recorded(dropout, locals())
-    rate = as_rate(p, keep_prob, formula_of(inverted))
+    rate: Any = as_rate(p, keep_prob, formula_of(inverted))
     if not (training or sites.is_on(training)):
         return eval_form(input, rate, inverted, inplace)
     plain = not inplace and generator is None and shared_axes is None and noise_shape is None and shard is None
@@ -165,10 +165,10 @@ class Dropout(Formulated, nn.Dropout):
 
     def __init__(
         self,
-        p: Any = DEFAULT_P,
+        p: Probability = DEFAULT_P,
         inplace: bool = False,
         *,
-        keep_prob: Any = None,
+        keep_prob: Probability | None = None,
         shared_axes: Axes = None,
         noise_shape: NoiseShape = None,
         shard: Shards = None,

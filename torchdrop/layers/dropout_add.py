@@ -20,7 +20,7 @@ from torch.fx import Proxy
 from ..core import sites
 from ..core.fused import dropped, unchanged
 from ..core.inputs import check_input
-from ..core.rate import DEFAULT_P, Rate, Rated, as_rate
+from ..core.rate import DEFAULT_P, Probability, Rate, Rated, as_rate
 from ..core.symbolic import leaf, recorded
 from ..core.torch_state import is_compiling
 from ..kernels.masking import SERVED
@@ -109,10 +109,10 @@ def _add(
 def dropout_add(
     input: Tensor,
     residual: Tensor,
-    p: Any = DEFAULT_P,
+    p: Probability = DEFAULT_P,
     training: bool = True,
     *,
-    keep_prob: Any = None,
+    keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Dropout and a residual addition in one pass: ``y = residual + m input / k``, with E[y] = residual + input.
@@ -158,10 +158,10 @@ def bias_dropout_add(
     input: Tensor,
     bias: Tensor,
     residual: Tensor,
-    p: Any = DEFAULT_P,
+    p: Probability = DEFAULT_P,
     training: bool = True,
     *,
-    keep_prob: Any = None,
+    keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """A bias, dropout and a residual addition in one pass: ``y = residual + m (input + bias) / k``.

@@ -19,14 +19,14 @@ from ..core import portable, sites
 from ..core.choices import subset
 from ..core.exported import warn_stays_on
 from ..core.mask_shape import row_shape
-from ..core.rate import DEFAULT_P, KeepProb, Rated, as_rate, check_count, realized
+from ..core.rate import DEFAULT_P, Probability, Rated, as_rate, check_count, realized
 from ..core.symbolic import leaf, recorded
 from ..kernels.masking import COMPUTE_DTYPE
 
 Branch = Callable[[Tensor], Tensor]
 
 
-def _check_rate(keep_prob: KeepProb) -> None:
+def _check_rate(keep_prob: Probability) -> None:
     check_count(keep_prob, "efficient stochastic depth")
 
 
@@ -50,10 +50,10 @@ def _residual(branch: Branch, part: Tensor) -> Tensor:
 def efficient_stochastic_depth(
     input: Tensor,
     branch: Branch,
-    p: Any = DEFAULT_P,
+    p: Probability = DEFAULT_P,
     training: bool = True,
     *,
-    keep_prob: Any = None,
+    keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """The residual sum x + f(x) with f computed on a random subset of the samples alone, weighted by B / n.
@@ -149,7 +149,7 @@ class EfficientStochasticDepth(Rated):
         (torch.Size([8, 4]), True)
     """
 
-    def _check_rate(self, keep_prob: KeepProb) -> None:
+    def _check_rate(self, keep_prob: Probability) -> None:
         _check_rate(keep_prob)
 
     @leaf

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from ..core import sites
 from ..core.inputs import check_input
 from ..core.portable import refuse_script
-from ..core.rate import DEFAULT_P, Rate, Rated, RateOfChild, as_rate
+from ..core.rate import DEFAULT_P, Probability, Rate, Rated, RateOfChild, as_rate
 from ..core.symbolic import holds_proxy, leaf, recorded
 from ..kernels.mask_params import MaskParams
 from ..kernels.masking import COMPUTE_DTYPE
@@ -80,10 +80,10 @@ def _drop_words(
 def embedding_dropout(
     input: Tensor,
     weight: Tensor,
-    p: Any = DEFAULT_P,
+    p: Probability = DEFAULT_P,
     training: bool = True,
     *,
-    keep_prob: Any = None,
+    keep_prob: Probability | None = None,
     padding_idx: int | None = None,
     max_norm: float | None = None,
     norm_type: float = 2.0,
@@ -211,8 +211,8 @@ class EmbeddingDropout(RateOfChild, nn.Embedding):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        p: Any = DEFAULT_P,
-        keep_prob: Any = None,
+        p: Probability = DEFAULT_P,
+        keep_prob: Probability | None = None,
         batch_dim: int | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -236,9 +236,9 @@ class EmbeddingDropout(RateOfChild, nn.Embedding):
     def from_embedding(
         cls,
         embedding: nn.Embedding,
-        p: Any = DEFAULT_P,
+        p: Probability = DEFAULT_P,
         *,
-        keep_prob: Any = None,
+        keep_prob: Probability | None = None,
         batch_dim: int | None = None,
         generator: torch.Generator | None = None,
     ) -> EmbeddingDropout:

@@ -7,21 +7,19 @@ has the mean and the variance of inverted dropout with keep probability k (Sriva
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.fx import Proxy
 
 from ..core import sites
 from ..core.inputs import check_input
-from ..core.rate import DEFAULT_P, InplaceRated, KeepProb, as_rate
+from ..core.rate import DEFAULT_P, InplaceRated, Probability, as_rate
 from ..core.symbolic import leaf, recorded
 from ..kernels.mask_params import gaussian
 from ..ops import operators
 
 
-def _check_positive(keep_prob: KeepProb) -> None:
+def _check_positive(keep_prob: Probability) -> None:
     if not isinstance(keep_prob, Tensor) and keep_prob <= 0.0:
         raise ValueError(
             f"keep_prob must be in (0, 1] for Gaussian dropout, got {keep_prob}: its noise would be infinite"
@@ -30,11 +28,11 @@ def _check_positive(keep_prob: KeepProb) -> None:
 
 def gaussian_dropout(
     input: Tensor,
-    p: Any = DEFAULT_P,
+    p: Probability = DEFAULT_P,
     training: bool = True,
     inplace: bool = False,
     *,
-    keep_prob: Any = None,
+    keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Multiplies by noise of mean 1 and variance (1 - k) / k, the first two moments of inverted dropout.
@@ -99,7 +97,7 @@ class GaussianDropout(InplaceRated):
 
     _formula = staticmethod(gaussian)
 
-    def _check_rate(self, keep_prob: KeepProb) -> None:
+    def _check_rate(self, keep_prob: Probability) -> None:
         _check_positive(keep_prob)
 
     @leaf

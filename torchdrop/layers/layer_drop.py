@@ -19,7 +19,7 @@ from torch.fx import Proxy
 
 from ..core import portable, sites
 from ..core.checks import check_bool, check_integer
-from ..core.rate import DEFAULT_P, KeepProb, Rated
+from ..core.rate import DEFAULT_P, Probability, Rated
 from ..core.symbolic import recorded
 from ..core.torch_state import fx_tracing, is_batched, is_compiling, transforms_active
 
@@ -142,9 +142,9 @@ class LayerDrop(Rated, nn.ModuleList):
     def __init__(
         self,
         layers: Iterable[nn.Module] | None = None,
-        p: Any = DEFAULT_P,
+        p: Probability = DEFAULT_P,
         *,
-        keep_prob: Any = None,
+        keep_prob: Probability | None = None,
         keep_graph: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -222,12 +222,12 @@ class LayerDrop(Rated, nn.ModuleList):
             return NotImplemented
         return nn.ModuleList([*_all(other), *_all(self)])
 
-    def _rate_of(self, idx: slice) -> KeepProb:
+    def _rate_of(self, idx: slice) -> Probability:
         each = isinstance(self.keep_prob, Tensor) and self.keep_prob.dim() == 1 and self.keep_prob.numel() > 1
         at = list(range(len(self)))[idx]  # a tensor takes no negative step
         return self.keep_prob[at] if each else self.keep_prob  # type: ignore[index]
 
-    def _like_this(self, layers: Iterable[nn.Module], keep_prob: KeepProb) -> LayerDrop:
+    def _like_this(self, layers: Iterable[nn.Module], keep_prob: Probability) -> LayerDrop:
         other = LayerDrop(layers, keep_prob=keep_prob, keep_graph=self.keep_graph, generator=self.generator)
         other.training = self.training  # its own flag alone: the layers keep theirs
         return other

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 from ..core import sites
 from ..core.checks import check_bool
 from ..core.inputs import check_input
-from ..core.rate import DEFAULT_P, InplaceRated, as_rate
+from ..core.rate import DEFAULT_P, InplaceRated, Probability, as_rate
 from ..core.symbolic import leaf, recorded
 from ..kernels.masking import scaled_where, unpack_params
 from ..ops import operators
@@ -53,11 +53,11 @@ def _mask_shape(input: Tensor | PackedSequence, batch_first: bool) -> tuple[int,
 
 def locked_dropout(
     input: Sequences,
-    p: Any = DEFAULT_P,
+    p: Probability = DEFAULT_P,
     training: bool = True,
     inplace: bool = False,
     *,
-    keep_prob: Any = None,
+    keep_prob: Probability | None = None,
     batch_first: bool = False,
     generator: torch.Generator | None = None,
 ) -> Sequences:
@@ -158,10 +158,10 @@ class LockedDropout(InplaceRated):
 
     def __init__(
         self,
-        p: Any = DEFAULT_P,
+        p: Probability = DEFAULT_P,
         inplace: bool = False,
         *,
-        keep_prob: Any = None,
+        keep_prob: Probability | None = None,
         batch_first: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:

@@ -21,7 +21,7 @@ from torch.fx import Proxy
 from ..core.checks import check_integer, check_module
 from ..core.inputs import check_input
 from ..core.portable import refuse_script
-from ..core.rate import DEFAULT_P, RateOfChild, as_rate
+from ..core.rate import DEFAULT_P, Probability, RateOfChild, as_rate
 from ..core.symbolic import leaf, recorded
 from .dropout import Dropout, dropout
 
@@ -71,11 +71,11 @@ def _mean_loss(outputs: Tensor, loss: Head) -> Tensor:
 def multi_sample_dropout(
     input: Tensor,
     head: Head,
-    p: Any = DEFAULT_P,
+    p: Probability = DEFAULT_P,
     training: bool = True,
     *,
     samples: int = SAMPLES,
-    keep_prob: Any = None,
+    keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """The mean of a head's outputs under K dropout masks, from one call of the head on K B rows.
@@ -120,11 +120,11 @@ def multi_sample_loss(
     input: Tensor,
     head: Head,
     loss: Callable[[Tensor], Tensor],
-    p: Any = DEFAULT_P,
+    p: Probability = DEFAULT_P,
     training: bool = True,
     *,
     samples: int = SAMPLES,
-    keep_prob: Any = None,
+    keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """The mean of a loss under K dropout masks before the head: multi-sample dropout as published.
@@ -170,7 +170,7 @@ def _under_masks(
     keep_prob: Any,
     generator: torch.Generator | None,
 ) -> Tensor:
-    rate = as_rate(p, keep_prob)
+    rate: Any = as_rate(p, keep_prob)
     _check_samples(samples)
     return _outputs(input, head, samples, training, lambda x: dropout(x, rate, training, generator=generator))
 
@@ -215,10 +215,10 @@ class MultiSampleDropout(RateOfChild, nn.Module):
     def __init__(
         self,
         head: nn.Module,
-        p: Any = DEFAULT_P,
+        p: Probability = DEFAULT_P,
         samples: int = SAMPLES,
         *,
-        keep_prob: Any = None,
+        keep_prob: Probability | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()

@@ -19,7 +19,7 @@ from ..core.checks import check_integer
 from ..core.choices import subset
 from ..core.exported import warn_stays_on
 from ..core.inputs import check_input
-from ..core.rate import DEFAULT_P, KeepProb, Rate, Rated, as_rate, check_count
+from ..core.rate import DEFAULT_P, Probability, Rate, Rated, as_rate, check_count
 from ..core.symbolic import leaf, recorded
 
 
@@ -44,7 +44,7 @@ def _number_kept(tokens: int, keep_prob: float) -> int:
     return min(tokens, max(1, math.floor(tokens * keep_prob + 1e-6)))
 
 
-def _check_rate(keep_prob: KeepProb) -> None:
+def _check_rate(keep_prob: Probability) -> None:
     check_count(keep_prob, "patch dropout")
 
 
@@ -70,11 +70,11 @@ def _taken(input: Tensor, kept: Tensor | None) -> Tensor:
 
 def patch_dropout_indices(
     input: Tensor,
-    p: Any = DEFAULT_P,
+    p: Probability = DEFAULT_P,
     training: bool = True,
     *,
     num_prefix_tokens: int = 1,
-    keep_prob: Any = None,
+    keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """The numbers of the tokens that `patch_dropout` keeps, under the same seed: for those who need them again.
@@ -113,11 +113,11 @@ def patch_dropout_indices(
 
 def patch_dropout(
     input: Tensor,
-    p: Any = DEFAULT_P,
+    p: Probability = DEFAULT_P,
     training: bool = True,
     *,
     num_prefix_tokens: int = 1,
-    keep_prob: Any = None,
+    keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Keeps exactly n tokens of each sample, and the prefix tokens; the order stays, and nothing is scaled.
@@ -197,17 +197,17 @@ class PatchDropout(Rated):
 
     def __init__(
         self,
-        p: Any = DEFAULT_P,
+        p: Probability = DEFAULT_P,
         num_prefix_tokens: int = 1,
         *,
-        keep_prob: Any = None,
+        keep_prob: Probability | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(p, keep_prob=keep_prob, generator=generator)
         _check_prefix(num_prefix_tokens)
         self.num_prefix_tokens = num_prefix_tokens
 
-    def _check_rate(self, keep_prob: KeepProb) -> None:
+    def _check_rate(self, keep_prob: Probability) -> None:
         _check_rate(keep_prob)
 
     @leaf

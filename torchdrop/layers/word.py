@@ -19,7 +19,7 @@ from torch import Tensor
 from ..core import sites
 from ..core.checks import check_integer
 from ..core.inputs import check_input
-from ..core.rate import DEFAULT_P, Rated, as_rate, formula_of
+from ..core.rate import DEFAULT_P, Probability, Rated, as_rate, formula_of
 from ..core.symbolic import holds_proxy, leaf, recorded
 from ..ops import operators
 
@@ -101,14 +101,14 @@ def _protected(
 
 def word_dropout(
     input: Tensor,
-    p: Any = DEFAULT_P,
+    p: Probability = DEFAULT_P,
     training: bool = True,
     *,
     unk_id: int | None = None,
     special_ids: Sequence[int] = (),
     protected: Tensor | None = None,
     inverted: bool = False,
-    keep_prob: Any = None,
+    keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Replaces each token with probability p: the number of a word by that of the unknown word, a vector by zeros.
@@ -201,12 +201,12 @@ class WordDropout(Rated):
 
     def __init__(
         self,
-        p: Any = DEFAULT_P,
+        p: Probability = DEFAULT_P,
         *,
         unk_id: int | None = None,
         special_ids: Sequence[int] = (),
         inverted: bool = False,
-        keep_prob: Any = None,
+        keep_prob: Probability | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         self._formula = formula_of(inverted)

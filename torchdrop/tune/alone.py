@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from ..configure.rate_sites import rate_sites
-from ..core.rate import KeepProb
+from ..core.rate import Probability
 from .training import Fold, Masks, Training, first_stream, mixed
 
 
-def with_rates(model: nn.Module, rates: Sequence[KeepProb]) -> nn.Module:
+def with_rates(model: nn.Module, rates: Sequence[Probability]) -> nn.Module:
     """A copy of the model with these rates, in train mode."""
     model = copy.deepcopy(model).train()
     for site, rate in zip(rate_sites(model), rates, strict=True):
@@ -22,7 +22,7 @@ def with_rates(model: nn.Module, rates: Sequence[KeepProb]) -> nn.Module:
 
 
 def train_alone(
-    fold: Fold, rates: Sequence[KeepProb], training: Training, after_epoch: Callable[[], None]
+    fold: Fold, rates: Sequence[Probability], training: Training, after_epoch: Callable[[], None]
 ) -> tuple[nn.Module, bool]:
     """The trained model of one fold and setting, and whether its loss was finite throughout."""
     model = with_rates(fold.model, rates)

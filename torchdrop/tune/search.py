@@ -16,7 +16,7 @@ from .._extras import optional
 from ..configure.rate_sites import rate_sites
 from ..configure.surgery import OURS, replace
 from ..core.checks import check_integer
-from ..core.rate import KeepProb
+from ..core.rate import Probability
 from .alone import train_alone, with_rates
 from .folds import divide
 from .result import SearchResult
@@ -183,7 +183,7 @@ def _check_alike(folds: Sequence[Fold]) -> None:
             raise ValueError(f"build must give the same layers every time, got rates in {names[0]} and in {own}")
 
 
-def _examined(fold: Fold, rates: Sequence[KeepProb], training: Training) -> int:
+def _examined(fold: Fold, rates: Sequence[Probability], training: Training) -> int:
     """How many such models are trained at once; tries the model and the loss on a batch.
 
     Raises:
@@ -213,7 +213,7 @@ Advance = Callable[[int], Any]
 
 
 def _all_scores(
-    folds: Sequence[Fold], rates: Sequence[Sequence[KeepProb]], training: Training, limit: int, advance: Advance
+    folds: Sequence[Fold], rates: Sequence[Sequence[Probability]], training: Training, limit: int, advance: Advance
 ) -> tuple[Tensor, int, str]:
     """Scores (settings, folds), how many models were trained at once at the most, and why not more than one."""
     scores = torch.full((len(rates), len(folds)), torch.nan, dtype=torch.float64)

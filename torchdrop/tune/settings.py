@@ -12,7 +12,7 @@ from torch import nn
 from ..configure.rate_sites import rate_sites
 from ..configure.rates import set_keep_prob
 from ..core.checks import check_integer
-from ..core.rate import KeepProb
+from ..core.rate import Probability
 
 Setting = Mapping[str, Any]
 """For each pattern of layer names a keep_prob, as `torchdrop.set_keep_prob` takes them."""
@@ -82,7 +82,7 @@ def _check_patterns(name: str, given: Any, values: str) -> None:
         raise ValueError(f"{name} must have at least one pattern, got none")
 
 
-def rates_of(model: nn.Module, settings: Sequence[Setting]) -> list[list[KeepProb]]:
+def rates_of(model: nn.Module, settings: Sequence[Setting]) -> list[list[Probability]]:
     """The rates of all places in the model that hold one, under each setting; the model is left as it was.
 
     Raises:

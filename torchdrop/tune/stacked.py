@@ -18,7 +18,7 @@ from torch.func import functional_call, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..configure.rate_sites import rate_sites
-from ..core.rate import KeepProb, Rate, Rated
+from ..core.rate import Probability, Rate, Rated
 from ..kernels.mask_params import params_tensor
 from .alone import with_rates
 from .graph import lean
@@ -46,7 +46,7 @@ class Job:
     """One model of the search: its fold, and its rates in the order of `rate_sites`."""
 
     fold: Fold
-    rates: Sequence[KeepProb]
+    rates: Sequence[Probability]
 
 
 class Stack:

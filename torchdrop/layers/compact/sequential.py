@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ...core.hooks import is_observer
 from ...core.inputs import check_input
 from ...core.portable import refuse_script
+from ...core.rate import Probability
 from ...core.symbolic import leaf
 from ...core.torch_state import forward_mode_active, function_modes, is_compiling, tracing_state, transforms_active
 from ...kernels.masking import COMPUTE_DTYPE
@@ -289,9 +290,9 @@ def _run(x: Tensor, named: _Named, feeds: Mapping[int, _Feed], masking: bool) ->
 
 def compact(
     modules: nn.Sequential | Mapping[str, nn.Module] | Iterable[nn.Module],
-    p: Any = None,
+    p: Probability | None = None,
     *,
-    keep_prob: Any = None,
+    keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
 ) -> CompactSequential:
     """A `CompactSequential` of modules that exist: the same children and parameters, under the same state_dict keys.

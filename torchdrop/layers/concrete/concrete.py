@@ -31,7 +31,7 @@ from ...core.checks import check_number
 from ...core.inputs import check_input
 from ...core.mask_shape import Axes, NoiseShape, mask_shape
 from ...core.portable import refuse_script
-from ...core.rate import read_rate
+from ...core.rate import Probability, read_rate
 from ...core.symbolic import leaf, recorded
 from ...kernels.masking import COMPUTE_DTYPE
 from ...random import check_generator
@@ -217,9 +217,9 @@ class ConcreteDropout(nn.Module):
 
     def __init__(
         self,
-        p: Any = None,
+        p: Probability | None = None,
         *,
-        keep_prob: Any = None,
+        keep_prob: Probability | None = None,
         temperature: float = TEMPERATURE,
         shared_axes: Axes = None,
         noise_shape: NoiseShape = None,

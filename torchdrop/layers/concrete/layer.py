@@ -23,6 +23,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ...core.checks import check_choice, check_number
 from ...core.portable import refuse_script
+from ...core.rate import Probability
 from ...core.symbolic import leaf
 from .concrete import TEMPERATURE, ConcreteDropout
 
@@ -127,10 +128,10 @@ class ConcreteLayer(nn.Module):
     def __init__(
         self,
         layer: nn.Module,
-        p: Any = None,
+        p: Probability | None = None,
         *,
         regularizers: tuple[float, float],
-        keep_prob: Any = None,
+        keep_prob: Probability | None = None,
         temperature: float = TEMPERATURE,
         unbiased: bool = False,
         generator: torch.Generator | None = None,

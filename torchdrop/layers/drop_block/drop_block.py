@@ -23,7 +23,7 @@ from ...core import portable, sites
 from ...core.checks import check_bool, check_integer
 from ...core.inputs import check_inplace, check_input
 from ...core.mask_shape import Axes, mask_shape
-from ...core.rate import InplaceRated, as_rate, rate_named
+from ...core.rate import InplaceRated, Probability, as_rate, rate_named
 from ...core.symbolic import leaf, recorded
 from ...core.torch_state import is_compiling, is_plain
 from ...kernels.mask_params import ONE, MaskParams
@@ -148,13 +148,13 @@ def _drop_block(
 
 def drop_block1d(
     input: Tensor,
-    p: Any = None,
+    p: Probability | None = None,
     block_size: int = 7,
     inplace: bool = False,
     eps: float = 1e-06,
     training: bool = True,
     *,
-    keep_prob: Any = None,
+    keep_prob: Probability | None = None,
     scaling: Scaling = "mean",
     shared_axes: Axes = None,
     generator: torch.Generator | None = None,
@@ -176,13 +176,13 @@ def drop_block1d(
 
 def drop_block2d(
     input: Tensor,
-    p: Any = None,
+    p: Probability | None = None,
     block_size: int = 7,
     inplace: bool = False,
     eps: float = 1e-06,
     training: bool = True,
     *,
-    keep_prob: Any = None,
+    keep_prob: Probability | None = None,
     scaling: Scaling = "mean",
     shared_axes: Axes = None,
     generator: torch.Generator | None = None,
@@ -241,13 +241,13 @@ def drop_block2d(
 
 def drop_block3d(
     input: Tensor,
-    p: Any = None,
+    p: Probability | None = None,
     block_size: int = 7,
     inplace: bool = False,
     eps: float = 1e-06,
     training: bool = True,
     *,
-    keep_prob: Any = None,
+    keep_prob: Probability | None = None,
     scaling: Scaling = "mean",
     shared_axes: Axes = None,
     generator: torch.Generator | None = None,
@@ -270,12 +270,12 @@ def drop_block3d(
 class _DropBlock(InplaceRated):
     def __init__(
         self,
-        p: Any = None,
+        p: Probability | None = None,
         block_size: int = 7,
         inplace: bool = False,
         eps: float = 1e-06,
         *,
-        keep_prob: Any = None,
+        keep_prob: Probability | None = None,
         scaling: Scaling = "mean",
         shared_axes: Axes = None,
         generator: torch.Generator | None = None,

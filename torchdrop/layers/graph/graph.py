@@ -14,15 +14,13 @@ the expectation is kept of the sum, not of what it is divided by.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.fx import Proxy
 
 from ...core import sites
 from ...core.inputs import check_input
-from ...core.rate import DEFAULT_P, InplaceRated, Rate, Rated, as_rate
+from ...core.rate import DEFAULT_P, InplaceRated, Probability, Rate, Rated, as_rate
 from ...core.symbolic import holds_proxy, leaf, recorded
 from ...core.torch_state import transforms_active
 from ...kernels.mask_params import MaskParams, keeps_all
@@ -81,13 +79,13 @@ def _without(edge_index: Tensor, kept: Tensor | None, weight: Tensor) -> tuple[T
 def drop_edge_weight(
     edge_index: Tensor,
     edge_weight: Tensor | None = None,
-    p: Any = DEFAULT_P,
+    p: Probability = DEFAULT_P,
     training: bool = True,
     *,
     undirected: bool = False,
     keep_self_loops: bool = False,
     num_nodes: int | None = None,
-    keep_prob: Any = None,
+    keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """`drop_edge` that leaves the edges where they are, with the weight 0 where they are dropped.
@@ -116,13 +114,13 @@ def drop_edge_weight(
 def drop_edge(
     edge_index: Tensor,
     edge_weight: Tensor | None = None,
-    p: Any = DEFAULT_P,
+    p: Probability = DEFAULT_P,
     training: bool = True,
     *,
     undirected: bool = False,
     keep_self_loops: bool = False,
     num_nodes: int | None = None,
-    keep_prob: Any = None,
+    keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Removes edges of a graph, each with probability p, and divides the weights of the others by k = 1 - p.
@@ -199,11 +197,11 @@ class DropEdge(Rated):
 
     def __init__(
         self,
-        p: Any = DEFAULT_P,
+        p: Probability = DEFAULT_P,
         *,
         undirected: bool = False,
         keep_self_loops: bool = False,
-        keep_prob: Any = None,
+        keep_prob: Probability | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(p, keep_prob=keep_prob, generator=generator)
@@ -245,11 +243,11 @@ def _drop_features(
 
 def drop_node(
     input: Tensor,
-    p: Any = DEFAULT_P,
+    p: Probability = DEFAULT_P,
     training: bool = True,
     inplace: bool = False,
     *,
-    keep_prob: Any = None,
+    keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Zeroes the features of whole nodes, each with probability p, and divides the others by k = 1 - p.
@@ -311,11 +309,11 @@ class DropNode(InplaceRated):
 
 def drop_message(
     input: Tensor,
-    p: Any = DEFAULT_P,
+    p: Probability = DEFAULT_P,
     training: bool = True,
     inplace: bool = False,
     *,
-    keep_prob: Any = None,
+    keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Drops elements of the message matrix: what each edge carries, before it is added up at the node it leads to.

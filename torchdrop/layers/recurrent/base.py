@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ...core.portable import refuse_script
-from ...core.rate import KeepProb, read_rate
+from ...core.rate import Probability, read_rate
 from ...core.symbolic import leaf
 from ...random import check_generator
 from ..dropout import Dropout
@@ -43,7 +43,7 @@ class Unrolled(nn.RNNBase):
 
     layer_dropout: Dropout
     """There only where it can act: between layers, and once it has had a rate."""
-    _dropout: KeepProb
+    _dropout: Probability
 
     def __init__(
         self,
@@ -70,12 +70,12 @@ class Unrolled(nn.RNNBase):
             self.layer_dropout.generator = generator
 
     @property  # type: ignore[override]
-    def dropout(self) -> KeepProb:
+    def dropout(self) -> Probability:
         """The rate of dropout between layers: that of `layer_dropout` where there is one."""
         return self.layer_dropout.p if "layer_dropout" in self._modules else self._dropout
 
     @dropout.setter
-    def dropout(self, p: KeepProb) -> None:
+    def dropout(self, p: Probability) -> None:
         with named("dropout"):
             p = read_rate(p, None)[1]
         if "layer_dropout" in self._modules:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...core import sites
 from ...core.checks import check_bool
-from ...core.rate import Rated
+from ...core.rate import Probability, Rated
 from ...kernels.mask_params import MaskParams
 from ...kernels.masking import unpack_params
 from .base import Unrolled, named
@@ -117,8 +117,8 @@ class ZoneoutLSTM(Unrolled):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        zoneout_hidden: Any = 0.05,
-        zoneout_cell: Any = 0.5,
+        zoneout_hidden: Probability = 0.05,
+        zoneout_cell: Probability = 0.5,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(
@@ -168,7 +168,7 @@ class ZoneoutGRU(Unrolled):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        zoneout_hidden: Any = 0.05,
+        zoneout_hidden: Probability = 0.05,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(
@@ -223,7 +223,7 @@ class RecurrentDropoutLSTM(Unrolled):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        recurrent_dropout: Any = 0.25,
+        recurrent_dropout: Probability = 0.25,
         per_step: bool = True,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -272,7 +272,7 @@ class RecurrentDropoutGRU(Unrolled):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        recurrent_dropout: Any = 0.25,
+        recurrent_dropout: Probability = 0.25,
         per_step: bool = True,
         generator: torch.Generator | None = None,
     ) -> None:

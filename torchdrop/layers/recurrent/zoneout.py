@@ -19,7 +19,7 @@ from torch import Tensor
 from ...core import sites
 from ...core.exported import or_eval
 from ...core.inputs import check_input
-from ...core.rate import DEFAULT_P, Rate, Rated, as_rate, realized
+from ...core.rate import DEFAULT_P, Probability, Rate, Rated, as_rate, realized
 from ...core.symbolic import holds_proxy, leaf, recorded
 from ...kernels.mask_params import ONE, MaskParams, keeps_all
 from ...kernels.masking import COMPUTE_DTYPE
@@ -59,10 +59,10 @@ def _check_states(new: Any, old: Any) -> None:
 def zoneout(
     new: Tensor,
     old: Tensor,
-    p: Any = DEFAULT_P,
+    p: Probability = DEFAULT_P,
     training: bool = True,
     *,
-    keep_prob: Any = None,
+    keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Lets each unit of a recurrent state keep its old value with probability p. For a cell of one's own.

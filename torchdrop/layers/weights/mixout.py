@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ...core import sites
 from ...core.inputs import check_input
 from ...core.mask_shape import Axes, mask_shape
-from ...core.rate import DEFAULT_P, as_rate
+from ...core.rate import DEFAULT_P, Probability, as_rate
 from ...core.symbolic import holds_proxy, recorded
 from ...kernels.mask_params import ONE, MaskParams
 from ...kernels.masking import COMPUTE_DTYPE
@@ -47,10 +47,10 @@ def _check_target(input: Tensor, target: Any) -> None:
 def mixout(
     input: Tensor,
     target: Tensor,
-    p: Any = DEFAULT_P,
+    p: Probability = DEFAULT_P,
     training: bool = True,
     *,
-    keep_prob: Any = None,
+    keep_prob: Probability | None = None,
     shared_axes: Axes = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -134,9 +134,9 @@ class Mixout(OfWeight):
     def __init__(
         self,
         target: Tensor,
-        p: Any = DEFAULT_P,
+        p: Probability = DEFAULT_P,
         *,
-        keep_prob: Any = None,
+        keep_prob: Probability | None = None,
         shared_axes: Axes = None,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -154,9 +154,9 @@ class Mixout(OfWeight):
 def apply_mixout(
     module: ModuleT,
     names: Names = "weight",
-    p: Any = DEFAULT_P,
+    p: Probability = DEFAULT_P,
     *,
-    keep_prob: Any = None,
+    keep_prob: Probability | None = None,
     shared_axes: Axes = None,
     generator: torch.Generator | None = None,
     layers: Layers = nn.Module,

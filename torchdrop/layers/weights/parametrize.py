@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize
 from ...core.checks import check_module
 from ...core.mask_shape import Axes, mask_shape
 from ...core.names import fits, near
-from ...core.rate import DEFAULT_P, Rated
+from ...core.rate import DEFAULT_P, Probability, Rated
 from ...kernels.masking import COMPUTE_DTYPE, SERVED
 
 Names = str | Sequence[str]
@@ -39,9 +39,9 @@ class OfWeight(Rated):
 
     def __init__(
         self,
-        p: Any = DEFAULT_P,
+        p: Probability = DEFAULT_P,
         *,
-        keep_prob: Any = None,
+        keep_prob: Probability | None = None,
         shared_axes: Axes = None,
         generator: torch.Generator | None = None,
     ) -> None:

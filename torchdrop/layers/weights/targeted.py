@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from ...core import sites
 from ...core.checks import check_bool, check_integer, check_probability
 from ...core.inputs import check_input
-from ...core.rate import DEFAULT_P, KeepProb, as_rate
+from ...core.rate import DEFAULT_P, Probability, as_rate
 from ...core.symbolic import recorded
 from ...core.torch_state import is_compiling
 from ...kernels.mask_params import original
@@ -44,7 +44,7 @@ def _check_fraction(fraction: Any) -> Any:
     return check_probability("target_fraction", fraction)
 
 
-def _check_leaves_some(fraction: float, keep_prob: KeepProb, pruned: bool) -> None:
+def _check_leaves_some(fraction: float, keep_prob: Probability, pruned: bool) -> None:
     """Refuses what would leave no weight."""
     if fraction == 1.0 and not isinstance(keep_prob, Tensor) and keep_prob == 0.0:
         raise ValueError(
@@ -78,14 +78,14 @@ def _check_weight(weight: Any) -> None:
 
 def targeted_dropout(
     weight: Tensor,
-    p: Any = DEFAULT_P,
+    p: Probability = DEFAULT_P,
     training: bool = True,
     *,
     target_fraction: float = 0.5,
     units: bool = False,
     dim: int = 0,
     pruned: bool = False,
-    keep_prob: Any = None,
+    keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Drops, with rate p, weights among the smallest of each output unit, and never any of the others.
@@ -183,13 +183,13 @@ class TargetedDropout(OfWeight):
 
     def __init__(
         self,
-        p: Any = DEFAULT_P,
+        p: Probability = DEFAULT_P,
         target_fraction: float = 0.5,
         *,
         units: bool = False,
         dim: int = 0,
         pruned: bool = False,
-        keep_prob: Any = None,
+        keep_prob: Probability | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         self._set_fraction(_check_fraction(target_fraction))
@@ -203,7 +203,7 @@ class TargetedDropout(OfWeight):
         with torch.inference_mode(False):
             self._fraction_tensor = torch.tensor([fraction], dtype=torch.float64, device="cpu")
 
-    def _check_rate(self, keep_prob: KeepProb) -> None:
+    def _check_rate(self, keep_prob: Probability) -> None:
         _check_leaves_some(self._fraction, keep_prob, self._pruned)
 
     @property
@@ -258,13 +258,13 @@ class TargetedDropout(OfWeight):
 def apply_targeted_dropout(
     module: ModuleT,
     names: Names = "weight",
-    p: Any = DEFAULT_P,
+    p: Probability = DEFAULT_P,
     target_fraction: float = 0.5,
     *,
     units: bool = False,
     dim: int = 0,
     pruned: bool = False,
-    keep_prob: Any = None,
+    keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
     layers: Layers = nn.Module,
 ) -> ModuleT:

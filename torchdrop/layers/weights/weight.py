@@ -11,7 +11,7 @@ dropout of Merity et al., ICLR 2018. What is trained is W: its gradient is that 
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch.fx import Proxy
 from ...core import sites
 from ...core.inputs import check_input
 from ...core.mask_shape import Axes, mask_shape
-from ...core.rate import DEFAULT_P, as_rate
+from ...core.rate import DEFAULT_P, Probability, as_rate
 from ...core.symbolic import recorded
 from ...ops import operators
 from .parametrize import Layers, Names, OfWeight, register, remove
@@ -30,10 +30,10 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 def weight_dropout(
     weight: Tensor,
-    p: Any = DEFAULT_P,
+    p: Probability = DEFAULT_P,
     training: bool = True,
     *,
-    keep_prob: Any = None,
+    keep_prob: Probability | None = None,
     shared_axes: Axes = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -113,9 +113,9 @@ class WeightDropout(OfWeight):
 def apply_weight_dropout(
     module: ModuleT,
     names: Names = "weight",
-    p: Any = DEFAULT_P,
+    p: Probability = DEFAULT_P,
     *,
-    keep_prob: Any = None,
+    keep_prob: Probability | None = None,
     shared_axes: Axes = None,
     generator: torch.Generator | None = None,
     layers: Layers = nn.Module,
