@@ -22,7 +22,7 @@ CASES: dict[str, dict[str, Any]] = {
     "classes": {"samples": 20, "task": "classification", "keep_samples": True},
     "shared": {"samples": 7, "masks": "shared", "strategy": "loop"},
     "tolerance": {"samples": 400, "tolerance": 0.08},
-    "masks": {"samples": 9, "keep_samples": True, "output": lambda y: (y != 0).double()},
+    "masks": {"samples": 9, "keep_samples": True, "select_output": lambda y: (y != 0).double()},
     "few": {"samples": 1},
 }
 
