@@ -479,6 +479,7 @@ class TestCollector:
 
 
 class TestProcesses:
+    @pytest.mark.slow
     @given(st.lists(st.integers(0, 2), min_size=7, max_size=7), st.lists(st.integers(0, 25), max_size=4), st.booleans())
     def test_merged_states_are_bit_equal_to_one_process(self, owner: list[int], cuts: list[int], rounds: bool) -> None:
         """Three processes, each with some of seven groups, perhaps none, and the same chunks of its own samples."""

@@ -61,6 +61,7 @@ def test_derivatives_of_every_order_by_finite_differences(operator: Any, formula
     assert torch.autograd.gradgradcheck(lambda x: f(x) ** 3, (x,), check_fwd_over_rev=True)
 
 
+@pytest.mark.slow
 @given(st.data(), tensors())
 def test_all_roads_give_the_same(data: st.DataObject, x: Tensor) -> None:
     key, shape = data.draw(keys()), data.draw(shared(tuple(x.shape)))

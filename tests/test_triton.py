@@ -134,6 +134,7 @@ def test_masked_equals_the_reference_bit_for_bit(
     assert torch.equal(backend.masked(target, here(key), given_params, shape, WHOLE, target).cpu(), expected)
 
 
+@pytest.mark.slow
 @needs_kernels
 @settings(max_examples=15)
 @given(
@@ -169,6 +170,7 @@ def test_parameters_for_each_key_hold_for_all_its_rows(part: MaskSlice) -> None:
     assert identical(masked(x, key, here(params_of_each), (2, 32), part), expected)
 
 
+@pytest.mark.slow
 @needs_kernels
 @settings(max_examples=25)
 @given(
@@ -252,6 +254,7 @@ def test_parameters_with_a_fill_alone_or_a_shift_alone(dtype: torch.dtype) -> No
         assert identical(masked(x, KEY, given_params.tensor(), x.shape), expected)
 
 
+@pytest.mark.slow
 @needs_kernels
 def test_many_parameters_in_the_devices_memory_are_read_there() -> None:
     """With thresholds that no `MaskParams` has: outside their range or no numbers."""

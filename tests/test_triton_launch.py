@@ -266,6 +266,7 @@ def test_profilers_hear_of_launches_and_without_them_triton_is_passed_by(monkeyp
     assert calls == [straight, *[straight, watched, watched, straight] * 2]
 
 
+@pytest.mark.slow
 def test_the_kernels_are_not_imported_for_cpu_tensors() -> None:
     program = """
 import sys, torch

@@ -58,6 +58,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
     rows.clear()
 
 
+@pytest.mark.slow
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lengths.filter(bool), some_rates, st.sampled_from(DTYPES), st.booleans())
 def test_it_gives_what_the_general_path_gives(
