@@ -40,7 +40,7 @@ def check_masked(name: str, x: Tensor, key: Tensor, params: Tensor, shape: Seque
         raise ValueError(f"{name}: part must hold start, run and pitch, or nothing, got {tuple(part)}")
 
 
-def check_numbers(name: str, key: Tensor, shape: Sequence[int], params: Tensor | None, with_law: bool) -> None:
+def check_numbers(name: str, key: Tensor, shape: Sequence[int], params: Tensor | None, with_params: bool) -> None:
     """For numbers of a shape under each key: those of a mask with parameters, the others without one.
 
     Raises:
@@ -48,11 +48,11 @@ def check_numbers(name: str, key: Tensor, shape: Sequence[int], params: Tensor |
     """
     _check_key(name, key, key.device)
     _check_sizes(name, "shape", shape, 0)
-    if with_law and params is None:
+    if with_params and params is None:
         raise ValueError(f"{name}: params must be a tensor, got None")
     if params is None:
         return
-    if not with_law:
+    if not with_params:
         raise ValueError(
             f"{name}: params must be None, since it decides masks only: got one of shape {tuple(params.shape)}"
         )

@@ -19,7 +19,6 @@ from .. import kernels, random
 from ..core.torch_state import function_modes, is_observed, is_watched, lean_node_of, without_function_modes
 from ..kernels import native, triton
 from ..kernels.mask_params import ONE, MaskParams
-from ..kernels.native import ElementType
 from . import fused, operators
 
 _CPU = torch.device("cpu")
@@ -29,15 +28,16 @@ _is_grad_enabled = torch.is_grad_enabled
 _key = random.key_bytes
 _threads = native.threads
 _SERIAL = native.SERIAL
-_element_type_of = native.ELEMENT_TYPES.get
+# Plain integers: C takes them in less time than members of an enumeration.
+_element_type_of = {dtype: int(number) for dtype, number in native.ELEMENT_TYPES.items()}.get
 _row: Any = native.library.row if native.library is not None else None
 _groups: Any = native.library.groups if native.library is not None else None
 _fused: Any = native.library.fused if native.library is not None else None
-_DROPOUT, _RELU_DROPOUT = native.Operation.DROPOUT, native.Operation.RELU_DROPOUT
-_DROPOUT_ADD, _RELU_DROPOUT_BACKWARD = native.Operation.DROPOUT_ADD, native.Operation.RELU_DROPOUT_BACKWARD
+_DROPOUT, _RELU_DROPOUT = int(native.Operation.DROPOUT), int(native.Operation.RELU_DROPOUT)
+_DROPOUT_ADD, _RELU_DROPOUT_BACKWARD = int(native.Operation.DROPOUT_ADD), int(native.Operation.RELU_DROPOUT_BACKWARD)
 _ANY_WIDTH = native.ANY_WIDTH
 
-State = tuple[ElementType, int, bytes, int, MaskParams]
+State = tuple[int, int, bytes, int, MaskParams]
 """Element type, number of elements, key, address of the parameters, and the parameters."""
 
 
@@ -52,7 +52,7 @@ def _unseen(path: Callable[..., Tensor | None], *args: Any) -> Tensor | None:
         return path(*args, True)
 
 
-def _served_element_type(x: Tensor) -> ElementType | None:
+def _served_element_type(x: Tensor) -> int | None:
     """Returns the element type of a CPU tensor that is one row in memory, or None where the fast path does not serve
     it."""
     cls = type(x)
@@ -198,7 +198,7 @@ def _again(grad: Tensor, state: State, shape: Sequence[int]) -> Tensor:
     return operators.masked(operators.fitting(grad, shape, _CPU), random.key_tensor(key), params, shape)
 
 
-def _is_row(grad: Tensor, shape: Sequence[int], element_type: ElementType, device: int = -1) -> bool:
+def _is_row(grad: Tensor, shape: Sequence[int], element_type: int, device: int = -1) -> bool:
     """Whether a gradient is like the output, is one row in memory, and nothing has to see the call.
 
     Autograd always gives a gradient like the output, but a node may be called by hand.
