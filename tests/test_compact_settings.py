@@ -97,6 +97,14 @@ def test_layers_with_hooks_see_whole_tensors(monkeypatch: pytest.MonkeyPatch) ->
         torch.testing.assert_close(found[key], value, rtol=1e-12, atol=1e-12)
 
 
+def test_hooks_that_only_observe_leave_layers_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = cuts(monkeypatch)
+    model = CompactSequential(nn.Linear(6, 9), nn.ReLU(), torchdrop.Dropout(0.5), nn.Linear(9, 3))
+    with torchdrop.frozen_masks(model):
+        model(torch.randn(4, 6))
+    assert made
+
+
 def test_what_is_inserted_at_a_layer_runs_and_sees_whole_tensors() -> None:
     model = CompactSequential(nn.Linear(6, 9), nn.ReLU(), torchdrop.Dropout(0.5), nn.Linear(9, 3))
     put = torchdrop.insert(model, {"0": torchdrop.Dropout(0.9)})

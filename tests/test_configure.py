@@ -552,3 +552,19 @@ class TestDisabled:
             assert torch.equal(compiled(x), model[0](x))
         assert (compiled(x) == 0).any()
         assert list(keep_probs(nn.ModuleDict({"part": compiled}))) == ["part.1", "part.2"]
+
+
+@pytest.mark.parametrize(
+    "drop", [torchdrop.functional.dropout, torchdrop.functional.drop_path], ids=lambda drop: drop.__name__
+)
+def test_disabled_refuses_functions_of_torchdrop_that_a_checkpoint_would_run_again(drop: Any) -> None:
+    class Checkpointed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(lambda x: drop(x, 0.5, training=True), x, use_reentrant=False)  # type: ignore[return-value]
+
+    model = nn.Sequential(Checkpointed(), torchdrop.Dropout(0.5))
+    with (
+        torchdrop.disabled(model),
+        pytest.raises(RuntimeError, match="checkpointing runs a functional dropout of torch"),
+    ):
+        model(torch.ones(2, 3, 8, 8, requires_grad=True))

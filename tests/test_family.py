@@ -122,6 +122,18 @@ def test_keep_prob_1_and_disabled_are_the_model_without_dropout(name: str, devic
     assert torch.allclose(model(x), plain, atol=1e-6)
 
 
+@rated
+def test_what_is_drawn_after_a_layer_does_not_depend_on_its_rate(name: str, device: torch.device) -> None:
+    if name in ("layer_drop", "graph"):
+        pytest.skip("layers that are skipped and edges that are gone draw nothing")
+    model, x, after = built(name, device), inputs(VARIANTS[name], device), []
+    for rate in (1.0, 0.6):
+        torchdrop.set_keep_prob(model, {"*": rate})
+        seeded(model, x)
+        after.append(torch.rand(3, device=device))
+    assert torch.equal(*after)
+
+
 @every
 def test_frozen_masks_are_frozen(name: str, device: torch.device) -> None:
     model, x = built(name, device), inputs(VARIANTS[name], device)
