@@ -8,6 +8,7 @@ and rates of its modules. Tracers know ours by no name, so each looks at its inp
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -65,18 +66,25 @@ def leaf(forward: Forward) -> Forward:
     """A forward that gives a node for a Proxy."""
     owner: list[type] = []
 
-    @functools.wraps(forward)
-    def looking(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        for value in args:
-            if isinstance(value, Proxy):
-                break
-        else:
-            if not kwargs or not holds_proxy(*kwargs.values()):
-                return forward(self, *args, **kwargs)
+    def node(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not owner:
             owner.append(next(kind for kind in type(self).__mro__ if vars(kind).get("forward") is looking))
         return called(owner[0], self, *args, **kwargs)
 
+    def one(self: nn.Module, input: Any) -> Any:
+        return node(self, input) if isinstance(input, Proxy) else forward(self, input)
+
+    def several(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        for value in args:
+            if isinstance(value, Proxy):
+                return node(self, *args, **kwargs)
+        if kwargs and holds_proxy(*kwargs.values()):
+            return node(self, *args, **kwargs)
+        return forward(self, *args, **kwargs)
+
+    # A wrapper of one argument takes half the time of one that passes on whatever it gets.
+    alone = tuple(inspect.signature(forward).parameters) == ("self", "input")
+    looking = functools.wraps(forward)(one if alone else several)
     return looking  # type: ignore[return-value]
 
 

@@ -133,7 +133,7 @@ def is_watched() -> bool:
 
 def is_observed() -> bool:
     """Whether a transform, dispatch mode or trace has to see what is done. Function modes are left to the caller."""
-    return transforms_active() or dispatch_modes() > 0 or forward_ad._current_level >= 0 or tracing_state() is not None
+    return transforms_active() or dispatch_modes() != 0 or forward_ad._current_level >= 0 or tracing_state() is not None
 
 
 def is_plain(x: Tensor) -> bool:

@@ -148,20 +148,13 @@ def fast_dropout_add(
     element_type = _served_element_type(x)
     if (
         element_type is None
-        or not isinstance(residual, Tensor)
-        or residual.dtype != x.dtype
+        or _served_element_type(residual) != element_type
         or residual.shape != x.shape
-        or _served_element_type(residual) is None
         or not x.data_ptr()
         or not residual.data_ptr()
     ):
         return None
-    if bias is not None and (
-        not isinstance(bias, Tensor)
-        or bias.dtype != x.dtype
-        or bias.shape != x.shape[-1:]
-        or _served_element_type(bias) is None
-    ):
+    if bias is not None and (_served_element_type(bias) != element_type or bias.shape != x.shape[-1:]):
         return None
     _key.draw()
     if params.threshold == ONE:
@@ -190,11 +183,9 @@ def fast_activation_dropout(x: Tensor, params: MaskParams, activation: str, unse
 
 def _again(grad: Tensor, state: State, shape: Sequence[int]) -> Tensor:
     """Applies the derivative, which is forward's map under the linear part of the parameters."""
-    element_type, n, key, address, params = state
-    if _is_row(grad, shape, element_type):
-        out = _empty_like(grad)
-        _row(_DROPOUT, element_type, out.data_ptr(), grad.data_ptr(), n, key, address, 1 if n < _SERIAL else _threads())
-        return out
+    if _is_row(grad, shape, state[0]):
+        return _masked(grad, state)
+    _, _, key, _, params = state
     return operators.masked(operators.fitting(grad, shape, _CPU), random.key_tensor(key), params, shape)
 
 
@@ -218,6 +209,13 @@ def _is_row(grad: Tensor, shape: Sequence[int], element_type: int, device: int =
         return grad.data_ptr() != 0
     except RuntimeError:  # the batched gradients of autograd.grad have no memory
         return False
+
+
+def _masked(x: Tensor, state: State) -> Tensor:
+    element_type, n, key, address, _ = state
+    out = _empty_like(x)
+    _row(_DROPOUT, element_type, out.data_ptr(), x.data_ptr(), n, key, address, 1 if n < _SERIAL else _threads())
+    return out
 
 
 def _grouped(x: Tensor, state: State, group: int) -> Tensor:
@@ -305,10 +303,12 @@ class _DropoutAdd(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        of_x, of_bias, of_residual = ctx.needs_input_grad[:3]
-        if grad.shape != ctx.shape or not grad.is_cpu:
+        of_x, of_bias, of_residual, _ = ctx.needs_input_grad
+        if _is_row(grad, ctx.shape, ctx.state[0]):
+            dropped = _masked(grad, ctx.state) if of_x or of_bias else None
+        else:
             grad = operators.fitting(grad, ctx.shape, _CPU)
-        dropped = _again(grad, ctx.state, ctx.shape) if of_x or of_bias else None
+            dropped = _again(grad, ctx.state, ctx.shape) if of_x or of_bias else None
         summed = dropped.sum_to_size(ctx.bias) if of_bias and dropped is not None else None
         return dropped if of_x else None, summed, grad if of_residual else None, None
 
