@@ -39,6 +39,12 @@ def _two_threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def one_thread(_two_threads: None) -> None:
+    """One thread, for models that are too small for two, which would wait for each other."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(params=DEVICES, scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Each device in turn. It lives as long as the session, so that hypothesis' tests can have it, too."""

@@ -280,11 +280,6 @@ def built(name: str, device: torch.device = CPU) -> nn.Module:
         return VARIANTS[name].make().to(device)
 
 
-def seeded(model: nn.Module, x: Tensor, seed: int = 0) -> Tensor:
-    torch.manual_seed(seed)
-    return model(x)
-
-
 def gradients(model: nn.Module, output: Tensor) -> list[Tensor | None]:
     wanted = [p for p in model.parameters() if p.requires_grad]
     return list(torch.autograd.grad(output.square().sum(), wanted, allow_unused=True))

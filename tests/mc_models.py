@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +23,13 @@ import torchdrop
 from torchdrop.handlers.masks import MaskSlot, Pass
 from torchdrop.monte_carlo.prediction import Prediction
 from torchdrop.monte_carlo.report import Report
+
+WARNINGS_OF_TORCH = [
+    pytest.mark.filterwarnings("ignore:enable_nested_tensor is True"),
+    pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors"),
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
+]
+"""Marks against what torch says of its own modules where they take another path in eval mode."""
 
 
 def call(model: nn.Module, inputs: Any) -> Any:

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import torchdrop
+from tests.family import VARIANTS, built, gradients, inputs
+from tests.seeding import seeded
 from torchdrop import KeepProbScheduler, schedules
-
-from .family import VARIANTS, built, gradients, inputs, seeded
 
 LAYERS = Path(torchdrop.__file__).parent / "layers"
 
@@ -35,10 +35,10 @@ def same(left: Any, right: Any) -> bool:
 @every
 def test_a_seed_replays_forward_and_backward(name: str, device: torch.device) -> None:
     model, x = built(name, device), inputs(VARIANTS[name], device)
-    first, again = seeded(model, x, 3), seeded(model, x, 3)
+    first, again = seeded(3, model, x), seeded(3, model, x)
     assert torch.equal(first, again)
     assert same(gradients(model, first), gradients(model, again))
-    others = [seeded(model, x, seed) for seed in range(4, 12)]
+    others = [seeded(seed, model, x) for seed in range(4, 12)]
     assert name == "masksembles" or any(o.shape != first.shape or not torch.equal(o, first) for o in others)
 
 
@@ -129,7 +129,7 @@ def test_what_is_drawn_after_a_layer_does_not_depend_on_its_rate(name: str, devi
     model, x, after = built(name, device), inputs(VARIANTS[name], device), []
     for rate in (1.0, 0.6):
         torchdrop.set_keep_prob(model, {"*": rate})
-        seeded(model, x)
+        seeded(0, model, x)
         after.append(torch.rand(3, device=device))
     assert torch.equal(*after)
 
@@ -145,7 +145,7 @@ def test_frozen_masks_are_frozen(name: str, device: torch.device) -> None:
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing_has_the_masks_of_forward(name: str, device: torch.device, use_reentrant: bool) -> None:
     model, x = built(name, device), inputs(VARIANTS[name], device)
-    direct = gradients(model, seeded(model, x))
+    direct = gradients(model, seeded(0, model, x))
     if use_reentrant and not x.is_floating_point():
         pytest.skip("reentrant checkpoints need an input with a gradient")
     x = x.requires_grad_() if x.is_floating_point() else x
@@ -220,7 +220,7 @@ def test_half_types_stay_finite_and_alive(name: str, device: torch.device, dtype
 def test_copies_and_states(name: str, device: torch.device) -> None:
     model, x = built(name, device), inputs(VARIANTS[name], device)
     twin = copy.deepcopy(model)
-    assert torch.equal(seeded(model, x), seeded(twin, x))
+    assert torch.equal(seeded(0, model, x), seeded(0, twin, x))
     other = VARIANTS[name].make().to(device)
     other.load_state_dict(model.state_dict())
     assert torch.equal(other.eval()(x), model.eval()(x))
@@ -259,7 +259,6 @@ def test_audit_is_quiet(name: str, device: torch.device) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")
 @pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.compiles])
 def test_compiled_in_one_piece_with_the_masks_of_eager_and_once_for_all_rates(name: str, device: torch.device) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
@@ -272,7 +271,7 @@ def test_compiled_in_one_piece_with_the_masks_of_eager_and_once_for_all_rates(na
     for rate in (0.8, 0.6, 0.7) if counted else (0.6,):
         if VARIANTS[name].names:
             torchdrop.set_keep_prob(model, {"*": rate})
-        eager, ours = seeded(model, x), seeded(compiled, x)
+        eager, ours = seeded(0, model, x), seeded(0, compiled, x)
         assert torch.allclose(eager, ours, atol=1e-5)
         assert same(gradients(model, eager), gradients(model, ours))
     assert counter.frame_count == 1
@@ -282,8 +281,8 @@ def test_compiled_in_one_piece_with_the_masks_of_eager_and_once_for_all_rates(na
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name != "layer_drop"])  # whose choice is data
 def test_functionalized_with_the_same_masks(name: str, device: torch.device) -> None:
     model, x = built(name, device), inputs(VARIANTS[name], device)
-    assert torch.allclose(seeded(torch.func.functionalize(model), x), seeded(model, x), atol=1e-5)
+    assert torch.allclose(seeded(0, torch.func.functionalize(model), x), seeded(0, model, x), atol=1e-5)
     if not VARIANTS[name].ids:
         slope = torch.func.grad(lambda x: model(x).square().sum())
         functional = torch.func.functionalize(slope)
-        assert torch.allclose(seeded(functional, x), seeded(slope, x), atol=1e-5)
+        assert torch.allclose(seeded(0, functional, x), seeded(0, slope, x), atol=1e-5)

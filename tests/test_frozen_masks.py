@@ -15,9 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import torchdrop
 import torchdrop.functional as F
-from torchdrop import random
-
-from .seeding import (
+from tests.seeding import (
     FAMILY,
     agree,
     every_layer,
@@ -28,8 +26,8 @@ from .seeding import (
     shape_of,
     small_and_large,
 )
+from torchdrop import random
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")
 """What PyTorch itself does at the first use of forward mode and of the compiler."""
 
 

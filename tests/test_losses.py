@@ -18,8 +18,6 @@ from torch.func import grad, vmap
 import torchdrop
 from torchdrop.losses import FraternalLoss, RDropLoss, fraternal, r_drop, two_passes
 
-compiles = pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")
-
 SHAPES = [(4,), (5, 4), (5, 4, 3), (2, 4, 3, 2)]
 
 
@@ -192,7 +190,6 @@ def test_modules_are_the_functions() -> None:
 
 
 @pytest.mark.slow
-@compiles
 def test_losses_under_compile_and_vmap() -> None:
     (a, b), y = pair((5, 4)), indices((5, 4))
     for f in (lambda a, b: r_drop(a, b, y, 0.5), fraternal):

@@ -22,9 +22,9 @@ import torch
 from torch import nn
 
 import torchdrop
+from tests import ROOT
 from torchdrop.kernels import native
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "torchdrop"
 
 RANKS = {

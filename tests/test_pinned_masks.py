@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchdrop
+from tests.family import VARIANTS, built, inputs
+from tests.seeding import seeded
 from torchdrop import functional as dropouts
-
-from .family import VARIANTS, built, inputs, seeded
 
 PINNED = Path(__file__).with_name("pinned_masks.json")
 
@@ -110,7 +110,7 @@ def variants() -> Iterator[tuple[str, list[float]]]:
     for name, variant in VARIANTS.items():
         model, x = built(name), inputs(variant)
         torch.set_num_threads(1)
-        yield f"{name}, train mode", projections(seeded(model, x, 1))
+        yield f"{name}, train mode", projections(seeded(1, model, x))
         if name == "masksembles":
             continue
         with torchdrop.frozen_masks(model, seed=2):

@@ -13,16 +13,14 @@ from torch import Tensor
 
 import torchdrop
 import torchdrop.functional as F
-from torchdrop.kernels import native
-
-from .seeding import (
+from tests.seeding import (
     FAMILY,
     in_threads,
     row_masks,
     shape_of,
 )
+from torchdrop.kernels import native
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")
 """What PyTorch itself does at the first use of forward mode and of the compiler."""
 
 

@@ -15,9 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import torchdrop
 import torchdrop.functional as F
-from torchdrop.kernels import native
-
-from .seeding import (
+from tests.seeding import (
     FAMILY,
     Segment,
     agree,
@@ -30,8 +28,8 @@ from .seeding import (
     shape_of,
     small_and_large,
 )
+from torchdrop.kernels import native
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")
 """What PyTorch itself does at the first use of forward mode and of the compiler."""
 
 

@@ -12,11 +12,11 @@ import pytest
 from torch import nn
 
 import torchdrop
+from tests import ROOT
 from torchdrop import docs
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 GUIDES = [README, *sorted((ROOT / "torchdrop").rglob("*.md")), ROOT / "benchmarks" / "README.md"]
 EXAMPLES = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)

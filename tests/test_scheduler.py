@@ -23,12 +23,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import torchdrop
+from tests import ROOT
+from tests.ops.test_operators import Net, same_masks
 from torchdrop import KeepProbScheduler, keep_probs, rules, schedules
 from torchdrop.configure import rate_sites as rate_sites
 
-from .test_operators import Net, same_masks
-
-ROOT = Path(__file__).resolve().parents[1]
 DOWN = schedules.linear(1.0, 0.0, 10)
 
 

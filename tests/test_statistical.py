@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .statistical import FALSE_ALARM, MISS, band, check_rate, draws_for
+from tests.statistical import FALSE_ALARM, MISS, band, check_rate, draws_for
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.5, 0.8, 0.999])
