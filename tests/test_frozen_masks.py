@@ -69,9 +69,9 @@ class Calls(nn.Module):
 @pytest.fixture
 def clean() -> Iterator[None]:
     """Nothing of `frozen_masks` stays behind."""
-    assert not random._frozen
+    assert not random.frozen
     yield
-    assert not random._frozen
+    assert not random.frozen
 
 
 def hooks_of(model: nn.Module) -> int:

@@ -16,7 +16,7 @@ import torchdrop
 import torchdrop.functional as F
 from tests.seeding import Segment, agree, reentrant_or_not, row_masks
 from tests.statistical import check_rate, draws_for
-from torchdrop import random
+from torchdrop import seeding
 
 """What PyTorch itself does at the first use of forward mode and of the compiler."""
 
@@ -49,13 +49,13 @@ class TestStates:
         self, first: tuple[int, int], second: tuple[int, int], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         assert not torch.equal(mask(*first), mask(*second))
-        assert random._words_are_known()
-        monkeypatch.setattr(random, "_words_are_known", lambda: False)  # a generator that is laid out in another way
+        assert seeding._words_are_known()
+        monkeypatch.setattr(seeding, "_words_are_known", lambda: False)  # a generator that is laid out in another way
         assert torch.equal(mask(*first), mask(*first))
 
     def test_the_whole_state_follows_from_the_hash(self, monkeypatch: pytest.MonkeyPatch) -> None:
         words = torch.arange(1, 625)
-        monkeypatch.setattr(random, "_hash", lambda seed, name: (2**64 - 5, random._WORDS.pack(*words.tolist())))
+        monkeypatch.setattr(seeding, "_hash", lambda seed, name: (2**64 - 5, seeding._WORDS.pack(*words.tolist())))
         with torchdrop.seeded(1, rank=0):
             state = torch.get_rng_state()
             assert torch.initial_seed() == 2**64 - 5

@@ -6,6 +6,7 @@ from .aids import audit, check_cost_decreases, equivalent_l2, feature_statistics
 from .configure import disabled, insert, keep_probs, replace, set_keep_prob
 from .core.regularization import regularization
 from .core.shard import Shard
+from .handlers.freeze import frozen_masks
 from .kernels import available_backends, use_backend
 from .layers.activated import GELUDropout, ReLUDropout
 from .layers.alpha import AlphaDropout, FeatureAlphaDropout
@@ -49,7 +50,6 @@ from .layers.weights.targeted import (
 from .layers.weights.weight import WeightDropout, apply_weight_dropout, remove_weight_dropout
 from .layers.word import WordDropout
 from .monte_carlo import mc_dropout, mc_predict
-from .random import frozen_masks
 from .scheduler import KeepProbScheduler
 from .seeding import seeded
 

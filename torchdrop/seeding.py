@@ -1,15 +1,92 @@
-"""Seeds for a block of code, in one process or in many: `seeded`."""
+"""Seeds for a block of code, in one process or in many: `seeded`; and the states of PyTorch's generators."""
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import hashlib
+import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from .core.checks import check_integer
-from .random import put_back, start, states
+from .core.torch_state import without_transforms
+
+States = tuple[Tensor, list[Tensor]]
+
+
+def states() -> tuple[States, bytes]:
+    """The states of PyTorch's generators, and a digest of the CPU's."""
+    with without_transforms():  # plain tensors, also under torch.func
+        cpu = torch.get_rng_state()
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        return (cpu, cuda), hashlib.blake2b(ctypes.string_at(cpu.data_ptr(), cpu.numel()), digest_size=16).digest()
+
+
+def put_back(states: States) -> None:
+    """PyTorch's generators as they were."""
+    cpu, cuda = states
+    torch.set_rng_state(cpu)
+    if cuda:
+        torch.cuda.set_rng_state_all(cuda)
+
+
+def start(seed: int, name: str, manual_seed: Callable[[int], Any] | None = None) -> int:
+    """Starts PyTorch's CPU generator from a hash of (seed, name).
+
+    Seeding it would take 32 bits for its Mersenne Twister, so all 624 words of that are set.
+
+    Args:
+        manual_seed: what takes 64 bits of the hash before; that of the generator if None.
+
+    Returns:
+        64 bits of the hash, which the generator gives as its initial seed: what other devices' generators start from.
+    """
+    number, words = _hash(seed, name)
+    generator = torch.default_generator
+    with without_transforms():  # plain tensors, also under torch.func
+        (manual_seed or generator.manual_seed)(number)
+        if _words_are_known():
+            state = generator.get_state()
+            ctypes.memmove(state.data_ptr() + _HEAD.size, words, len(words))
+            generator.set_state(state)
+    return number
+
+
+def hash_of(*name: object) -> bytes:
+    """Eight bytes that follow from a name, whose parts are joined by slashes: what seeds of named things are made
+    from."""
+    return hashlib.blake2b("/".join(map(str, name)).encode(), digest_size=8).digest()
+
+
+_HEAD = struct.Struct("=QiiQ")
+"""What lies before the words in the state of a CPU generator: the seed, how many words are left, 1, the next one."""
+
+_WORDS = struct.Struct("=624Q")
+
+
+@functools.lru_cache(maxsize=64)
+def _hash(seed: int, name: str) -> tuple[int, bytes]:
+    """64 bits, and the words of a Mersenne Twister: 32 bits each, which lie in 64."""
+    digest = hashlib.shake_256(f"{seed}:{name}".encode()).digest(8 + 4 * 624)
+    return int.from_bytes(digest[:8], "little"), _WORDS.pack(*struct.unpack("<624I", digest[8:]))
+
+
+@functools.cache
+def _words_are_known() -> bool:
+    """Whether a generator's state is laid out as in PyTorch 2.6 to 2.13. Where it is not, 32 bits have to do."""
+    seed = 2**63 + 12345
+    state = torch.Generator().manual_seed(seed).get_state()
+    words = [seed % 2**32]
+    for at in range(1, 624):
+        words.append((1812433253 * (words[-1] ^ words[-1] >> 30) + at) % 2**32)
+    known = _HEAD.pack(seed, 1, 1, 0) + _WORDS.pack(*words)
+    return state.numel() > len(known) and ctypes.string_at(state.data_ptr(), len(known)) == known
 
 
 @contextmanager

@@ -47,7 +47,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
         monkeypatch.setattr(
             fast_path,
             "_is_served_row",
-            lambda x: x.is_contiguous() and not (random._frozen or kernels._forced or fast_path.is_observed()),
+            lambda x: x.is_contiguous() and not (random.frozen or kernels._forced or fast_path.is_observed()),
         )
     # Not in the backend itself, which the general path uses, too.
     monkeypatch.setattr(fast_path, "triton", types.SimpleNamespace(masked_row=masked_row, served=backend.served))

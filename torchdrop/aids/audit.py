@@ -150,11 +150,8 @@ def _refuse_lazy(model: nn.Module) -> None:
 def _following(model: nn.Module, measure: bool, training: bool) -> Iterator[Flow]:
     """Normalization with running statistics stays in eval mode: a single row would be refused otherwise."""
     flow = Flow(model, measure)
-    try:
-        with flags(model, lambda m: training and not hasattr(m, "running_mean")), flow:
-            yield flow
-    finally:
-        flow.close()
+    with flags(model, lambda m: training and not hasattr(m, "running_mean")), flow.follow(model):
+        yield flow
 
 
 @contextmanager

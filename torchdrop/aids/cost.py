@@ -18,9 +18,9 @@ from torch.optim.optimizer import Optimizer
 from ..configure import disabled, keep_probs
 from ..configure.rate_sites import unwrapped
 from ..core.rate import Rated
+from ..handlers.freeze import frozen_forwards
 from ..monte_carlo.activate import check_seed
 from ..monte_carlo.state import flags, own_generators, random_state, undisturbed
-from ..random import frozen_forwards
 
 _SHOWN = 8
 

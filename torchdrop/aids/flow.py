@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..core import sites
 from ..core.hooks import observer
 from ..handlers.base import Handler
 from ..handlers.calls import RandomCall
-from ..handlers.tracker import Tracker
+from ..handlers.tracker import Tracker, following
 from .realized_rate import RealizedRate, mask_of_call, measured
 
 _T = Tensor
@@ -96,29 +97,29 @@ class Flow(Handler):
         self._kwargs: dict[str, Any] = {}
         self._traces: dict[int, _Followed] = {}
         self._alive: list[Tensor] = []  # an id is a tensor's only as long as it lives
-        self._names = {module: name for name, module in model.named_modules()}
-        self._handles = [
-            handle
-            for module in self._names
-            for handle in (
-                module.register_forward_pre_hook(self._runs, prepend=True, with_kwargs=True),
-                module.register_forward_hook(self._ends, always_call=True),
-            )
-        ]
 
-    @observer
-    def _runs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._tracker.enter(self._names[module])
-        input = _first(args, kwargs) if isinstance(module, _DropoutNd) else None
-        self.ran.setdefault(module, None if input is None else input.detach())
+    @contextmanager
+    def follow(self, model: nn.Module) -> Iterator[None]:
+        """Within it, the calls of a model are followed."""
+        names = dict(model.named_modules())
 
-    @observer
-    def _ends(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._tracker.leave(self._names[module])
+        def enter(name: str) -> None:
+            self._tracker.enter(name)
+            self.ran.setdefault(names[name], None)
 
-    def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
+        @observer
+        def meet(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            input = _first(args, kwargs)
+            if self.ran[layer] is None and input is not None:
+                self.ran[layer] = input.detach()
+
+        handles = [names[name].register_forward_pre_hook(meet, with_kwargs=True) for name in self._layers]
+        try:
+            with following(model, enter, self._tracker.leave), self:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def dropped_outputs(self, output: Any) -> list[str]:
         """The modules whose dropout gave a part of what the model returns."""

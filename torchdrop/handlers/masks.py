@@ -30,7 +30,7 @@ from ..core.torch_state import transforms_active
 from ..kernels.mask_params import ONE, MaskParams, has_float64
 from ..kernels.masking import unpack_params
 from ..ops import operators, random_bits
-from ..random import hash_of
+from ..seeding import hash_of
 
 
 class NotVectorizableError(RuntimeError):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -13,8 +14,8 @@ from ..core.hooks import observer
 from .calls import Site
 
 
-class Tracker:
-    """Follows a model's forward. It is told by hooks (`follow`), or by what calls the modules.
+class Tracker(threading.local):
+    """Follows a model's forward, in each thread its own. It is told by hooks (`follow`), or by what calls the modules.
 
     Attributes:
         stack: names of the modules that run, outermost first.
@@ -39,19 +40,9 @@ class Tracker:
             while self.stack.pop() != name:
                 pass
 
-    @contextmanager
-    def follow(self, model: nn.Module) -> Iterator[None]:
-        """Within it, hooks on every module of a model tell the tracker which one runs."""
-        handles = []
-        try:
-            for name, module in model.named_modules():
-                enter, leave = _hooks(self, name)
-                handles.append(module.register_forward_pre_hook(enter, prepend=True))
-                handles.append(module.register_forward_hook(leave, always_call=True))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def follow(self, model: nn.Module) -> AbstractContextManager[None]:
+        """A context within which hooks on every module of a model tell the tracker which one runs."""
+        return following(model, self.enter, self.leave)
 
     def fail(self) -> None:
         """An exception comes out of the running module."""
@@ -79,8 +70,34 @@ class Tracker:
         self._calls[site.module, site.kind] -= 1
 
 
-def _hooks(tracker: Tracker, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
-    return observer(lambda *_: tracker.enter(name)), observer(lambda *_: tracker.leave(name))
+@contextmanager
+def following(
+    model: nn.Module, enter: Callable[[str], None], leave: Callable[[str], None], innermost: bool = False
+) -> Iterator[None]:
+    """Within it, hooks on every module of a model tell the name of the one that is called.
+
+    Args:
+        model: the model.
+        enter, leave: are called with the name before and after a module's call, of which its other hooks are a part.
+        innermost: whether the other hooks that are there are not a part of it, so that of several contexts the last
+            one is called closest to the module's forward.
+    """
+    handles = []
+    try:
+        for name, module in model.named_modules():
+            before, after = _hooks(enter, leave, name)
+            handles.append(module.register_forward_pre_hook(before, prepend=not innermost))
+            handles.append(module.register_forward_hook(after, always_call=True, prepend=innermost))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hooks(
+    enter: Callable[[str], None], leave: Callable[[str], None], name: str
+) -> tuple[Callable[..., None], Callable[..., None]]:
+    return observer(lambda *_: enter(name)), observer(lambda *_: leave(name))
 
 
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)

@@ -28,7 +28,7 @@ from ..handlers.masks import Pass
 from ..handlers.random_functions import DESCRIBE
 from ..handlers.substitute import Substitute
 from ..handlers.tracker import Tracker, inner_names
-from ..random import start
+from ..seeding import start
 from .inputs import Inputs
 from .redirect import Redirected, next_level
 from .report import Report

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..random import put_back, states
+from ..seeding import put_back, states
 
 GENERATORS = threading.RLock()
 """For one who draws from generators that threads share and puts their states back."""

@@ -63,7 +63,7 @@ def _served_element_type(x: Tensor) -> int | None:
         or not x.is_cpu
         or not x.is_contiguous()
         or _row is None
-        or random._frozen
+        or random.frozen
         or kernels._forced is not None
         or is_observed()
     ):
@@ -82,7 +82,7 @@ def _is_served_row(x: Tensor) -> bool:
         and not x.is_neg()
         and x.is_contiguous()
         and x.data_ptr() != 0
-        and not random._frozen
+        and not random.frozen
         and kernels._forced is None
         and not is_observed()
     )

@@ -9,6 +9,15 @@ All paths give the same result:
 - plain: ordinary tensors in eager mode. Straight to the backend, under a lean autograd.Function for a gradient.
 - transformed: torch.func transforms and forward-mode AD, through an autograd.Function with all the rules.
 - operator: torch.compile, torch.export, fake tensors, subclasses and dispatch or function modes.
+
+The derivative is written once for each way in which PyTorch asks for it. Each has a reason:
+
+- The registered backward is the only one that compiled and exported code, subclasses and dispatch modes take. In eager
+  mode a forward and backward of 4,096 elements through it take three times as long as through `Recorded`.
+- `Transformed` is the only one that torch.func and forward-mode AD take: an operator cannot register a jvp.
+- `Recorded` serves eager mode in all cases: generators, strided tensors, rates that are tensors, in-place calls.
+- The nodes of ops/fast_path.py serve eager mode in the usual case, on the CPU and on CUDA. Without them a forward and
+  backward of 4,096 elements take 1.5 to 1.8 times as long (Dropout, Dropout2d, DropoutAdd and ReLUDropout).
 """
 
 from __future__ import annotations

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ..core import sites
+from ..handlers.base import Handler
+from ..handlers.tracker import Tracker
 from ..kernels.mask_params import ONE, MaskParams
-from ..random import hash_of
+from ..seeding import hash_of
 
 Loss = Callable[[Any, Tensor], Tensor]
 Score = Callable[[Any, Tensor], Any]
@@ -77,7 +79,7 @@ def mixed(seed: int, *name: object) -> int:
     return int.from_bytes(hash_of("tune", seed, *name), "little") >> 1
 
 
-class Masks(TorchFunctionMode):
+class Masks(Handler):
     """Gives every layer of torchdrop its key: the seed from the number of its call in the forward, the stream from
     fold and step.
 
@@ -89,25 +91,31 @@ class Masks(TorchFunctionMode):
     """
 
     def __init__(self, seed: int) -> None:
-        super().__init__()
+        super().__init__(Tracker())
         self._seed = seed
         self._seeds: list[int] = []
         self._calls = 0
         self._stream: Tensor | None = None
 
-    def at(self, stream: Tensor) -> Masks:
-        """Begins a forward, for ``with masks.at(stream)``."""
+    @contextmanager
+    def at(self, stream: Tensor) -> Iterator[None]:
+        """Within it, one forward is made, in which keys have this stream."""
         self._stream, self._calls = stream, 0
-        return self
+        self._tracker.enter("")
+        try:
+            with self:
+                yield
+        finally:
+            self._tracker.leave("")
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def _inside(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is sites.is_on:
             return args[0]
         if func is sites.draw:
             numbers, like, shape, _, params = args
             return numbers(self._key(like.device), shape, params)
         if func is not sites.apply:
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
         operator, input, params, shape, inplace, _ = args
         key = self._key(input.device)
         if isinstance(params, MaskParams) and params.threshold == ONE:
