@@ -24,6 +24,7 @@ with warnings.catch_warnings():
     torch.backends.cudnn.allow_tf32 = False  # what is compared in float32 is computed in float32 on CUDA, too
 
 hypothesis.settings.register_profile("default", deadline=None, max_examples=60)
+hypothesis.settings.register_profile("brief", deadline=None, max_examples=20, derandomize=True)
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=60, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 

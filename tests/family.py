@@ -131,6 +131,14 @@ class Variant(NamedTuple):
         whole: whether keep_prob 1 gives what eval mode gives.
         compiles: whether torch.compile takes it in one piece.
         vmap: whether it can be batched by torch.func.vmap.
+        draws: whether it draws anything, or its masks are fixed.
+        reads: whether it reads what it has drawn, because layers are skipped or edges removed by it.
+        skips: whether Python code skips layers by it, so that a trace would hold one choice.
+        independent: whether a part of the rows is an input, too. The nodes of a graph are one whole.
+        empty: whether it takes no rows at all.
+        subset: whether the output in train mode is a part of that in eval mode, which changes with each draw.
+        sized_by_rate: whether shapes follow from the rate, so that another rate is compiled anew.
+        stays_on: whether an exported program keeps its noise when it is moved to eval mode.
     """
 
     make: Callable[[], nn.Module]
@@ -141,6 +149,19 @@ class Variant(NamedTuple):
     whole: bool = True
     compiles: bool = True
     vmap: bool = True
+    draws: bool = True
+    reads: bool = False
+    skips: bool = False
+    independent: bool = True
+    empty: bool = True
+    subset: bool = False
+    sized_by_rate: bool = False
+    stays_on: bool = False
+
+    @property
+    def batch_dim(self) -> int | None:
+        """The dimension of rows for Monte Carlo inference."""
+        return 0 if self.independent else None
 
 
 def between(drop: nn.Module, *last: nn.Module) -> nn.Module:
@@ -179,12 +200,17 @@ VARIANTS: dict[str, Variant] = {
         lambda: nn.Sequential(Residual(torchdrop.StochasticDepth(0.3, "row"))), names=("0.drop",)
     ),
     "efficient_stochastic_depth": Variant(
-        lambda: nn.Sequential(Branch(torchdrop.EfficientStochasticDepth(0.5))), names=("0.drop",)
+        lambda: nn.Sequential(Branch(torchdrop.EfficientStochasticDepth(0.5))),
+        names=("0.drop",),
+        sized_by_rate=True,
+        stays_on=True,
     ),
     "drop_block": Variant(lambda: conv(torchdrop.DropBlock2d(0.3, 3)), IMAGE, ("2",)),
     "drop_block_marginal": Variant(lambda: conv(torchdrop.DropBlock2d(0.2, 3, scaling="marginal")), IMAGE, ("2",)),
-    "patch": Variant(lambda: between(torchdrop.PatchDropout(0.5)), SEQUENCE, ("2",)),
-    "masksembles": Variant(lambda: between(torchdrop.Masksembles(12, 3)), own_rows=False),
+    "patch": Variant(
+        lambda: between(torchdrop.PatchDropout(0.5)), SEQUENCE, ("2",), subset=True, sized_by_rate=True, stays_on=True
+    ),
+    "masksembles": Variant(lambda: between(torchdrop.Masksembles(12, 3)), own_rows=False, draws=False),
     "multi_sample": Variant(
         lambda: between(torchdrop.MultiSampleDropout(nn.Linear(12, 12), 0.3)), names=("2.dropout",)
     ),
@@ -197,6 +223,7 @@ VARIANTS: dict[str, Variant] = {
         own_rows=False,
         compiles=False,
         vmap=False,
+        empty=False,
     ),
     "mixout": Variant(lambda: mixed(between(nn.Tanh())), names=(FIRST_WEIGHT,), own_rows=False),
     "targeted": Variant(
@@ -237,7 +264,13 @@ VARIANTS: dict[str, Variant] = {
     ),
     "drop_key": Variant(lambda: nn.Sequential(Attention(keys=torchdrop.DropKey(0.3))), SEQUENCE, ("0.keys",)),
     "layer_drop": Variant(
-        lambda: nn.Sequential(Stack(False)), names=("0.layers",), own_rows=False, compiles=False, vmap=False
+        lambda: nn.Sequential(Stack(False)),
+        names=("0.layers",),
+        own_rows=False,
+        compiles=False,
+        vmap=False,
+        reads=True,
+        skips=True,
     ),
     "layer_drop_in_graph": Variant(lambda: nn.Sequential(Stack(True)), names=("0.layers",), own_rows=False),
     "graph": Variant(
@@ -246,15 +279,20 @@ VARIANTS: dict[str, Variant] = {
         own_rows=False,
         compiles=False,
         vmap=False,
+        reads=True,
+        independent=False,
+        empty=False,
     ),
-    "concrete": Variant(lambda: between(torchdrop.ConcreteDropout(0.3)), whole=False),
+    "concrete": Variant(lambda: between(torchdrop.ConcreteDropout(0.3)), whole=False, stays_on=True),
     "concrete_layer": Variant(
-        lambda: nn.Sequential(torchdrop.ConcreteLayer(nn.Linear(12, 12), 0.3, regularizers=(1e-6, 1e-3))), whole=False
+        lambda: nn.Sequential(torchdrop.ConcreteLayer(nn.Linear(12, 12), 0.3, regularizers=(1e-6, 1e-3))),
+        whole=False,
+        stays_on=True,
     ),
-    "standout": Variant(lambda: nn.Sequential(torchdrop.Standout(nn.Linear(12, 12))), whole=False),
-    "variational": Variant(lambda: between(torchdrop.VariationalLinear(12, 12)), whole=False),
+    "standout": Variant(lambda: nn.Sequential(torchdrop.Standout(nn.Linear(12, 12))), whole=False, stays_on=True),
+    "variational": Variant(lambda: between(torchdrop.VariationalLinear(12, 12)), whole=False, stays_on=True),
     "sparse_variational": Variant(
-        lambda: between(torchdrop.SparseVariationalLinear(12, 12, log_sigma2=-3.0)), whole=False
+        lambda: between(torchdrop.SparseVariationalLinear(12, 12, log_sigma2=-3.0)), whole=False, stays_on=True
     ),
     "compact": Variant(
         lambda: torchdrop.compact([nn.Linear(12, 16), nn.ReLU(), torchdrop.Dropout(0.4), nn.Linear(16, 12)]),

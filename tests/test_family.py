@@ -39,7 +39,7 @@ def test_a_seed_replays_forward_and_backward(name: str, device: torch.device) ->
     assert torch.equal(first, again)
     assert same(gradients(model, first), gradients(model, again))
     others = [seeded(seed, model, x) for seed in range(4, 12)]
-    assert name == "masksembles" or any(o.shape != first.shape or not torch.equal(o, first) for o in others)
+    assert not VARIANTS[name].draws or any(o.shape != first.shape or not torch.equal(o, first) for o in others)
 
 
 class Draws(TorchDispatchMode):
@@ -63,14 +63,14 @@ def test_all_randomness_is_a_key_of_two_words(name: str, device: torch.device) -
     with Draws() as draws:
         model(x)
     assert {shape for _, shape in draws.seen} <= {(2,)}
-    assert bool(draws.seen) == (name != "masksembles")
+    assert bool(draws.seen) == VARIANTS[name].draws
     model.eval()
     with Draws() as draws:
         assert torch.equal(model(x), model(x))
     assert not draws.seen
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in ("layer_drop", "graph")])
+@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if not variant.reads])
 def test_no_device_is_waited_for_and_none_meets_another(name: str) -> None:
     """On a device whose numbers cannot be read, and which takes no other's tensors. Two read theirs: LayerDrop that
     skips layers, to know which, and DropEdge, to know how many edges are left."""
@@ -79,7 +79,7 @@ def test_no_device_is_waited_for_and_none_meets_another(name: str) -> None:
     assert y.is_meta
     assert all(g is None or g.is_meta for g in gradients(model, y))
     assert model.eval()(x).is_meta
-    if name not in ("masksembles", "mixout"):  # buffers, which are compared, so that a survey leaves them as they were
+    if not list(model.buffers()):  # which are compared, so that a survey leaves them as they were
         with torchdrop.mc_dropout(model, seed=1):
             assert model(x).is_meta
 
@@ -124,7 +124,7 @@ def test_keep_prob_1_and_disabled_are_the_model_without_dropout(name: str, devic
 
 @rated
 def test_what_is_drawn_after_a_layer_does_not_depend_on_its_rate(name: str, device: torch.device) -> None:
-    if name in ("layer_drop", "graph"):
+    if VARIANTS[name].reads:
         pytest.skip("layers that are skipped and edges that are gone draw nothing")
     model, x, after = built(name, device), inputs(VARIANTS[name], device), []
     for rate in (1.0, 0.6):
@@ -137,7 +137,7 @@ def test_what_is_drawn_after_a_layer_does_not_depend_on_its_rate(name: str, devi
 @every
 def test_frozen_masks_are_frozen(name: str, device: torch.device) -> None:
     model, x = built(name, device), inputs(VARIANTS[name], device)
-    with torchdrop.frozen_masks(model, seed=2) if name != "masksembles" else torch.no_grad():
+    with torchdrop.frozen_masks(model, seed=2) if VARIANTS[name].draws else torch.no_grad():
         assert torch.equal(model(x), model(x))
 
 
@@ -155,25 +155,25 @@ def test_checkpointing_has_the_masks_of_forward(name: str, device: torch.device,
     assert same(direct, [p.grad for p in model.parameters() if p.requires_grad])
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "masksembles"])
+@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.draws])
 def test_monte_carlo_fires_and_replays(name: str, device: torch.device) -> None:
     model, x = built(name, device).eval(), inputs(VARIANTS[name], device)
     plain = model(x)
-    with torchdrop.mc_dropout(model, seed=1, batch_dim=None if name == "graph" else 0) as report:
+    with torchdrop.mc_dropout(model, seed=1, batch_dim=VARIANTS[name].batch_dim) as report:
         outputs = [model(x) for _ in range(5)]
     assert report.draws > 0
     assert any(y.shape != plain.shape or not torch.equal(y, plain) for y in outputs)
-    with torchdrop.mc_dropout(model, seed=1, batch_dim=None if name == "graph" else 0):
+    with torchdrop.mc_dropout(model, seed=1, batch_dim=VARIANTS[name].batch_dim):
         again = [model(x) for _ in range(5)]
     assert all(torch.equal(a, b) for a, b in zip(outputs, again, strict=True))
     assert torch.equal(model(x), plain)
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "masksembles"])
+@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.draws])
 def test_monte_carlo_masks_depend_on_neither_device_nor_backend(name: str, device: torch.device) -> None:
     def output(where: torch.device) -> Tensor:
         model = built(name, where).eval()
-        with torchdrop.mc_dropout(model, seed=1, batch_dim=None if name == "graph" else 0):
+        with torchdrop.mc_dropout(model, seed=1, batch_dim=VARIANTS[name].batch_dim):
             return model(inputs(VARIANTS[name], where)).cpu()
 
     with torchdrop.use_backend("reference"):
@@ -194,7 +194,8 @@ def test_monte_carlo_masks_follow_the_row_and_not_the_batch(name: str, device: t
 
 @every
 def test_predictions_do_not_depend_on_the_strategy(name: str, device: torch.device) -> None:
-    if name in ("graph", "masksembles", "patch"):
+    variant = VARIANTS[name]
+    if not (variant.draws and variant.independent) or variant.subset:
         pytest.skip("rows that are one whole, no draws, or outputs without a fixed meaning")
     model, x = built(name, device).eval(), inputs(VARIANTS[name], device)
     means = [
@@ -234,23 +235,21 @@ def test_vmaps_randomness_modes(name: str, device: torch.device, randomness: str
     model, x = built(name, device), inputs(VARIANTS[name], device)
     out = vmap(lambda _: model(x), randomness=randomness)(torch.zeros(6))
     assert out.shape[0] == 6
-    if name != "masksembles":
+    if VARIANTS[name].draws:
         assert all(torch.equal(y, out[0]) for y in out[1:]) == (randomness == "same")
 
 
 @every
 def test_an_empty_batch(name: str, device: torch.device) -> None:
-    if name == "graph":
-        pytest.skip("its edges name nodes")
-    if name == "weight_lstm":
-        pytest.skip("nn.LSTM refuses it")
+    if not VARIANTS[name].empty:
+        pytest.skip("its edges name nodes, or it is nn.LSTM, which refuses it")
     model, x = built(name, device), inputs(VARIANTS[name], device)
     assert model(x[:0]).shape[0] == 0
 
 
 @every
 def test_audit_is_quiet(name: str, device: torch.device) -> None:
-    if name == "graph":
+    if not VARIANTS[name].independent:
         pytest.skip("it is for models of rows")
     model = nn.Sequential(*built(name, device), nn.Tanh())
     found = torchdrop.audit(model, inputs(VARIANTS[name], device))
@@ -267,7 +266,7 @@ def test_compiled_in_one_piece_with_the_masks_of_eager_and_once_for_all_rates(na
     counter = CompileCounterWithBackend("aot_eager")
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend=counter)
-    counted = not VARIANTS[name].names or name not in ("efficient_stochastic_depth", "patch")
+    counted = not VARIANTS[name].sized_by_rate
     for rate in (0.8, 0.6, 0.7) if counted else (0.6,):
         if VARIANTS[name].names:
             torchdrop.set_keep_prob(model, {"*": rate})
@@ -278,7 +277,9 @@ def test_compiled_in_one_piece_with_the_masks_of_eager_and_once_for_all_rates(na
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented:UserWarning")
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "layer_drop"])  # whose choice is data
+@pytest.mark.parametrize(
+    "name", [name for name, variant in VARIANTS.items() if not variant.skips]
+)  # whose choice is data
 def test_functionalized_with_the_same_masks(name: str, device: torch.device) -> None:
     model, x = built(name, device), inputs(VARIANTS[name], device)
     assert torch.allclose(seeded(0, torch.func.functionalize(model), x), seeded(0, model, x), atol=1e-5)

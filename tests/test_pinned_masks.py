@@ -111,14 +111,14 @@ def variants() -> Iterator[tuple[str, list[float]]]:
         model, x = built(name), inputs(variant)
         torch.set_num_threads(1)
         yield f"{name}, train mode", projections(seeded(1, model, x))
-        if name == "masksembles":
+        if not variant.draws:
             continue
         with torchdrop.frozen_masks(model, seed=2):
             yield f"{name}, frozen", projections(model(x))
         with torchdrop.seeded(3, rank=1):
             yield f"{name}, seeded", projections(model(x))
         model.eval()
-        with torchdrop.mc_dropout(model, seed=4, batch_dim=None if name == "graph" else 0):
+        with torchdrop.mc_dropout(model, seed=4, batch_dim=variant.batch_dim):
             yield f"{name}, Monte Carlo", projections(torch.stack([model(x) for _ in range(2)]))
 
 
