@@ -101,14 +101,14 @@ class KeepProbScheduler:
     """
 
     def __init__(self, model: nn.Module, rates: Mapping[str, Any]) -> None:
-        self.model = unwrapped(model)
+        self.model: nn.Module = unwrapped(model)
         self._layers = [
             _Scheduled(site, pattern, asked, site.keep_prob)
             for pattern, found in chosen(model, rates).items()
             for asked in (_readable(pattern, rates[pattern]),)
             for site in found
         ]
-        self.last_step = 0
+        self.last_step: int = 0
         self.seek(0)
         compiled = {inner for part in compiled_parts(model) for inner in part.modules()}
         stock = [

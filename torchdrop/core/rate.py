@@ -148,7 +148,9 @@ class Rate:
     def __init__(
         self, keep_prob: Probability, p: Probability, formula: Formula, given: MaskParams | Tensor | None = None
     ) -> None:
-        self.keep_prob, self.p, self.formula = keep_prob, p, formula
+        self.keep_prob = keep_prob
+        self.p = p
+        self.formula = formula
         self.params: Any = given
         if given is None and not (isinstance(keep_prob, Tensor) or is_compiling()):
             self.params = mask_params(keep_prob, formula)

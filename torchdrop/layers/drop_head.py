@@ -192,7 +192,8 @@ class DropHead(Rated):
     ) -> None:
         super().__init__(p, keep_prob=keep_prob, generator=generator)
         _check_layout(dim, heads)
-        self.dim, self.heads = dim, heads
+        self.dim = dim
+        self.heads = heads
 
     def _check_rate(self, keep_prob: Probability) -> None:
         _check_some(keep_prob)

@@ -230,7 +230,7 @@ class EmbeddingDropout(RateOfChild, nn.Embedding):
             device,
             dtype,
         )
-        self.dropout = words
+        self.dropout: _Words = words
 
     @classmethod
     def from_embedding(

@@ -236,7 +236,10 @@ class Masksembles(nn.Module):
         _check_dim(dim)
         masks, default = masksembles_masks(channels, n, scale, generator=generator), torch.get_default_device()
         self.register_buffer("masks", masks if default.type == "meta" else masks.to(default))
-        self.channels, self.n, self.scale, self.dim = int(channels), int(n), float(scale), dim
+        self.channels: int = int(channels)
+        self.n: int = int(n)
+        self.scale: float = float(scale)
+        self.dim = dim
 
     @leaf
     def forward(self, input: Tensor) -> Tensor:

@@ -224,7 +224,7 @@ class MultiSampleDropout(RateOfChild, nn.Module):
         super().__init__()
         check_module("head", head)
         _check_samples(samples)
-        self.dropout = Dropout(p, keep_prob=keep_prob, generator=generator)
+        self.dropout: Dropout = Dropout(p, keep_prob=keep_prob, generator=generator)
         self.head = head
         self.samples = samples
 

@@ -177,7 +177,10 @@ class Standout(nn.Module):
             raise TypeError(f"activation must be a function or a module, got {type(activation).__name__}")
         for name, value in (("alpha", alpha), ("beta", beta)):
             check_finite(name, value)
-        self.layer, self.alpha, self.beta, self.activation = layer, float(alpha), float(beta), activation
+        self.layer = layer
+        self.alpha: float = float(alpha)
+        self.beta: float = float(beta)
+        self.activation = activation
         self.generator = generator
 
     @leaf

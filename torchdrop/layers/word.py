@@ -211,7 +211,7 @@ class WordDropout(Rated):
     ) -> None:
         self._formula = formula_of(inverted)
         super().__init__(p, keep_prob=keep_prob, generator=generator)
-        self.special_ids = _check_ids(unk_id, special_ids, inverted)
+        self.special_ids: tuple[int, ...] = _check_ids(unk_id, special_ids, inverted)
         self.unk_id = unk_id
         self.inverted = inverted
 

@@ -231,12 +231,15 @@ class ConcreteDropout(nn.Module):
         _check_temperature(temperature)
         if shared_axes is not None and noise_shape is not None:
             raise TypeError("give shared_axes or noise_shape, not both")
-        self.temperature, self.unbiased, self.generator = temperature, unbiased, generator
-        self.shared_axes, self.noise_shape = shared_axes, noise_shape
+        self.temperature = temperature
+        self.shared_axes = shared_axes
+        self.noise_shape = noise_shape
+        self.unbiased = unbiased
+        self.generator = generator
         self._first = p, keep_prob
         logit = _logit(p, keep_prob).to(torch.get_default_dtype())
         given = isinstance(p, Tensor) or isinstance(keep_prob, Tensor)
-        self.logit_p = nn.Parameter(logit if given else logit.to(torch.get_default_device()))
+        self.logit_p: nn.Parameter = nn.Parameter(logit if given else logit.to(torch.get_default_device()))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

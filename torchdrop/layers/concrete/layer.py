@@ -148,8 +148,9 @@ class ConcreteLayer(nn.Module):
         )
         if dropout.logit_p.dim():
             raise ValueError(f"a wrapped layer has a single rate, got a tensor of shape {tuple(dropout.logit_p.shape)}")
-        self.regularizers = _checked_factors(regularizers)
-        self.layer, self.dropout = layer, dropout
+        self.regularizers: tuple[float, float] = _checked_factors(regularizers)
+        self.layer: nn.Linear | _ConvNd = layer
+        self.dropout: ConcreteDropout = dropout
 
     @leaf
     def forward(self, input: Tensor) -> Tensor:

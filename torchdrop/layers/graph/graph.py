@@ -205,7 +205,8 @@ class DropEdge(Rated):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(p, keep_prob=keep_prob, generator=generator)
-        self.undirected, self.keep_self_loops = undirected, keep_self_loops
+        self.undirected = undirected
+        self.keep_self_loops = keep_self_loops
 
     @leaf
     def forward(self, edge_index: Tensor, edge_weight: Tensor | None = None) -> tuple[Tensor, Tensor]:

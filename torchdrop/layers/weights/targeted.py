@@ -196,7 +196,8 @@ class TargetedDropout(OfWeight):
         _check_form(units, dim, pruned)
         self._pruned = pruned
         super().__init__(p, keep_prob=keep_prob, generator=generator)
-        self.units, self.dim = units, dim
+        self.units = units
+        self.dim = dim
 
     def _set_fraction(self, fraction: float) -> None:
         self._fraction = fraction
