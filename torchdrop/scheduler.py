@@ -17,7 +17,7 @@ from .core.checks import check_integer
 from .core.names import near
 from .core.rate import Probability, Rated
 from .rules import Rule
-from .schedules import Scaled, as_schedule, keep_prob_at
+from .schedules import Scaled, ScheduleLike, as_schedule, keep_prob_at
 
 _POINTS = 500
 
@@ -100,7 +100,7 @@ class KeepProbScheduler:
         >>> scheduler.load_state_dict(state)
     """
 
-    def __init__(self, model: nn.Module, rates: Mapping[str, Any]) -> None:
+    def __init__(self, model: nn.Module, rates: Mapping[str, ScheduleLike | Scaled]) -> None:
         self.model: nn.Module = unwrapped(model)
         self._layers = [
             _Scheduled(site, pattern, asked, site.keep_prob)

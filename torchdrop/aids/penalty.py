@@ -64,7 +64,9 @@ class EquivalentL2:
         return "\n".join(lines)
 
 
-def equivalent_l2(module: nn.Module, inputs: Any, *, loss: Loss = "squared", keep_prob: Any = None) -> EquivalentL2:
+def equivalent_l2(
+    module: nn.Module, inputs: Any, *, loss: Loss = "squared", keep_prob: Probability | None = None
+) -> EquivalentL2:
     """The adaptive L2 penalty that dropout amounts to, for a linear model, or per layer for a network.
 
     ``R = 1/2 sum_u (1 - k) / k sum_i (dz_i / dg_u)^T H_i (dz_i / dg_u)``, as this file's beginning explains: the

@@ -300,7 +300,7 @@ class Rated(_DropoutNd):
         return self.rate.keep_prob
 
     @keep_prob.setter
-    def keep_prob(self, value: Any) -> None:
+    def keep_prob(self, value: Probability) -> None:
         if value is None:
             raise TypeError("keep_prob must be a number or a tensor, got NoneType")
         self._set(None, value)
@@ -311,7 +311,7 @@ class Rated(_DropoutNd):
         return self.rate.p
 
     @p.setter
-    def p(self, value: Any) -> None:
+    def p(self, value: Probability) -> None:
         self._set(value, None)
 
     def extra_repr(self) -> str:
@@ -347,7 +347,7 @@ class RateOfChild:
         return self.dropout.keep_prob
 
     @keep_prob.setter
-    def keep_prob(self, value: Any) -> None:
+    def keep_prob(self, value: Probability) -> None:
         self.dropout.keep_prob = value
 
     @property
@@ -356,5 +356,5 @@ class RateOfChild:
         return self.dropout.p
 
     @p.setter
-    def p(self, value: Any) -> None:
+    def p(self, value: Probability) -> None:
         self.dropout.p = value

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..configure.rate_sites import unwrapped
 from ..scheduler import KeepProbScheduler
+from ..schedules import Scaled, ScheduleLike
 from .every import check_every, state_key
 
 try:
@@ -35,7 +36,7 @@ class KeepProbCallback(TrainerCallback):
         >>> # transformers.Trainer(model, callbacks=[callback], ...).train()
     """
 
-    def __init__(self, rates: Mapping[str, Any], *, every: str = "step") -> None:
+    def __init__(self, rates: Mapping[str, ScheduleLike | Scaled], *, every: str = "step") -> None:
         self.rates = rates
         self.every: str = check_every(every)
         self.scheduler: KeepProbScheduler | None = None

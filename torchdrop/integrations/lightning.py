@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..configure.rate_sites import unwrapped
 from ..scheduler import KeepProbScheduler
+from ..schedules import Scaled, ScheduleLike
 from .every import check_every, state_key
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class KeepProbCallback(pl.Callback):
         >>> # lightning.Trainer(callbacks=[callback]).fit(module)
     """
 
-    def __init__(self, rates: Mapping[str, Any], *, every: str = "step", log: bool = False) -> None:
+    def __init__(self, rates: Mapping[str, ScheduleLike | Scaled], *, every: str = "step", log: bool = False) -> None:
         super().__init__()
         self.rates = rates
         self.every: str = check_every(every)

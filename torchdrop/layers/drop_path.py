@@ -189,7 +189,7 @@ class DropPath(Rated):
         return self.p
 
     @drop_prob.setter
-    def drop_prob(self, value: Any) -> None:
+    def drop_prob(self, value: Probability) -> None:
         self.p = rate_named("drop_prob", value, None)
 
     @property

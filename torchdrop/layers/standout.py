@@ -23,7 +23,7 @@ from ..core.checks import check_finite, check_module
 from ..core.exported import warn_stays_on
 from ..core.inputs import check_input
 from ..core.portable import refuse_script
-from ..core.rate import read_rate
+from ..core.rate import Probability, read_rate
 from ..core.symbolic import leaf, recorded
 from ..core.torch_state import transforms_active
 from ..kernels.mask_params import ONE, has_float64
@@ -35,7 +35,7 @@ _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 def standout(
     input: Tensor,
-    keep_prob: Any,
+    keep_prob: Probability,
     training: bool = True,
     *,
     generator: torch.Generator | None = None,

@@ -153,7 +153,7 @@ def _log_mean(logit: Tensor, temperature: float) -> Tensor:
     return torch.logsumexp(logsigmoid(temperature * s - logit.unsqueeze(-1)) + weight, -1)
 
 
-def _logit(p: Any, keep_prob: Any) -> Tensor:
+def _logit(p: Probability | None, keep_prob: Probability | None) -> Tensor:
     """The logit of a rate strictly between 0 and 1; of p = 0.1 if none is given.
 
     Raises:
@@ -165,7 +165,7 @@ def _logit(p: Any, keep_prob: Any) -> Tensor:
     if ends:
         got = f"a tensor from {given.min().item()} to {given.max().item()}" if isinstance(given, Tensor) else given
         raise ValueError(f"{name} must be strictly between 0 and 1 to be learned, got {got}: its logit is infinite")
-    if isinstance(k, Tensor):
+    if isinstance(k, Tensor) and isinstance(p, Tensor):
         return torch.log(p) - torch.log(k)
     return torch.tensor(math.log(p) - math.log(k), dtype=torch.float64, device="cpu")
 
@@ -252,7 +252,7 @@ class ConcreteDropout(nn.Module):
         return torch.sigmoid(self.logit_p)
 
     @p.setter
-    def p(self, value: Any) -> None:
+    def p(self, value: Probability) -> None:
         self._set(value, None)
 
     @property
@@ -261,11 +261,11 @@ class ConcreteDropout(nn.Module):
         return torch.sigmoid(-self.logit_p)
 
     @keep_prob.setter
-    def keep_prob(self, value: Any) -> None:
+    def keep_prob(self, value: Probability) -> None:
         self._set(None, value)
 
     @torch.no_grad()
-    def _set(self, p: Any, keep_prob: Any) -> None:
+    def _set(self, p: Probability | None, keep_prob: Probability | None) -> None:
         if p is None and keep_prob is None:
             raise TypeError("a rate must be a number or a tensor, got NoneType")
         logit = _logit(p, keep_prob)

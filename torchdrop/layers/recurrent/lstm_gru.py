@@ -33,7 +33,7 @@ class RecurrentDropoutSteps(Rated):
         per_step: whether each time step has a mask of its own, or all of a sequence's have the same.
     """
 
-    def __init__(self, p: Any, per_step: bool, generator: torch.Generator | None) -> None:
+    def __init__(self, p: Probability, per_step: bool, generator: torch.Generator | None) -> None:
         with named("recurrent_dropout"):
             super().__init__(p, generator=generator)
         check_bool("per_step", per_step)
