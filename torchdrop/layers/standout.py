@@ -35,9 +35,9 @@ _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 def standout(
     input: Tensor,
-    keep_prob: Probability,
     training: bool = True,
     *,
+    keep_prob: Probability,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Keeps each element with a probability of its own, without scaling; in eval mode, multiplies by it.
@@ -49,8 +49,8 @@ def standout(
 
     Args:
         input: float16, bfloat16, float32 or float64, of any shape, strides and memory format.
-        keep_prob: pi, in [0, 1]: a tensor that broadcasts against the input, or a number.
         training: whether masks are drawn.
+        keep_prob: pi, in [0, 1]: a tensor that broadcasts against the input, or a number.
         generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
 
     Returns:
@@ -67,9 +67,9 @@ def standout(
     Example:
         >>> import torch, torchdrop
         >>> x, pi = torch.ones(3), torch.tensor([0.0, 0.5, 1.0])
-        >>> torchdrop.functional.standout(x, pi, training=False)
+        >>> torchdrop.functional.standout(x, training=False, keep_prob=pi)
         tensor([0.0000, 0.5000, 1.0000])
-        >>> torchdrop.functional.standout(x, pi)[::2]
+        >>> torchdrop.functional.standout(x, keep_prob=pi)[::2]
         tensor([0., 1.])
     """
     if isinstance(input, Proxy):
