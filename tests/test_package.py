@@ -252,6 +252,16 @@ class TestPublicNames:
         order = [own.index(argument) for line in lines for argument in line.split(", ") if argument in own]
         assert order == sorted(order)
 
+    def test_rates_are_typed(self) -> None:
+        rates = {
+            f"{name}({one.name})": one.annotation for name, value in public().items() if kinds(value)
+            for one in inspect.signature(value).parameters.values() if one.name in ("p", "drop_prob", "keep_prob")
+        }  # fmt: skip
+        assert "torchdrop.DropPath(drop_prob)" in rates
+        numbers = {name for name, annotation in rates.items() if annotation == "float"}
+        assert numbers == {name for name in rates if name.startswith("torchdrop.Variational")}
+        assert {rates[name] for name in rates.keys() - numbers} == {"Probability", "Probability | None"}
+
     def test_version_is_the_installed_one(self) -> None:
         assert torchdrop.__version__ == importlib.metadata.version("torchdrop")
 

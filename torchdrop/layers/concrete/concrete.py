@@ -73,7 +73,7 @@ def _checked_logit(logit_p: Any, like: Tensor, shape: Sequence[int]) -> Tensor:
 
 def concrete_dropout(
     input: Tensor,
-    logit_p: Any,
+    logit_p: float | Tensor,
     training: bool = True,
     *,
     temperature: float = TEMPERATURE,
