@@ -73,6 +73,9 @@ WITHOUT_A_CLASS = {
     "multi_sample_loss", "patch_dropout_indices", "sparse_variational_kl", "variational_kl",
 }  # fmt: skip
 
+POSITIONS_OF_TORCH_NN = {"torchdrop.functional.embedding_dropout": "torchdrop.EmbeddingDropout"}
+"""A function, and its class, which has the positions of a class of torch.nn without a rate: p is a keyword of it."""
+
 needs_tree = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="the tests lie outside a source tree")
 
 
@@ -167,6 +170,20 @@ def public() -> dict[str, Any]:
     return names
 
 
+def class_of(function: str) -> type | None:
+    """The class of which a function has the name, in small letters and with underscores, maybe after apply_."""
+    classes = {name.lower(): value for name, value in vars(torchdrop).items() if isinstance(value, type)}
+    return classes.get(function.split(".")[-1].removeprefix("apply_").replace("_", ""))
+
+
+def kinds(value: Any) -> dict[str, str]:
+    """How each argument of a function or class is given: by position, or as a keyword alone."""
+    if not (inspect.isclass(value) or inspect.isfunction(value)):
+        return {}
+    arguments = inspect.signature(value).parameters.values()
+    return {one.name: "keyword" if one.kind is one.KEYWORD_ONLY else "position" for one in arguments}
+
+
 class TestPublicNames:
     @pytest.mark.parametrize("module", [torchdrop, torchdrop.functional], ids=lambda module: module.__name__)
     def test_contents_are_complete_and_sorted(self, module: ModuleType) -> None:
@@ -205,13 +222,45 @@ class TestPublicNames:
 
     def test_function_and_class_share_their_keywords(self) -> None:
         apart = set()
-        classes = {name.lower(): value for name, value in vars(torchdrop).items() if isinstance(value, type)}
         for name in torchdrop.functional.__all__:
-            layer = classes.get(name.replace("_", ""))
             function = inspect.signature(getattr(torchdrop.functional, name)).parameters
+            layer = class_of(name)
             if layer is None or set(function) - OF_A_CALL != set(inspect.signature(layer).parameters):
                 apart.add(name)
         assert apart == WITHOUT_A_CLASS | {"concrete_dropout", "embedding_dropout", "masksembles", "standout"}
+
+    @pytest.mark.parametrize(
+        "name", [name for name, value in public().items() if inspect.isfunction(value) and class_of(name)]
+    )
+    def test_a_function_and_its_class_agree_on_positional_arguments(self, name: str) -> None:
+        function, layer = kinds(public()[name]), kinds(class_of(name))
+        shared = function.keys() & layer.keys()
+        assert shared
+        ours, theirs = ([(one, kind) for one, kind in of.items() if one in shared] for of in (function, layer))
+        assert (ours == theirs) == (name not in POSITIONS_OF_TORCH_NN), f"{ours} and {theirs}"
+
+    @pytest.mark.parametrize("name", [name for name, value in public().items() if "keep_prob" in kinds(value)])
+    def test_keep_prob_is_the_first_keyword(self, name: str) -> None:
+        keywords = [argument for argument, kind in kinds(public()[name]).items() if kind == "keyword"]
+        assert keywords[: keywords.index("keep_prob")] == (["p"] if name in POSITIONS_OF_TORCH_NN.values() else [])
+
+    @pytest.mark.parametrize("name", [name for name, value in public().items() if kinds(value)])
+    def test_docstrings_list_arguments_in_their_order(self, name: str) -> None:
+        described = re.search(r"^Args:\n((?:    .*\n|\n(?=    ))*)", inspect.getdoc(public()[name]) or "", re.M)
+        lines = re.findall(r"^    (\w[\w, ]*):", described[1] if described else "", re.M)
+        own = list(kinds(public()[name]))
+        order = [own.index(argument) for line in lines for argument in line.split(", ") if argument in own]
+        assert order == sorted(order)
+
+    def test_rates_are_typed(self) -> None:
+        rates = {
+            f"{name}({one.name})": one.annotation for name, value in public().items() if kinds(value)
+            for one in inspect.signature(value).parameters.values() if one.name in ("p", "drop_prob", "keep_prob")
+        }  # fmt: skip
+        assert "torchdrop.DropPath(drop_prob)" in rates
+        numbers = {name for name, annotation in rates.items() if annotation == "float"}
+        assert numbers == {name for name in rates if name.startswith("torchdrop.Variational")}
+        assert {rates[name] for name in rates.keys() - numbers} == {"Probability", "Probability | None"}
 
     def test_version_is_the_installed_one(self) -> None:
         assert torchdrop.__version__ == importlib.metadata.version("torchdrop")

@@ -197,9 +197,11 @@ class RDropLoss(nn.Module):
     ) -> None:
         super().__init__()
         _check_reduction(reduction)
-        self.alpha = _coefficient("alpha", alpha)
+        self.alpha: float = _coefficient("alpha", alpha)
         self.register_buffer("weight", weight)
-        self.ignore_index, self.reduction, self.label_smoothing = ignore_index, reduction, label_smoothing
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.label_smoothing = label_smoothing
 
     def forward(self, logits1: Tensor, logits2: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         return r_drop(
@@ -237,7 +239,8 @@ class FraternalLoss(nn.Module):
     def __init__(self, kappa: float = 0.15, reduction: str = "mean") -> None:
         super().__init__()
         _check_reduction(reduction)
-        self.kappa, self.reduction = _coefficient("kappa", kappa), reduction
+        self.kappa: float = _coefficient("kappa", kappa)
+        self.reduction = reduction
 
     def forward(self, logits1: Tensor, logits2: Tensor, mask: Tensor | None = None) -> Tensor:
         return fraternal(logits1, logits2, self.kappa, reduction=self.reduction, mask=mask)
@@ -358,8 +361,7 @@ def _check_logits(logits1: Any, logits2: Any, classes: bool = False) -> None:
 
 
 def _coefficient(name: str, value: Any) -> float:
-    check_number(name, value)
-    value = float(value)
+    value = check_number(name, value)
     if not 0.0 <= value < math.inf:
         raise ValueError(f"{name} must be finite and not negative, got {value}")
     return value

@@ -83,12 +83,12 @@ class _KeyBytes(threading.local):
     drawn in eager mode outside `frozen_masks`, without a tensor of its own. One for each thread."""
 
     def __init__(self) -> None:
-        self.memory = (ctypes.c_char * 16)()
+        self.memory: ctypes.Array[ctypes.c_char] = (ctypes.c_char * 16)()
         with torch.inference_mode(False):
-            self.draw = torch.frombuffer(self.memory, dtype=torch.int64).random_
+            self.draw: Callable[[], Tensor] = torch.frombuffer(self.memory, dtype=torch.int64).random_
 
 
-key_bytes = _KeyBytes()
+key_bytes: _KeyBytes = _KeyBytes()
 
 
 _keys: dict[int, Tensor] = {}

@@ -17,7 +17,7 @@ from .core.checks import check_integer
 from .core.names import near
 from .core.rate import Probability, Rated
 from .rules import Rule
-from .schedules import Scaled, as_schedule, keep_prob_at
+from .schedules import Scaled, ScheduleLike, as_schedule, keep_prob_at
 
 _POINTS = 500
 
@@ -100,15 +100,15 @@ class KeepProbScheduler:
         >>> scheduler.load_state_dict(state)
     """
 
-    def __init__(self, model: nn.Module, rates: Mapping[str, Any]) -> None:
-        self.model = unwrapped(model)
+    def __init__(self, model: nn.Module, rates: Mapping[str, ScheduleLike | Scaled]) -> None:
+        self.model: nn.Module = unwrapped(model)
         self._layers = [
             _Scheduled(site, pattern, asked, site.keep_prob)
             for pattern, found in chosen(model, rates).items()
             for asked in (_readable(pattern, rates[pattern]),)
             for site in found
         ]
-        self.last_step = 0
+        self.last_step: int = 0
         self.seek(0)
         compiled = {inner for part in compiled_parts(model) for inner in part.modules()}
         stock = [

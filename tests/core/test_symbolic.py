@@ -92,7 +92,6 @@ def _arguments(name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         "mixout": ((torch.zeros_like(x),), kept),
         "multi_sample_dropout": ((nn.Linear(6, 6),), kept),
         "sparse_variational_kl": ((), {}),
-        "standout": ((0.5,), {}),
         "targeted_dropout": ((), {**kept, "target_fraction": 0.5}),
         "variational_kl": ((), {}),
         "zoneout": ((torch.zeros_like(x),), kept),

@@ -178,7 +178,7 @@ def test_channels_may_be_in_any_dimension_but_the_first() -> None:
     assert torch.equal(last(x.movedim(1, -1)), layer(x).movedim(1, -1))
     assert torch.equal(layer(x.contiguous(memory_format=torch.channels_last)), layer(x))
     assert torch.equal(layer(x.repeat_interleave(2, 3)[..., ::2]), layer(x))
-    tokens = masksembles(x.flatten(2).transpose(1, 2), layer.masks, 2)
+    tokens = masksembles(x.flatten(2).transpose(1, 2), layer.masks, dim=2)
     assert torch.equal(tokens.transpose(1, 2).unflatten(2, (4, 5)), layer(x))
 
 
@@ -279,7 +279,7 @@ def test_other_errors() -> None:
     with pytest.raises(ValueError, match=r"^input must have its channels in dimension 1, got the shape \(6,\)$"):
         layer(torch.ones(6))
     with pytest.raises(ValueError, match=r"^input must have its channels in dimension -2, got the shape \(6, 3\)$"):
-        masksembles(torch.ones(6, 3), masks, -2)
+        masksembles(torch.ones(6, 3), masks, dim=-2)
     with pytest.raises(ValueError, match=r"^dim must not be 0, the dimension of the samples$"):
         Masksembles(6, 3, dim=0)
     with pytest.raises(TypeError, match=r"^dim must be an integer, got NoneType$"):

@@ -48,7 +48,7 @@ def test_each_element_is_kept_with_its_own_probability(backend: str) -> None:
     x = torch.ones(40, 30)
     pi = torch.rand(40, 30)
     pi[0], pi[1] = 0.0, 1.0
-    y = seeded(3, standout, x, pi)
+    y = seeded(3, standout, x, keep_prob=pi)
     torch.manual_seed(3)
     draws = kernels.random_bits((40, 30), random.draw_key(x.device))
     assert torch.equal(y, (draws < (pi.double() * 2**32).round()).float())
@@ -68,7 +68,7 @@ def test_thresholds_are_those_of_laws() -> None:
 def test_rates_of_many_draws() -> None:
     n = draws_for(0.3, 0.01)
     pi = torch.tensor([0.05, 0.3, 0.9])
-    kept = standout(torch.ones(n, 3), pi).sum(0)
+    kept = standout(torch.ones(n, 3), keep_prob=pi).sum(0)
     for column, rate in enumerate(pi.tolist()):
         check_rate(int(kept[column]), n, rate, 0.01)
 
@@ -93,7 +93,7 @@ def test_strong_responses_are_kept_more_often() -> None:
 def test_backward_has_the_mask_of_forward_and_pi_gets_no_gradient() -> None:
     x = torch.ones(300, requires_grad=True)
     pi = torch.full((300,), 0.5, requires_grad=True)
-    y = standout(x, pi)
+    y = standout(x, keep_prob=pi)
     gradients = torch.autograd.grad(y.sum(), (x, pi), allow_unused=True)
     assert torch.equal(gradients[0], y.detach())
     assert gradients[1] is None
@@ -109,7 +109,7 @@ def test_one_byte_an_element_stays_for_backward() -> None:
     x, pi = torch.ones(1000, 16, requires_grad=True), torch.rand(1000, 16, requires_grad=True)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved) or saved, lambda saved: saved):
-        y = standout(x, pi)
+        y = standout(x, keep_prob=pi)
     assert sum(saved.untyped_storage().nbytes() for saved in kept) <= x.numel() + 8
     y.sum().backward()
 
@@ -125,14 +125,14 @@ def test_gradients_against_finite_differences() -> None:
     )
     assert torch.autograd.gradcheck(layer.eval(), x)
     pi = torch.rand(5, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, pi: standout(x, pi, False), (x, pi))
-    assert torch.autograd.gradcheck(lambda x: seeded(3, standout, x, pi), x)
+    assert torch.autograd.gradcheck(lambda x, pi: standout(x, False, keep_prob=pi), (x, pi))
+    assert torch.autograd.gradcheck(lambda x: seeded(3, standout, x, keep_prob=pi), x)
 
 
 def test_a_dropped_element_is_zero_whatever_it_was() -> None:
     x = torch.tensor([math.inf, -math.inf, math.nan, 1.0])
-    assert torch.equal(standout(x, 0.0), torch.zeros(4))
-    assert torch.equal(standout(x, torch.ones(4))[[0, 1, 3]], x[[0, 1, 3]])
+    assert torch.equal(standout(x, keep_prob=0.0), torch.zeros(4))
+    assert torch.equal(standout(x, keep_prob=torch.ones(4))[[0, 1, 3]], x[[0, 1, 3]])
 
 
 def test_a_response_that_is_nan_is_not_hidden() -> None:
@@ -166,15 +166,16 @@ def test_images_are_laid_out_like_the_input() -> None:
     x = torch.randn(4, 6, 5, 3)
     pi = torch.rand(6, 1, 1)
     for training in (True, False):
-        y = seeded(3, standout, x, pi, training)
-        z = seeded(3, standout, x.contiguous(memory_format=torch.channels_last), pi, training)
+        y = seeded(3, standout, x, training, keep_prob=pi)
+        z = seeded(3, standout, x.contiguous(memory_format=torch.channels_last), training, keep_prob=pi)
         assert torch.equal(y, z)
         assert y.is_contiguous()
         assert z.is_contiguous(memory_format=torch.channels_last)
     volume = torch.randn(2, 3, 2, 2, 2).contiguous(memory_format=torch.channels_last_3d)
-    assert standout(volume, 0.5).is_contiguous(memory_format=torch.channels_last_3d)
+    assert standout(volume, keep_prob=0.5).is_contiguous(memory_format=torch.channels_last_3d)
     assert torch.equal(
-        seeded(3, standout, x.transpose(0, 3), 0.5), seeded(3, standout, x.transpose(0, 3).contiguous(), 0.5)
+        seeded(3, standout, x.transpose(0, 3), keep_prob=0.5),
+        seeded(3, standout, x.transpose(0, 3).contiguous(), keep_prob=0.5),
     )
 
 
@@ -183,7 +184,7 @@ def test_convolutions_modules_as_activations_and_empty_batches() -> None:
     assert layer(torch.randn(2, 3, 6, 6)).shape == (2, 4, 4, 4)
     assert layer(torch.randn(0, 3, 6, 6)).shape == (0, 4, 4, 4)
     assert layer.eval()(torch.randn(0, 3, 6, 6)).shape == (0, 4, 4, 4)
-    assert standout(torch.ones(()), torch.tensor(1.0)).shape == ()
+    assert standout(torch.ones(()), keep_prob=torch.tensor(1.0)).shape == ()
 
 
 def test_seeds_generators_and_frozen_masks() -> None:
@@ -191,7 +192,7 @@ def test_seeds_generators_and_frozen_masks() -> None:
     assert torch.equal(seeded(3, layer, x), seeded(3, layer, x))
     assert not torch.equal(layer(x), layer(x))
     h, pi = torch.ones(60), torch.full((60,), 0.5)
-    first, second = (standout(h, pi, generator=torch.Generator().manual_seed(1)) for _ in range(2))
+    first, second = (standout(h, keep_prob=pi, generator=torch.Generator().manual_seed(1)) for _ in range(2))
     assert torch.equal(first, second)
     own = Standout(nn.Identity(), generator=torch.Generator().manual_seed(1), activation=torch.ones_like)
     assert torch.equal(own(torch.zeros(60)), first)
@@ -218,7 +219,7 @@ def test_vmap_of_images() -> None:
 @pytest.mark.parametrize("randomness", ["same", "different"])
 def test_vmap(randomness: str) -> None:
     x, pi = torch.ones(3, 50), torch.full((50,), 0.5)
-    out = vmap(lambda x: standout(x, pi), randomness=randomness)(x)
+    out = vmap(lambda x: standout(x, keep_prob=pi), randomness=randomness)(x)
     assert torch.equal(out[0], out[1]) == (randomness == "same")
     layer = Standout(nn.Linear(4, 60))
     z = torch.randn(1, 4).expand(3, 4)
@@ -281,8 +282,8 @@ def test_states_copies_and_names() -> None:
     assert torchdrop.keep_probs(nn.Sequential(layer, torchdrop.Dropout(0.5))) == {"1": 0.5}
 
 
-def of(*args: Any) -> Callable[[], Tensor]:
-    return lambda: standout(*args)
+def of(input: Any, keep_prob: Any, training: bool = True) -> Callable[[], Tensor]:
+    return lambda: standout(input, training, keep_prob=keep_prob)
 
 
 ONES = torch.ones(2, 3)

@@ -17,7 +17,7 @@ from torch.optim.optimizer import Optimizer
 
 from ..configure import disabled, keep_probs
 from ..configure.rate_sites import unwrapped
-from ..core.rate import Rated
+from ..core.rate import Probability, Rated
 from ..handlers.freeze import frozen_forwards
 from ..monte_carlo.activate import check_seed
 from ..monte_carlo.state import flags, own_generators, random_state, undisturbed
@@ -181,7 +181,7 @@ def _check_arguments(cost: Any, step: Any, iterations: Any, tolerance: Any, seed
             raise TypeError(f"restore must hold objects with a state_dict, got {type(stateful).__name__}")
 
 
-def _drops(keep_prob: Any) -> bool:
+def _drops(keep_prob: Probability) -> bool:
     return bool((keep_prob < 1).any()) if isinstance(keep_prob, Tensor) else keep_prob < 1
 
 

@@ -64,7 +64,9 @@ class EquivalentL2:
         return "\n".join(lines)
 
 
-def equivalent_l2(module: nn.Module, inputs: Any, *, loss: Loss = "squared", keep_prob: Any = None) -> EquivalentL2:
+def equivalent_l2(
+    module: nn.Module, inputs: Any, *, keep_prob: Probability | None = None, loss: Loss = "squared"
+) -> EquivalentL2:
     """The adaptive L2 penalty that dropout amounts to, for a linear model, or per layer for a network.
 
     ``R = 1/2 sum_u (1 - k) / k sum_i (dz_i / dg_u)^T H_i (dz_i / dg_u)``, as this file's beginning explains: the
@@ -80,10 +82,10 @@ def equivalent_l2(module: nn.Module, inputs: Any, *, loss: Loss = "squared", kee
     Args:
         module: a model with dropout layers, of torchdrop or torch.nn; or one without, with `keep_prob`.
         inputs: a tensor (B, ...), a tuple of positional arguments or a mapping of named ones.
-        loss: of the outputs z, summed over all of them. "squared": (y - z)^2. "bernoulli": logistic loss of logits.
-            "categorical": cross-entropy of logits (B, C, ...). "poisson": exp(z) - y z, the log link.
         keep_prob: probability of keeping of dropout on the inputs, element by element, of a module that has no dropout
             layer: a number, or a tensor that broadcasts against the inputs.
+        loss: of the outputs z, summed over all of them. "squared": (y - z)^2. "bernoulli": logistic loss of logits.
+            "categorical": cross-entropy of logits (B, C, ...). "poisson": exp(z) - y z, the log link.
 
     Returns:
         The penalty, as a total and for each layer, in float32 at least. It is differentiable in the parameters, with

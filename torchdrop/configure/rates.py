@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -11,8 +11,12 @@ from torch import Tensor, nn
 from ..core.names import check_patterns, winner
 from ..core.rate import Probability
 from ..handlers.disable import without_functional_dropout
+from ..rules import LayerSize
 from ..schedules import Scaled, Schedule
 from .rate_sites import RateSite, check_keep_prob, compiled_parts, names_of, rate_sites, sizes, unwrapped
+
+RateOrRule = Probability | Callable[[Sequence[LayerSize]], Sequence[Probability]]
+"""A keep_prob for all layers of a pattern, or a rule of `torchdrop.rules` that gives each of them its own."""
 
 WHAT = "layers with a rate"
 
@@ -130,7 +134,7 @@ def chosen(model: nn.Module, patterns: Mapping[str, Any]) -> dict[str, list[Rate
     return result
 
 
-def set_keep_prob(model: nn.Module, rates: Mapping[str, Any]) -> None:
+def set_keep_prob(model: nn.Module, rates: Mapping[str, RateOrRule]) -> None:
     """Sets keep probabilities by name.
 
     A pattern is a glob ("*" matches dots too) of the names that `keep_probs` lists; the name of a module stands for all

@@ -36,7 +36,7 @@ class Undoable:
 
     def __init__(self, done: list[str]) -> None:
         self.done = done
-        self.undone = False
+        self.undone: bool = False
 
     def undo(self) -> None:
         """Puts the model back.

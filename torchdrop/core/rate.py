@@ -148,7 +148,9 @@ class Rate:
     def __init__(
         self, keep_prob: Probability, p: Probability, formula: Formula, given: MaskParams | Tensor | None = None
     ) -> None:
-        self.keep_prob, self.p, self.formula = keep_prob, p, formula
+        self.keep_prob = keep_prob
+        self.p = p
+        self.formula = formula
         self.params: Any = given
         if given is None and not (isinstance(keep_prob, Tensor) or is_compiling()):
             self.params = mask_params(keep_prob, formula)
@@ -298,7 +300,7 @@ class Rated(_DropoutNd):
         return self.rate.keep_prob
 
     @keep_prob.setter
-    def keep_prob(self, value: Any) -> None:
+    def keep_prob(self, value: Probability) -> None:
         if value is None:
             raise TypeError("keep_prob must be a number or a tensor, got NoneType")
         self._set(None, value)
@@ -309,7 +311,7 @@ class Rated(_DropoutNd):
         return self.rate.p
 
     @p.setter
-    def p(self, value: Any) -> None:
+    def p(self, value: Probability) -> None:
         self._set(value, None)
 
     def extra_repr(self) -> str:
@@ -345,7 +347,7 @@ class RateOfChild:
         return self.dropout.keep_prob
 
     @keep_prob.setter
-    def keep_prob(self, value: Any) -> None:
+    def keep_prob(self, value: Probability) -> None:
         self.dropout.keep_prob = value
 
     @property
@@ -354,5 +356,5 @@ class RateOfChild:
         return self.dropout.p
 
     @p.setter
-    def p(self, value: Any) -> None:
+    def p(self, value: Probability) -> None:
         self.dropout.p = value

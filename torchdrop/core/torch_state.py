@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten as tree_flatten
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
 
-is_compiling = torch.compiler.is_compiling
+is_compiling: Callable[[], bool] = torch.compiler.is_compiling
 """Whether Dynamo traces this call. Compiled code knows it as a constant."""
 
 is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
 from ..configure import KeepProbs, keep_probs, set_keep_prob
+from ..configure.rates import RateOrRule
 from ..layers.dropout import Dropout
 from ..rules import by_weight_size
 from ..scheduler import KeepProbScheduler
@@ -44,7 +44,7 @@ def ramp(epochs: int) -> Scaled:
     return scale(lambda epoch: 1.0 - still(epoch))
 
 
-def build(sizes: Sequence[int], rates: Mapping[str, Any]) -> nn.Sequential:
+def build(sizes: Sequence[int], rates: Mapping[str, RateOrRule]) -> nn.Sequential:
     """Linear layers with ReLU between them, each layer and the input followed by dropout with its keep_prob.
 
     Dropout has no parameters and needs no initial values: under one seed, networks that differ in their rates start
@@ -68,7 +68,9 @@ def build(sizes: Sequence[int], rates: Mapping[str, Any]) -> nn.Sequential:
     return network
 
 
-def scheduled(sizes: Sequence[int], rates: Mapping[str, Any], epochs: int) -> tuple[KeepProbScheduler, KeepProbs]:
+def scheduled(
+    sizes: Sequence[int], rates: Mapping[str, RateOrRule], epochs: int
+) -> tuple[KeepProbScheduler, KeepProbs]:
     """The schedule of a network that has no weights, only rates, and what these were before."""
     with torch.device("meta"):
         network = build(sizes, rates)
@@ -76,7 +78,7 @@ def scheduled(sizes: Sequence[int], rates: Mapping[str, Any], epochs: int) -> tu
     return KeepProbScheduler(network, {"*": ramp(epochs)}), own
 
 
-def describe(sizes: Sequence[int], rates: Mapping[str, Any], epochs: int) -> str:
+def describe(sizes: Sequence[int], rates: Mapping[str, RateOrRule], epochs: int) -> str:
     """A line for the input and for each layer: units, weight matrix, keep_prob, and the keep_probs on the schedule."""
     scheduler, own = scheduled(sizes, rates, epochs)
     shown = sorted({0, epochs // 20, epochs // 5, epochs})

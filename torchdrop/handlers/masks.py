@@ -82,7 +82,8 @@ class Hypercube:
     """
 
     def __init__(self, size: int, number: int = 0) -> None:
-        self.size, self.number = size, number
+        self.size = size
+        self.number = number
 
     def offsets(self, position: Tensor) -> Tensor:
         """``floor(g(s) 2**32 / T)`` for every permutation g of the family: (..., permutations) for positions (...)."""
@@ -139,9 +140,13 @@ class Pass:
         hypercube: Hypercube | None = None,
         offsets: Tensor | None = None,
     ) -> None:
-        self.seed, self.rows, self.shared, self.folded, self.hypercube = seed, rows, shared, folded, hypercube
+        self.seed = seed
         self.samples = samples
-        self.copies = samples.numel() if folded else 1
+        self.rows = rows
+        self.shared = shared
+        self.folded = folded
+        self.hypercube = hypercube
+        self.copies: int = samples.numel() if folded else 1
         self._row_numbers = torch.arange(first_row, first_row + (rows or 0), device=samples.device)
         self._streams: dict[bool, Tensor] = {}
         self._offsets = offsets

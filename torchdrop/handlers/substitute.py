@@ -40,10 +40,12 @@ class Substitute(Handler):
         super().__init__(tracker)
         self.sources: dict[Site, Source] = {}
         self.run: Pass | None = None
-        self.draws = 0
-        self.calls = 0
+        self.draws: int = 0
+        self.calls: int = 0
         self.prefix: Prefix | None = None
-        self.surveyed = self.differentiated = self.drew = False
+        self.surveyed: bool = False
+        self.differentiated: bool = False
+        self.drew: bool = False
         self.elsewhere: Callable[[Substitute, Any, Any, Any], Any] | None = None
         self._chosen, self._inner = chosen, inner
         self._seeds: dict[tuple[int, Site], int] = {}

@@ -24,7 +24,7 @@ class DrawCount(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.count: int = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += torch.Tag.nondeterministic_seeded in func.tags and "scaled_dot_product" not in func.__name__
@@ -50,9 +50,9 @@ class Trace(Handler):
         super().__init__(tracker)
         self.sources: list[Source] = []
         self.flagged: set[str] = set()
-        self.unseen = DrawCount()
-        self.seen = 0
-        self.branching = False
+        self.unseen: DrawCount = DrawCount()
+        self.seen: int = 0
+        self.branching: bool = False
         self._rows = rows
 
     def _pass(self, func: Any, call: Callable[[], Any]) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 
 def check_every(every: str) -> str:
@@ -17,7 +16,7 @@ def check_every(every: str) -> str:
     return every
 
 
-def state_key(rates: Mapping[str, Any], every: str) -> str:
+def state_key(rates: Mapping[str, object], every: str) -> str:
     """Another one for each callback of a trainer.
 
     >>> state_key({"fc": 0.5, "conv*": 0.9}, "step")

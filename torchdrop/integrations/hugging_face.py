@@ -7,12 +7,13 @@ from typing import Any
 
 from ..configure.rate_sites import unwrapped
 from ..scheduler import KeepProbScheduler
+from ..schedules import Scaled, ScheduleLike
 from .every import check_every, state_key
 
 try:
     from transformers import TrainerCallback
-except ImportError as error:
-    raise ImportError("this needs transformers: pip install 'torchdrop[hugging-face]'") from error
+except ImportError as _error:
+    raise ImportError("this needs transformers: pip install 'torchdrop[hugging-face]'") from _error
 
 
 class KeepProbCallback(TrainerCallback):
@@ -35,8 +36,9 @@ class KeepProbCallback(TrainerCallback):
         >>> # transformers.Trainer(model, callbacks=[callback], ...).train()
     """
 
-    def __init__(self, rates: Mapping[str, Any], *, every: str = "step") -> None:
-        self.rates, self.every = rates, check_every(every)
+    def __init__(self, rates: Mapping[str, ScheduleLike | Scaled], *, every: str = "step") -> None:
+        self.rates = rates
+        self.every: str = check_every(every)
         self.scheduler: KeepProbScheduler | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:

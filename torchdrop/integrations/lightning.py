@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..configure.rate_sites import unwrapped
 from ..scheduler import KeepProbScheduler
+from ..schedules import Scaled, ScheduleLike
 from .every import check_every, state_key
 
-try:
+if TYPE_CHECKING:
     import lightning.pytorch as pl
-except ImportError:
+else:
     try:
-        import pytorch_lightning as pl  # type: ignore[no-redef]
-    except ImportError as error:
-        raise ImportError("this needs lightning: pip install 'torchdrop[lightning]'") from error
+        import lightning.pytorch as pl
+    except ImportError:
+        try:
+            import pytorch_lightning as pl
+        except ImportError as _error:
+            raise ImportError("this needs lightning: pip install 'torchdrop[lightning]'") from _error
 
 
 class KeepProbCallback(pl.Callback):
@@ -40,9 +44,11 @@ class KeepProbCallback(pl.Callback):
         >>> # lightning.Trainer(callbacks=[callback]).fit(module)
     """
 
-    def __init__(self, rates: Mapping[str, Any], *, every: str = "step", log: bool = False) -> None:
+    def __init__(self, rates: Mapping[str, ScheduleLike | Scaled], *, every: str = "step", log: bool = False) -> None:
         super().__init__()
-        self.rates, self.every, self.log = rates, check_every(every), log
+        self.rates = rates
+        self.every: str = check_every(every)
+        self.log = log
         self.scheduler: KeepProbScheduler | None = None
         self._loaded: dict[str, Any] = {}
 

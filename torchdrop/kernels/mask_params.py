@@ -46,9 +46,12 @@ class MaskParams:
     __slots__ = ("_buffer", "address", "fill", "scale", "shift", "threshold")
 
     def __init__(self, threshold: int, scale: float, shift: float = 0.0, fill: float = 0.0) -> None:
-        self.threshold, self.scale, self.shift, self.fill = threshold, scale, shift, fill
+        self.threshold: int = threshold
+        self.scale: float = scale
+        self.shift: float = shift
+        self.fill: float = fill
         self._buffer = (ctypes.c_double * 4)(threshold, scale, shift, fill)
-        self.address = ctypes.addressof(self._buffer)
+        self.address: int = ctypes.addressof(self._buffer)
 
     def __reduce__(self) -> tuple[type[MaskParams], tuple[int, float, float, float]]:
         return MaskParams, (self.threshold, self.scale, self.shift, self.fill)

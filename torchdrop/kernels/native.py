@@ -84,19 +84,24 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         lib = ctypes.CDLL(str(path))
-        self.rows = _typed(
+        self.rows: Callable[..., None] = _typed(
             lib.td_rows, None, c_int, c_int, c_void_p, c_void_p, *[c_int64] * 3, c_uint64, c_int64, c_void_p, c_void_p,
             c_int64, c_int, c_int,
         )  # fmt: skip
-        self.select = _typed(lib.td_select, c_int, c_int, *[c_void_p] * 3, c_int, *[c_void_p] * 5, c_int, c_int)
-        self.groups = _typed(
+        self.select: Callable[..., int] = _typed(
+            lib.td_select, c_int, c_int, *[c_void_p] * 3, c_int, *[c_void_p] * 5, c_int, c_int
+        )
+        self.groups: Callable[..., None] = _typed(
             lib.td_groups, None, c_int, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int
         )
-        self.stratified = _typed(
+        self.stratified: Callable[..., None] = _typed(
             lib.td_stratified, None, c_void_p, *[c_int64] * 3, *[c_void_p] * 3, c_int64, c_void_p, c_int, c_int
         )
-        self.philox_block = _typed(lib.td_philox_block, None, c_uint64, c_void_p, c_void_p)
-        self.width, self.openmp = _typed(lib.td_width, c_int), _typed(lib.td_openmp, c_int)
+        self.philox_block: Callable[..., None] = _typed(lib.td_philox_block, None, c_uint64, c_void_p, c_void_p)
+        self.width: Callable[[], int] = _typed(lib.td_width, c_int)
+        self.openmp: Callable[[], int] = _typed(lib.td_openmp, c_int)
+        self.row: Callable[..., None]
+        self.fused: Callable[..., None]
         self.row, self.fused = _entry_points(path)
 
 
@@ -155,6 +160,8 @@ def _unloaded(error: Exception) -> str:
     return f"{_LIBRARY.name} could not be loaded ({error}): run {_REINSTALL}"
 
 
+library: Library | None
+why_not: str
 library, why_not = _load()
 """The compiled kernels, or None and the reason."""
 

@@ -265,7 +265,7 @@ def random_bits(shape: Sequence[int], key: Tensor, part: MaskSlice = WHOLE) -> T
     return out
 
 
-standard_normal = reference.standard_normal
+standard_normal: Callable[..., Tensor] = reference.standard_normal
 select = apply_mask
 
 

@@ -103,8 +103,8 @@ def gelu_dropout(
     p: Probability = DEFAULT_P,
     training: bool = True,
     *,
-    approximate: str = "none",
     keep_prob: Probability | None = None,
+    approximate: str = "none",
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """GELU and dropout together: ``y = m GELU(input) / k``, with E[y] = GELU(input) = input Phi(input).
@@ -116,8 +116,8 @@ def gelu_dropout(
         input: float16, bfloat16, float32 or float64, of any shape.
         p: probability of dropping, in [0, 1]. Default: 0.5.
         training: whether dropout is applied.
-        approximate: "none", or "tanh" for torch.nn.GELU's approximation of that name.
         keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against the input.
+        approximate: "none", or "tanh" for torch.nn.GELU's approximation of that name.
         generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
 
     Returns:
@@ -180,8 +180,8 @@ class GELUDropout(Rated):
 
     Args:
         p: probability of dropping an element, in [0, 1]. Default: 0.5.
-        approximate: "none", or "tanh" for torch.nn.GELU's approximation of that name.
         keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against the input.
+        approximate: "none", or "tanh" for torch.nn.GELU's approximation of that name.
         generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
 
     Shape:
@@ -204,8 +204,8 @@ class GELUDropout(Rated):
         self,
         p: Probability = DEFAULT_P,
         *,
-        approximate: str = "none",
         keep_prob: Probability | None = None,
+        approximate: str = "none",
         generator: torch.Generator | None = None,
     ) -> None:
         _gelu(approximate)

@@ -74,9 +74,9 @@ def drop_head(
     p: Probability = DEFAULT_P,
     training: bool = True,
     *,
+    keep_prob: Probability | None = None,
     dim: int | None = None,
     heads: int | None = None,
-    keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Drops whole attention heads of a sample, and scales those kept by (heads / heads kept).
@@ -94,12 +94,12 @@ def drop_head(
             one sample.
         p: probability of dropping a head, in [0, 1). Default: 0.5.
         training: whether heads are dropped.
+        keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against (samples, 1,
+            1, 1) for a rate of each sample. It is the same for all heads.
         dim: the dimension of heads: 1, the default, for (samples, heads, time, features), 2 for (samples, time, heads,
             features).
         heads: in place of `dim`, the number of heads where they lie side by side in the last dimension: (samples, time,
             heads * features).
-        keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against (samples, 1,
-            1, 1) for a rate of each sample. It is the same for all heads.
         generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
 
     Returns:
@@ -138,9 +138,9 @@ class DropHead(Rated):
 
     Args:
         p: probability of dropping a head, in [0, 1). Default: 0.5.
+        keep_prob: probability of keeping, in place of `p`.
         dim: the dimension of heads; 1 if neither it nor `heads` is given.
         heads: in place of `dim`, the number of heads where they lie side by side in the last dimension.
-        keep_prob: probability of keeping, in place of `p`.
         generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
 
     Raises:
@@ -185,14 +185,15 @@ class DropHead(Rated):
         self,
         p: Probability = DEFAULT_P,
         *,
+        keep_prob: Probability | None = None,
         dim: int | None = None,
         heads: int | None = None,
-        keep_prob: Probability | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(p, keep_prob=keep_prob, generator=generator)
         _check_layout(dim, heads)
-        self.dim, self.heads = dim, heads
+        self.dim = dim
+        self.heads = heads
 
     def _check_rate(self, keep_prob: Probability) -> None:
         _check_some(keep_prob)

@@ -53,8 +53,8 @@ def drop_key(
     p: Probability = DEFAULT_P,
     training: bool = True,
     *,
-    shared_axes: Axes = None,
     keep_prob: Probability | None = None,
+    shared_axes: Axes = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Puts -inf in the place of attention logits, each with probability p, before the softmax.
@@ -74,9 +74,9 @@ def drop_key(
             float16, bfloat16, float32 or float64.
         p: probability of dropping a key, in [0, 1). Default: 0.5.
         training: whether keys are dropped.
+        keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against the mask.
         shared_axes: axes over which the draws are the same: ``-2`` drops the same keys for all queries, ``1`` for all
             heads, ``(1, -2)`` for both.
-        keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against the mask.
         generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
 
     Returns:
@@ -155,10 +155,10 @@ def drop_key_mask(
     p: Probability = DEFAULT_P,
     training: bool = True,
     *,
+    keep_prob: Probability | None = None,
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
     shared_axes: Axes = None,
-    keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor | None:
     """`drop_key` as an `attn_mask` for torch.nn.functional.scaled_dot_product_attention, which makes its own logits.
@@ -171,11 +171,11 @@ def drop_key_mask(
         key: (..., keys, features), likewise.
         p: probability of dropping a key, in [0, 1). Default: 0.5.
         training: whether keys are dropped.
+        keep_prob: probability of keeping, in place of `p`.
         attn_mask: as for scaled_dot_product_attention: bool with True where a key may be seen, or what is added to the
             logits.
         is_causal: whether query i may see the keys 0 ... i alone. Leave it out in scaled_dot_product_attention then.
         shared_axes: axes of the logits (..., queries, keys) over which the draws are the same.
-        keep_prob: probability of keeping, in place of `p`.
         generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
 
     Returns:
@@ -213,8 +213,8 @@ class DropKey(Rated):
 
     Args:
         p: probability of dropping a key, in [0, 1). Default: 0.5.
-        shared_axes: axes over which the draws are the same: ``-2`` for all queries, ``1`` for all heads.
         keep_prob: probability of keeping, in place of `p`.
+        shared_axes: axes over which the draws are the same: ``-2`` for all queries, ``1`` for all heads.
         generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
 
     Raises:
@@ -241,8 +241,8 @@ class DropKey(Rated):
         self,
         p: Probability = DEFAULT_P,
         *,
-        shared_axes: Axes = None,
         keep_prob: Probability | None = None,
+        shared_axes: Axes = None,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(p, keep_prob=keep_prob, generator=generator)

@@ -189,7 +189,7 @@ class DropPath(Rated):
         return self.p
 
     @drop_prob.setter
-    def drop_prob(self, value: Any) -> None:
+    def drop_prob(self, value: Probability) -> None:
         self.p = rate_named("drop_prob", value, None)
 
     @property
@@ -200,7 +200,7 @@ class DropPath(Rated):
     @scale_by_keep.setter
     def scale_by_keep(self, value: bool) -> None:
         self._formula = formula_of(value)
-        self.rate = Rate(self.keep_prob, self.p, self._formula).held()
+        self._set(Rate(self.keep_prob, self.p, self._formula), None)
 
     @leaf
     def forward(self, x: Tensor) -> Tensor:

@@ -145,7 +145,13 @@ def embedding_dropout(
 class _Words(Rated):
     """The rate of an `EmbeddingDropout`: a layer on looked-up vectors."""
 
-    def __init__(self, p: Any, keep_prob: Any, batch_dim: int | None, generator: torch.Generator | None) -> None:
+    def __init__(
+        self,
+        p: Probability,
+        keep_prob: Probability | None,
+        batch_dim: int | None,
+        generator: torch.Generator | None,
+    ) -> None:
         super().__init__(p, keep_prob=keep_prob, generator=generator)
         _check_batch_dim(batch_dim)
         self.batch_dim = batch_dim
@@ -230,7 +236,7 @@ class EmbeddingDropout(RateOfChild, nn.Embedding):
             device,
             dtype,
         )
-        self.dropout = words
+        self.dropout: _Words = words
 
     @classmethod
     def from_embedding(

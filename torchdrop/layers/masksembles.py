@@ -128,7 +128,7 @@ def _check_dim(dim: Any) -> None:
         raise ValueError("dim must not be 0, the dimension of the samples")
 
 
-def masksembles(input: Tensor, masks: Tensor, dim: int = 1) -> Tensor:
+def masksembles(input: Tensor, masks: Tensor, *, dim: int = 1) -> Tensor:
     """Multiplies each sample by its mask, divided by how often the masks keep the channel.
 
     ``y_ic = x_ic M_jc n / d_c`` with j = floor(i n / B), d_c = sum_j M_jc. Where n divides the number of samples, they
@@ -236,11 +236,14 @@ class Masksembles(nn.Module):
         _check_dim(dim)
         masks, default = masksembles_masks(channels, n, scale, generator=generator), torch.get_default_device()
         self.register_buffer("masks", masks if default.type == "meta" else masks.to(default))
-        self.channels, self.n, self.scale, self.dim = int(channels), int(n), float(scale), dim
+        self.channels: int = int(channels)
+        self.n: int = int(n)
+        self.scale: float = float(scale)
+        self.dim = dim
 
     @leaf
     def forward(self, input: Tensor) -> Tensor:
-        return masksembles(input, self.masks, self.dim)
+        return masksembles(input, self.masks, dim=self.dim)
 
     def extra_repr(self) -> str:
         return f"{self.channels}, n={self.n}, scale={self.scale}, dim={self.dim}"

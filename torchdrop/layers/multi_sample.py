@@ -73,8 +73,8 @@ def multi_sample_dropout(
     head: Head,
     p: Probability = DEFAULT_P,
     training: bool = True,
-    *,
     samples: int = SAMPLES,
+    *,
     keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -122,8 +122,8 @@ def multi_sample_loss(
     loss: Callable[[Tensor], Tensor],
     p: Probability = DEFAULT_P,
     training: bool = True,
-    *,
     samples: int = SAMPLES,
+    *,
     keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -135,8 +135,9 @@ def multi_sample_loss(
     seed. In eval mode it is loss(h(x)).
 
     Args:
-        input, head, p, training, samples, keep_prob, generator: as `multi_sample_dropout`.
+        input, head: as `multi_sample_dropout` takes them.
         loss: from the head's output for B rows to a tensor of any shape, the same each time.
+        p, training, samples, keep_prob, generator: as `multi_sample_dropout` takes them.
 
     Returns:
         The mean of what `loss` gives.
@@ -224,7 +225,7 @@ class MultiSampleDropout(RateOfChild, nn.Module):
         super().__init__()
         check_module("head", head)
         _check_samples(samples)
-        self.dropout = Dropout(p, keep_prob=keep_prob, generator=generator)
+        self.dropout: Dropout = Dropout(p, keep_prob=keep_prob, generator=generator)
         self.head = head
         self.samples = samples
 

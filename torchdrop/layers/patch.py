@@ -72,8 +72,8 @@ def patch_dropout_indices(
     input: Tensor,
     p: Probability = DEFAULT_P,
     training: bool = True,
-    *,
     num_prefix_tokens: int = 1,
+    *,
     keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -115,8 +115,8 @@ def patch_dropout(
     input: Tensor,
     p: Probability = DEFAULT_P,
     training: bool = True,
-    *,
     num_prefix_tokens: int = 1,
+    *,
     keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:

@@ -23,7 +23,7 @@ from ..core.checks import check_finite, check_module
 from ..core.exported import warn_stays_on
 from ..core.inputs import check_input
 from ..core.portable import refuse_script
-from ..core.rate import read_rate
+from ..core.rate import Probability, read_rate
 from ..core.symbolic import leaf, recorded
 from ..core.torch_state import transforms_active
 from ..kernels.mask_params import ONE, has_float64
@@ -35,9 +35,9 @@ _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 def standout(
     input: Tensor,
-    keep_prob: Any,
     training: bool = True,
     *,
+    keep_prob: Probability,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Keeps each element with a probability of its own, without scaling; in eval mode, multiplies by it.
@@ -49,8 +49,8 @@ def standout(
 
     Args:
         input: float16, bfloat16, float32 or float64, of any shape, strides and memory format.
-        keep_prob: pi, in [0, 1]: a tensor that broadcasts against the input, or a number.
         training: whether masks are drawn.
+        keep_prob: pi, in [0, 1]: a tensor that broadcasts against the input, or a number.
         generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
 
     Returns:
@@ -67,9 +67,9 @@ def standout(
     Example:
         >>> import torch, torchdrop
         >>> x, pi = torch.ones(3), torch.tensor([0.0, 0.5, 1.0])
-        >>> torchdrop.functional.standout(x, pi, training=False)
+        >>> torchdrop.functional.standout(x, training=False, keep_prob=pi)
         tensor([0.0000, 0.5000, 1.0000])
-        >>> torchdrop.functional.standout(x, pi)[::2]
+        >>> torchdrop.functional.standout(x, keep_prob=pi)[::2]
         tensor([0., 1.])
     """
     if isinstance(input, Proxy):
@@ -177,7 +177,10 @@ class Standout(nn.Module):
             raise TypeError(f"activation must be a function or a module, got {type(activation).__name__}")
         for name, value in (("alpha", alpha), ("beta", beta)):
             check_finite(name, value)
-        self.layer, self.alpha, self.beta, self.activation = layer, float(alpha), float(beta), activation
+        self.layer = layer
+        self.alpha: float = float(alpha)
+        self.beta: float = float(beta)
+        self.activation = activation
         self.generator = generator
 
     @leaf

@@ -104,11 +104,11 @@ def word_dropout(
     p: Probability = DEFAULT_P,
     training: bool = True,
     *,
+    keep_prob: Probability | None = None,
     unk_id: int | None = None,
     special_ids: Sequence[int] = (),
     protected: Tensor | None = None,
     inverted: bool = False,
-    keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Replaces each token with probability p: the number of a word by that of the unknown word, a vector by zeros.
@@ -124,13 +124,13 @@ def word_dropout(
         input: numbers of words, integers of any shape, where `unk_id` is given; else vectors, (..., words, features).
         p: probability of replacing a token, in [0, 1]. Default: 0.5.
         training: whether tokens are replaced.
+        keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against the places
+            (with a last dimension of 1 for vectors).
         unk_id: the number of the unknown word.
         special_ids: numbers of words that are never replaced: padding, beginning, end.
         protected: bools that broadcast against the places, ``input.shape`` or ``input.shape[:-1]``: True where
             nothing may change.
         inverted: whether vectors are scaled by 1 / k. Protected ones are not.
-        keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against the places
-            (with a last dimension of 1 for vectors).
         generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
 
     Returns:
@@ -175,10 +175,10 @@ class WordDropout(Rated):
 
     Args:
         p: probability of replacing a token, in [0, 1]. Default: 0.5.
+        keep_prob: probability of keeping, in place of `p`: a number, or a tensor as in `word_dropout`.
         unk_id: the number of the unknown word, for inputs that are numbers of words; None for vectors.
         special_ids: numbers of words that are never replaced.
         inverted: whether vectors are scaled by 1 / k.
-        keep_prob: probability of keeping, in place of `p`: a number, or a tensor as in `word_dropout`.
         generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
 
     Shape:
@@ -203,15 +203,15 @@ class WordDropout(Rated):
         self,
         p: Probability = DEFAULT_P,
         *,
+        keep_prob: Probability | None = None,
         unk_id: int | None = None,
         special_ids: Sequence[int] = (),
         inverted: bool = False,
-        keep_prob: Probability | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         self._formula = formula_of(inverted)
         super().__init__(p, keep_prob=keep_prob, generator=generator)
-        self.special_ids = _check_ids(unk_id, special_ids, inverted)
+        self.special_ids: tuple[int, ...] = _check_ids(unk_id, special_ids, inverted)
         self.unk_id = unk_id
         self.inverted = inverted
 

@@ -53,12 +53,14 @@ class Activation:
     def __init__(
         self, model: nn.Module, patterns: Sequence[str] | None, dim: int | None, method: str = "__call__"
     ) -> None:
-        self.model, self._patterns, self.dim, self._method = model, patterns, dim, method
-        self.report = Report(rows=dim)
+        self.model = model
+        self.dim = dim
+        self._patterns, self._method = patterns, method
+        self.report: Report = Report(rows=dim)
         self.flagged: set[nn.Module] = set()
-        self.tracker = Tracker()
-        self.shells = Shells(model, self.tracker, next_level())
-        self.server = Substitute(self.tracker, self.chosen, inner_names(model))
+        self.tracker: Tracker = Tracker()
+        self.shells: Shells = Shells(model, self.tracker, next_level())
+        self.server: Substitute = Substitute(self.tracker, self.chosen, inner_names(model))
 
     def serving(self) -> AbstractContextManager[Any]:
         """The mode that serves, unless it is on already."""

@@ -24,15 +24,16 @@ class Inputs:
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], dim: int | None) -> None:
-        self.args, self.kwargs = args, dict(kwargs)
-        self.tensors = tensors = [
+        self.args = args
+        self.kwargs: dict[str, Any] = dict(kwargs)
+        self.tensors: list[Tensor] = [
             t for t in tree_flatten((self.args, self.kwargs))[0] if isinstance(t, Tensor) and t.dim() > 0
         ]
-        self.device = tensors[0].device if tensors else torch.device("cpu")
+        self.device: torch.device = self.tensors[0].device if self.tensors else torch.device("cpu")
         self.dim: int | None = None
         self.rows: int | None = None
         if dim is not None:
-            sizes = {t.shape[dim] if -t.dim() <= dim < t.dim() else None for t in tensors}
+            sizes = {t.shape[dim] if -t.dim() <= dim < t.dim() else None for t in self.tensors}
             if len(sizes) == 1 and None not in sizes:
                 self.dim, self.rows = dim, sizes.pop()
 

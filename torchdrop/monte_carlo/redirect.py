@@ -89,9 +89,10 @@ class Redirected:
     """
 
     def __init__(self, model: nn.Module, handler: Receiver) -> None:
-        self.handler, self._modules = handler, list(model.modules())
-        self.thread = threading.get_ident()
-        self.level = next_level()
+        self.handler = handler
+        self._modules = list(model.modules())
+        self.thread: int = threading.get_ident()
+        self.level: int = next_level()
 
     def __enter__(self) -> None:
         _levels.depth = self.level

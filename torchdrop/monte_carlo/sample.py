@@ -44,9 +44,9 @@ class Sampler:
     def __init__(
         self, activation: Activation, pick: Callable[[Any], Outputs], seed: int, shared: bool, hypercube: int | None
     ) -> None:
-        self._activation, self._pick, self.seed, self._shared = activation, pick, seed, shared
-        self._hypercube = hypercube
-        self.writes = False
+        self.seed = seed
+        self.writes: bool = False
+        self._activation, self._pick, self._shared, self._hypercube = activation, pick, shared, hypercube
         self._few = Inputs((), {}, None)
         self._reference: Outputs = ()
         self._row_dims: tuple[int | None, ...] = ()
@@ -215,7 +215,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self, counting: Callable[[], bool]) -> None:
         super().__init__()
-        self.peak = 0
+        self.peak: int = 0
         self._counting = counting
         self._live: dict[int, tuple[int, int]] = {}
         self._total = 0

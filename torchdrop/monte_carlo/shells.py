@@ -41,7 +41,7 @@ class Shells:
 
     def __init__(self, model: nn.Module, tracker: Tracker, level: int) -> None:
         self._model, self._tracker, self._level = model, tracker, level
-        self.names = {module: name for name, module in model.named_modules()}
+        self.names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
         self._of = {module: _empty(module) for module in self.names}
         self._before: dict[nn.Module, dict[str, Any]] = {}
         self._usual: dict[tuple[nn.Module, str], Entering] = {}
@@ -185,7 +185,8 @@ class Entering:
     __slots__ = ("__wrapped__", "_name", "_tracker")
 
     def __init__(self, tracker: Tracker, name: str, call: Callable[..., Any]) -> None:
-        self._tracker, self._name, self.__wrapped__ = tracker, name, call
+        self._tracker, self._name = tracker, name
+        self.__wrapped__: Callable[..., Any] = call
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         stack = self._tracker.stack

@@ -184,7 +184,7 @@ class Collector:
     ) -> None:
         if groups < 1:
             raise ValueError(f"groups must be at least 1, got {groups}")
-        self.task = task
+        self.task: Task = task
         self.groups = groups
         self.rounds = rounds
         self.keep_samples = keep_samples

@@ -234,13 +234,13 @@ def _define(name: str, run: Runner, composed: Composed) -> Operator:
     return call
 
 
-masked = _define("masked", kernels.masked, _mask_composed)
+masked: Operator = _define("masked", kernels.masked, _mask_composed)
 """``masked(x, key, params, shape, inplace=False, part=WHOLE)``: ``x * scale + shift`` where kept, `fill` elsewhere.
 
 Differentiable in x. A set of mask parameters given as a tensor gets no gradient.
 """
 
-gaussian = _define("gaussian", kernels.gaussian, _normal_composed)
+gaussian: Operator = _define("gaussian", kernels.gaussian, _normal_composed)
 """``gaussian(x, key, params, shape, inplace=False, part=WHOLE)``: ``x * (1 + scale * z)`` with z standard normal.
 
 Differentiable in x."""

@@ -70,11 +70,13 @@ def _keep_mask(key: Tensor, shape: Sequence[int], params: Tensor | None) -> Tens
     return kernels.keep_mask(shape, key, params)
 
 
-keep_mask = _define("keep_mask", torch.bool, _keep_mask)
+keep_mask: Numbers = _define("keep_mask", torch.bool, _keep_mask)
 """Bools, True with the probability that the parameters' threshold has."""
 
-random_bits = _define("random_bits", torch.int64, lambda key, shape, _: kernels.random_bits(shape, key))
+random_bits: Numbers = _define("random_bits", torch.int64, lambda key, shape, _: kernels.random_bits(shape, key))
 """32 random bits for each element, as int64."""
 
-standard_normal = _define("standard_normal", torch.float64, lambda key, shape, _: kernels.standard_normal(shape, key))
+standard_normal: Numbers = _define(
+    "standard_normal", torch.float64, lambda key, shape, _: kernels.standard_normal(shape, key)
+)
 """Standard normal variates, as float64; as float32 on devices without it."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -152,7 +152,11 @@ class SearchResult:
         patterns = {pattern for setting in self.settings for pattern in setting}
         numbers = all(isinstance(value, float | int) for setting in self.settings for value in setting.values())
         shared = next(iter(patterns)) if len(patterns) == 1 and numbers else None
-        at = self.mean_keep_probs if shared is None else [float(setting[shared]) for setting in self.settings]
+        at = (
+            self.mean_keep_probs
+            if shared is None
+            else [float(cast(float, setting[shared])) for setting in self.settings]
+        )
         means, errors = self.means, self.standard_errors
         ax.errorbar(at, means.numpy(), errors.numpy(), fmt="o", color=BLUE, markersize=4, capsize=2, linewidth=1)
         if not means.isnan().all():

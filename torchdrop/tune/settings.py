@@ -10,11 +10,11 @@ from typing import Any
 from torch import nn
 
 from ..configure.rate_sites import rate_sites
-from ..configure.rates import set_keep_prob
+from ..configure.rates import RateOrRule, set_keep_prob
 from ..core.checks import check_integer
 from ..core.rate import Probability
 
-Setting = Mapping[str, Any]
+Setting = Mapping[str, RateOrRule]
 """For each pattern of layer names a keep_prob, as `torchdrop.set_keep_prob` takes them."""
 
 

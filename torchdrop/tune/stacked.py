@@ -79,7 +79,7 @@ class Stack:
         self._orders = [list(range(value.dim())) for value in self._values]
         device = training.inputs.device
         self._streams = torch.tensor([first_stream(job.fold) for job in jobs], device=device)
-        self.finite = torch.ones(len(jobs), dtype=torch.bool, device=device)
+        self.finite: Tensor = torch.ones(len(jobs), dtype=torch.bool, device=device)
         first, *others = islice(self._batches(), 2)
         self._arrange(first)
         self._step = self._traced(first, [*others, first][0])

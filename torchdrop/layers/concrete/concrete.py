@@ -73,7 +73,7 @@ def _checked_logit(logit_p: Any, like: Tensor, shape: Sequence[int]) -> Tensor:
 
 def concrete_dropout(
     input: Tensor,
-    logit_p: Any,
+    logit_p: float | Tensor,
     training: bool = True,
     *,
     temperature: float = TEMPERATURE,
@@ -153,7 +153,7 @@ def _log_mean(logit: Tensor, temperature: float) -> Tensor:
     return torch.logsumexp(logsigmoid(temperature * s - logit.unsqueeze(-1)) + weight, -1)
 
 
-def _logit(p: Any, keep_prob: Any) -> Tensor:
+def _logit(p: Probability | None, keep_prob: Probability | None) -> Tensor:
     """The logit of a rate strictly between 0 and 1; of p = 0.1 if none is given.
 
     Raises:
@@ -165,7 +165,7 @@ def _logit(p: Any, keep_prob: Any) -> Tensor:
     if ends:
         got = f"a tensor from {given.min().item()} to {given.max().item()}" if isinstance(given, Tensor) else given
         raise ValueError(f"{name} must be strictly between 0 and 1 to be learned, got {got}: its logit is infinite")
-    if isinstance(k, Tensor):
+    if isinstance(k, Tensor) and isinstance(p, Tensor):
         return torch.log(p) - torch.log(k)
     return torch.tensor(math.log(p) - math.log(k), dtype=torch.float64, device="cpu")
 
@@ -231,12 +231,15 @@ class ConcreteDropout(nn.Module):
         _check_temperature(temperature)
         if shared_axes is not None and noise_shape is not None:
             raise TypeError("give shared_axes or noise_shape, not both")
-        self.temperature, self.unbiased, self.generator = temperature, unbiased, generator
-        self.shared_axes, self.noise_shape = shared_axes, noise_shape
+        self.temperature = temperature
+        self.shared_axes = shared_axes
+        self.noise_shape = noise_shape
+        self.unbiased = unbiased
+        self.generator = generator
         self._first = p, keep_prob
         logit = _logit(p, keep_prob).to(torch.get_default_dtype())
         given = isinstance(p, Tensor) or isinstance(keep_prob, Tensor)
-        self.logit_p = nn.Parameter(logit if given else logit.to(torch.get_default_device()))
+        self.logit_p: nn.Parameter = nn.Parameter(logit if given else logit.to(torch.get_default_device()))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -249,7 +252,7 @@ class ConcreteDropout(nn.Module):
         return torch.sigmoid(self.logit_p)
 
     @p.setter
-    def p(self, value: Any) -> None:
+    def p(self, value: Probability) -> None:
         self._set(value, None)
 
     @property
@@ -258,11 +261,11 @@ class ConcreteDropout(nn.Module):
         return torch.sigmoid(-self.logit_p)
 
     @keep_prob.setter
-    def keep_prob(self, value: Any) -> None:
+    def keep_prob(self, value: Probability) -> None:
         self._set(None, value)
 
     @torch.no_grad()
-    def _set(self, p: Any, keep_prob: Any) -> None:
+    def _set(self, p: Probability | None, keep_prob: Probability | None) -> None:
         if p is None and keep_prob is None:
             raise TypeError("a rate must be a number or a tensor, got NoneType")
         logit = _logit(p, keep_prob)

@@ -87,8 +87,8 @@ class ConcreteLayer(nn.Module):
     Args:
         layer: an nn.Linear, nn.Conv1d to nn.Conv3d or their transposed forms; it is held, not copied.
         p: probability of dropping at first, a number strictly between 0 and 1. Default: 0.1.
-        regularizers: (lambda_w, lambda_d), from `concrete_regularizers` or any two numbers that are not negative.
         keep_prob: probability of keeping at first, in place of `p`.
+        regularizers: (lambda_w, lambda_d), from `concrete_regularizers` or any two numbers that are not negative.
         temperature: t, in (0, 1]. Default: 0.1.
         unbiased: whether the noise divides by E[1 - z] in place of k.
         generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
@@ -130,8 +130,8 @@ class ConcreteLayer(nn.Module):
         layer: nn.Module,
         p: Probability | None = None,
         *,
-        regularizers: tuple[float, float],
         keep_prob: Probability | None = None,
+        regularizers: tuple[float, float],
         temperature: float = TEMPERATURE,
         unbiased: bool = False,
         generator: torch.Generator | None = None,
@@ -148,8 +148,9 @@ class ConcreteLayer(nn.Module):
         )
         if dropout.logit_p.dim():
             raise ValueError(f"a wrapped layer has a single rate, got a tensor of shape {tuple(dropout.logit_p.shape)}")
-        self.regularizers = _checked_factors(regularizers)
-        self.layer, self.dropout = layer, dropout
+        self.regularizers: tuple[float, float] = _checked_factors(regularizers)
+        self.layer: nn.Linear | _ConvNd = layer
+        self.dropout: ConcreteDropout = dropout
 
     @leaf
     def forward(self, input: Tensor) -> Tensor:

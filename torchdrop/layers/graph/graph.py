@@ -82,10 +82,10 @@ def drop_edge_weight(
     p: Probability = DEFAULT_P,
     training: bool = True,
     *,
+    keep_prob: Probability | None = None,
     undirected: bool = False,
     keep_self_loops: bool = False,
     num_nodes: int | None = None,
-    keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """`drop_edge` that leaves the edges where they are, with the weight 0 where they are dropped.
@@ -117,10 +117,10 @@ def drop_edge(
     p: Probability = DEFAULT_P,
     training: bool = True,
     *,
+    keep_prob: Probability | None = None,
     undirected: bool = False,
     keep_self_loops: bool = False,
     num_nodes: int | None = None,
-    keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Removes edges of a graph, each with probability p, and divides the weights of the others by k = 1 - p.
@@ -134,12 +134,11 @@ def drop_edge(
         edge_weight: (edges,) or (edges, ...); ones if None.
         p: probability of dropping an edge, in [0, 1]. Default: 0.5.
         training: whether edges are dropped.
+        keep_prob: probability of keeping, in place of `p`: a number, or a tensor with one for each edge.
         undirected: whether (i, j) and (j, i), and repeated edges, are dropped together. What becomes of an edge then
-        follows
-            from its nodes, not from its place in the list.
+            follows from its nodes, not from its place in the list.
         keep_self_loops: whether the edges (i, i) always stay, with the weight they have.
         num_nodes: if given, the nodes' numbers are compared with it (on the CPU, and not in compiled code).
-        keep_prob: probability of keeping, in place of `p`: a number, or a tensor with one for each edge.
         generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
 
     Returns:
@@ -176,9 +175,9 @@ class DropEdge(Rated):
 
     Args:
         p: probability of dropping an edge, in [0, 1]. Default: 0.5.
+        keep_prob: probability of keeping, in place of `p`.
         undirected: whether (i, j) and (j, i) are dropped together.
         keep_self_loops: whether the edges (i, i) always stay.
-        keep_prob: probability of keeping, in place of `p`.
         generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
 
     Example:
@@ -199,13 +198,14 @@ class DropEdge(Rated):
         self,
         p: Probability = DEFAULT_P,
         *,
+        keep_prob: Probability | None = None,
         undirected: bool = False,
         keep_self_loops: bool = False,
-        keep_prob: Probability | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(p, keep_prob=keep_prob, generator=generator)
-        self.undirected, self.keep_self_loops = undirected, keep_self_loops
+        self.undirected = undirected
+        self.keep_self_loops = keep_self_loops
 
     @leaf
     def forward(self, edge_index: Tensor, edge_weight: Tensor | None = None) -> tuple[Tensor, Tensor]:

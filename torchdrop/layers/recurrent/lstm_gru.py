@@ -33,7 +33,7 @@ class RecurrentDropoutSteps(Rated):
         per_step: whether each time step has a mask of its own, or all of a sequence's have the same.
     """
 
-    def __init__(self, p: Any, per_step: bool, generator: torch.Generator | None) -> None:
+    def __init__(self, p: Probability, per_step: bool, generator: torch.Generator | None) -> None:
         with named("recurrent_dropout"):
             super().__init__(p, generator=generator)
         check_bool("per_step", per_step)
@@ -126,9 +126,9 @@ class ZoneoutLSTM(Unrolled):
             dtype, generator,
         )  # fmt: skip
         with named("zoneout_hidden"):
-            self.zoneout_hidden = ZoneoutSteps(zoneout_hidden, generator=generator)
+            self.zoneout_hidden: ZoneoutSteps = ZoneoutSteps(zoneout_hidden, generator=generator)
         with named("zoneout_cell"):
-            self.zoneout_cell = ZoneoutSteps(zoneout_cell, generator=generator)
+            self.zoneout_cell: ZoneoutSteps = ZoneoutSteps(zoneout_cell, generator=generator)
 
     def _noise(self, like: Tensor, batch: int, steps: int) -> Noise:
         hidden = self.zoneout_hidden(like, (batch, steps, self.proj_size or self.hidden_size))
@@ -176,7 +176,7 @@ class ZoneoutGRU(Unrolled):
             generator,
         )  # fmt: skip
         with named("zoneout_hidden"):
-            self.zoneout_hidden = ZoneoutSteps(zoneout_hidden, generator=generator)
+            self.zoneout_hidden: ZoneoutSteps = ZoneoutSteps(zoneout_hidden, generator=generator)
 
     def _noise(self, like: Tensor, batch: int, steps: int) -> Noise:
         return Noise(hidden=self.zoneout_hidden(like, (batch, steps, self.hidden_size)))
@@ -231,7 +231,7 @@ class RecurrentDropoutLSTM(Unrolled):
             "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device,
             dtype, generator,
         )  # fmt: skip
-        self.recurrent_dropout = RecurrentDropoutSteps(recurrent_dropout, per_step, generator)
+        self.recurrent_dropout: RecurrentDropoutSteps = RecurrentDropoutSteps(recurrent_dropout, per_step, generator)
 
     def _noise(self, like: Tensor, batch: int, steps: int) -> Noise:
         kept, scale = self.recurrent_dropout(like, (batch, steps, self.hidden_size))
@@ -280,7 +280,7 @@ class RecurrentDropoutGRU(Unrolled):
             "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0, device, dtype,
             generator,
         )  # fmt: skip
-        self.recurrent_dropout = RecurrentDropoutSteps(recurrent_dropout, per_step, generator)
+        self.recurrent_dropout: RecurrentDropoutSteps = RecurrentDropoutSteps(recurrent_dropout, per_step, generator)
 
     def _noise(self, like: Tensor, batch: int, steps: int) -> Noise:
         kept, scale = self.recurrent_dropout(like, (batch, steps, self.hidden_size))

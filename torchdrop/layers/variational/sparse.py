@@ -12,7 +12,7 @@ Ashukha and Vetrov, ICML 2017).
 from __future__ import annotations
 
 import math
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +100,9 @@ class Sparse(Variational):
         return layer._take(module)
 
     def _settle(self, threshold: float, log_sigma2: float, generator: torch.Generator | None) -> None:
-        self.threshold, self._initial, self.generator = threshold, log_sigma2, generator
+        self.threshold = threshold
+        self._initial = log_sigma2
+        self.generator = generator
         self._add_noise()
 
     def _first_noise(self) -> Tensor:
@@ -193,7 +195,7 @@ class SparseVariationalLinear(Sparse, nn.Linear):
         tensor([0., 0., 0., 0.], grad_fn=<SelectBackward0>)
     """
 
-    plain = nn.Linear
+    plain: ClassVar[type[nn.Linear]] = nn.Linear
 
     def __init__(
         self,
@@ -248,7 +250,7 @@ class SparseVariationalConv1d(_Conv, nn.Conv1d):
         torch.Size([2, 6, 9])
     """
 
-    plain = nn.Conv1d
+    plain: ClassVar[type[nn.Conv1d]] = nn.Conv1d
 
 
 class SparseVariationalConv2d(_Conv, nn.Conv2d):
@@ -263,7 +265,7 @@ class SparseVariationalConv2d(_Conv, nn.Conv2d):
         torch.Size([2, 6, 7, 7])
     """
 
-    plain = nn.Conv2d
+    plain: ClassVar[type[nn.Conv2d]] = nn.Conv2d
 
 
 class SparseVariationalConv3d(_Conv, nn.Conv3d):
@@ -277,4 +279,4 @@ class SparseVariationalConv3d(_Conv, nn.Conv3d):
         torch.Size([2, 6, 3, 3, 3])
     """
 
-    plain = nn.Conv3d
+    plain: ClassVar[type[nn.Conv3d]] = nn.Conv3d

@@ -29,10 +29,10 @@ class Sparsity(Mapping[str, float]):
     """
 
     def __init__(self, rows: list[dict[str, Any]]) -> None:
-        self.rows = [{**row, "share": _share(row["zeros"], row["weights"])} for row in rows]
+        self.rows: list[dict[str, Any]] = [{**row, "share": _share(row["zeros"], row["weights"])} for row in rows]
         self.weights: int = sum(row["weights"] for row in rows)
         self.zeros: int = sum(row["zeros"] for row in rows)
-        self.share = _share(self.zeros, self.weights)
+        self.share: float = _share(self.zeros, self.weights)
 
     def __getitem__(self, name: str) -> float:
         for row in self.rows:

@@ -12,7 +12,7 @@ rates up to 1/2. `sparse_variational` has the form in which alpha is unbounded a
 from __future__ import annotations
 
 import math
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -105,7 +105,9 @@ class Gaussian(Variational):
         return layer._take(module)
 
     def _settle(self, keep_prob: float, rates: str, generator: torch.Generator | None) -> None:
-        self._initial, self.rates, self.generator = keep_prob, rates, generator
+        self._initial = keep_prob
+        self.rates = rates
+        self.generator = generator
         self._add_noise()
 
     def _first_noise(self) -> Tensor:
@@ -193,7 +195,7 @@ class VariationalLinear(Gaussian, nn.Linear):
         tensor(19.4767, grad_fn=<MulBackward0>)
     """
 
-    plain = nn.Linear
+    plain: ClassVar[type[nn.Linear]] = nn.Linear
 
     def __init__(
         self,
@@ -249,7 +251,7 @@ class VariationalConv1d(_Conv, nn.Conv1d):
         (torch.Size([2, 6, 9]), torch.Size([4]))
     """
 
-    plain = nn.Conv1d
+    plain: ClassVar[type[nn.Conv1d]] = nn.Conv1d
 
 
 class VariationalConv2d(_Conv, nn.Conv2d):
@@ -264,7 +266,7 @@ class VariationalConv2d(_Conv, nn.Conv2d):
         (torch.Size([2, 6, 7, 7]), torch.Size([4]))
     """
 
-    plain = nn.Conv2d
+    plain: ClassVar[type[nn.Conv2d]] = nn.Conv2d
 
 
 class VariationalConv3d(_Conv, nn.Conv3d):
@@ -279,4 +281,4 @@ class VariationalConv3d(_Conv, nn.Conv3d):
         (torch.Size([2, 6, 3, 3, 3]), torch.Size([4]))
     """
 
-    plain = nn.Conv3d
+    plain: ClassVar[type[nn.Conv3d]] = nn.Conv3d

@@ -80,12 +80,12 @@ def targeted_dropout(
     weight: Tensor,
     p: Probability = DEFAULT_P,
     training: bool = True,
-    *,
     target_fraction: float = 0.5,
+    *,
+    keep_prob: Probability | None = None,
     units: bool = False,
     dim: int = 0,
     pruned: bool = False,
-    keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Drops, with rate p, weights among the smallest of each output unit, and never any of the others.
@@ -100,11 +100,11 @@ def targeted_dropout(
         p: the rate alpha with which a target is dropped. Default: 0.5.
         training: whether targets are dropped at random.
         target_fraction: gamma, in [0, 1]. Default: 0.5.
+        keep_prob: 1 - p, in place of `p`: a number, or a tensor that broadcasts against the mask, which has the
+            weight's shape, or ones on all axes but `dim` for units.
         units: True to choose among whole units, by the Euclidean norm of their weights, and drop all of a unit.
         dim: the weight's axis of output units: 0 for linear layers and convolutions, 1 for transposed ones.
         pruned: True for the eval mode of a network that is to be pruned: all targets are 0.
-        keep_prob: 1 - p, in place of `p`: a number, or a tensor that broadcasts against the mask, which has the
-            weight's shape, or ones on all axes but `dim` for units.
         generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
 
     Returns:
@@ -154,10 +154,10 @@ class TargetedDropout(OfWeight):
     Args:
         p: the rate with which a target is dropped. Default: 0.5.
         target_fraction: gamma, in [0, 1]. Default: 0.5.
+        keep_prob: 1 - p, in place of `p`.
         units: True to choose among whole units.
         dim: the weight's axis of output units.
         pruned: True to have all targets 0 in eval mode; it can be set at any time.
-        keep_prob: 1 - p, in place of `p`.
         generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
 
     Raises:
@@ -186,17 +186,18 @@ class TargetedDropout(OfWeight):
         p: Probability = DEFAULT_P,
         target_fraction: float = 0.5,
         *,
+        keep_prob: Probability | None = None,
         units: bool = False,
         dim: int = 0,
         pruned: bool = False,
-        keep_prob: Probability | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         self._set_fraction(_check_fraction(target_fraction))
         _check_form(units, dim, pruned)
         self._pruned = pruned
         super().__init__(p, keep_prob=keep_prob, generator=generator)
-        self.units, self.dim = units, dim
+        self.units = units
+        self.dim = dim
 
     def _set_fraction(self, fraction: float) -> None:
         self._fraction = fraction
@@ -261,10 +262,10 @@ def apply_targeted_dropout(
     p: Probability = DEFAULT_P,
     target_fraction: float = 0.5,
     *,
+    keep_prob: Probability | None = None,
     units: bool = False,
     dim: int = 0,
     pruned: bool = False,
-    keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
     layers: Layers = nn.Module,
 ) -> ModuleT:
@@ -282,10 +283,10 @@ def apply_targeted_dropout(
             "*.weight" for a model.
         p: the rate with which a target is dropped. Default: 0.5.
         target_fraction: gamma, in [0, 1]. Default: 0.5.
+        keep_prob: 1 - p, in place of `p`.
         units: True to choose among whole units.
         dim: the weights' axis of output units: 0 for linear layers and convolutions, 1 for transposed ones.
         pruned: True to have all targets 0 in eval mode.
-        keep_prob: 1 - p, in place of `p`.
         generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
         layers: a class, or several, of the layers whose parameters are meant: ``nn.Linear``, say.
 
