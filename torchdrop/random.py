@@ -1,4 +1,4 @@
-"""Seeds and streams: where keys come from.
+"""Seeds and streams, the two parts of keys, and how they are drawn.
 
 A mask's key is two 64-bit integers, (seed, stream). By default both are drawn from PyTorch's default generator of the
 device, so whatever governs that generator governs masks. Inside `frozen_masks` they are derived instead.
@@ -36,16 +36,16 @@ _empty_like = torch.empty_like
 
 
 def draw_key(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
-    """A new key, int64 of shape (2,), on the device.
+    """Draws a new key, int64 of shape (2,), on the device.
 
     Args:
-        device: where the key is drawn and stays.
-        generator: what it is drawn from; the device's default generator if None.
+        device: the device of the key and of the draw.
+        generator: the source of the key; the device's default generator if None.
 
     Raises:
         ValueError: the generator belongs to another device.
         TypeError: it is no torch.Generator.
-        RuntimeError: it is compiled under settings with which backward would draw another key.
+        RuntimeError: the call is compiled under settings with which backward would draw another key.
     """
     if generator is not None:
         return _from_generator(device, generator)
@@ -92,8 +92,8 @@ _keys: dict[int, Tensor] = {}
 
 
 def cuda_key(index: int) -> Tensor:
-    """The key that `draw_key` would have drawn for this CUDA device in eager mode outside `frozen_masks`, in half the
-    time."""
+    """Draws the key that `draw_key` would have drawn for this CUDA device in eager mode outside `frozen_masks`, in half
+    the time."""
     like = _keys.get(index)
     if like is None:
         with torch.inference_mode(False):
@@ -102,7 +102,7 @@ def cuda_key(index: int) -> Tensor:
 
 
 def key_tensor(key: bytes) -> Tensor:
-    """The tensor that `draw_key` gives for the same draw."""
+    """Returns the tensor that `draw_key` returns for the same draw."""
     return torch.frombuffer(bytearray(key), dtype=torch.int64)
 
 
@@ -132,20 +132,20 @@ torch.library.define(
 
 
 def _never_merged(device: torch.device) -> Tensor:
-    """A tensor whose contents nobody reads, from an operator of PyTorch of which no pass takes two calls for one.
+    """Returns a tensor that nobody reads, from an operator of PyTorch whose calls are merged by no pass of a compiler.
 
-    An exported program may meet other passes than those of torch.compile, and vmap with its randomness modes. There it
-    is a random operator that takes nothing from the generator. Memory that is not initialized costs less.
+    An exported program may meet other passes than those of torch.compile, and vmap with its randomness modes. There the
+    operator is a random one that takes nothing from the generator. Elsewhere uninitialized memory costs less.
     """
     return torch.randperm(0, device=device) if is_exporting() else torch.empty((2,), dtype=torch.int64, device=device)
 
 
 @torch.compiler.assume_constant_result
 def _refuse_recomputation() -> None:
-    """Refuses the settings under which the partitioner recomputes whatever it likes, our draws with it.
+    """Refuses the settings under which the partitioner may recompute anything, our draws included.
 
     Raises:
-        RuntimeError: what forward draws would be drawn anew in backward.
+        RuntimeError: backward would draw anew what forward has drawn.
     """
     if not torch.is_grad_enabled():
         return
@@ -162,7 +162,7 @@ def _refuse_recomputation() -> None:
 
 @torch.library.impl("torchdrop::draw_key", "default")
 def _draw_key(place: Tensor, *, device: torch.device) -> Tensor:
-    """One key, or one for each of a batch of places."""
+    """Draws one key, or one for each of a batch of places."""
     if place.dim() == 1:
         return _from_default(device)
     batch = place.shape[:-1]
@@ -173,7 +173,7 @@ def _draw_key(place: Tensor, *, device: torch.device) -> Tensor:
 
 @torch.library.register_fake("torchdrop::draw_key")
 def _fake_key(place: Tensor, *, device: torch.device) -> Tensor:
-    _refuse_recomputation()  # of an exported program, which is compiled without a call of `draw_key`
+    _refuse_recomputation()  # an exported program is compiled without a call of `draw_key`
     return torch.empty((*place.shape[:-1], 2), dtype=torch.int64, device=device)
 
 
@@ -183,7 +183,7 @@ def _batched_key(info: Any, in_dims: tuple[int], place: Tensor, *, device: torch
 
 
 class _Forward(threading.local):
-    """The modules being run in this thread, outermost first, and the generators' states from before."""
+    """The modules that are running in this thread, outermost first, and the generators' states from before."""
 
     def __init__(self) -> None:
         self.modules: list[nn.Module] = []
@@ -193,9 +193,9 @@ class _Forward(threading.local):
 class _Frozen:
     """Starts every outermost forward from a given state of PyTorch's generators, and puts their state back after it.
 
-    Activation checkpointing restores the generators before it runs a part of a forward again, in whatever order and
-    whenever that is, so it finds its masks. Where it wraps a whole forward, what it restores is the state from before
-    that forward, which is known again by its digest.
+    Activation checkpointing restores the generators before it runs a part of a forward again, in any order and at any
+    time, so it draws the same masks again. If it wraps a whole forward, it restores the state from before that forward,
+    which is recognized by its digest.
     """
 
     def __init__(self, model: nn.Module, seed: int) -> None:
@@ -231,7 +231,7 @@ class _Frozen:
                 self.restore()
 
     def restore(self) -> None:
-        """Puts back what an outermost forward found, also one that was interrupted."""
+        """Restores the generators' states from before an outermost forward, also if that was interrupted."""
         self._forward.modules.clear()
         before, self._forward.before = self._forward.before, None
         if before is not None:
@@ -242,7 +242,7 @@ _States = tuple[Tensor, list[Tensor]]
 
 
 def states() -> tuple[_States, bytes]:
-    """The states of PyTorch's generators, and a digest of the CPU's."""
+    """Returns the states of PyTorch's generators, and a digest of the CPU's."""
     with without_transforms():  # plain tensors, also under torch.func
         cpu = torch.get_rng_state()
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
@@ -250,7 +250,7 @@ def states() -> tuple[_States, bytes]:
 
 
 def put_back(states: _States) -> None:
-    """PyTorch's generators as they were."""
+    """Sets PyTorch's generators back to these states."""
     cpu, cuda = states
     torch.set_rng_state(cpu)
     if cuda:
@@ -263,10 +263,10 @@ def start(seed: int, name: str, manual_seed: Callable[[int], Any] | None = None)
     Seeding it would take 32 bits for its Mersenne Twister, so all 624 words of that are set.
 
     Args:
-        manual_seed: what takes 64 bits of the hash before; that of the generator if None.
+        manual_seed: a function that gets 64 bits of the hash first; the generator's own if None.
 
     Returns:
-        64 bits of the hash, which the generator gives as its initial seed: what other devices' generators start from.
+        64 bits of the hash, which the generator returns as its initial seed: other devices' generators start from them.
     """
     number, words = _hash(seed, name)
     generator = torch.default_generator
@@ -280,27 +280,27 @@ def start(seed: int, name: str, manual_seed: Callable[[int], Any] | None = None)
 
 
 def hash_of(*name: object) -> bytes:
-    """Eight bytes that follow from a name, whose parts are joined by slashes: what seeds of named things are made
-    from."""
+    """Returns eight bytes that follow from a name, whose parts are joined by slashes. Seeds of named things are made
+    from them."""
     return hashlib.blake2b("/".join(map(str, name)).encode(), digest_size=8).digest()
 
 
 _HEAD = struct.Struct("=QiiQ")
-"""What lies before the words in the state of a CPU generator: the seed, how many words are left, 1, the next one."""
+"""The fields before the words in a CPU generator's state: the seed, the number of words left, 1, and the next one."""
 
 _WORDS = struct.Struct("=624Q")
 
 
 @functools.lru_cache(maxsize=64)
 def _hash(seed: int, name: str) -> tuple[int, bytes]:
-    """64 bits, and the words of a Mersenne Twister: 32 bits each, which lie in 64."""
+    """Returns 64 bits, and the words of a Mersenne Twister: 32 bits each, stored in 64."""
     digest = hashlib.shake_256(f"{seed}:{name}".encode()).digest(8 + 4 * 624)
     return int.from_bytes(digest[:8], "little"), _WORDS.pack(*struct.unpack("<624I", digest[8:]))
 
 
 @functools.cache
 def _words_are_known() -> bool:
-    """Whether a generator's state is laid out as in PyTorch 2.6 to 2.13. Where it is not, 32 bits have to do."""
+    """Whether a generator's state is laid out as in PyTorch 2.6 to 2.13. If it is not, only 32 bits are used."""
     seed = 2**63 + 12345
     state = torch.Generator().manual_seed(seed).get_state()
     words = [seed % 2**32]
@@ -315,7 +315,7 @@ _frozen: list[_Frozen] = []
 
 @contextmanager
 def frozen_forwards(model: nn.Module, seed: int) -> Iterator[_Frozen]:
-    """What `frozen_masks` does, whatever draws in the model: with the same inputs each time all of it is frozen."""
+    """Does what `frozen_masks` does for anything that draws in the model: with equal inputs, all of it is frozen."""
     frozen = _Frozen(model, seed)
     handles = []
     for module in model.modules():
@@ -338,13 +338,13 @@ def frozen_masks(model: nn.Module, seed: int = 0) -> Iterator[None]:
     Each forward starts from the same state of PyTorch's generators, which follows from `seed` and from the name of the
     module that was called, and puts their state back when it ends. A layer draws two numbers a call, whatever its
     input, so that a layer that is called several times has a mask for each call, the same in each forward. Element i of
-    a layer's input always meets the same draw: with the batch in the first dimension, a sample keeps its mask in
-    whatever batch it comes at that place (unless something else in the model draws an amount that depends on the
-    batch). The cost with dropout on is then a deterministic function of the parameters, to be plotted, searched along a
+    a layer's input always gets the same draw: with the batch in the first dimension, a sample keeps its mask in every
+    batch in which it has the same place (unless something else in the model draws an amount that depends on the batch).
+    The cost with dropout on is then a deterministic function of the parameters, which can be plotted, searched along a
     line or checked by finite differences.
 
-    Whether dropout is on is still the business of ``model.train()``. A forward is a call of the model or of any module
-    in it, outside backward; one at a time, since threads share PyTorch's generator. Layers with a `generator` of their
+    ``model.train()`` still decides whether dropout is on. A forward is a call of the model or of any module in it,
+    outside backward; one runs at a time, since threads share PyTorch's generator. Layers with a `generator` of their
     own follow that. If activation checkpointing wraps the whole model, run backward inside the context too.
 
     Args:

@@ -14,14 +14,15 @@ from .random import put_back, start, states
 
 @contextmanager
 def seeded(seed: int, rank: int | None = None) -> Iterator[None]:
-    """What is drawn inside the context follows from `seed` and `rank` alone, and nothing outside notices.
+    """Makes all draws inside the context follow from `seed` and `rank` alone, and changes no draw outside.
 
     PyTorch's default generators, the CPU's and those of all CUDA devices, start from a hash of (seed, rank), so that
     neighboring seeds and ranks have nothing in common; on leaving, also by an exception, they go on from where they
-    were. All that draws from them is governed, torch.nn's layers and torchdrop's alike; a layer with a `generator` of
+    were. This governs all that draws from them, torch.nn's layers and torchdrop's alike; a layer with a `generator` of
     its own follows that. Activation checkpointing finds its masks wherever backward runs, contexts nest, and compiled
-    code draws what eager code draws, save that a torch.func.vmap within it has draws of its own. As a decorator
-    (``@torchdrop.seeded(7)``) it begins anew with every call; not of generators and coroutines, which run after it.
+    code draws what eager code draws, except that a torch.func.vmap within it has draws of its own. As a decorator
+    (``@torchdrop.seeded(7)``) it begins anew with every call; it cannot decorate generators and coroutines, which run
+    after it.
 
     Without it masks follow each process's own generator, as those of torch.nn do: processes that have all called
     torch.manual_seed with one number draw the same masks as long as they draw alike, and processes that have not
@@ -31,11 +32,11 @@ def seeded(seed: int, rank: int | None = None) -> Iterator[None]:
       ``seeded(seed)``, even where all have called torch.manual_seed with one number to get the same parameters.
     - Processes that hold parts of one tensor (`torchdrop.Shard`, DTensor), replicas of one tensor, or stacks that must
       skip the same layers (`torchdrop.LayerDrop`) have to draw the same: ``seeded(seed, rank=0)``, or with the rank
-      within the data-parallel mesh, which is the same number for all of them, in the place of 0.
+      within the data-parallel mesh, which is the same number for all of them, instead of 0.
 
     The context starts from the same state each time: in a training loop, enter it once around all steps, or give each
-    step a seed of its own. Enter it outside of compiled functions, where it would break the graph. Threads share
-    PyTorch's generators, so one at a time can use it.
+    step a seed of its own. Enter it outside of compiled functions, because inside it would break the graph. Threads
+    share PyTorch's generators, so only one at a time can use it.
 
     Args:
         seed: any integer.
