@@ -1,6 +1,6 @@
 """The fast path: dropout of contiguous tensors in eager mode, where Python's overhead is most of what small ones cost.
 
-It gives what the general path gives (tests compare them) with fewer calls. On the CPU the key is drawn as 16 bytes
+It returns what the general path returns (tests compare them) with fewer calls. On the CPU the key is drawn as 16 bytes
 instead of a tensor, and the kernel is called with addresses. On CUDA the key stays a tensor in the device's memory.
 Backward needs only the key and the parameters, and for relu its output.
 """
