@@ -14,7 +14,7 @@ from .calls import Site
 
 
 class Tracker:
-    """Follows a model's forward. It is told by hooks (`follow`), or by what calls the modules.
+    """Follows a model's forward. Hooks (`follow`), or the code that calls the modules, tell it which one runs.
 
     Attributes:
         stack: names of the modules that run, outermost first.
@@ -29,19 +29,19 @@ class Tracker:
         self._calls: Counter[tuple[str, str]] = Counter()
 
     def enter(self, name: str) -> None:
-        """A module is called."""
+        """Records that a module is called."""
         self.stack.append(name)
         self.entered.add(name)
 
     def leave(self, name: str) -> None:
-        """A module's call ends. It is not known where a hook before `enter` has raised."""
+        """Records that a module's call ends. The call is unknown if a hook before `enter` has raised."""
         if name in self.stack:
             while self.stack.pop() != name:
                 pass
 
     @contextmanager
     def follow(self, model: nn.Module) -> Iterator[None]:
-        """Within it, hooks on every module of a model tell the tracker which one runs."""
+        """Within the context, hooks on every module of a model tell the tracker which one runs."""
         handles = []
         try:
             for name, module in model.named_modules():
@@ -54,7 +54,7 @@ class Tracker:
                 handle.remove()
 
     def fail(self) -> None:
-        """An exception comes out of the running module."""
+        """Records that an exception comes out of the running module."""
         if self.failed is None:
             self.failed = self.stack[-1]
 
@@ -68,7 +68,7 @@ class Tracker:
         return bool(self.stack)
 
     def next(self, kind: str) -> Site:
-        """The next call of this kind in the running module."""
+        """Returns the site of the next call of this kind in the running module."""
         name = self.stack[-1]
         number = self._calls[name, kind]
         self._calls[name, kind] += 1
@@ -88,7 +88,7 @@ _WRAPPED = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 
 
 def inner_names(model: nn.Module) -> dict[str, str]:
-    """For the name of each module the one that it has without the wrappers around it: masks are to follow that."""
+    """Returns, for the name of each module, its name without the wrappers around it, from which its masks follow."""
     outer = {
         ".".join(filter(None, (name, "module")))
         for name, module in model.named_modules()
