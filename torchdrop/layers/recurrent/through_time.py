@@ -1,9 +1,9 @@
 """A layer's run through time with a backward pass of its own: `run_fast`, for plain tensors in eager mode.
 
 Autograd would multiply matrices at each time step for the gradient of the weights, and would keep and launch an
-operation for every one of the cell. Here all factors of the chain rule are made for all steps at once, so that a step
-of the backward pass is a product with the recurrent matrix and few others; the weights' gradients come at the end, from
-one product each. With e the gradient of the new c (after that of h has been added) and a' the derivative of a gate a,
+operation for every one of the cell. Here all factors of the chain rule are computed for all steps at once, so that a
+step of the backward pass is a product with the recurrent matrix and few others; at the end each weight's gradient is
+one product. With e the gradient of the new c (after that of h has been added) and a' the derivative of a gate a,
 
     LSTM    d(i, f, g, o) = (e d(g) i', e c' f', e i d' g', dh tanh(c) o'),    e = dc + dh o (1 - tanh(c)^2)
     GRU     d(r, z, n) = dh ((1 - z) d' n' q r', (h' - d(n)) z', (1 - z) d' n'),    q = W h' + b of the candidate
@@ -29,7 +29,7 @@ _of_tanh = torch.ops.aten.tanh_backward
 def run_fast(
     data: Tensor, sizes: Sequence[int], weights: Weights, state: State, noise: Noise, backwards: bool
 ) -> tuple[Tensor, State]:
-    """`cells.run`, by the faster path where it can be taken."""
+    """Does what `cells.run` does, faster if it can."""
     if is_compiling() or not _is_open(data, weights, state, noise):
         return run(data, sizes, weights, state, noise, backwards)
     hidden, *final = _Recorded.apply(noise, sizes, backwards, data, *weights[:4], *state)
@@ -55,14 +55,14 @@ def _is_choice(update: Update) -> bool:
 
 
 def _split(gradient: Tensor, update: Update) -> tuple[Tensor, Tensor | None]:
-    """The gradients of a state's new and old value."""
+    """Returns the gradients of a state's new and old value."""
     if not isinstance(update, Tensor):
         return gradient, None
     return torch.where(update, gradient, 0.0), torch.where(update, 0.0, gradient)
 
 
 def _factor(noise: Noise, sizes: Sequence[int], dtype: torch.dtype) -> Tensor | float:
-    """The derivative of d(g) for all rows."""
+    """Returns the derivative of d(g) for all rows."""
     if noise.kept is None:
         return 1.0
     steps = noise.kept.unbind(1)
@@ -70,18 +70,18 @@ def _factor(noise: Noise, sizes: Sequence[int], dtype: torch.dtype) -> Tensor | 
 
 
 def _in_time(parts: list[Tensor], backwards: bool) -> Tensor:
-    """Rows that were recorded in the order of the run, in that of time."""
+    """Concatenates rows that were recorded in the order of the run, in the order of time."""
     return torch.cat(parts[::-1] if backwards else parts)
 
 
 def _taken(x: Tensor, sizes: Sequence[int], from_the_end: bool) -> Iterator[Tensor]:
-    """The rows of each time step, in the order of a run."""
+    """Yields the rows of each time step, in the order of a run."""
     parts = x.split(list(sizes))
     return iter(parts[::-1] if from_the_end else parts)
 
 
 class _Recorded(torch.autograd.Function):
-    """(h of all rows, final state...) of (data, weight_ih, weight_hh, bias_ih, bias_hh, state...)."""
+    """The function from (data, weight_ih, weight_hh, bias_ih, bias_hh, state...) to (h of all rows, final state...)."""
 
     @staticmethod
     def forward(
@@ -121,7 +121,7 @@ class _Recorded(torch.autograd.Function):
 
 
 def _again(ctx: Any, inputs: Sequence[Any], gradients: Sequence[Tensor]) -> list[Tensor | None]:
-    """The gradients by autograd: for derivatives of them, and for batches of them."""
+    """Computes the gradients by autograd: for derivatives of them, and for batches of them."""
     data, *rest = inputs
     wanted = [n for n, needs in enumerate(ctx.needs_input_grad[3:]) if needs]
     differentiated = torch.is_grad_enabled()
@@ -139,7 +139,7 @@ def _again(ctx: Any, inputs: Sequence[Any], gradients: Sequence[Tensor]) -> list
 def _lstm_forward(
     noise: Noise, sizes: Sequence[int], backwards: bool, data: Tensor, weights: Weights, state: State
 ) -> tuple[list[Tensor], State, tuple[Tensor, ...]]:
-    """The outputs, the final state, and of all rows the gates, tanh(c), and c and h before."""
+    """Returns the outputs, the final state, and of all rows the gates, tanh(c), and c and h before."""
     bias = None if weights.bias_ih is None or weights.bias_hh is None else weights.bias_ih + weights.bias_hh
     gates = F.linear(data, weights.weight_ih, bias)
     size = weights.weight_hh.shape[1]
@@ -202,7 +202,7 @@ def _lstm_backward(
 def _gru_forward(
     noise: Noise, sizes: Sequence[int], backwards: bool, data: Tensor, weights: Weights, state: State
 ) -> tuple[list[Tensor], State, tuple[Tensor, ...]]:
-    """The outputs, the final state, and of all rows the gates, the candidate's recurrent part, and h before."""
+    """Returns the outputs, the final state, and of all rows the gates, the candidate's recurrent part, and h before."""
     gates = F.linear(data, weights.weight_ih, weights.bias_ih)
     size = weights.weight_hh.shape[1]
     recurrent, bias = weights.weight_hh.t(), weights.bias_hh
