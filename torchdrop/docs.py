@@ -1,7 +1,7 @@
 """The documentation as HTML: ``python -m torchdrop.docs [FOLDER]``. Needs ``pip install 'torchdrop[docs]'``.
 
-A page is a module's reference, a guide, which is a markdown file beside the code, or a guide with the reference of its
-package below it. In a clone of the repository its README and its benchmarks are pages as well.
+A page is a module's reference, a guide, which is a markdown file in the folder of the code, or a guide with the
+reference of its package below it. In a clone of the repository its README and its benchmarks are pages as well.
 """
 
 from __future__ import annotations

@@ -262,7 +262,7 @@ def two_passes(model: nn.Module, inputs: Any, *, batch_dim: int = 0, batched: bo
 
     Returns:
         Two outputs of the model, each with the structure that one forward on the inputs has. An output without rows
-        (a loss, say) is the same in both.
+        (for example a loss) is the same in both.
 
     Raises:
         ValueError: no tensor among the inputs, or one without that dimension; no output of one forward with the rows.

@@ -123,9 +123,9 @@ def check_generator(generator: Any) -> None:
         raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
 
 
-# Under torch.compile, Inductor would put its own random numbers in place of torch's. An operator it does not know
-# stays; the tag and the argument named `device` are what activation checkpointing looks for. Passes merge equal calls
-# of an operator that they do not know, random or not, and two layers would share their masks: `place` keeps them apart.
+# Under torch.compile, Inductor would put its own random numbers in place of torch's. It keeps an operator that it does
+# not recognize. Activation checkpointing looks for the tag and the argument named `device`. Passes merge equal calls of
+# an operator that they do not recognize, random or not, and two layers would share their masks: `place` prevents it.
 torch.library.define(
     "torchdrop::draw_key", "(Tensor place, *, Device device) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,)
 )

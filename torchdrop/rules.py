@@ -1,7 +1,7 @@
 """Keep probabilities over depth: rules from the layers of a model, in order, to the keep_prob of each.
 
 Each factory checks its arguments and returns a `Rule`, which takes a sequence of `LayerSize` and returns as many keep
-probabilities. A factory raises a ValueError for a keep probability outside [0, 1], a TypeError for what is no number.
+probabilities. A factory raises a ValueError for a keep probability outside [0, 1], a TypeError for one of another type.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ class Rate:
     Attributes:
         keep_prob: the probability of keeping.
         p: the probability of dropping.
-        formula: how kept elements are scaled.
+        formula: the scaling of kept elements.
         params: the parameters of masks in eager mode; None where they depend on the mask's shape, as for tensors. A
             search that trains many models at once gives a tensor with parameters for each.
     """
@@ -182,7 +182,7 @@ def as_rate(p: Any, keep_prob: Any, formula: Formula = inverted, check: Check | 
 
     Args:
         p, keep_prob: as a user gives them; a layer gives its `Rate` as p.
-        formula: how kept elements are scaled.
+        formula: the scaling of kept elements.
         check: raises where a keep probability in [0, 1] is not enough.
 
     Raises:

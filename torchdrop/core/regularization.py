@@ -13,7 +13,7 @@ from .checks import check_module
 
 
 def regularization(model: nn.Module) -> Tensor:
-    """The sum of the regularizers of a model's layers, a scalar to add to the loss.
+    """Returns the sum of the regularizers of a model's layers, a scalar to add to the loss.
 
     ``sum over layers of layer.regularizer()``: every module, the model itself included, whose class has a method of
     that name. A layer that is reached under several names counts once. The class of a layer says how its term is

@@ -159,6 +159,6 @@ def node_of(function: Any) -> Callable[..., Any]:
 
 
 def lean_node_of(function: Any) -> Callable[..., Any]:
-    """Does what `node_of` does. Its backward is found without a check which of `backward` and `vjp` is defined."""
+    """Does what `node_of` does. Its backward is found without asking which of `backward` and `vjp` is defined."""
     function._backward_cls.apply = function.backward
     return node_of(function)

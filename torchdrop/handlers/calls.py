@@ -1,4 +1,4 @@
-"""A random call of a model: where it is made and what it would draw."""
+"""A random call of a model: its place, and the numbers that it would draw."""
 
 from __future__ import annotations
 

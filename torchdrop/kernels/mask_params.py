@@ -22,7 +22,7 @@ ONE = 2**32
 def threshold(keep_prob: float) -> int:
     """Returns ``round(keep_prob * 2**32)``: an element is kept where its random bits are below this integer.
 
-    0 and 1 are exact. What lies strictly between them stays strictly between, so that no rate is silently turned into
+    0 and 1 are exact. Numbers strictly between them stay strictly between, so that no rate is silently turned into
     "never" or "always".
 
     >>> threshold(0.5) == ONE // 2, threshold(0.0), threshold(1.0) == ONE, threshold(1e-300)
@@ -39,8 +39,8 @@ class MaskParams:
     """The parameters of a mask: x becomes ``x * scale + shift`` where its random bits are below `threshold`, and `fill`
     elsewhere.
 
-    They are immutable. The same four numbers lie in a buffer for C code at `address`, and `tensor()` gives them to the
-    registered operators.
+    They are immutable. The same four numbers are in a buffer for C code at `address`, and `tensor()` makes a tensor of
+    them for the registered operators.
     """
 
     __slots__ = ("_buffer", "address", "fill", "scale", "shift", "threshold")

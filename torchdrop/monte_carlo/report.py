@@ -52,7 +52,7 @@ class Report:
         return [source for source in self.inactive if source.reason not in (NOT_CHOSEN, AUGMENTS)]
 
     def noted(self) -> str:
-        """The notes, one in each line."""
+        """Returns the notes, one in each line."""
         return "".join(f"\n  {note}" for note in self.notes)
 
     @property

@@ -1,4 +1,4 @@
-"""The fast path: dropout of contiguous tensors in eager mode, where Python's overhead is most of what small ones cost.
+"""The fast path: dropout of contiguous tensors in eager mode, where Python's overhead is most of a small one's cost.
 
 It returns what the general path returns (tests compare them) with fewer calls. On the CPU the key is drawn as 16 bytes
 instead of a tensor, and the kernel is called with addresses. On CUDA the key stays a tensor in the device's memory.

@@ -265,7 +265,7 @@ def _fusible(key: Tensor, params: MaskParams | Tensor, *operands: Tensor) -> boo
 
 
 def dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor, key: Tensor, params: MaskParams | Tensor) -> Tensor:
-    """``residual + m (x + bias) / k``, differentiable in all three; bias may be None."""
+    """Returns ``residual + m (x + bias) / k``, differentiable in all three; bias may be None."""
     operands = (x, residual) if bias is None else (x, bias, residual)
     if not _fusible(key, params, *operands):
         return composed_add(x, bias, residual, _differentiable(key, params))
@@ -278,7 +278,7 @@ def dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor, key: Tensor, p
 
 
 def activation_dropout(x: Tensor, key: Tensor, params: MaskParams | Tensor, activation: str) -> Tensor:
-    """``m f(x) / k``, differentiable in x.
+    """Returns ``m f(x) / k``, differentiable in x.
 
     Args:
         activation: the name of f in `ACTIVATIONS`.

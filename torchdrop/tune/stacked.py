@@ -27,8 +27,8 @@ from .training import Fold, Masks, Training, first_stream
 ELEMENTWISE = (
     "ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD",
 )  # fmt: skip
-"""The optimizers of torch.optim that update each element by itself: on stacked parameters they do what they do for
-each model."""
+"""The optimizers of torch.optim that update each element by itself: on stacked parameters they do the same as on those
+of each model."""
 
 _STEPS = 32
 """The number of steps after which values that would soon be denormal are dropped."""

@@ -316,7 +316,7 @@ def compact(
     Raises:
         TypeError: no module, an nn.Sequential with a forward of its own, or both names of the rate.
         ValueError: a rate for modules that have Dropout layers, or none for modules without; nothing that can be cut;
-            and what `CompactSequential` refuses.
+            or an error of `CompactSequential`.
 
     Example:
         >>> import torch, torchdrop

@@ -172,7 +172,7 @@ def _lstm_backward(
     noise: Noise, sizes: Sequence[int], backwards: bool, weight: Tensor, records: Sequence[Tensor], of_hidden: Tensor,
     of_final: State,
 ) -> tuple[Tensor, Tensor, Tensor, State]:  # fmt: skip
-    """The gradients of both projections, h before, and the gradients of the initial state."""
+    """Returns the gradients of both projections, h before, and the gradients of the initial state."""
     gates, tanhs, memory, before = records
     i, f, g, o = gates.chunk(4, 1)
     factor = _factor(noise, sizes, g.dtype)
@@ -229,7 +229,7 @@ def _gru_backward(
     noise: Noise, sizes: Sequence[int], backwards: bool, weight: Tensor, records: Sequence[Tensor], of_hidden: Tensor,
     of_final: State,
 ) -> tuple[Tensor, Tensor, Tensor, State]:  # fmt: skip
-    """The gradients of both projections, h before, and the gradients of the initial state."""
+    """Returns the gradients of both projections, h before, and the gradients of the initial state."""
     gates, part, before = records
     r, z, g = gates.chunk(3, 1)
     factor = _factor(noise, sizes, g.dtype)

@@ -29,7 +29,7 @@ from .base import Variational, arguments_of, check_plain
 CUBIC = (1.16145124, -1.50204118, 0.58629921)
 
 CONSTANT = 0.63576
-"""With it the divergence vanishes as alpha grows without bound: the constant of Molchanov et al."""
+"""The constant of Molchanov et al., with which the divergence vanishes as alpha grows without bound."""
 
 RATES = ("layer", "unit", "weight")
 

@@ -69,7 +69,7 @@ class Place(NamedTuple):
     name: str
 
     def rated(self) -> OfWeight | None:
-        """The parametrization of this package that it is under, if any."""
+        """Returns the parametrization of this package that the parameter is under, or None."""
         return _rated(self.module, self.name)
 
     def value(self) -> Tensor:
