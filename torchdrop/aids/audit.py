@@ -171,7 +171,7 @@ def _probed(found: list[RateSite]) -> Iterator[None]:
 
 
 def _with_layers(model: nn.Module, flow: Flow) -> list[Call]:
-    """Returns the calls of a forward. Those of dropout layers have the layer's rate and the share that it keeps."""
+    """Returns the calls of a forward; those of dropout layers with the layer's rate and the share that it keeps."""
     calls = list(flow.calls)
     for name, layer in model.named_modules():
         input = flow.ran.get(layer)

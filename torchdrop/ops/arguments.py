@@ -156,7 +156,7 @@ def _check_key(name: str, key: Tensor, device: torch.device) -> None:
 
 
 def _check_params(name: str, params: Tensor, device: torch.device, sizes: Sequence[int] | None) -> None:
-    """Checks mask parameters. Those of several dimensions must broadcast against `sizes`, if these are not None."""
+    """Checks mask parameters. If they have several dimensions and `sizes` is given, they must broadcast against it."""
     if params.dtype is not _float64 or params.layout is not _strided:
         raise TypeError(
             f"{name}: params must be a strided float64 tensor, got one of {params.dtype} with the layout "

@@ -1,12 +1,12 @@
 """The possible places of DropBlock's blocks, and the probability that a position is kept.
 
-Blocks of side b are wholly inside the map, so an axis of length L has L - b + 1 anchors. Of these,
+Blocks of side b are wholly inside the map, so an axis of length L has L - b + 1 anchors, and
 
     r(i) = min(i, L - b) - max(0, i - b + 1) + 1
 
-cover position i. If no block starts at an anchor with probability q, independently, position (i, j) is kept with
-probability q**(r(i) r(j)), and the mean over positions is a polynomial in q with positive coefficients: it rises from 0
-to 1, and exactly one q gives it the value k.
+of them cover position i. If no block starts at an anchor with probability q, independently, position (i, j) is kept
+with probability q**(r(i) r(j)), and the mean over positions is a polynomial in q with positive coefficients: it rises
+from 0 to 1, and exactly one q gives it the value k.
 """
 
 from __future__ import annotations
