@@ -86,7 +86,7 @@ def r_drop(
     _check_reduction(reduction)
     classes = 0 if logits1.dim() == 1 else 1
     counts, target = _counted(target, mask, ignore_index)
-    logs = [_computed(logits).log_softmax(classes) for logits in (logits1, logits2)]
+    logs = [_in_float32(logits).log_softmax(classes) for logits in (logits1, logits2)]
     if target.is_floating_point():
         target = target.to(logs[0].dtype)
     weight = None if weight is None else weight.to(logs[0].dtype)
@@ -143,7 +143,7 @@ def fraternal(
     _check_logits(logits1, logits2)
     kappa = _coefficient("kappa", kappa)
     _check_reduction(reduction)
-    squared = (_computed(logits1) - _computed(logits2)).square()
+    squared = (_in_float32(logits1) - _in_float32(logits2)).square()
     if mask is not None:
         _check_mask(mask)
         if mask.dim() > squared.dim() or any(
@@ -292,7 +292,7 @@ def two_passes(model: nn.Module, inputs: Any, *, batch_dim: int = 0, batched: bo
         first, second = (tree_map(lambda leaf, n=n: _half(leaf, rows, batch_dim, n), both) for n in (0, 1))
     else:
         first, second = _call(model, inputs), _call(model, inputs)
-    if not (is_compiling() or transforms_active()) and _alike(first, second):
+    if not (is_compiling() or transforms_active()) and _are_equal(first, second):
         warnings.warn(
             "two_passes: both passes gave the same. Is the model in train mode, and has it dropout with a rate above "
             "0? Masks that the whole batch shares (of weights, embeddings, compact dropout) need batched=False",
@@ -331,7 +331,7 @@ def _call(model: nn.Module, inputs: Any) -> Any:
     return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
 
 
-def _alike(first: Any, second: Any) -> bool:
+def _are_equal(first: Any, second: Any) -> bool:
     """Whether the first outputs that are numbers are equal up to rounding, which differs between rows of a product."""
     for a, b in zip(tree_leaves(first), tree_leaves(second), strict=True):
         if isinstance(a, Tensor) and a.is_floating_point() and a.numel() and a is not b:
@@ -340,7 +340,7 @@ def _alike(first: Any, second: Any) -> bool:
     return False
 
 
-def _computed(x: Tensor) -> Tensor:
+def _in_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 

@@ -97,7 +97,7 @@ def linear_in_depth(keep_prob: float) -> Rule:
 
 def _linear_in_depth(layers: list[LayerSize], keep_prob: float) -> list[float]:
     depth = len(layers)
-    return [_raised(keep_prob, (depth - layer) / depth) for layer in range(1, depth + 1)]
+    return [_interpolate(keep_prob, (depth - layer) / depth) for layer in range(1, depth + 1)]
 
 
 def linspace_in_depth(keep_prob: float) -> Rule:
@@ -122,7 +122,7 @@ def linspace_in_depth(keep_prob: float) -> Rule:
 
 def _linspace_in_depth(layers: list[LayerSize], keep_prob: float) -> list[float]:
     gaps = max(len(layers) - 1, 1)
-    return [_raised(keep_prob, (gaps - layer) / gaps) for layer in range(len(layers))]
+    return [_interpolate(keep_prob, (gaps - layer) / gaps) for layer in range(len(layers))]
 
 
 def by_weight_size(largest: float = 0.5, *, smallest: float = 1.0, input: float = 0.9, output: float = 1.0) -> Rule:
@@ -163,12 +163,12 @@ def _by_weight_size(
     def keep_prob(layer: LayerSize) -> float:
         if layer.last:
             return output
-        return input if layer.weights is None else _raised(largest, (most - layer.weights) / most, smallest)
+        return input if layer.weights is None else _interpolate(largest, (most - layer.weights) / most, smallest)
 
     return [keep_prob(layer) for layer in layers]
 
 
-def _raised(keep_prob: float, fraction: float, end: float = 1.0) -> float:
+def _interpolate(keep_prob: float, fraction: float, end: float = 1.0) -> float:
     """Goes from exactly keep_prob at fraction 0 to `end` at 1, where 1 - (1 - k) (1 - f) would miss k by a rounding."""
     return keep_prob + (end - keep_prob) * fraction
 

@@ -62,8 +62,8 @@ class Scaled:
         """
         keep_prob = _rate("keep_prob", keep_prob)
         if isinstance(self.factor, float):
-            _times(keep_prob, self.factor, "")
-        return Schedule(Scaled.of, (self, keep_prob), lambda t, at: _times(keep_prob, self._factor_at(t, at), at))
+            _scaled(keep_prob, self.factor, "")
+        return Schedule(Scaled.of, (self, keep_prob), lambda t, at: _scaled(keep_prob, self._factor_at(t, at), at))
 
     def _factor_at(self, step: float, place: str) -> float:
         if isinstance(self.factor, Schedule):
@@ -267,7 +267,7 @@ def warm_up(then: ScheduleLike, steps: int) -> Schedule:
         [1.0, 0.75, 0.5, 0.5]
     """
     then, steps = as_schedule(then), _count("steps", steps)
-    return Schedule(warm_up, (then, steps), lambda t, at: _times(_evaluate(then, t, at), _progress(t, steps), at))
+    return Schedule(warm_up, (then, steps), lambda t, at: _scaled(_evaluate(then, t, at), _progress(t, steps), at))
 
 
 def join(schedules: Iterable[ScheduleLike], boundaries: Iterable[int]) -> Schedule:
@@ -312,7 +312,7 @@ def scale(factor: ScheduleLike) -> Scaled:
     if callable(factor):
         return Scaled(factor)
     factor = _real("factor", factor)
-    _times(1.0, factor, "")
+    _scaled(1.0, factor, "")
     return Scaled(factor)
 
 
@@ -322,7 +322,7 @@ def _evaluate(schedule: StepFunction, step: float, place: str) -> float:
     return _rate("keep_prob", value, place)
 
 
-def _times(keep_prob: float, factor: float, place: str) -> float:
+def _scaled(keep_prob: float, factor: float, place: str) -> float:
     """Returns 1 - (1 - keep_prob) factor, in a form that is keep_prob itself at factor 1, and 1 at factor 0."""
     if not 0 <= factor < math.inf:
         raise ValueError(f"factor must be finite and not negative, got {factor}{place}")

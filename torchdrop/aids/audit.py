@@ -113,28 +113,28 @@ def audit(model: nn.Module, example_input: Any) -> Audit:
     check_model(model)
     _refuse_lazy(model)
     inputs = Inputs.of(example_input, None)
-    found = list(_left_on(model))
+    found = list(_find_modules_in_train_mode(model))
     with torch.enable_grad(), random_state(), own_generators(model), undisturbed(model.modules()):
         with _following(model, measure=True, training=True) as flow:
             output = inputs.copy().call(model)
         with _following(model, measure=False, training=False) as at_rest:
             first, second = inputs.copy().call(model), inputs.copy().call(model)
-        with _probed(rate_sites(model)), _following(model, measure=False, training=True) as probed:
+        with _with_other_rates(rate_sites(model)), _following(model, measure=False, training=True) as probed:
             inputs.copy().call(model)
         with flags(model, lambda _: True):
             calls = _with_layers(model, flow)
     noisy = not all(map(torch.equal, leaves(first), leaves(second)))
-    found += _active(at_rest.calls, noisy)
-    found += _extreme(rate_sites(model))
-    found += _normalized(flow)
+    found += _find_calls_on_in_eval(at_rest.calls, noisy)
+    found += _find_rates_of_0_and_1(rate_sites(model))
+    found += _find_dropout_before_norm(flow)
     found += [
         Finding("on the output", name, "Its output is the model's output: predictions are zeroed. Leave it out.")
         for name in flow.dropped_outputs(output)
     ]
-    found += _in_a_row(flow.calls)
-    found += _captured(flow.calls, probed.calls)
-    found += _never_called(model, flow.ran | at_rest.ran, probed.calls)
-    found += _unlikely(calls)
+    found += _find_two_in_a_row(flow.calls)
+    found += _find_captured_rates(flow.calls, probed.calls)
+    found += _find_never_called(model, flow.ran | at_rest.ran, probed.calls)
+    found += _find_unlikely_rates(calls)
     return Audit(list(dict.fromkeys(found)), [call for call in calls if call.on])
 
 
@@ -158,7 +158,7 @@ def _following(model: nn.Module, measure: bool, training: bool) -> Iterator[Flow
 
 
 @contextmanager
-def _probed(found: list[RateSite]) -> Iterator[None]:
+def _with_other_rates(found: list[RateSite]) -> Iterator[None]:
     """Within the context, every rate that has a name is another one."""
     states = [site.state() for site in found]
     try:
@@ -187,7 +187,7 @@ def _with_layers(model: nn.Module, flow: Flow) -> list[Call]:
     return calls
 
 
-def _left_on(model: nn.Module) -> Iterator[Finding]:
+def _find_modules_in_train_mode(model: nn.Module) -> Iterator[Finding]:
     for name, module in model.named_modules():
         holds = any(site.module is module for site in rate_sites(model))
         if holds and module.training and not model.training:
@@ -207,7 +207,7 @@ def _ignores_eval(module: nn.Module) -> bool:
         return module.eval().training
 
 
-def _active(calls: Iterable[Call], noisy: bool) -> Iterator[Finding]:
+def _find_calls_on_in_eval(calls: Iterable[Call], noisy: bool) -> Iterator[Finding]:
     for call in calls:
         if call.on and call.flagged:
             if noisy and call.kind in ("uniform", "bernoulli"):  # the rest is noise of a model's own, as in a VAE
@@ -218,7 +218,7 @@ def _active(calls: Iterable[Call], noisy: bool) -> Iterator[Finding]:
             yield Finding("ignores training", call.module, message)
 
 
-def _extreme(found: Iterable[RateSite]) -> Iterator[Finding]:
+def _find_rates_of_0_and_1(found: Iterable[RateSite]) -> Iterator[Finding]:
     for site in found:
         if site.attribute and not isinstance(site.module, nn.RNNBase | nn.MultiheadAttention):
             continue
@@ -233,7 +233,7 @@ def _extreme(found: Iterable[RateSite]) -> Iterator[Finding]:
             yield Finding("rate 1", site.name, message)
 
 
-def _normalized(flow: Flow) -> Iterator[Finding]:
+def _find_dropout_before_norm(flow: Flow) -> Iterator[Finding]:
     for name, dropout, through in flow.normalized:
         way = f"by way of {through}, " if through else "directly, "
         message = (
@@ -243,7 +243,7 @@ def _normalized(flow: Flow) -> Iterator[Finding]:
         yield Finding("before batch norm", name, message)
 
 
-def _in_a_row(calls: Iterable[Call]) -> Iterator[Finding]:
+def _find_two_in_a_row(calls: Iterable[Call]) -> Iterator[Finding]:
     for call in calls:
         if call.on and not call.flagged and call.after is not None:
             before = call.after or "(model)"
@@ -259,7 +259,7 @@ def _rates(calls: Iterable[Call]) -> dict[tuple[str, str], set[float]]:
     return found
 
 
-def _captured(calls: Iterable[Call], probed: Iterable[Call]) -> Iterator[Finding]:
+def _find_captured_rates(calls: Iterable[Call], probed: Iterable[Call]) -> Iterator[Finding]:
     """Finds calls whose rate stays the same when every rate that has a name is another."""
     before = _rates(calls)
     for (module, kind), rates in _rates(probed).items():
@@ -271,7 +271,7 @@ def _captured(calls: Iterable[Call], probed: Iterable[Call]) -> Iterator[Finding
             yield Finding("rate captured elsewhere", module, message)
 
 
-def _never_called(model: nn.Module, ran: Mapping[nn.Module, Any], probed: Iterable[Call]) -> Iterator[Finding]:
+def _find_never_called(model: nn.Module, ran: Mapping[nn.Module, Any], probed: Iterable[Call]) -> Iterator[Finding]:
     """Finds layers that no forward calls, and whose rate no function around them is given.
 
     Some variants are used by methods other than their forward, so it looks only at layers that have no such methods.
@@ -284,7 +284,7 @@ def _never_called(model: nn.Module, ran: Mapping[nn.Module, Any], probed: Iterab
             yield Finding("never called", name, message)
 
 
-def _unlikely(calls: Iterable[Call]) -> Iterator[Finding]:
+def _find_unlikely_rates(calls: Iterable[Call]) -> Iterator[Finding]:
     for call in calls:
         if call.unlikely:
             assert call.rate is not None

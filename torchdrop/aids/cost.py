@@ -148,11 +148,11 @@ def check_cost_decreases(
     """
     original = unwrapped(model)
     _check_arguments(cost, step, iterations, tolerance, seed, restore)
-    with _kept(original, restore), disabled(model):
+    with _restored(original, restore), disabled(model):
         off = _descend("dropout off", cost, step, iterations, tolerance)
     if off.problem:
         raise RuntimeError(off.problem)
-    with _kept(original, restore), _without_generators(original):
+    with _restored(original, restore), _without_generators(original):
         first, second = (_frozen_cost(model, cost, seed + i) for i in range(2))
         if _equal(first, second) and not any(_drops(k) for k in keep_probs(model).values()):
             return CostCheck(off, None)
@@ -191,14 +191,14 @@ def _equal(a: float, b: float) -> bool:
 
 def _frozen_cost(model: nn.Module, cost: Callable[[], Any], seed: int) -> float:
     with frozen_forwards(model, seed):
-        return _number(cost)
+        return _cost_as_number(cost)
 
 
 def _descend(
     name: str, cost: Callable[[], Any], step: Callable[[], object], iterations: int, tolerance: float
 ) -> Descent:
-    costs = [_number(cost)]
-    if not _equal(_number(cost), costs[0]):
+    costs = [_cost_as_number(cost)]
+    if not _equal(_cost_as_number(cost), costs[0]):
         problem = (
             f"two calls of cost() differ with {name}: it must use the same data each time, and what else is random in "
             "it, such as augmentation, has to be off"
@@ -207,14 +207,14 @@ def _descend(
     rises = []
     for iteration in range(1, iterations + 1):
         step()
-        costs.append(_number(cost))
+        costs.append(_cost_as_number(cost))
         before, after = costs[-2:]
         if not (after < before or (tolerance > 0 and after <= before + tolerance * abs(before))):
             rises.append(iteration)
     return Descent(name, costs, rises)
 
 
-def _number(cost: Callable[[], Any]) -> float:
+def _cost_as_number(cost: Callable[[], Any]) -> float:
     value = cost()  # with gradients: the cost may compute some of its own
     if isinstance(value, Tensor) and value.numel() == 1:
         return value.item()
@@ -248,7 +248,7 @@ def _optimizers_of(parameters: Iterable[Tensor]) -> list[Optimizer]:
 
 
 @contextmanager
-def _kept(model: nn.Module, others: Sequence[Any]) -> Iterator[None]:
+def _restored(model: nn.Module, others: Sequence[Any]) -> Iterator[None]:
     """Restores at the end all that training changes. Within the context, the model is in train mode."""
     optimizers = _optimizers_of(model.parameters())
     every = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]

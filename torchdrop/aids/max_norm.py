@@ -256,12 +256,12 @@ def _projected(weight: Tensor, c: float, units: Units) -> tuple[Tensor, Tensor]:
     # Values that are not chosen in the end are replaced before the division: a gradient of 0 times infinity is NaN.
     scaled = torch.where(units.spread(alive, split), split / units.spread(peaks, split), 1)
     norms = _norms(units.rows(scaled))
-    over = alive & (norms > c / peaks * _slack(weight.dtype))
+    over = alive & (norms > c / peaks * _relative_tolerance(weight.dtype))
     shrunk = scaled * units.spread(c / norms, split)
     return torch.where(units.spread(over, split), shrunk, split).flatten(0, 1).to(weight.dtype), over
 
 
-def _slack(dtype: torch.dtype) -> float:
+def _relative_tolerance(dtype: torch.dtype) -> float:
     return 1 + SLACK * torch.finfo(dtype).eps
 
 
@@ -275,7 +275,7 @@ def _rescale(weight: Tensor, c: float, units: Units) -> int:
         projected, over = _projected(weight, c, units)
         weight.copy_(projected)
         return int(over.sum())
-    over = norms > c * _slack(weight.dtype)
+    over = norms > c * _relative_tolerance(weight.dtype)
     count = int(over.sum())
     if count:
         split.mul_(units.spread(torch.where(over, c / norms, 1), split))

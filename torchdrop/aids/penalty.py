@@ -272,7 +272,7 @@ def _shares(z: Tensor, gates: list[_Gate], loss: Loss, differentiable: bool) -> 
         )
     if z.dim() < (2 if loss == "categorical" else 1):
         z = z.unsqueeze(0)  # one row
-    apart = _apart(z, gates)
+    apart = _rows_are_independent(z, gates)
     together = [gate for gate, own in zip(gates, apart, strict=True) if own]
     tangled = [gate for gate, own in zip(gates, apart, strict=True) if not own]
     for weights, direction in _factors(z, loss):
@@ -328,7 +328,7 @@ def _slopes(z: Tensor, gates: list[_Gate], direction: Tensor, differentiable: bo
             yield gate, slope.to(torch.promote_types(slope.dtype, torch.float32))
 
 
-def _apart(z: Tensor, gates: list[_Gate]) -> list[bool]:
+def _rows_are_independent(z: Tensor, gates: list[_Gate]) -> list[bool]:
     """Returns, for each gate, whether its rows act only on the same rows of z, so that one pass serves all rows.
 
     Even rows of z must not depend on odd rows of the gate, nor odd rows on even ones: derivatives must be exactly 0.

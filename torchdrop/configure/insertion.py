@@ -113,7 +113,7 @@ def insert(model: nn.Module, layers: Mapping[str, nn.Module], where: str = "afte
         best = winner(layers, names, matches_itself)
         if best is not None:
             _check_place(modules, module, where)
-            places.append((names[0], module, _twin(layers[best]) if best in used else layers[best]))
+            places.append((names[0], module, _copy_sharing_generator(layers[best]) if best in used else layers[best]))
             used.add(best)
     inserted, handles = {}, []
     for name, module, layer in places:
@@ -172,7 +172,7 @@ def _check_place(modules: Mapping[nn.Module, tuple[str, ...]], module: nn.Module
         raise ValueError(f"{name!r} is never called, nn.MultiheadAttention uses its weight: insert {where} {parent!r}")
 
 
-def _twin(layer: nn.Module) -> nn.Module:
+def _copy_sharing_generator(layer: nn.Module) -> nn.Module:
     """Makes a copy that draws from the same generator: a copied one would give both layers the same masks."""
     generator = getattr(layer, "generator", None)
     return copy.deepcopy(layer, {id(generator): generator})

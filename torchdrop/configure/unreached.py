@@ -130,11 +130,11 @@ def _calls_in(function: types.FunctionType, seen: set[Any]) -> Iterator[str]:
         value = _resolved(node, function.__globals__)
         if isinstance(value, types.FunctionType | types.BuiltinFunctionType) and value in _CALLS:
             yield ast.unparse(node)
-        elif isinstance(value, types.FunctionType) and package != "torch" and _within(value, package):
+        elif isinstance(value, types.FunctionType) and package != "torch" and _is_of_package(value, package):
             yield from _calls_in(value, seen)
 
 
-def _within(function: types.FunctionType, package: str) -> bool:
+def _is_of_package(function: types.FunctionType, package: str) -> bool:
     return (function.__module__ or "").partition(".")[0] == package
 
 

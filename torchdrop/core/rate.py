@@ -65,11 +65,11 @@ def _checked(name: str, value: Any) -> Probability:
         raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
     value = float(value)
     if not 0.0 <= value <= 1.0:
-        raise ValueError(_outside(name, value))
+        raise ValueError(_range_message(name, value))
     return value
 
 
-def _outside(name: str, value: Any) -> str:
+def _range_message(name: str, value: Any) -> str:
     if name == "p":
         return f"dropout probability has to be between 0 and 1, but got {value}"
     return f"{name} must be in [0, 1], got {value}"
@@ -87,7 +87,7 @@ def _checked_tensor(name: str, value: Tensor) -> Tensor:
     if value.is_cpu and not (is_compiling() or transforms_active()):
         wrong = value[~((value >= 0) & (value <= 1))]
         if wrong.numel():
-            raise ValueError(_outside(name, wrong[0].item()))
+            raise ValueError(_range_message(name, wrong[0].item()))
     return value
 
 

@@ -29,7 +29,9 @@ from ..core.torch_state import is_compiling
 from ..ops.fast_path import fast_dropout
 
 
-def _cut(shard: Shards, input: Tensor, shape: Sequence[int], shared_axes: Axes, noise_shape: NoiseShape) -> Cut | None:
+def _cut_of_shards(
+    shard: Shards, input: Tensor, shape: Sequence[int], shared_axes: Axes, noise_shape: NoiseShape
+) -> Cut | None:
     """Returns the place of an input's mask, which has this shape, in that of the whole tensor; None without shards."""
     if shard is None:
         return None
@@ -119,7 +121,7 @@ def dropout(
         )  # fmt: skip
     check_input(input, "dropout")
     shape = mask_shape(input, shared_axes, noise_shape)
-    cut = _cut(shard, input, shape, shared_axes, noise_shape)
+    cut = _cut_of_shards(shard, input, shape, shared_axes, noise_shape)
     return masked(input, rate, inverted, shape, inplace, generator, cut)
 
 

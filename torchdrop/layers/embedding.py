@@ -41,7 +41,7 @@ def _table_shape(input: Tensor, rows: int, batch_dim: int | None) -> tuple[int, 
     return (input.shape[batch_dim], rows)
 
 
-def _looked_up(table: Tensor, input: Tensor, batch_dim: int | None) -> Tensor:
+def _look_up(table: Tensor, input: Tensor, batch_dim: int | None) -> Tensor:
     """Looks up each word's entry of the table: (rows,), or (batch, rows) with a row for each sample."""
     index = input.long()
     if batch_dim is None:
@@ -66,11 +66,11 @@ def _drop_words(
     mask = sites.keep_mask(vectors, params, shape, generator)
     if mask is None:
         return vectors
-    kept = _looked_up(mask, input, batch_dim)
+    kept = _look_up(mask, input, batch_dim)
     dtype = COMPUTE_DTYPE[vectors.dtype]
     scale: Any = params.scale if isinstance(params, MaskParams) else params[..., 1].to(vectors.device, dtype)
     if isinstance(scale, Tensor) and scale.dim():
-        scale = _looked_up(scale.expand(shape), input, batch_dim).unsqueeze(-1)
+        scale = _look_up(scale.expand(shape), input, batch_dim).unsqueeze(-1)
     out = torch.where(kept.unsqueeze(-1), vectors.to(dtype) * scale, 0.0).to(vectors.dtype)
     if padding_idx is None:
         return out

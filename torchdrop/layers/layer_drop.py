@@ -24,7 +24,7 @@ from ..core.symbolic import recorded
 from ..core.torch_state import fx_tracing, is_batched, is_compiling, transforms_active
 
 
-def _all(layers: Iterable[nn.Module]) -> Iterable[nn.Module]:
+def _all_modules(layers: Iterable[nn.Module]) -> Iterable[nn.Module]:
     """Returns the modules of an iterable, none of which is skipped."""
     return layers._modules.values() if isinstance(layers, LayerDrop) else layers
 
@@ -215,12 +215,12 @@ class LayerDrop(Rated, nn.ModuleList):
         return self._like_this(list(self._modules.values())[idx], self._rate_of(idx))
 
     def __add__(self, other: Iterable[nn.Module]) -> LayerDrop:
-        return self._like_this([*self._modules.values(), *_all(other)], self.keep_prob)
+        return self._like_this([*self._modules.values(), *_all_modules(other)], self.keep_prob)
 
     def __radd__(self, other: Any) -> nn.ModuleList:
         if not isinstance(other, nn.ModuleList):
             return NotImplemented
-        return nn.ModuleList([*_all(other), *_all(self)])
+        return nn.ModuleList([*_all_modules(other), *_all_modules(self)])
 
     def _rate_of(self, idx: slice) -> Probability:
         each = isinstance(self.keep_prob, Tensor) and self.keep_prob.dim() == 1 and self.keep_prob.numel() > 1
@@ -234,7 +234,7 @@ class LayerDrop(Rated, nn.ModuleList):
 
     def extend(self, modules: Iterable[nn.Module]) -> LayerDrop:
         """Appends modules from an iterable, as torch.nn.ModuleList.extend does; from a LayerDrop, all of them."""
-        return super().extend(_all(modules))
+        return super().extend(_all_modules(modules))
 
     def __contains__(self, module: Any) -> bool:
         return any(module is layer for layer in self._modules.values())

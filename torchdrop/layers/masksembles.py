@@ -26,7 +26,7 @@ from ..kernels.masking import COMPUTE_DTYPE
 from ..random import check_generator
 
 
-def _count(name: str, value: Any) -> int:
+def _check_count(name: str, value: Any) -> int:
     return check_integer(name, value, least=1)
 
 
@@ -60,7 +60,7 @@ def _check_masks(channels: int, n: int, scale: Any) -> int:
     return kept
 
 
-def _repeated(masks: Tensor, order: Tensor) -> Tensor:
+def _equal_to_earlier(masks: Tensor, order: Tensor) -> Tensor:
     """Returns bools of the masks that are equal to one before them, in this order."""
     which = masks.unique(dim=0, return_inverse=True)[1]
     equal = which.unsqueeze(1) == which
@@ -102,7 +102,7 @@ def masksembles_masks(channels: int, n: int, scale: float = 2.0, *, generator: t
         >>> masks.sum(1).tolist(), bool(masks.any(0).all())
         ([9, 9, 9, 9], True)
     """
-    channels, n = _count("channels", channels), _count("n", n)
+    channels, n = _check_count("channels", channels), _check_count("n", n)
     kept = _check_masks(channels, n, scale)
     check_generator(generator)
     with torch.device("cpu"):
@@ -117,7 +117,7 @@ def masksembles_masks(channels: int, n: int, scale: float = 2.0, *, generator: t
             masks = torch.where(again, torch.zeros_like(masks).scatter_(1, chosen, True), masks)
             if kept == channels or type(masks) is not Tensor:  # without values there is nothing to compare
                 return masks
-            again = _repeated(masks, bits.argsort(0)[:, 0]).unsqueeze(1)
+            again = _equal_to_earlier(masks, bits.argsort(0)[:, 0]).unsqueeze(1)
             if not again.any():
                 return masks
 

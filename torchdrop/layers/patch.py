@@ -48,7 +48,7 @@ def _check_rate(keep_prob: Probability) -> None:
     check_count(keep_prob, "patch dropout")
 
 
-def _kept(input: Tensor, num_prefix_tokens: int, rate: Rate, generator: torch.Generator | None) -> Tensor | None:
+def _kept_tokens(input: Tensor, num_prefix_tokens: int, rate: Rate, generator: torch.Generator | None) -> Tensor | None:
     """Returns the kept tokens' numbers, (B, num_prefix_tokens + n), in order; None if all are kept."""
     samples, patches = input.shape[0], input.shape[1] - num_prefix_tokens
     count = _number_kept(patches, rate.keep_prob)  # type: ignore[arg-type]
@@ -60,7 +60,7 @@ def _kept(input: Tensor, num_prefix_tokens: int, rate: Rate, generator: torch.Ge
     return torch.cat([prefix, chosen + num_prefix_tokens], 1)
 
 
-def _taken(input: Tensor, kept: Tensor | None) -> Tensor:
+def _take_tokens(input: Tensor, kept: Tensor | None) -> Tensor:
     if kept is None:
         return input
     samples, tokens = input.shape[:2]
@@ -105,7 +105,7 @@ def patch_dropout_indices(
     rate = as_rate(p, keep_prob, check=_check_rate)
     _check_prefix(num_prefix_tokens)
     _check_tokens(input, num_prefix_tokens)
-    kept = _kept(input, num_prefix_tokens, rate, generator) if sites.is_on(training) else None
+    kept = _kept_tokens(input, num_prefix_tokens, rate, generator) if sites.is_on(training) else None
     if kept is None:
         return torch.arange(input.shape[1], device=input.device).expand(input.shape[0], -1)
     return kept
@@ -163,7 +163,7 @@ def patch_dropout(
     if not sites.is_on(training):
         return input
     check_input(input, "patch_dropout")
-    return _taken(input, _kept(input, num_prefix_tokens, rate, generator))
+    return _take_tokens(input, _kept_tokens(input, num_prefix_tokens, rate, generator))
 
 
 class PatchDropout(Rated):

@@ -83,10 +83,10 @@ def standout(
     else:
         where = input.device if has_float64(input.device) else "cpu"
         pi = torch.full((), float(checked), dtype=torch.float64, device=where)
-    return _thinned(input, pi, sites.is_on(training), generator)
+    return _apply_masks(input, pi, sites.is_on(training), generator)
 
 
-def _thinned(input: Tensor, pi: Tensor, on: bool, generator: torch.Generator | None) -> Tensor:
+def _apply_masks(input: Tensor, pi: Tensor, on: bool, generator: torch.Generator | None) -> Tensor:
     """Does what `standout` does, with a probability that has been checked, except for its shape."""
     sizes = (1,) * (input.dim() - pi.dim()) + tuple(pi.shape)
     if len(sizes) > input.dim() or any(n not in (1, full) for n, full in zip(sizes, input.shape, strict=True)):
@@ -189,7 +189,7 @@ class Standout(nn.Module):
         on = sites.is_on(self.training)
         response = (a.detach() if on else a).to(COMPUTE_DTYPE[a.dtype])
         pi = torch.sigmoid(self.alpha * response + self.beta)  # before the activation, which may work in place
-        return _thinned(self.activation(a), pi, on, self.generator)
+        return _apply_masks(self.activation(a), pi, on, self.generator)
 
     def extra_repr(self) -> str:
         name = "" if isinstance(self.activation, nn.Module) else f", activation={_name_of(self.activation)}"

@@ -155,7 +155,7 @@ def _factors(dropout: nn.Module, x: Tensor, units: int) -> Tensor | None:
     return None if out is ones and not getattr(dropout, "inplace", False) else out.squeeze(0)
 
 
-def _kept(factors: Iterable[Tensor | None], units: int) -> Tensor | None:
+def _kept_units(factors: Iterable[Tensor | None], units: int) -> Tensor | None:
     """Returns the units that stay in the products: those that all masks keep, and in wide layers some more, so that
     rows begin at multiples of 32 bytes. None if these are all."""
     mask = None
@@ -272,7 +272,7 @@ def _run(x: Tensor, named: _Named, feeds: Mapping[int, _Feed], masking: bool) ->
             if columns is None:
                 _check_units(x, named[feed.linear][1] if feed.start in feed.dropouts else module)
             factors = {d: _factors(named[d][1], x, units) for d in feed.dropouts}
-            kept = None if masking else _kept(factors.values(), units)
+            kept = None if masking else _kept_units(factors.values(), units)
         if not masking and _is_linear(module):
             rows = kept if feed is not None else None
             bias = module.bias if module.bias is None or rows is None else module.bias.index_select(0, rows)
@@ -328,7 +328,7 @@ def compact(
         >>> torch.equal(cheaper.eval()(torch.ones(2, 8)), model.eval()(torch.ones(2, 8)))
         True
     """
-    named = _named(modules)
+    named = _named_modules(modules)
     dropouts = [name for name, module in named if isinstance(module, nn.Dropout)]
     given = p is not None or keep_prob is not None
     if given and dropouts:
@@ -350,7 +350,7 @@ def compact(
     return made
 
 
-def _named(modules: Any) -> _Named:
+def _named_modules(modules: Any) -> _Named:
     if isinstance(modules, nn.Sequential):
         if type(modules).forward not in (nn.Sequential.forward, CompactSequential.forward):
             raise TypeError(f"modules must be an nn.Sequential, got {type(modules).__name__} with a forward of its own")

@@ -41,7 +41,7 @@ def _check_form(block_size: Any, scaling: Any, inplace: Any) -> None:
     check_bool("inplace", inplace)  # timm's third argument is a number, gamma_scale
 
 
-def _named(p: Any, keep_prob: Any) -> Any:
+def _rate_or_none(p: Any, keep_prob: Any) -> Any:
     """Does what `rate_named` does, but lets `as_rate` refuse a call without a rate."""
     return None if p is None else rate_named("p", p, keep_prob)
 
@@ -84,20 +84,20 @@ class _Blocked(torch.autograd.Function):
         return _masked(operators.fitting(grad, ctx.shape, kept.device), kept, ctx.params), None, None
 
 
-def _recorded(x: Tensor, kept: Tensor, params: MaskParams) -> Tensor:
+def _select(x: Tensor, kept: Tensor, params: MaskParams) -> Tensor:
     if x.requires_grad and torch.is_grad_enabled():
         return _Blocked.apply(x, kept, params)
     return kernels.select(x, kept, params)
 
 
-def _selected(x: Tensor, kept: Tensor, params: MaskParams) -> Tensor:
+def _select_in_memory_order(x: Tensor, kept: Tensor, params: MaskParams) -> Tensor:
     """Applies the kernel, whose results are contiguous: dimensions are put in the order of x's memory, and back."""
     if x.is_contiguous():
-        return _recorded(x, kept, params)
+        return _select(x, kept, params)
     strides = x.stride()
     order = sorted(range(x.dim()), key=lambda d: -strides[d])
     back = [order.index(d) for d in range(x.dim())]
-    return _recorded(x.permute(order), kept.expand(x.shape).permute(order), params).permute(back)
+    return _select(x.permute(order), kept.expand(x.shape).permute(order), params).permute(back)
 
 
 def _masked(x: Tensor, kept: Tensor, scale: MaskParams | Tensor) -> Tensor:
@@ -105,8 +105,8 @@ def _masked(x: Tensor, kept: Tensor, scale: MaskParams | Tensor) -> Tensor:
     dtype = COMPUTE_DTYPE[x.dtype]
     if not is_compiling() and is_plain(x):
         if isinstance(scale, MaskParams):
-            return _selected(x, kept, scale)
-        return (_selected(x, kept, _UNSCALED).to(dtype) * scale.to(x.device, dtype)).to(x.dtype)
+            return _select_in_memory_order(x, kept, scale)
+        return (_select_in_memory_order(x, kept, _UNSCALED).to(dtype) * scale.to(x.device, dtype)).to(x.dtype)
     factor = scale.scale if isinstance(scale, MaskParams) else scale.to(x.device, dtype)
     if not x.is_contiguous():
         kept = torch.ones_like(x, dtype=torch.bool) & kept  # the result has x's strides, and where() copies them
@@ -126,7 +126,7 @@ def _drop_block(
     generator: torch.Generator | None,
 ) -> Tensor:
     """Drops blocks, for all three forms. These differ in the number of the map's dimensions."""
-    rate = as_rate(_named(p, keep_prob), keep_prob)
+    rate = as_rate(_rate_or_none(p, keep_prob), keep_prob)
     _check_form(block_size, scaling, inplace)
     if not sites.is_on(training):
         return input
@@ -280,7 +280,7 @@ class _DropBlock(InplaceRated):
         shared_axes: Axes = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(_named(p, keep_prob), inplace, keep_prob=keep_prob, generator=generator)
+        super().__init__(_rate_or_none(p, keep_prob), inplace, keep_prob=keep_prob, generator=generator)
         _check_form(block_size, scaling, inplace)
         self.block_size = block_size
         self.scaling = scaling

@@ -72,7 +72,7 @@ def _kept_edges(
     return None if every else bits < unpack_params(params, edge_index.device)[0]
 
 
-def _without(edge_index: Tensor, kept: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _remove_edges(edge_index: Tensor, kept: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
     return (edge_index, weight) if kept is None else (edge_index[:, kept], weight[kept])
 
 
@@ -164,7 +164,7 @@ def drop_edge(
     if holds_proxy(edge_index, edge_weight):
         return recorded(drop_edge, locals())
     rate = as_rate(p, keep_prob)
-    return _without(
+    return _remove_edges(
         edge_index,
         *_drop_edges(edge_index, edge_weight, num_nodes, training, rate, undirected, keep_self_loops, generator),
     )

@@ -30,19 +30,19 @@ def run_fast(
     data: Tensor, sizes: Sequence[int], weights: Weights, state: State, noise: Noise, backwards: bool
 ) -> tuple[Tensor, State]:
     """Does what `cells.run` does, faster if it can."""
-    if is_compiling() or not _is_open(data, weights, state, noise):
+    if is_compiling() or not _can_run_fast(data, weights, state, noise):
         return run(data, sizes, weights, state, noise, backwards)
     hidden, *final = _Recorded.apply(noise, sizes, backwards, data, *weights[:4], *state)
     return hidden, tuple(final)
 
 
-def _is_open(data: Tensor, weights: Weights, state: State, noise: Noise) -> bool:
+def _can_run_fast(data: Tensor, weights: Weights, state: State, noise: Noise) -> bool:
     tensors = [data, *(weight for weight in weights if weight is not None), *state]
     return (
         torch.is_grad_enabled()
         and weights.weight_hr is None
         and isinstance(noise.scale, float)
-        and all(_is_choice(update) for update in (noise.hidden, noise.cell))
+        and all(_is_mask(update) for update in (noise.hidden, noise.cell))
         and data.dtype in (torch.float32, torch.float64)
         and all(is_plain(tensor) and tensor.dtype == data.dtype for tensor in tensors)
         and any(tensor.requires_grad for tensor in tensors)
@@ -50,11 +50,11 @@ def _is_open(data: Tensor, weights: Weights, state: State, noise: Noise) -> bool
     )
 
 
-def _is_choice(update: Update) -> bool:
+def _is_mask(update: Update) -> bool:
     return update is None or (isinstance(update, Tensor) and update.dtype == torch.bool)
 
 
-def _split(gradient: Tensor, update: Update) -> tuple[Tensor, Tensor | None]:
+def _split_gradient(gradient: Tensor, update: Update) -> tuple[Tensor, Tensor | None]:
     """Returns the gradients of a state's new and old value."""
     if not isinstance(update, Tensor):
         return gradient, None
@@ -69,12 +69,12 @@ def _factor(noise: Noise, sizes: Sequence[int], dtype: torch.dtype) -> Tensor | 
     return torch.cat([kept[:size] for kept, size in zip(steps, sizes, strict=True)]).to(dtype) * noise.scale
 
 
-def _in_time(parts: list[Tensor], backwards: bool) -> Tensor:
+def _in_order_of_time(parts: list[Tensor], backwards: bool) -> Tensor:
     """Concatenates rows that were recorded in the order of the run, in the order of time."""
     return torch.cat(parts[::-1] if backwards else parts)
 
 
-def _taken(x: Tensor, sizes: Sequence[int], from_the_end: bool) -> Iterator[Tensor]:
+def _rows_of_steps(x: Tensor, sizes: Sequence[int], from_the_end: bool) -> Iterator[Tensor]:
     """Yields the rows of each time step, in the order of a run."""
     parts = x.split(list(sizes))
     return iter(parts[::-1] if from_the_end else parts)
@@ -100,7 +100,7 @@ class _Recorded(torch.autograd.Function):
         saved = ctx.saved_tensors
         inputs, records = saved[:count], saved[count:]
         if torch.is_grad_enabled() or not all(map(is_plain, gradients)):
-            return None, None, None, *_again(ctx, inputs, gradients)
+            return None, None, None, *_gradients_by_autograd(ctx, inputs, gradients)
         of_hidden, of_final = gradients[0], gradients[1:]
         backward = _lstm_backward if len(of_final) == 2 else _gru_backward
         weight_hh = inputs[2]
@@ -120,7 +120,7 @@ class _Recorded(torch.autograd.Function):
         )  # fmt: skip
 
 
-def _again(ctx: Any, inputs: Sequence[Any], gradients: Sequence[Tensor]) -> list[Tensor | None]:
+def _gradients_by_autograd(ctx: Any, inputs: Sequence[Any], gradients: Sequence[Tensor]) -> list[Tensor | None]:
     """Computes the gradients by autograd: for derivatives of them, and for batches of them."""
     data, *rest = inputs
     wanted = [n for n, needs in enumerate(ctx.needs_input_grad[3:]) if needs]
@@ -144,7 +144,7 @@ def _lstm_forward(
     gates = F.linear(data, weights.weight_ih, bias)
     size = weights.weight_hh.shape[1]
     tanhs = gates.new_empty(len(gates), size)
-    slots = _taken(tanhs, sizes, backwards)
+    slots = _rows_of_steps(tanhs, sizes, backwards)
     recurrent = weights.weight_hh.t()
     befores: list[Tensor] = []
     memories: list[Tensor] = []
@@ -165,7 +165,7 @@ def _lstm_forward(
         return updated(hidden, before, noise.hidden), updated(cell, memory, noise.cell)
 
     outputs, final = unroll(step, gates.split(list(sizes)), state, noise, backwards)
-    return outputs, final, (gates, tanhs, _in_time(memories, backwards), _in_time(befores, backwards))
+    return outputs, final, (gates, tanhs, _in_order_of_time(memories, backwards), _in_order_of_time(befores, backwards))
 
 
 def _lstm_backward(
@@ -181,13 +181,13 @@ def _lstm_backward(
     )
     projected = torch.empty_like(table)
     of_steps = zip(
-        *(_taken(rows, sizes, not backwards) for rows in (table, projected, _of_tanh(o, tanhs), f)), strict=True
+        *(_rows_of_steps(rows, sizes, not backwards) for rows in (table, projected, _of_tanh(o, tanhs), f)), strict=True
     )
 
     def step(x: Tensor, state: State, noise: Noise) -> State:
         factors, gradients, through, forget = next(of_steps)
-        new, old = _split(state[0] + x, noise.hidden)
-        cell, memory = _split(state[1], noise.cell)
+        new, old = _split_gradient(state[0] + x, noise.hidden)
+        cell, memory = _split_gradient(state[1], noise.cell)
         cell = torch.addcmul(cell, new, through)
         torch.mul(cell.unsqueeze(1), factors[:, :3], out=gradients[:, :3])
         torch.mul(new, factors[:, 3], out=gradients[:, 3])
@@ -222,7 +222,7 @@ def _gru_forward(
         return (updated(torch.addcmul(g, z, before - g), before, noise.hidden),)
 
     outputs, final = unroll(step, gates.split(list(sizes)), state, noise, backwards)
-    return outputs, final, (gates, _in_time(parts, backwards), _in_time(befores, backwards))
+    return outputs, final, (gates, _in_order_of_time(parts, backwards), _in_order_of_time(befores, backwards))
 
 
 def _gru_backward(
@@ -236,11 +236,11 @@ def _gru_backward(
     slope = _of_tanh((1.0 - z) * factor, g)
     table = torch.stack([_of_sigmoid(slope * part, r), _of_sigmoid(before - g * factor, z), slope * r], 1)
     recurrent, of_new = torch.empty_like(table), torch.empty_like(slope)
-    of_steps = zip(*(_taken(rows, sizes, not backwards) for rows in (table, recurrent, of_new, z)), strict=True)
+    of_steps = zip(*(_rows_of_steps(rows, sizes, not backwards) for rows in (table, recurrent, of_new, z)), strict=True)
 
     def step(x: Tensor, state: State, noise: Noise) -> State:
         factors, gradients, kept, update = next(of_steps)
-        new, old = _split(state[0] + x, noise.hidden)
+        new, old = _split_gradient(state[0] + x, noise.hidden)
         kept.copy_(new)
         torch.mul(new.unsqueeze(1), factors, out=gradients)
         direct = new * update if old is None else torch.addcmul(old, new, update)
