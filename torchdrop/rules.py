@@ -17,7 +17,7 @@ class LayerSize(NamedTuple):
 
     Args:
         name: the layer's name in its model.
-        weights: the number of elements of the weight matrix that feeds the units it acts on; None where nothing comes
+        weights: the number of elements of the weight matrix that feeds the units it acts on; None if nothing comes
             before them, so that it acts on the input.
         last: whether no weights follow, so that it acts on the output.
 

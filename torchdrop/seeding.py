@@ -29,7 +29,7 @@ def seeded(seed: int, rank: int | None = None) -> Iterator[None]:
     draw masks of their own. So for each kind of parallelism:
 
     - Data-parallel processes (DistributedDataParallel, FSDP) see different samples and should draw different masks:
-      ``seeded(seed)``, even where all have called torch.manual_seed with one number to get the same parameters.
+      ``seeded(seed)``, even if all have called torch.manual_seed with one number to get the same parameters.
     - Processes that hold parts of one tensor (`torchdrop.Shard`, DTensor), replicas of one tensor, or stacks that must
       skip the same layers (`torchdrop.LayerDrop`) have to draw the same: ``seeded(seed, rank=0)``, or with the rank
       within the data-parallel mesh, which is the same number for all of them, instead of 0.
@@ -41,7 +41,7 @@ def seeded(seed: int, rank: int | None = None) -> Iterator[None]:
     Args:
         seed: any integer.
         rank: a number for this process, from 0 on; processes that give the same number draw the same. If None, the rank
-            of this process in torch.distributed's default group on entering, and 0 where there is none.
+            of this process in torch.distributed's default group on entering, and 0 if there is none.
 
     Raises:
         TypeError: `seed` or `rank` is no integer.

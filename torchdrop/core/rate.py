@@ -141,7 +141,7 @@ class Rate:
         keep_prob: the probability of keeping.
         p: the probability of dropping.
         formula: the scaling of kept elements.
-        params: the parameters of masks in eager mode; None where they depend on the mask's shape, as for tensors. A
+        params: the parameters of masks in eager mode; None if they depend on the mask's shape, as for tensors. A
             search that trains many models at once gives a tensor with parameters for each.
     """
 
@@ -183,7 +183,7 @@ def as_rate(p: Any, keep_prob: Any, formula: Formula = inverted, check: Check | 
     Args:
         p, keep_prob: as a user gives them; a layer gives its `Rate` as p.
         formula: the scaling of kept elements.
-        check: raises where a keep probability in [0, 1] is not enough.
+        check: raises an error for a keep probability in [0, 1] that the caller does not allow.
 
     Raises:
         TypeError, ValueError: as `read_rate`.

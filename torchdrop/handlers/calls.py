@@ -21,13 +21,13 @@ class RandomCall:
 
     Args:
         kind: the name of its kind in reports.
-        rate: the probability of dropping, or None where there is none.
+        rate: the probability of dropping, if there is one.
         on: whether the call as made draws anything.
         shape: the shape of the tensor that is dropped from or drawn; None if only the result has it.
         mask: the shape of its mask, if it is another.
         original: makes the call as it is.
         plain: makes it without randomness.
-        served: makes it with masks from a slot, at a rate; None where that is impossible.
+        served: makes it with masks from a slot, at a rate; None if that is impossible.
         flagged: whether the module's own code decides from its training flag if this is called or used.
         draws: the number of random draws in it.
         loose: why its draws depend on the batch, if they do.

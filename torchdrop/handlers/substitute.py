@@ -29,7 +29,7 @@ class Substitute(Handler):
     Args:
         tracker: the tracker of the model.
         chosen: whether a module's sources may be active.
-        inner: the names of modules from which their masks follow, where they differ from the modules' own.
+        inner: the names of modules from which their masks follow, if they differ from the modules' own.
 
     Attributes:
         drew: whether a call was let through that may have drawn from PyTorch's generators.

@@ -106,7 +106,7 @@ def gaussian(k: Any) -> tuple[Any, Any, Any]:
 
 @functools.lru_cache(maxsize=4096)
 def mask_params(keep_prob: float, formula: Formula = inverted) -> MaskParams:
-    """Returns the parameters of a keep probability. Where nothing is kept, the output is 0 under every formula.
+    """Returns the parameters of a keep probability. If nothing is kept, the output is 0 under every formula.
 
     >>> mask_params(0.25).scale, mask_params(0.25).threshold == ONE // 4
     (4.0, True)
@@ -137,5 +137,5 @@ def params_tensor(keep_prob: Tensor, formula: Formula = inverted) -> Tensor:
 
 
 def keeps_all(params: MaskParams | Tensor) -> bool:
-    """Whether it is known that the parameters keep every element. It is not known where they are a tensor."""
+    """Whether it is known that the parameters keep every element. It is not known if they are a tensor."""
     return isinstance(params, MaskParams) and params.threshold == ONE

@@ -107,7 +107,7 @@ EntryPoints = tuple[Callable[..., None], Callable[..., None]]
 def _can_load_module() -> bool:
     """Whether this Python has the limited API that the library's module is compiled for.
 
-    Objects have another layout where Python runs without its lock, and where it is built to be debugged. A wheel of
+    Objects have another layout if Python runs without its lock, or if it is built to be debugged. A wheel of
     this library is for any Python, which would load the module all the same.
     """
     free_threaded = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))

@@ -245,7 +245,7 @@ class RegressionPrediction(Prediction):
 
     Args:
         epistemic_variance: the unbiased variance of the model's value over the samples.
-        aleatoric_variance: the mean variance of the noise; None where the noise is not modeled.
+        aleatoric_variance: the mean variance of the noise; None if the noise is not modeled.
         noise_variances: the noise's variance in each sample, of shape (T, B, ...), if samples were kept.
 
     The other arguments are those of `Prediction`.

@@ -66,7 +66,7 @@ class _Redirect:
         return self.__wrapped__(*args, **kwargs)
 
     def __reduce__(self) -> Any:
-        """Makes copies and pickles as they were outside of contexts."""
+        """A copy of the module, or a pickled one, is in no context."""
         return functools.partial, (getattr(type(self._module), self._attribute), self._module)
 
 

@@ -53,7 +53,7 @@ class Moments:
 
     @property
     def variance(self) -> Tensor:
-        """The unbiased variance ``m2 / (count - 1)``; NaN where there are fewer than two values."""
+        """The unbiased variance ``m2 / (count - 1)``; NaN if there are fewer than two values."""
         return self.m2 / (self.count - 1) if self.count > 1 else torch.full_like(self.mean, math.nan)
 
     def add(self, values: Tensor) -> None:
@@ -266,7 +266,7 @@ class Collector:
         return self.standard_errors({"it": statistic})["it"]
 
     def standard_errors(self, statistics: Mapping[str, Statistic]) -> dict[str, Tensor]:
-        """Returns the standard deviation of each statistic over other draws of the samples.
+        """Returns the Monte Carlo standard error of each statistic: its standard deviation over draws of the samples.
 
         For the `Mean` of an observable it is sd / sqrt(T). For any other statistic, and for a mean over rounds, it is
         the jackknife over the groups that hold samples: with theta_g the statistic without group g, m_g of n samples in

@@ -53,7 +53,7 @@ def _unseen(path: Callable[..., Tensor | None], *args: Any) -> Tensor | None:
 
 
 def _served_element_type(x: Tensor) -> int | None:
-    """Returns the element type of a CPU tensor that is one row in memory, or None where the fast path does not serve
+    """Returns the element type of a CPU tensor that is one row in memory, or None if the fast path does not serve
     it."""
     cls = type(x)
     if (
@@ -89,7 +89,7 @@ def _is_served_row(x: Tensor) -> bool:
 
 
 def fast_dropout(x: Tensor, params: MaskParams, unseen: bool = False) -> Tensor | None:
-    """Returns inverted dropout of x, or None where the fast path does not serve it.
+    """Returns inverted dropout of x, or None if the fast path does not serve it.
 
     It serves x under function modes if these do not have to see the call. Only `_unseen` sets `unseen`.
     """

@@ -216,7 +216,7 @@ def _define(name: str, run: Runner, composed: Composed) -> Operator:
             out = registered(x, key, params, shape, part)
         elif (
             is_compiling() or functionalize_active()
-        ):  # no derivative of an operator's own goes with torch.func's there
+        ):  # an operator's own derivative cannot be combined with torch.func's there
             out = composed(lambda ones, params: registered(ones, key, params, shape, part), x, params)
         else:
             out = transformed(x, key, params, shape, part)

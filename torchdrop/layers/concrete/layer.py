@@ -39,7 +39,7 @@ class Regularizers(NamedTuple):
 def concrete_regularizers(
     examples: float, *, length_scale: float = 1e-2, precision: float = 1.0, loss: Loss = "squared"
 ) -> Regularizers:
-    """Returns the factors lambda_w and lambda_d of concrete dropout's regularizer, for a loss that is a mean.
+    """Returns the factors lambda_w and lambda_d of concrete dropout's regularizer, for a loss averaged over examples.
 
     ``lambda_w = l^2 / (tau N)``, and ``lambda_d = 2 / (tau N)`` or, for cross-entropy, ``1 / (tau N)``. The first pair
     goes with a squared error whose noise has precision tau and, at tau = 1, with twice a negative log-likelihood, such
