@@ -82,6 +82,9 @@ needs_tree = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="the te
 FRAGMENT = re.compile(r"""(?:^\s*|[.:] |# |\"{3})(?:Of|Those of|That of) [a-z`]""")
 """The beginning of a sentence without a subject."""
 
+QUESTION = re.compile(r"(What|Where|Which|How)\b")
+"""The beginning of a docstring that is a clause, as in "What `audit` found.", and not a description."""
+
 
 def sources() -> list[Path]:
     found = sorted(PACKAGE.rglob("*.py"))
@@ -93,6 +96,13 @@ def guides() -> list[Path]:
     found = sorted(PACKAGE.rglob("*.md"))
     assert PACKAGE / "monte_carlo" / "README.md" in found
     return found
+
+
+def docstrings(source: str) -> Iterator[str]:
+    """Yields the docstrings of a file: those of modules, classes, functions and attributes."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            yield inspect.cleandoc(node.value.value)
 
 
 def part_of(module: str) -> str | None:
@@ -277,17 +287,18 @@ class TestSources:
 
     @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
     def test_prose_is_made_of_sentences(self, path: Path) -> None:
-        """No docstring or comment has a fragment that begins with "Of", and no file is named by a question."""
-        found = [line for line in path.read_text().splitlines() if FRAGMENT.search(line)]
-        assert found == []
-        purpose = ast.get_docstring(ast.parse(path.read_text())) or ""
-        assert not re.match(r"(What|Where|Which)\b", purpose), f"name {path.name} by what is in it: {purpose[:60]}"
+        """No docstring or comment has a fragment that begins with "Of", and no docstring begins as a question."""
+        source = path.read_text()
+        assert [line for line in source.splitlines() if FRAGMENT.search(line)] == []
+        assert [text.splitlines()[0] for text in docstrings(source) if QUESTION.match(text)] == []
 
     def test_fragments_are_found(self) -> None:
         assert FRAGMENT.search('    """Of one step."""')
         assert FRAGMENT.search("    # Those of the places")
         assert FRAGMENT.search("It is kept. That of a part is not.")
         assert not FRAGMENT.search("Those who draw; the sum of them. Often it is.")
+        source = '''"""Whatever it is."""\nclass A:\n    """What it is."""\nB = 1\n"""How many."""\n'''
+        assert {text for text in docstrings(source) if QUESTION.match(text)} == {"What it is.", "How many."}
 
     def test_name_no_place_on_a_machine(self) -> None:
         files = [p for p in PACKAGE.rglob("*") if p.suffix in (".py", ".c", ".h", ".toml", ".md")]

@@ -10,10 +10,10 @@ BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 
 
 def optional(module: str, extra: str = "uncertainty") -> Any:
-    """A module of a package that torchdrop does not depend on.
+    """Imports a module of a package that torchdrop does not depend on.
 
     Raises:
-        ImportError: it is not installed; says what to install.
+        ImportError: it is not installed. The message says what to install.
 
     Example:
         >>> optional("pandas").__name__
@@ -26,7 +26,7 @@ def optional(module: str, extra: str = "uncertainty") -> Any:
 
 
 def axes_or_new(ax: Any, extra: str = "uncertainty") -> Any:
-    """The Axes given, or those of a new Figure that no global state knows.
+    """Returns the Axes given, or those of a new Figure that is in no global state.
 
     Example:
         >>> axes_or_new(None).get_title()

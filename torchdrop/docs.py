@@ -1,7 +1,7 @@
 """The documentation as HTML: ``python -m torchdrop.docs [FOLDER]``. Needs ``pip install 'torchdrop[docs]'``.
 
-A page is a module's reference, a guide, which is a markdown file beside the code, or a guide with the reference of its
-package below it. In a clone of the repository its README and its benchmarks are pages as well.
+A page is a module's reference, a guide, which is a markdown file in the folder of the code, or a guide with the
+reference of its package below it. In a clone of the repository its README and its benchmarks are pages as well.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, get_type_hints
 from ._extras import optional
 
 ROOT = Path(__file__).resolve().parents[1]
-"""A link between guides is relative to the file that it stands in; this is where their paths begin."""
+"""The folder in which the paths of guides begin. A link between guides is relative to the file that has it."""
 
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#:]*)(#[^):]*)?\)")
 """A link or an image whose target is a file or a heading."""
@@ -57,7 +57,7 @@ PAGES = (
     Page("torchdrop.changes", "torchdrop/CHANGELOG.md", reference=False),
     Page("torchdrop.contributing", "torchdrop/CONTRIBUTING.md", reference=False),
 )
-"""In the order of the navigation."""
+"""The pages, in the order of the navigation."""
 
 TEMPLATE = """
 {% extends "default/module.html.jinja2" %}
@@ -95,7 +95,7 @@ TEMPLATE = """
 
 
 def file_of(page: str) -> str:
-    """Where a page is written, relative to the folder.
+    """Returns the path of a page's file, relative to the folder.
 
     >>> file_of("torchdrop.monte_carlo")
     'torchdrop/monte_carlo.html'
@@ -104,7 +104,7 @@ def file_of(page: str) -> str:
 
 
 def title_of(guide: str) -> str:
-    """The first heading.
+    """Returns the first heading of a guide.
 
     >>> title_of("# Seeds\\n\\nText")
     'Seeds'
@@ -113,9 +113,9 @@ def title_of(guide: str) -> str:
 
 
 def read(guide: str) -> str:
-    """The text of a guide; an empty one where there is none, as of the benchmarks outside of a clone.
+    """Returns the text of a guide, or "" if there is none, as for the benchmarks outside of a clone.
 
-    Outside of a clone the README is what was installed as the package's description.
+    Outside of a clone, the README is the package's description, as it was installed.
     """
     path = ROOT / guide
     inside = guide.startswith("torchdrop/") or (ROOT / "pyproject.toml").is_file()
@@ -127,11 +127,11 @@ def read(guide: str) -> str:
 
 
 def linked(text: str, guide: str, pages: Mapping[str, str], images: set[Path] | None = None) -> str:
-    """The text of a guide with links to other guides made links to their pages.
+    """Returns the text of a guide, in which links to other guides become links to their pages.
 
     Args:
-        text: the guide's.
-        guide: its path.
+        text: the text of the guide.
+        guide: the path of the guide.
         pages: the page of each guide's path, as the path of an HTML file.
         images: collects the images that are shown, which are expected in the site's folder. A link to any other file is
             replaced by its words.
@@ -163,14 +163,14 @@ def linked(text: str, guide: str, pages: Mapping[str, str], images: set[Path] | 
 
 
 def without_members(name: str) -> ModuleType:
-    """A module of this name with nothing in it."""
+    """Returns a module of this name with nothing in it."""
     made = ModuleType(name)
     made.__dict__["__all__"] = []
     return made
 
 
 def evaluated(module: ModuleType) -> ModuleType:
-    """The module, with the annotations of its named tuples as types: pdoc cannot look them up and would warn."""
+    """Turns the annotations of a module's named tuples into types: pdoc cannot look them up and would warn."""
     for value in vars(module).values():
         if isinstance(value, type) and issubclass(value, tuple) and hasattr(value, "_fields"):
             value.__new__.__annotations__.update(get_type_hints(value))
@@ -229,7 +229,7 @@ def _configure(render: Any, jinja2: Any, guides: Mapping[str, str], titles: Mapp
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(prog="python -m torchdrop.docs", description="Write the documentation as HTML.")
     parser.add_argument("folder", type=Path, nargs="?", default=Path("torchdrop-docs"), help="where pages go")
     folder = parser.parse_args(arguments).folder

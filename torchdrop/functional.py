@@ -1,4 +1,4 @@
-"""Every function of the package, in the argument order of its twin in torch.nn.functional where there is one."""
+"""Every function of the package. Its arguments have the order of its twin in torch.nn.functional if there is one."""
 
 from .layers.activated import gelu_dropout, relu_dropout
 from .layers.alpha import alpha_dropout, feature_alpha_dropout

@@ -5,7 +5,7 @@ With P1, P2 the distributions that the two passes predict and l1, l2 their logit
     R-Drop      (CE(P1, y) + CE(P2, y)) / 2 + alpha (KL(P1 || P2) + KL(P2 || P1)) / 2
     fraternal   kappa |l1 - l2|^2
 
-Both ask that a model says the same under any mask. The symmetric divergence is the sum over classes of
+Both ask that a model predicts the same under any mask. The symmetric divergence is the sum over classes of
 (P1 - P2) (log P1 - log P2): one product, never negative, and 0 if and only if the two agree.
 """
 
@@ -39,23 +39,23 @@ def r_drop(
     label_smoothing: float = 0.0,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """The mean cross-entropy of two passes, and alpha times the mean of the two divergences between them.
+    """Returns the mean cross-entropy of two passes, plus alpha times the mean of the two divergences between them.
 
     ``(CE(P1, y) + CE(P2, y)) / 2 + alpha (KL(P1 || P2) + KL(P2 || P1)) / 2`` with P1 and P2 the softmax of the logits.
     It is symmetric in the two passes, both get a gradient, and without dropout (equal logits) the second part and its
-    gradient are 0. The paper adds the two cross-entropies where they are averaged here, so its alpha is twice this one.
+    gradient are 0. The paper adds the two cross-entropies, which are averaged here, so its alpha is twice this one.
     Logarithms are taken in float32 for half types.
 
     Args:
-        logits1: of the first pass, as torch.nn.functional.cross_entropy takes them: (C,), (N, C) or (N, C, d1, ...).
-        logits2: of the second pass on the same data, of the same shape.
+        logits1: the first pass's, as torch.nn.functional.cross_entropy takes them: (C,), (N, C) or (N, C, d1, ...).
+        logits2: the second pass's on the same data, of the same shape.
         target: class indices, or class probabilities of the logits' shape.
         alpha: the weight of the divergence, not negative. Default: 1.
-        weight: (C,), of the classes in the cross-entropy. The divergence is not weighted.
+        weight: (C,), the weights of the classes in the cross-entropy. The divergence is not weighted.
         ignore_index: positions with this target count neither in the cross-entropy nor in the divergence.
         reduction: "mean": over the positions that count (weighted by `weight` in the cross-entropy); "sum"; or "none":
             one value for each position, 0 where it does not count.
-        label_smoothing: in [0, 1], of the targets in the cross-entropy.
+        label_smoothing: in [0, 1], the smoothing of the targets in the cross-entropy.
         mask: bools of the target's shape, True where a position counts, for padding that no index marks.
 
     Returns:
@@ -86,7 +86,7 @@ def r_drop(
     _check_reduction(reduction)
     classes = 0 if logits1.dim() == 1 else 1
     counts, target = _counted(target, mask, ignore_index)
-    logs = [_computed(logits).log_softmax(classes) for logits in (logits1, logits2)]
+    logs = [_in_float32(logits).log_softmax(classes) for logits in (logits1, logits2)]
     if target.is_floating_point():
         target = target.to(logs[0].dtype)
     weight = None if weight is None else weight.to(logs[0].dtype)
@@ -97,7 +97,7 @@ def r_drop(
         for log in logs
     ]
     first, second = logs[0].exp(), logs[1].exp()
-    excluded = (first == 0) & (second == 0)  # by both: 0 log 0 = 0, also where one of the logarithms is infinite
+    excluded = (first == 0) & (second == 0)  # then 0 log 0 = 0, also if one of the logarithms is infinite
     divergence = ((first - second) * (logs[0] - logs[1]).masked_fill(excluded, 0.0)).sum(classes)
     return (entropies[0] + entropies[1]) / 2 + alpha / 2 * _reduced(divergence, counts, reduction)
 
@@ -110,16 +110,16 @@ def fraternal(
     reduction: str = "mean",
     mask: Tensor | None = None,
 ) -> Tensor:
-    """kappa times the mean squared difference of the logits of two passes: the penalty of fraternal dropout.
+    """Returns kappa times the mean squared difference of the logits of two passes: the penalty of fraternal dropout.
 
     ``kappa |l1 - l2|^2``, averaged over classes and positions. Over two independent masks its expectation is 2 kappa
-    times the variance of a logit, so it is the variance over masks that is penalised. It is symmetric, both passes get
-    a gradient, and without dropout it is 0. The published loss adds it to the mean of the two passes' own losses.
+    times the variance of a logit, so it penalizes the variance over masks. It is symmetric, both passes get a gradient,
+    and without dropout it is 0. The published loss adds it to the mean of the two passes' own losses.
     Differences are taken in float32 for half types.
 
     Args:
-        logits1: of the first pass, before the softmax: any shape.
-        logits2: of the second pass on the same data, of the same shape.
+        logits1: the first pass's, before the softmax: any shape.
+        logits2: the second pass's on the same data, of the same shape.
         kappa: the weight, not negative. Default: 0.15.
         reduction: "mean": over all elements that count; "sum"; or "none": one value for each element.
         mask: bools that broadcast against the logits, True where an element counts: (N, T, 1) for padded (N, T, C).
@@ -143,7 +143,7 @@ def fraternal(
     _check_logits(logits1, logits2)
     kappa = _coefficient("kappa", kappa)
     _check_reduction(reduction)
-    squared = (_computed(logits1) - _computed(logits2)).square()
+    squared = (_in_float32(logits1) - _in_float32(logits2)).square()
     if mask is not None:
         _check_mask(mask)
         if mask.dim() > squared.dim() or any(
@@ -161,8 +161,8 @@ class RDropLoss(nn.Module):
 
     Args:
         alpha: the weight of the divergence, not negative. Default: 1.
-        weight: (C,), of the classes in the cross-entropy; a buffer, as in torch.nn.CrossEntropyLoss.
-        ignore_index: of positions that do not count.
+        weight: (C,), the weights of the classes in the cross-entropy; a buffer, as in torch.nn.CrossEntropyLoss.
+        ignore_index: the target of positions that do not count.
         reduction: "mean", "sum" or "none".
         label_smoothing: in [0, 1].
 
@@ -250,29 +250,30 @@ class FraternalLoss(nn.Module):
 
 
 def two_passes(model: nn.Module, inputs: Any, *, batch_dim: int = 0, batched: bool = True) -> tuple[Any, Any]:
-    """What a model gives for the same inputs under two masks, by one forward on the inputs put behind themselves.
+    """Returns a model's outputs for the same inputs under two masks, from one forward on two copies of the inputs.
 
-    Every row is there twice and its two copies have their own masks. Two things follow from the one forward:
+    Every row is in the batch twice, and its two copies have masks of their own. The one forward has two consequences:
     normalization over the batch sees both copies, and a mask that the whole batch shares (of weights, of embeddings, of
     compact dropout) is the same in both passes. ``batched=False`` makes two forwards, one after the other.
 
     Args:
         model: the model, in train mode.
         inputs: a tensor, a tuple (positional arguments) or a mapping (named arguments), nested in any way. The first
-            tensor's size in `batch_dim` is the number of rows; tensors with another size there go in as they are.
+            tensor's size in `batch_dim` is the number of rows; tensors with another size there are passed unchanged.
         batch_dim: the dimension that counts rows, of inputs and outputs.
-        batched: whether one forward does both passes.
+        batched: whether one forward makes both passes.
 
     Returns:
         Two outputs of the model, each with the structure that one forward on the inputs has. An output without rows
-        (a loss, say) is the same in both.
+        (for example a loss) is the same in both.
 
     Raises:
         ValueError: no tensor among the inputs, or one without that dimension; no output of one forward with the rows.
         TypeError: inputs of another kind, or a `batch_dim` that is no integer.
 
     Warns:
-        UserWarning: both passes gave the same, as without dropout, in eval mode, or with masks that the batch shares.
+        UserWarning: both passes returned the same, as without dropout, in eval mode, or with masks that the batch
+            shares.
 
     Example:
         >>> import torch
@@ -294,7 +295,7 @@ def two_passes(model: nn.Module, inputs: Any, *, batch_dim: int = 0, batched: bo
         first, second = (tree_map(lambda leaf, n=n: _half(leaf, rows, batch_dim, n), both) for n in (0, 1))
     else:
         first, second = _call(model, inputs), _call(model, inputs)
-    if not (is_compiling() or transforms_active()) and _alike(first, second):
+    if not (is_compiling() or transforms_active()) and _are_equal(first, second):
         warnings.warn(
             "two_passes: both passes gave the same. Is the model in train mode, and has it dropout with a rate above "
             "0? Masks that the whole batch shares (of weights, embeddings, compact dropout) need batched=False",
@@ -333,7 +334,7 @@ def _call(model: nn.Module, inputs: Any) -> Any:
     return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
 
 
-def _alike(first: Any, second: Any) -> bool:
+def _are_equal(first: Any, second: Any) -> bool:
     """Whether the first outputs that are numbers are equal up to rounding, which differs between rows of a product."""
     for a, b in zip(tree_leaves(first), tree_leaves(second), strict=True):
         if isinstance(a, Tensor) and a.is_floating_point() and a.numel() and a is not b:
@@ -342,7 +343,7 @@ def _alike(first: Any, second: Any) -> bool:
     return False
 
 
-def _computed(x: Tensor) -> Tensor:
+def _in_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -379,7 +380,7 @@ def _check_mask(mask: Any) -> None:
 
 
 def _counted(target: Tensor, mask: Tensor | None, ignore_index: int) -> tuple[Tensor | None, Tensor]:
-    """Where a position counts (None: everywhere), and the target with `ignore_index` where it does not."""
+    """Returns which positions count, as bools (None: all), and the target with `ignore_index` at the others."""
     if mask is None:
         return (None if target.is_floating_point() else target != ignore_index), target
     _check_mask(mask)

@@ -1,4 +1,4 @@
-"""Seeds and streams: where keys come from.
+"""Seeds and streams, the two parts of keys, and how they are drawn.
 
 A mask's key is two 64-bit integers, (seed, stream). By default both are drawn from PyTorch's default generator of the
 device, so whatever governs that generator governs masks. Inside `frozen_masks` they are derived instead.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -39,16 +40,16 @@ frozen: list[Forwards] = []
 
 
 def draw_key(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
-    """A new key, int64 of shape (2,), on the device.
+    """Draws a new key, int64 of shape (2,), on the device.
 
     Args:
-        device: where the key is drawn and stays.
-        generator: what it is drawn from; the device's default generator if None.
+        device: the device of the key and of the draw.
+        generator: the source of the key; the device's default generator if None.
 
     Raises:
         ValueError: the generator belongs to another device.
         TypeError: it is no torch.Generator.
-        RuntimeError: it is compiled under settings with which backward would draw another key.
+        RuntimeError: the call is compiled under settings with which backward would draw another key.
     """
     if generator is not None:
         return _from_generator(device, generator)
@@ -95,8 +96,8 @@ _keys: dict[int, Tensor] = {}
 
 
 def cuda_key(index: int) -> Tensor:
-    """The key that `draw_key` would have drawn for this CUDA device in eager mode outside `frozen_masks`, in half the
-    time."""
+    """Draws the key that `draw_key` would have drawn for this CUDA device in eager mode outside `frozen_masks`, in half
+    the time."""
     like = _keys.get(index)
     if like is None:
         with torch.inference_mode(False):
@@ -105,7 +106,7 @@ def cuda_key(index: int) -> Tensor:
 
 
 def key_tensor(key: bytes) -> Tensor:
-    """The tensor that `draw_key` gives for the same draw."""
+    """Returns the tensor that `draw_key` returns for the same draw."""
     return torch.frombuffer(bytearray(key), dtype=torch.int64)
 
 
@@ -126,29 +127,29 @@ def check_generator(generator: Any) -> None:
         raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
 
 
-# Under torch.compile, Inductor would put its own random numbers in place of torch's. An operator it does not know
-# stays; the tag and the argument named `device` are what activation checkpointing looks for. Passes merge equal calls
-# of an operator that they do not know, random or not, and two layers would share their masks: `place` keeps them apart.
+# Under torch.compile, Inductor would put its own random numbers in place of torch's. It keeps an operator that it does
+# not recognize. Activation checkpointing looks for the tag and the argument named `device`. Passes merge equal calls of
+# an operator that they do not recognize, random or not, and two layers would share their masks: `place` prevents it.
 torch.library.define(
     "torchdrop::draw_key", "(Tensor place, *, Device device) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,)
 )
 
 
 def _never_merged(device: torch.device) -> Tensor:
-    """A tensor whose contents nobody reads, from an operator of PyTorch of which no pass takes two calls for one.
+    """Returns a tensor that nobody reads, from an operator of PyTorch whose calls are merged by no pass of a compiler.
 
-    An exported program may meet other passes than those of torch.compile, and vmap with its randomness modes. There it
-    is a random operator that takes nothing from the generator. Memory that is not initialized costs less.
+    An exported program may meet other passes than those of torch.compile, and vmap with its randomness modes. There the
+    operator is a random one that takes nothing from the generator. Elsewhere uninitialized memory costs less.
     """
     return torch.randperm(0, device=device) if is_exporting() else torch.empty((2,), dtype=torch.int64, device=device)
 
 
 @torch.compiler.assume_constant_result
 def _refuse_recomputation() -> None:
-    """Refuses the settings under which the partitioner recomputes whatever it likes, our draws with it.
+    """Refuses the settings under which the partitioner may recompute anything, our draws included.
 
     Raises:
-        RuntimeError: what forward draws would be drawn anew in backward.
+        RuntimeError: backward would draw anew what forward has drawn.
     """
     if not torch.is_grad_enabled():
         return
@@ -165,7 +166,7 @@ def _refuse_recomputation() -> None:
 
 @torch.library.impl("torchdrop::draw_key", "default")
 def _draw_key(place: Tensor, *, device: torch.device) -> Tensor:
-    """One key, or one for each of a batch of places."""
+    """Draws one key, or one for each of a batch of places."""
     if place.dim() == 1:
         return _from_default(device)
     batch = place.shape[:-1]
@@ -176,7 +177,7 @@ def _draw_key(place: Tensor, *, device: torch.device) -> Tensor:
 
 @torch.library.register_fake("torchdrop::draw_key")
 def _fake_key(place: Tensor, *, device: torch.device) -> Tensor:
-    _refuse_recomputation()  # of an exported program, which is compiled without a call of `draw_key`
+    _refuse_recomputation()  # an exported program is compiled without a call of `draw_key`
     return torch.empty((*place.shape[:-1], 2), dtype=torch.int64, device=device)
 
 

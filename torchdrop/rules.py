@@ -1,7 +1,7 @@
 """Keep probabilities over depth: rules from the layers of a model, in order, to the keep_prob of each.
 
 Each factory checks its arguments and returns a `Rule`, which takes a sequence of `LayerSize` and returns as many keep
-probabilities. A factory raises a ValueError for a keep probability outside [0, 1], a TypeError for what is no number.
+probabilities. A factory raises a ValueError for a keep probability outside [0, 1], a TypeError for one of another type.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 
 class LayerSize(NamedTuple):
-    """What a rule knows of a dropout layer.
+    """The properties of a dropout layer that a rule uses.
 
     Args:
         name: the layer's name in its model.
-        weights: the number of elements of the weight matrix that feeds the units it acts on; None where nothing comes
+        weights: the number of elements of the weight matrix that feeds the units it acts on; None if nothing comes
             before them, so that it acts on the input.
         last: whether no weights follow, so that it acts on the output.
 
@@ -47,7 +47,7 @@ class Rule:
     keywords: tuple[tuple[str, float], ...] = ()
 
     def __call__(self, layers: Sequence[LayerSize]) -> list[float]:
-        """The keep probability of each layer.
+        """Returns the keep probability of each layer.
 
         Raises:
             TypeError: `layers` is no sequence of LayerSize, or one of them has a field of another type.
@@ -80,7 +80,7 @@ def linear_in_depth(keep_prob: float) -> Rule:
     That is keep_l = 1 - l / L (1 - k_L). The expected number of kept layers at k_L = 1/2 is (3 L - 1) / 4.
 
     Args:
-        keep_prob: k_L, that of the last layer.
+        keep_prob: k_L, the keep probability of the last layer.
 
     References:
         Huang et al., "Deep Networks with Stochastic Depth", ECCV 2016, arXiv:1603.09382: linear decay.
@@ -97,7 +97,7 @@ def linear_in_depth(keep_prob: float) -> Rule:
 
 def _linear_in_depth(layers: list[LayerSize], keep_prob: float) -> list[float]:
     depth = len(layers)
-    return [_raised(keep_prob, (depth - layer) / depth) for layer in range(1, depth + 1)]
+    return [_interpolate(keep_prob, (depth - layer) / depth) for layer in range(1, depth + 1)]
 
 
 def linspace_in_depth(keep_prob: float) -> Rule:
@@ -107,7 +107,7 @@ def linspace_in_depth(keep_prob: float) -> Rule:
     `linear_in_depth` give a single layer its keep_prob.
 
     Args:
-        keep_prob: that of the last layer.
+        keep_prob: the keep probability of the last layer.
 
     References:
         timm's stochastic depth decay rule, torch.linspace(0, drop_path_rate, depth); compare `linear_in_depth`.
@@ -122,22 +122,22 @@ def linspace_in_depth(keep_prob: float) -> Rule:
 
 def _linspace_in_depth(layers: list[LayerSize], keep_prob: float) -> list[float]:
     gaps = max(len(layers) - 1, 1)
-    return [_raised(keep_prob, (gaps - layer) / gaps) for layer in range(len(layers))]
+    return [_interpolate(keep_prob, (gaps - layer) / gaps) for layer in range(len(layers))]
 
 
 def by_weight_size(largest: float = 0.5, *, smallest: float = 1.0, input: float = 0.9, output: float = 1.0) -> Rule:
     """Ng's advice: the larger the weight matrix, the lower the keep_prob; the input near 1, the output 1.
 
     A hidden layer whose units are fed by a matrix of n weights gets keep = smallest - (smallest - largest) n / max(n),
-    the maximum over the hidden layers, so that the layer with the most weights gets `largest`. The advice gives
-    numbers, 0.5 for the largest matrix, 0.7 for smaller ones, 1 where overfitting is no worry, and no formula: the
-    proportion is ours.
+    the maximum over the hidden layers, so that the layer with the most weights gets `largest`. The advice has numbers
+    (0.5 for the largest matrix, 0.7 for smaller ones, 1 where overfitting is no worry) but no formula: the proportion
+    is ours.
 
     Args:
-        largest: of the hidden layer with the largest weight matrix.
-        smallest: what the keep_prob of a hidden layer approaches as its weight matrix vanishes.
-        input: of layers that act on the input.
-        output: of layers that act on the output, whatever their weights.
+        largest: the keep_prob of the hidden layer with the largest weight matrix.
+        smallest: the limit of a hidden layer's keep_prob as its weight matrix vanishes.
+        input: the keep_prob of layers that act on the input.
+        output: the keep_prob of layers that act on the output, whatever their weights.
 
     References:
         Ng, Deep Learning Specialization, course 2 (Improving Deep Neural Networks), week 1: "Understanding dropout".
@@ -163,13 +163,13 @@ def _by_weight_size(
     def keep_prob(layer: LayerSize) -> float:
         if layer.last:
             return output
-        return input if layer.weights is None else _raised(largest, (most - layer.weights) / most, smallest)
+        return input if layer.weights is None else _interpolate(largest, (most - layer.weights) / most, smallest)
 
     return [keep_prob(layer) for layer in layers]
 
 
-def _raised(keep_prob: float, fraction: float, end: float = 1.0) -> float:
-    """From keep_prob at fraction 0, exact, to `end` at fraction 1: 1 - (1 - k) (1 - f) would miss k by a rounding."""
+def _interpolate(keep_prob: float, fraction: float, end: float = 1.0) -> float:
+    """Goes from exactly keep_prob at fraction 0 to `end` at 1, where 1 - (1 - k) (1 - f) would miss k by a rounding."""
     return keep_prob + (end - keep_prob) * fraction
 
 

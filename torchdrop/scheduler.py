@@ -24,7 +24,7 @@ _POINTS = 500
 
 @dataclass
 class _Scheduled:
-    """A layer, the pattern that chose it, what was asked for it, and its own keep_prob from before."""
+    """A layer, the pattern that chose it, the rate asked for it, and its own keep_prob from before."""
 
     site: RateSite
     pattern: str
@@ -33,10 +33,10 @@ class _Scheduled:
     last: Probability = 1.0
 
     def at(self, step: int) -> float:
-        """Its keep_prob.
+        """Returns the layer's keep_prob.
 
         Raises:
-            TypeError, ValueError: the schedule gives no keep_prob at that step; names the layer.
+            TypeError, ValueError: the schedule gives no keep_prob at that step. The message names the layer.
         """
         schedule, name = self.asked, self.site.name
         if isinstance(schedule, Scaled):
@@ -51,7 +51,7 @@ class _Scheduled:
         return keep_prob_at(schedule, step, name)
 
     def checked(self, step: int) -> Probability:
-        """Its keep_prob, as the layer can hold it."""
+        """Returns the layer's keep_prob, in a form that the layer can hold."""
         value = self.at(step)
         try:
             return self.site.check(value)
@@ -62,9 +62,9 @@ class _Scheduled:
 class KeepProbScheduler:
     """Lets keep probabilities follow schedules, layer by layer.
 
-    As with PyTorch's learning-rate schedulers, creating one sets the rates of step 0, and ``step()``, after the
-    optimizer's, those of the next; whether that is once a batch or once an epoch is the caller's choice. Layers of
-    torchdrop in a compiled model are not recompiled.
+    As with PyTorch's learning-rate schedulers, creating one sets the rates of step 0, and ``step()``, called after the
+    optimizer's, sets those of the next step. The caller calls it once a batch or once an epoch. Layers of torchdrop in
+    a compiled model are not recompiled.
 
     Args:
         model: any module; a compiled one has the names of its original.
@@ -72,11 +72,11 @@ class KeepProbScheduler:
             step to keep_prob. ``schedules.scale`` multiplies each layer's own rate, as it is now.
 
     Attributes:
-        model: whose layers these are; the original of a compiled one.
+        model: the model that has these layers; the original of a compiled one.
         last_step: the number of the step whose rates are set.
 
     Raises:
-        TypeError: a value is neither.
+        TypeError: a value is none of these.
         ValueError: a pattern that matches no layer with a rate, or a keep_prob outside [0, 1] at step 0. A layer keeps
             its rate then, and in ``step()``, which also raises if a layer is no longer in the model.
 
@@ -164,11 +164,11 @@ class KeepProbScheduler:
             )
 
     def get_last_keep_prob(self) -> dict[str, Probability]:
-        """The keep_prob that this scheduler has set last, for each of its layers by name."""
+        """Returns the keep_prob that this scheduler has set last, for each of its layers by name."""
         return {layer.site.name: layer.last for layer in self._layers}
 
     def state_dict(self) -> dict[str, Any]:
-        """The step, and the layers with the rates that they had before, which ``schedules.scale`` multiplies.
+        """Returns the step, and the layers with the rates that they had before, which ``schedules.scale`` multiplies.
 
         The schedules are not in it: as with learning rates, create the scheduler with them and then load.
         """
@@ -216,10 +216,10 @@ class KeepProbScheduler:
         return "\n".join(lines)
 
     def plot(self, steps: int, ax: Any = None) -> Any:
-        """The keep_prob of every layer over the steps from 0 on; layers that share all values share a line.
+        """Plots the keep_prob of every layer over the steps from 0 on; layers that share all values share a line.
 
         Args:
-            steps: how far, at least 1.
+            steps: the number of steps, at least 1.
             ax: the matplotlib Axes to draw on; new ones if None (``pip install 'torchdrop[uncertainty]'``).
 
         Returns:
@@ -278,7 +278,7 @@ def _has_rate(site: RateSite) -> bool:
 
 
 def _is_there(model: nn.Module, site: RateSite) -> bool:
-    """Whether the layer stands at its name, by the shortest way."""
+    """Whether the layer is under its name in the model, without a search for other layers."""
     module: nn.Module | None = model
     names = site.name.split(".") if site.name else []
     for part in names[:-1] if names and site.attribute and names[-1] == site.attribute else names:

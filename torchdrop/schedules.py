@@ -1,4 +1,4 @@
-"""Keep probabilities over training: pure functions step -> keep_prob, and how they are put together.
+"""Keep probabilities over training: pure functions step -> keep_prob, and functions that combine them.
 
 Values come first, then steps. Values are probabilities of keeping, in [0, 1]; `steps` and `period` are positive
 integers, boundaries positive integers that increase. A factory raises a TypeError for another type and a ValueError for
@@ -22,9 +22,9 @@ ScheduleLike = StepFunction | float
 
 @dataclass(frozen=True, repr=False)
 class Schedule:
-    """A function step -> keep_prob, made by a factory of this module; called with a step it gives a float in [0, 1].
+    """A function step -> keep_prob, made by a factory of this module; called with a step it returns a float in [0, 1].
 
-    It is the call that made it: immutable, printed and pickled as that call, equal to what an equal call makes.
+    It is immutable. It is printed and pickled as the call that made it, and is equal to the result of an equal call.
 
     Example:
         >>> schedule = linear(1.0, 0.5, 100)
@@ -51,19 +51,19 @@ class Schedule:
 
 @dataclass(frozen=True, repr=False)
 class Scaled:
-    """What `scale` returns: not a schedule itself, but one for each layer, made from the layer's own keep_prob."""
+    """The result of `scale`: not a schedule itself, but a source of one for each layer, from its own keep_prob."""
 
     factor: StepFunction | float
 
     def of(self, keep_prob: float) -> Schedule:
-        """The schedule keep = 1 - (1 - keep_prob) factor(t) of a layer whose own keep probability this is.
+        """Returns the schedule keep = 1 - (1 - keep_prob) factor(t) of a layer whose own keep probability this is.
 
-        A constant factor that would drop with a probability above 1 is refused here, another at its step.
+        A constant factor that would drop with a probability above 1 is refused here, any other one at its step.
         """
         keep_prob = _rate("keep_prob", keep_prob)
         if isinstance(self.factor, float):
-            _times(keep_prob, self.factor, "")
-        return Schedule(Scaled.of, (self, keep_prob), lambda t, at: _times(keep_prob, self._factor_at(t, at), at))
+            _scaled(keep_prob, self.factor, "")
+        return Schedule(Scaled.of, (self, keep_prob), lambda t, at: _scaled(keep_prob, self._factor_at(t, at), at))
 
     def _factor_at(self, step: float, place: str) -> float:
         if isinstance(self.factor, Schedule):
@@ -75,13 +75,13 @@ class Scaled:
 
 
 def keep_prob_at(schedule: ScheduleLike, step: Any, where: str = "") -> float:
-    """The checked keep probability at a step of a schedule, a callable or a number.
+    """Returns the checked keep probability at a step of a schedule, a callable or a number.
 
     Args:
-        where: what the schedule is of, for the error message: a pattern or the name of a layer.
+        where: a pattern or the name of a layer that has the schedule, for the error message.
 
     Raises:
-        TypeError: the step, or what the schedule gave, is no number.
+        TypeError: the step, or the result of the schedule, is no number.
         ValueError: the step is negative or not finite, or the keep probability is outside [0, 1].
 
     Example:
@@ -98,7 +98,7 @@ def keep_prob_at(schedule: ScheduleLike, step: Any, where: str = "") -> float:
 
 
 def as_schedule(value: ScheduleLike) -> StepFunction:
-    """A number as a constant schedule, a callable as it is; a TypeError for all else.
+    """Returns a number as a constant schedule, and a callable as it is; raises a TypeError for anything else.
 
     Example:
         >>> as_schedule(0.9), as_schedule(math.exp) is math.exp
@@ -229,7 +229,7 @@ def annealed(start: float, steps: int) -> Schedule:
 
 
 def early(keep_prob: float, steps: int, *, decay: Literal["linear", "constant"] = "linear") -> Schedule:
-    """Dropout in the first `steps` steps alone: p = (1 - keep_prob) (1 - t / steps), or 1 - keep_prob, and then 0.
+    """Dropout in the first `steps` steps only: p = (1 - keep_prob) (1 - t / steps), or 1 - keep_prob, and then 0.
 
     The linear decay of the authors' code is at 0 one step sooner: at `steps` - 1, the last step of the early phase.
 
@@ -260,14 +260,14 @@ def late(keep_prob: float, steps: int) -> Schedule:
 
 
 def warm_up(then: ScheduleLike, steps: int) -> Schedule:
-    """keep = 1 - (1 - then(t)) min(1, t / steps): ramps the drop probability of `then` in, which goes on meanwhile.
+    """keep = 1 - (1 - then(t)) min(1, t / steps): the drop probability of `then`, ramped in while `then` goes on.
 
     Example:
         >>> [warm_up(0.5, 100)(t) for t in (0, 50, 100, 1000)]
         [1.0, 0.75, 0.5, 0.5]
     """
     then, steps = as_schedule(then), _count("steps", steps)
-    return Schedule(warm_up, (then, steps), lambda t, at: _times(_evaluate(then, t, at), _progress(t, steps), at))
+    return Schedule(warm_up, (then, steps), lambda t, at: _scaled(_evaluate(then, t, at), _progress(t, steps), at))
 
 
 def join(schedules: Iterable[ScheduleLike], boundaries: Iterable[int]) -> Schedule:
@@ -312,18 +312,18 @@ def scale(factor: ScheduleLike) -> Scaled:
     if callable(factor):
         return Scaled(factor)
     factor = _real("factor", factor)
-    _times(1.0, factor, "")
+    _scaled(1.0, factor, "")
     return Scaled(factor)
 
 
 def _evaluate(schedule: StepFunction, step: float, place: str) -> float:
-    """Checked; `place` is what errors name: the step and the layer of the outermost schedule."""
+    """Returns the checked value. Errors name `place`: the step and the layer of the outermost schedule."""
     value = schedule.function(step, place) if isinstance(schedule, Schedule) else schedule(step)
     return _rate("keep_prob", value, place)
 
 
-def _times(keep_prob: float, factor: float, place: str) -> float:
-    """1 - (1 - keep_prob) factor, in a form that is keep_prob itself at factor 1, and 1 at factor 0."""
+def _scaled(keep_prob: float, factor: float, place: str) -> float:
+    """Returns 1 - (1 - keep_prob) factor, in a form that is keep_prob itself at factor 1, and 1 at factor 0."""
     if not 0 <= factor < math.inf:
         raise ValueError(f"factor must be finite and not negative, got {factor}{place}")
     scaled = keep_prob + (1 - keep_prob) * (1 - factor)
@@ -334,7 +334,7 @@ def _times(keep_prob: float, factor: float, place: str) -> float:
 
 
 def _between(start: float, end: float, fraction: float) -> float:
-    """start + (end - start) fraction, exact at both ends, between them everywhere else, and monotone."""
+    """Returns start + (end - start) fraction, exact at both ends, between them everywhere else, and monotone."""
     if fraction < 0.5:
         return start + (end - start) * fraction
     return end - (end - start) * (1 - fraction)

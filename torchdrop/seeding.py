@@ -21,7 +21,7 @@ States = tuple[Tensor, list[Tensor]]
 
 
 def states() -> tuple[States, bytes]:
-    """The states of PyTorch's generators, and a digest of the CPU's."""
+    """Returns the states of PyTorch's generators, and a digest of the CPU's."""
     with without_transforms():  # plain tensors, also under torch.func
         cpu = torch.get_rng_state()
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
@@ -29,7 +29,7 @@ def states() -> tuple[States, bytes]:
 
 
 def put_back(states: States) -> None:
-    """PyTorch's generators as they were."""
+    """Sets PyTorch's generators back to these states."""
     cpu, cuda = states
     torch.set_rng_state(cpu)
     if cuda:
@@ -42,10 +42,10 @@ def start(seed: int, name: str, manual_seed: Callable[[int], Any] | None = None)
     Seeding it would take 32 bits for its Mersenne Twister, so all 624 words of that are set.
 
     Args:
-        manual_seed: what takes 64 bits of the hash before; that of the generator if None.
+        manual_seed: a function that gets 64 bits of the hash first; the generator's own if None.
 
     Returns:
-        64 bits of the hash, which the generator gives as its initial seed: what other devices' generators start from.
+        64 bits of the hash, which the generator returns as its initial seed: other devices' generators start from them.
     """
     number, words = _hash(seed, name)
     generator = torch.default_generator
@@ -59,27 +59,27 @@ def start(seed: int, name: str, manual_seed: Callable[[int], Any] | None = None)
 
 
 def hash_of(*name: object) -> bytes:
-    """Eight bytes that follow from a name, whose parts are joined by slashes: what seeds of named things are made
-    from."""
+    """Returns eight bytes that follow from a name, whose parts are joined by slashes. Seeds of named things are made
+    from them."""
     return hashlib.blake2b("/".join(map(str, name)).encode(), digest_size=8).digest()
 
 
 _HEAD = struct.Struct("=QiiQ")
-"""What lies before the words in the state of a CPU generator: the seed, how many words are left, 1, the next one."""
+"""The fields before the words in a CPU generator's state: the seed, the number of words left, 1, and the next one."""
 
 _WORDS = struct.Struct("=624Q")
 
 
 @functools.lru_cache(maxsize=64)
 def _hash(seed: int, name: str) -> tuple[int, bytes]:
-    """64 bits, and the words of a Mersenne Twister: 32 bits each, which lie in 64."""
+    """Returns 64 bits, and the words of a Mersenne Twister: 32 bits each, stored in 64."""
     digest = hashlib.shake_256(f"{seed}:{name}".encode()).digest(8 + 4 * 624)
     return int.from_bytes(digest[:8], "little"), _WORDS.pack(*struct.unpack("<624I", digest[8:]))
 
 
 @functools.cache
 def _words_are_known() -> bool:
-    """Whether a generator's state is laid out as in PyTorch 2.6 to 2.13. Where it is not, 32 bits have to do."""
+    """Whether a generator's state is laid out as in PyTorch 2.6 to 2.13. If it is not, only 32 bits are used."""
     seed = 2**63 + 12345
     state = torch.Generator().manual_seed(seed).get_state()
     words = [seed % 2**32]
@@ -91,33 +91,34 @@ def _words_are_known() -> bool:
 
 @contextmanager
 def seeded(seed: int, rank: int | None = None) -> Iterator[None]:
-    """What is drawn inside the context follows from `seed` and `rank` alone, and nothing outside notices.
+    """Makes all draws inside the context follow from `seed` and `rank` alone, and changes no draw outside.
 
     PyTorch's default generators, the CPU's and those of all CUDA devices, start from a hash of (seed, rank), so that
     neighboring seeds and ranks have nothing in common; on leaving, also by an exception, they go on from where they
-    were. All that draws from them is governed, torch.nn's layers and torchdrop's alike; a layer with a `generator` of
+    were. This governs all that draws from them, torch.nn's layers and torchdrop's alike; a layer with a `generator` of
     its own follows that. Activation checkpointing finds its masks wherever backward runs, contexts nest, and compiled
-    code draws what eager code draws, save that a torch.func.vmap within it has draws of its own. As a decorator
-    (``@torchdrop.seeded(7)``) it begins anew with every call; not of generators and coroutines, which run after it.
+    code draws what eager code draws, except that a torch.func.vmap within it has draws of its own. As a decorator
+    (``@torchdrop.seeded(7)``) it begins anew with every call; it cannot decorate generators and coroutines, which run
+    after it.
 
     Without it masks follow each process's own generator, as those of torch.nn do: processes that have all called
     torch.manual_seed with one number draw the same masks as long as they draw alike, and processes that have not
     draw masks of their own. So for each kind of parallelism:
 
     - Data-parallel processes (DistributedDataParallel, FSDP) see different samples and should draw different masks:
-      ``seeded(seed)``, even where all have called torch.manual_seed with one number to get the same parameters.
+      ``seeded(seed)``, even if all have called torch.manual_seed with one number to get the same parameters.
     - Processes that hold parts of one tensor (`torchdrop.Shard`, DTensor), replicas of one tensor, or stacks that must
       skip the same layers (`torchdrop.LayerDrop`) have to draw the same: ``seeded(seed, rank=0)``, or with the rank
-      within the data-parallel mesh, which is the same number for all of them, in the place of 0.
+      within the data-parallel mesh, which is the same number for all of them, instead of 0.
 
     The context starts from the same state each time: in a training loop, enter it once around all steps, or give each
-    step a seed of its own. Enter it outside of compiled functions, where it would break the graph. Threads share
-    PyTorch's generators, so one at a time can use it.
+    step a seed of its own. Enter it outside of compiled functions, because inside it would break the graph. Threads
+    share PyTorch's generators, so only one at a time can use it.
 
     Args:
         seed: any integer.
         rank: a number for this process, from 0 on; processes that give the same number draw the same. If None, the rank
-            of this process in torch.distributed's default group on entering, and 0 where there is none.
+            of this process in torch.distributed's default group on entering, and 0 if there is none.
 
     Raises:
         TypeError: `seed` or `rank` is no integer.

@@ -1,4 +1,4 @@
-"""Aids that make dropout debuggable: what is wrong with it, whether training works, what it does."""
+"""Aids that make dropout debuggable: mistakes in its use, a check that training works, measures of its effect."""
 
 from .audit import Audit, Finding, audit
 from .cost import CostCheck, check_cost_decreases

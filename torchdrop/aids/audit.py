@@ -1,4 +1,4 @@
-"""`audit`: what is wrong, or likely wrong, with a model's dropout, found by running it."""
+"""`audit`: everything that is wrong, or likely wrong, with a model's dropout, found by running it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .flow import Call, Flow, leaves
 from .realized_rate import RealizedRate, mask_of_layer, measured, zeroes
 
 _PROBE = 0.123456789
-"""A rate that no one chooses, to see which calls follow the rates that have a name."""
+"""A rate that no one chooses. It shows which calls follow the rates that have a name."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Finding:
     """Something that is wrong, or likely wrong.
 
     Args:
-        code: what it is, for programs: "active in eval mode", "before batch norm", "on the output", "two in a row",
+        code: its kind, for programs: "active in eval mode", "before batch norm", "on the output", "two in a row",
             "rate 0", "rate 1", "ignores training", "rate captured elsewhere", "realized rate" or "never called".
-        module: where.
-        message: what was seen, and what to do.
+        module: the name of the module.
+        message: the observation, and a remedy.
     """
 
     code: str
@@ -42,18 +42,18 @@ class Finding:
 
 @dataclass(frozen=True)
 class Audit:
-    """What `audit` found. Printing it gives a table.
+    """The result of `audit`. It prints as a table.
 
     Args:
-        findings: empty if nothing is wrong.
-        calls: every call that drops in train mode, with its rate and how many elements it really kept.
+        findings: the findings; empty if nothing is wrong.
+        calls: every call that drops in train mode, with its rate and the fraction of elements that it really kept.
     """
 
     findings: list[Finding]
     calls: list[Call]
 
     def of(self, code: str) -> list[str]:
-        """The modules with a finding of this code."""
+        """Returns the modules with a finding of this code."""
         return [finding.module for finding in self.findings if finding.code == code]
 
     def __str__(self) -> str:
@@ -78,17 +78,17 @@ class Audit:
 def audit(model: nn.Module, example_input: Any) -> Audit:
     """Runs a model in train and in eval mode and reports what is wrong, or likely wrong, with its dropout.
 
-    Found are: randomness that is on in eval mode, and functional dropout that ignores `training`; dropout whose output
-    batch normalization takes, as it is or through one linear map (its variance then differs between training and eval
+    It finds randomness that is on in eval mode, and functional dropout that ignores `training`; dropout whose output
+    goes to batch normalization, directly or through one linear map (its variance then differs between training and eval
     mode: Li et al.); dropout on the model's output; two dropouts in a row; rates of 0 or 1 left in; rates that are
-    constants in a forward, so that no name reaches them; dropout layers that are never called; and layers that keep
-    another share of elements than they say. The model is run a few times, and afterwards its flags, buffers, rates and
+    constants in a forward, which no name refers to; dropout layers that are never called; and layers that keep another
+    share of elements than their rate says. The model is run a few times, and afterwards its flags, buffers, rates and
     random states are as before.
 
     Args:
         model: any module, neither compiled nor scripted.
-        example_input: what to call it with: a tensor, a tuple or list of arguments, or a mapping of named ones. A few
-            rows are enough.
+        example_input: the arguments of a call: a tensor, a tuple or list of arguments, or a mapping of named ones. A
+            few rows are enough.
 
     Returns:
         The findings, as text and as plain data, and each call's realized keep rate against the nominal one. A realized
@@ -96,7 +96,7 @@ def audit(model: nn.Module, example_input: Any) -> Audit:
 
     Raises:
         TypeError: `model` is no module, or a compiled or scripted one, whose calls cannot be seen.
-        ValueError: a module in it gets its parameters from its first call, which has not been made.
+        ValueError: a module in it gets its parameters in its first call, which has not been made.
 
     References:
         Li, Chen, Hu and Yang, "Understanding the Disharmony between Dropout and Batch Normalization by Variance Shift",
@@ -113,28 +113,28 @@ def audit(model: nn.Module, example_input: Any) -> Audit:
     check_model(model)
     _refuse_lazy(model)
     inputs = Inputs.of(example_input, None)
-    found = list(_left_on(model))
+    found = list(_find_modules_in_train_mode(model))
     with torch.enable_grad(), random_state(), own_generators(model), undisturbed(model.modules()):
         with _following(model, measure=True, training=True) as flow:
             output = inputs.copy().call(model)
         with _following(model, measure=False, training=False) as at_rest:
             first, second = inputs.copy().call(model), inputs.copy().call(model)
-        with _probed(rate_sites(model)), _following(model, measure=False, training=True) as probed:
+        with _with_other_rates(rate_sites(model)), _following(model, measure=False, training=True) as probed:
             inputs.copy().call(model)
         with flags(model, lambda _: True):
             calls = _with_layers(model, flow)
     noisy = not all(map(torch.equal, leaves(first), leaves(second)))
-    found += _active(at_rest.calls, noisy)
-    found += _extreme(rate_sites(model))
-    found += _normalized(flow)
+    found += _find_calls_on_in_eval(at_rest.calls, noisy)
+    found += _find_rates_of_0_and_1(rate_sites(model))
+    found += _find_dropout_before_norm(flow)
     found += [
         Finding("on the output", name, "Its output is the model's output: predictions are zeroed. Leave it out.")
         for name in flow.dropped_outputs(output)
     ]
-    found += _in_a_row(flow.calls)
-    found += _captured(flow.calls, probed.calls)
-    found += _never_called(model, flow.ran | at_rest.ran, probed.calls)
-    found += _unlikely(calls)
+    found += _find_two_in_a_row(flow.calls)
+    found += _find_captured_rates(flow.calls, probed.calls)
+    found += _find_never_called(model, flow.ran | at_rest.ran, probed.calls)
+    found += _find_unlikely_rates(calls)
     return Audit(list(dict.fromkeys(found)), [call for call in calls if call.on])
 
 
@@ -148,15 +148,15 @@ def _refuse_lazy(model: nn.Module) -> None:
 
 @contextmanager
 def _following(model: nn.Module, measure: bool, training: bool) -> Iterator[Flow]:
-    """Normalization with running statistics stays in eval mode: a single row would be refused otherwise."""
+    """Follows forwards. Normalization with running statistics stays in eval mode: it would refuse a single row."""
     flow = Flow(model, measure)
     with flags(model, lambda m: training and not hasattr(m, "running_mean")), flow.follow(model):
         yield flow
 
 
 @contextmanager
-def _probed(found: list[RateSite]) -> Iterator[None]:
-    """Every rate that has a name is another one within."""
+def _with_other_rates(found: list[RateSite]) -> Iterator[None]:
+    """Within the context, every rate that has a name is another one."""
     states = [site.state() for site in found]
     try:
         for site in found:
@@ -168,7 +168,7 @@ def _probed(found: list[RateSite]) -> Iterator[None]:
 
 
 def _with_layers(model: nn.Module, flow: Flow) -> list[Call]:
-    """The calls of a forward, in which those of dropout layers have the layer's rate and the share that it keeps."""
+    """Returns the calls of a forward; those of dropout layers with the layer's rate and the share that it keeps."""
     calls = list(flow.calls)
     for name, layer in model.named_modules():
         input = flow.ran.get(layer)
@@ -184,7 +184,7 @@ def _with_layers(model: nn.Module, flow: Flow) -> list[Call]:
     return calls
 
 
-def _left_on(model: nn.Module) -> Iterator[Finding]:
+def _find_modules_in_train_mode(model: nn.Module) -> Iterator[Finding]:
     for name, module in model.named_modules():
         holds = any(site.module is module for site in rate_sites(model))
         if holds and module.training and not model.training:
@@ -204,7 +204,7 @@ def _ignores_eval(module: nn.Module) -> bool:
         return module.eval().training
 
 
-def _active(calls: Iterable[Call], noisy: bool) -> Iterator[Finding]:
+def _find_calls_on_in_eval(calls: Iterable[Call], noisy: bool) -> Iterator[Finding]:
     for call in calls:
         if call.on and call.flagged:
             if noisy and call.kind in ("uniform", "bernoulli"):  # the rest is noise of a model's own, as in a VAE
@@ -215,7 +215,7 @@ def _active(calls: Iterable[Call], noisy: bool) -> Iterator[Finding]:
             yield Finding("ignores training", call.module, message)
 
 
-def _extreme(found: Iterable[RateSite]) -> Iterator[Finding]:
+def _find_rates_of_0_and_1(found: Iterable[RateSite]) -> Iterator[Finding]:
     for site in found:
         if site.attribute and not isinstance(site.module, nn.RNNBase | nn.MultiheadAttention):
             continue
@@ -230,7 +230,7 @@ def _extreme(found: Iterable[RateSite]) -> Iterator[Finding]:
             yield Finding("rate 1", site.name, message)
 
 
-def _normalized(flow: Flow) -> Iterator[Finding]:
+def _find_dropout_before_norm(flow: Flow) -> Iterator[Finding]:
     for name, dropout, through in flow.normalized:
         way = f"by way of {through}, " if through else "directly, "
         message = (
@@ -240,7 +240,7 @@ def _normalized(flow: Flow) -> Iterator[Finding]:
         yield Finding("before batch norm", name, message)
 
 
-def _in_a_row(calls: Iterable[Call]) -> Iterator[Finding]:
+def _find_two_in_a_row(calls: Iterable[Call]) -> Iterator[Finding]:
     for call in calls:
         if call.on and not call.flagged and call.after is not None:
             before = call.after or "(model)"
@@ -256,8 +256,8 @@ def _rates(calls: Iterable[Call]) -> dict[tuple[str, str], set[float]]:
     return found
 
 
-def _captured(calls: Iterable[Call], probed: Iterable[Call]) -> Iterator[Finding]:
-    """Calls whose rate stays what it was when every rate that has a name is another."""
+def _find_captured_rates(calls: Iterable[Call], probed: Iterable[Call]) -> Iterator[Finding]:
+    """Finds calls whose rate stays the same when every rate that has a name is another."""
     before = _rates(calls)
     for (module, kind), rates in _rates(probed).items():
         for rate in sorted(rates & before.get((module, kind), set())):
@@ -268,10 +268,10 @@ def _captured(calls: Iterable[Call], probed: Iterable[Call]) -> Iterator[Finding
             yield Finding("rate captured elsewhere", module, message)
 
 
-def _never_called(model: nn.Module, ran: Mapping[nn.Module, Any], probed: Iterable[Call]) -> Iterator[Finding]:
-    """Layers that no forward calls, and whose rate no function around them is given.
+def _find_never_called(model: nn.Module, ran: Mapping[nn.Module, Any], probed: Iterable[Call]) -> Iterator[Finding]:
+    """Finds layers that no forward calls, and whose rate no function around them is given.
 
-    Some variants are used by other methods than their forward, so only those are looked at that have no others.
+    Some variants are used by methods other than their forward, so it looks only at layers that have no such methods.
     """
     users = {call.module for call in probed if call.rate is not None and abs(call.rate - _PROBE) < 1e-6}
     for name, module in model.named_modules():
@@ -281,7 +281,7 @@ def _never_called(model: nn.Module, ran: Mapping[nn.Module, Any], probed: Iterab
             yield Finding("never called", name, message)
 
 
-def _unlikely(calls: Iterable[Call]) -> Iterator[Finding]:
+def _find_unlikely_rates(calls: Iterable[Call]) -> Iterator[Finding]:
     for call in calls:
         if call.unlikely:
             assert call.rate is not None

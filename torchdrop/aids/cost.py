@@ -1,4 +1,4 @@
-"""`check_cost_decreases`: with the noise off, and again with the masks held still, training must lower the cost."""
+"""`check_cost_decreases`: with the noise off, and again with fixed masks, training must lower the cost."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Descent:
     """The costs of some iterations of training.
 
     Args:
-        name: what was done about dropout meanwhile.
-        costs: before the first iteration and after each.
+        name: the state of dropout during them.
+        costs: the cost before the first iteration and after each.
         rises: the iterations, from 1, after which the cost had not fallen.
-        problem: why the costs say nothing; "" if they do.
+        problem: the reason why the costs show nothing; "" if they do.
     """
 
     name: str
@@ -60,11 +60,11 @@ class Descent:
 
 @dataclass(frozen=True)
 class CostCheck:
-    """What `check_cost_decreases` found. Printing it says what to do.
+    """The result of `check_cost_decreases`. It prints as text that says what to do.
 
     Args:
-        off: with dropout off.
-        frozen: with dropout on and the masks frozen; None if the model has no dropout.
+        off: the iterations with dropout off.
+        frozen: those with dropout on and the masks frozen; None if the model has no dropout.
     """
 
     off: Descent
@@ -100,23 +100,23 @@ def check_cost_decreases(
     seed: int = 0,
     restore: Sequence[Any] = (),
 ) -> CostCheck:
-    """Trains for some iterations with dropout off, and again with frozen masks, and tells where the cost did not fall.
+    """Trains for some iterations with dropout off, and again with frozen masks, and says where the cost did not fall.
 
-    With dropout on, the cost is another function at every iteration, and its curve says little about whether training
-    works. With keep_prob 1 it must fall at every iteration of gradient descent with a small enough learning rate, and
-    with the masks frozen too, as by `frozen_masks`, functional dropout and torch.nn's layers included. Both runs start
+    With dropout on, the cost is another function at every iteration, and its curve hardly shows whether training works.
+    With keep_prob 1 it must fall at every iteration of gradient descent with a small enough learning rate. So it must
+    with masks frozen as by `frozen_masks`, including those of functional dropout and torch.nn's layers. Both runs start
     from the parameters as they are. Afterwards everything is as it was: parameters, gradients, buffers, training flags,
     rates, random states, and the state of every optimizer of the parameters.
 
     Args:
         model: in train or eval mode; it is trained in train mode.
-        cost: gives the cost of the model on some fixed data, without arguments: ``lambda: loss(model(x), y)``.
+        cost: returns the cost of the model on some fixed data, without arguments: ``lambda: loss(model(x), y)``.
         step: makes one iteration of training on the same data: ``optimizer.zero_grad(); cost().backward();
             optimizer.step()``. With other data at each iteration the cost need not fall.
-        iterations: how many.
-        tolerance: how much the cost may rise in an iteration, as a fraction of it.
-        seed: of the frozen masks.
-        restore: further objects with state_dict and load_state_dict to put back, such as a learning-rate scheduler.
+        iterations: the number of iterations.
+        tolerance: the largest rise of the cost in an iteration, as a fraction of it.
+        seed: the seed of the frozen masks.
+        restore: further objects with state_dict and load_state_dict to restore, such as a learning-rate scheduler.
 
     Returns:
         The costs and the iterations at which they did not fall: ``decreases``, ``off.rises``, ``frozen.rises``.
@@ -124,7 +124,7 @@ def check_cost_decreases(
     Raises:
         TypeError: an argument of another type.
         ValueError: fewer than one iteration, or a negative tolerance.
-        RuntimeError: with dropout off two calls of `cost` differ, so it depends on more than the parameters.
+        RuntimeError: with dropout off, two calls of `cost` differ, so it depends on more than the parameters.
 
     References:
         Andrew Ng, "Improving Deep Neural Networks", Coursera 2017, week 1, "Understanding Dropout": to turn dropout off
@@ -148,11 +148,11 @@ def check_cost_decreases(
     """
     original = unwrapped(model)
     _check_arguments(cost, step, iterations, tolerance, seed, restore)
-    with _kept(original, restore), disabled(model):
+    with _restored(original, restore), disabled(model):
         off = _descend("dropout off", cost, step, iterations, tolerance)
     if off.problem:
         raise RuntimeError(off.problem)
-    with _kept(original, restore), _without_generators(original):
+    with _restored(original, restore), _without_generators(original):
         first, second = (_frozen_cost(model, cost, seed + i) for i in range(2))
         if _equal(first, second) and not any(_drops(k) for k in keep_probs(model).values()):
             return CostCheck(off, None)
@@ -191,14 +191,14 @@ def _equal(a: float, b: float) -> bool:
 
 def _frozen_cost(model: nn.Module, cost: Callable[[], Any], seed: int) -> float:
     with frozen_forwards(model, seed):
-        return _number(cost)
+        return _cost_as_number(cost)
 
 
 def _descend(
     name: str, cost: Callable[[], Any], step: Callable[[], object], iterations: int, tolerance: float
 ) -> Descent:
-    costs = [_number(cost)]
-    if not _equal(_number(cost), costs[0]):
+    costs = [_cost_as_number(cost)]
+    if not _equal(_cost_as_number(cost), costs[0]):
         problem = (
             f"two calls of cost() differ with {name}: it must use the same data each time, and what else is random in "
             "it, such as augmentation, has to be off"
@@ -207,15 +207,15 @@ def _descend(
     rises = []
     for iteration in range(1, iterations + 1):
         step()
-        costs.append(_number(cost))
+        costs.append(_cost_as_number(cost))
         before, after = costs[-2:]
         if not (after < before or (tolerance > 0 and after <= before + tolerance * abs(before))):
             rises.append(iteration)
     return Descent(name, costs, rises)
 
 
-def _number(cost: Callable[[], Any]) -> float:
-    value = cost()  # with gradients: the cost may hold some of its own
+def _cost_as_number(cost: Callable[[], Any]) -> float:
+    value = cost()  # with gradients: the cost may compute some of its own
     if isinstance(value, Tensor) and value.numel() == 1:
         return value.item()
     if isinstance(value, numbers.Real):
@@ -226,7 +226,7 @@ def _number(cost: Callable[[], Any]) -> float:
 
 @contextmanager
 def _without_generators(model: nn.Module) -> Iterator[None]:
-    """Layers with a generator of their own draw from PyTorch's, whose state is what is frozen."""
+    """Within the context, layers with a generator of their own draw from PyTorch's, whose state is frozen."""
     own = [(module, module.generator) for module in model.modules() if isinstance(module, Rated)]
     try:
         for module, _ in own:
@@ -238,8 +238,8 @@ def _without_generators(model: nn.Module) -> Iterator[None]:
 
 
 def _optimizers_of(parameters: Iterable[Tensor]) -> list[Optimizer]:
-    """The optimizers that train any of the parameters. `step` holds them, and nothing but their existence tells
-    which."""
+    """Finds the optimizers that train any of the parameters, among all that exist: `step` has them, but does not show
+    them."""
     trained = {id(parameter) for parameter in parameters}
     # By type: to ask other objects for their class may run code of theirs.
     every = [found for found in gc.get_objects() if issubclass(type(found), Optimizer)]
@@ -248,8 +248,8 @@ def _optimizers_of(parameters: Iterable[Tensor]) -> list[Optimizer]:
 
 
 @contextmanager
-def _kept(model: nn.Module, others: Sequence[Any]) -> Iterator[None]:
-    """Puts back all that training changes. Train mode within, unless the model is in it already."""
+def _restored(model: nn.Module, others: Sequence[Any]) -> Iterator[None]:
+    """Restores at the end all that training changes. Within the context, the model is in train mode."""
     optimizers = _optimizers_of(model.parameters())
     every = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     tensors = {id(p): p for p in [*model.parameters(), *every]}.values()

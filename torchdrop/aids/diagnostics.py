@@ -1,7 +1,7 @@
-"""How sparse hidden activations are, and how much features co-adapt: `feature_statistics`.
+"""Measures of the sparsity of hidden activations and of the co-adaptation of features: `feature_statistics`.
 
-These are what Srivastava et al. (JMLR 2014, section 7) look at: with dropout, few units are active at a time, their
-mean activations are lower, and features are of use by themselves instead of making up for each other's mistakes.
+Srivastava et al. (JMLR 2014, section 7) look at these: with dropout, few units are active at a time, their mean
+activations are lower, and features are useful by themselves instead of correcting each other's mistakes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ACTIVATIONS = (
     nn.LogSigmoid, nn.Mish, nn.PReLU, nn.RReLU, nn.ReLU, nn.ReLU6, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus,
     nn.Softshrink, nn.Softsign, nn.Tanh, nn.Tanhshrink, nn.Threshold,
 )  # fmt: skip
-"""The modules whose outputs are taken unless others are named: all element by element, and nn.GLU. No softmax."""
+"""The modules whose outputs are taken by default: all elementwise ones, and nn.GLU, but no softmax."""
 
 BINS = 60
 CHUNK = 1 << 22
@@ -44,27 +44,27 @@ class LayerStatistics:
     """Sparsity and co-adaptation of one layer's units, over data.
 
     Args:
-        name: the module's; with the number of the call, from the second call in a forward on.
-        units: their number: channels of convolutions, otherwise the size of the last dimension.
-        data: how many activations each unit has: rows, times positions.
-        mean_activation: over data and units.
+        name: the module's name; with the number of the call, from the second call in a forward on.
+        units: the number of units: channels of convolutions, otherwise the size of the last dimension.
+        data: the number of activations of each unit: rows, times positions.
+        mean_activation: the mean over data and units.
         zeros: the fraction of activations that are exactly 0.
         dead: the fraction of units that are 0 on all data.
-        sparseness: of each datum over the units, ``(sqrt(n) - |a|_1 / |a|_2) / (sqrt(n) - 1)`` for n units, in the
-            mean over data with an activation that is not 0: 0 if all units are equally active, 1 if one is (Hoyer,
-            JMLR 5, 2004, section 3.1).
+        sparseness: ``(sqrt(n) - |a|_1 / |a|_2) / (sqrt(n) - 1)`` for each datum over n units, and then the mean over
+            data with an activation that is not 0: 0 if all units are equally active, 1 if only one is (Hoyer, JMLR 5,
+            2004, section 3.1).
         correlation: the mean |correlation| between two different units, of those that vary: 0 if they are
             uncorrelated, 1 if each is a linear function of each other.
-        constant: how many units have one value on all data, and are left out of `correlation`.
+        constant: the number of units that have one value on all data, and are left out of `correlation`.
         effective_features: the participation ratio ``(sum l)^2 / sum l^2`` of the eigenvalues l of the units'
             covariance: from 1, if all vary along one direction, to the number of units, if they vary equally and
             independently (Gao et al., bioRxiv 214262, 2017).
         unit_means: the mean activation of each unit, of shape (units,).
-        counts: of activations in bins of equal width.
-        edges: of the bins, one more.
+        counts: the numbers of activations in bins of equal width.
+        edges: the edges of the bins, one more.
 
-    What is not defined is NaN: the sparseness of a single unit or of zeros alone, the correlation of fewer than two
-    units that vary, the effective features of units that do not vary.
+    Undefined values are NaN: the sparseness of a single unit or of only zeros, the correlation of fewer than two units
+    that vary, the effective features of units that do not vary.
     """
 
     name: str
@@ -84,7 +84,7 @@ class LayerStatistics:
 
 @dataclass(frozen=True)
 class FeatureStatistics:
-    """What `feature_statistics` found, layer by layer in the order in which they ran.
+    """The result of `feature_statistics`, layer by layer in the order in which they ran.
 
     Args:
         layers: one for each call of each layer.
@@ -93,7 +93,7 @@ class FeatureStatistics:
     layers: tuple[LayerStatistics, ...]
 
     def __getitem__(self, name: str) -> LayerStatistics:
-        """The statistics of the layer of that name.
+        """Returns the statistics of the layer of that name.
 
         Raises:
             KeyError: there is none.
@@ -104,7 +104,7 @@ class FeatureStatistics:
         raise KeyError(f"{name!r}: there are {', '.join(layer.name for layer in self.layers)}")
 
     def rows(self) -> list[dict[str, Any]]:
-        """A plain dict of numbers for each layer, for tables."""
+        """Returns a plain dict of numbers for each layer, for tables."""
         names = [name for name in LayerStatistics.__annotations__ if name not in ("unit_means", "counts", "edges")]
         return [{name: getattr(layer, name) for name in names} for layer in self.layers]
 
@@ -126,7 +126,7 @@ class FeatureStatistics:
         return "\n".join(lines)
 
     def plot(self, ax: Any = None, *, of: Quantity = "mean activations", label: str = "") -> Any:
-        """A histogram for each layer, as in figure 8 of Srivastava et al. (2014).
+        """Plots a histogram for each layer, as in figure 8 of Srivastava et al. (2014).
 
         Call it again with the same Axes to compare models; give each its label.
 
@@ -134,7 +134,7 @@ class FeatureStatistics:
             ax: the Axes to draw on; new ones if None.
             of: "mean activations", one of each unit; or "activations", of all units on all data, on a logarithmic
                 scale, as zeros are many. Each histogram has area 1, whatever its bins, so they can be compared.
-            label: what stands before the layers' names in the legend, for example the model's name.
+            label: the text before the layers' names in the legend, for example the model's name.
 
         Returns:
             The Axes.
@@ -158,7 +158,7 @@ class FeatureStatistics:
         return ax
 
     def _means_of(self, layer: LayerStatistics) -> tuple[Tensor, Tensor]:
-        """The histogram of a layer's mean activations, in bins that all layers have in common."""
+        """Returns the histogram of a layer's mean activations, in bins that all layers have in common."""
         means = torch.cat([one.unit_means for one in self.layers])
         return _histogram(layer.unit_means, means.min().item(), means.max().item(), 30)
 
@@ -166,19 +166,19 @@ class FeatureStatistics:
 def feature_statistics(
     model: nn.Module, inputs: Any, layers: str | Sequence[str] | None = None, *, dim: int | None = None
 ) -> FeatureStatistics:
-    """Sparsity of the hidden activations and co-adaptation of the features, from one forward in eval mode.
+    """Measures the sparsity of hidden activations and the co-adaptation of features, in one forward in eval mode.
 
-    Compare a model trained with dropout to one trained without: sparser activations, lower means, weaker correlations
-    and more effective features are what dropout is for. See `LayerStatistics` for the definitions.
+    Compare a model trained with dropout to one trained without: dropout should make activations sparser, means lower,
+    correlations weaker and effective features more. See `LayerStatistics` for the definitions.
 
     Args:
-        model: whose layers are looked at. Its training flags stay as they are.
+        model: the model that has the layers. Its training flags stay as they are.
         inputs: some thousand rows of data: a tensor (B, ...), a tuple of positional arguments or a mapping of named
             ones. Estimates of correlation need more rows than there are units.
         layers: names of modules whose outputs are taken, or glob patterns for them (``"features.*"``). If None, those
-            of all activations that are modules (`ACTIVATIONS`); what a forward calls as a function has no name.
-        dim: the dimension of the outputs that counts units; all others count data. If None, the channels where the
-            output has the number of dimensions that the last convolution before it gives, and the last one elsewhere.
+            of all activations that are modules (`ACTIVATIONS`); a function that a forward calls has no name.
+        dim: the dimension of the outputs that counts units; all others count data. If None, the channels if the output
+            has as many dimensions as that of the last convolution before it, and the last dimension otherwise.
 
     Returns:
         Numbers for each layer, a table (``print``) and pictures (``.plot()``).
@@ -226,7 +226,7 @@ def feature_statistics(
 
 
 def _chosen(model: nn.Module, layers: str | Sequence[str] | None) -> dict[str, nn.Module]:
-    """The modules to look at, by name.
+    """Returns the modules to look at, by name.
 
     Raises:
         TypeError, ValueError: as `feature_statistics`.
@@ -251,7 +251,7 @@ def _chosen(model: nn.Module, layers: str | Sequence[str] | None) -> dict[str, n
 def _observed(
     model: nn.Module, chosen: Mapping[str, nn.Module], dim: int | None, found: list[LayerStatistics]
 ) -> Iterator[None]:
-    """Within it, the model is in eval mode, and each output of the chosen modules is measured as it is made."""
+    """Within the context, the model is in eval mode, and each output of the chosen modules is measured at once."""
     calls: Counter[str] = Counter()
     spatial = 0  # dimensions behind the channels, after the last layer that decides about them
 
@@ -283,7 +283,7 @@ def _observed(
 
 
 def _statistics(name: str, rows: Tensor) -> LayerStatistics:
-    """The measures of activations (data, units)."""
+    """Returns the measures of activations (data, units)."""
     data, units = rows.shape
     if data < 2 or not units:
         raise ValueError(f"{name} must have units with at least 2 activations each, got {units} with {data}")
@@ -324,7 +324,7 @@ def _statistics(name: str, rows: Tensor) -> LayerStatistics:
 
 
 def _sparseness(rows: Tensor) -> Tensor:
-    """Hoyer's measure of each row that is not 0."""
+    """Returns Hoyer's measure of each row that is not 0."""
     rows = rows[(rows != 0).any(1)]
     rows = rows / rows.abs().amax(1, keepdim=True)
     root = math.sqrt(rows.shape[1])
@@ -332,7 +332,7 @@ def _sparseness(rows: Tensor) -> Tensor:
 
 
 def _mean_correlation(covariance: Tensor, spread: Tensor) -> float:
-    """The mean absolute correlation of different units."""
+    """Returns the mean absolute correlation of different units."""
     n = len(spread)
     if n < 2:
         return math.nan
@@ -341,7 +341,7 @@ def _mean_correlation(covariance: Tensor, spread: Tensor) -> float:
 
 
 def _participation(covariance: Tensor) -> float:
-    """(sum l)^2 / sum l^2 of the eigenvalues l: the squares of trace and Frobenius norm give both without them."""
+    """Returns (sum l)^2 / sum l^2 of the eigenvalues l, from the squares of trace and Frobenius norm."""
     if not len(covariance):
         return math.nan
     scaled = covariance / covariance.diagonal().max()
@@ -349,7 +349,7 @@ def _participation(covariance: Tensor) -> float:
 
 
 def _histogram(values: Tensor, least: float, most: float, bins: int) -> tuple[Tensor, Tensor]:
-    """Counts in bins of equal width from `least` to `most`, and the edges. A single value has bins around it."""
+    """Returns counts in equal bins from `least` to `most`, and the edges. A single value has bins around it."""
     if least == most:
         half = max(abs(least), 1.0) / 2
         least, most = least - half, most + half

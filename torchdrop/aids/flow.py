@@ -1,5 +1,5 @@
-"""A handler that follows dropout through a forward: which calls drop, at which rate, and what comes before and
-after."""
+"""A handler that follows dropout through a forward: the calls that drop, their rates, and the modules before and after
+them."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class Call:
         is_layer: whether the module is a dropout layer.
         rate: the probability of dropping, if it is known.
         on: whether the call drops anything.
-        flagged: whether it draws a plain random tensor, whatever that is for.
-        after: the module whose dropout gave the call's input, as it came or reshaped; None if none did.
+        flagged: whether it draws a plain random tensor, for any purpose.
+        after: the module whose dropout made the call's input, as it is or reshaped; None if none did.
         realized: the fraction of elements kept in `draws` draws; None if it was not measured.
     """
 
@@ -56,15 +56,15 @@ class Call:
 
     @property
     def unlikely(self) -> bool:
-        """Whether dropout at its rate would keep another share with a probability of all but 1e-9."""
+        """Whether dropout at its rate would keep such a share with a probability below 1e-9."""
         return self.rate is not None and RealizedRate(self.realized, self.draws).unlikely(self.rate)
 
 
 @dataclass(frozen=True)
 class _Followed:
-    """A tensor that holds what a module's dropout gave, maybe by way of a linear map, named then.
+    """A tensor that has the output of a module's dropout, or of a linear map after it, which is then named.
 
-    It does so as long as the tensor's version is this one: an operation in place makes it another.
+    This holds as long as the tensor's version is this one: an operation in place changes it.
     """
 
     dropout: str
@@ -73,16 +73,16 @@ class _Followed:
 
 
 class Flow(Handler):
-    """Lets a forward happen and follows what its dropout gives.
+    """Lets a forward happen and follows the outputs of its dropout.
 
     Args:
-        model: that runs.
+        model: the model that runs.
         measure: whether the shares that functions keep are measured, by calls of them on ones.
 
     Attributes:
-        calls: that drop or draw, in order.
-        normalized: for each batch normalization of a dropout's output (its module, the dropout, the linear map
-            between).
+        calls: the calls that drop or draw, in order.
+        normalized: (its module, the dropout, the linear map between) for each batch normalization of a dropout's
+            output.
         ran: the modules that were called, each dropout layer with its first input.
     """
 
@@ -96,7 +96,7 @@ class Flow(Handler):
         self._args: tuple[Any, ...] = ()
         self._kwargs: dict[str, Any] = {}
         self._traces: dict[int, _Followed] = {}
-        self._alive: list[Tensor] = []  # an id is a tensor's only as long as it lives
+        self._alive: list[Tensor] = []  # an id belongs to a tensor only as long as that exists
 
     @contextmanager
     def follow(self, model: nn.Module) -> Iterator[None]:
@@ -122,7 +122,7 @@ class Flow(Handler):
                 handle.remove()
 
     def dropped_outputs(self, output: Any) -> list[str]:
-        """The modules whose dropout gave a part of what the model returns."""
+        """Returns the modules whose dropout made a part of the model's output."""
         traces = [self._trace(leaf) for leaf in leaves(output)]
         return sorted({trace.dropout for trace in traces if trace is not None and not trace.through})
 
@@ -183,7 +183,7 @@ class Flow(Handler):
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The tensor that a call works on."""
+    """Returns the tensor that a call works on."""
     return next((a for a in (kwargs.get("input"), *args, *kwargs.values()) if isinstance(a, Tensor)), None)
 
 
@@ -196,7 +196,7 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def leaves(output: Any) -> Iterator[Tensor]:
-    """The tensors in what a model returns, within sequences, mappings and dataclasses."""
+    """Yields the tensors in a model's output, within sequences, mappings and dataclasses."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, Mapping):

@@ -2,8 +2,8 @@
 
     w_u <- w_u min(1, c / |w_u|)   for each unit u, with w_u its incoming weights
 
-is the projection onto the ball of radius c (Srivastava et al., JMLR 2014, section 5.1). It lets dropout be trained
-with a large learning rate, without the weights blowing up. Norms are found without overflow or underflow.
+is the projection onto the ball of radius c (Srivastava et al., JMLR 2014, section 5.1). It allows training with dropout
+at a large learning rate, without weights that grow without bound. Norms are computed without overflow or underflow.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NORMALISATIONS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _NormBase)
 """Their weights are gains of single elements, whatever their shape."""
 
 SLACK = 4
-"""A norm counts as within the bound up to so many units of roundoff, so that what was rescaled once stays as it is."""
+"""A norm counts as within the bound up to so many units of roundoff, so that rescaled weights stay as they are."""
 
 BLOCK = 256
 
@@ -35,29 +35,29 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 def max_norm(module: ModuleT, c: float, dim: int | None = None, *, name: str = "weight") -> ModuleT:
     """Constrains the norm of each unit's incoming weights to c, as a parametrization of a layer or a whole model.
 
-    ``w_u = v_u min(1, c / |v_u|)``, where v is what is trained. Units whose norm is at most c have their weights bit
-    for bit, and gradients as without the constraint; of the others the optimizer sees the direction alone. The state
-    dict holds v, as ``parametrizations.weight.original`` in place of ``weight``, which may be longer than c.
+    ``w_u = v_u min(1, c / |v_u|)``, where v is trained. Units whose norm is at most c have their weights bit for bit,
+    and gradients as without the constraint; the gradient of the others is that of their direction only. The state dict
+    has v, as ``parametrizations.weight.original`` in place of ``weight``, whose norm may exceed c.
     ``torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")`` undoes it and leaves w.
 
     Args:
-        module: a layer, or a model: then it applies to the weight of each linear layer, convolution, embedding and the
-            like in it, that is to each parameter of that name with two dimensions or more. The weights of normalization
+        module: a layer, or a model: then it applies to the weight of each linear layer, convolution, embedding and so
+            on in it, that is to each parameter of that name with two dimensions or more. The weights of normalization
             layers and parameters of one dimension, such as biases, are left alone; so are others' names, such as
             ``in_proj_weight`` of nn.MultiheadAttention. Tied weights stay tied.
         c: the largest norm, in the units of the weights; 2 to 4 are usual.
         dim: the dimension of the weight that counts units, as in torch.renorm. If None, the one that counts output
             channels, for each group, in transposed convolutions, and 0 in everything else. For an embedding these are
             the rows, as with ``nn.Embedding(max_norm=)``.
-        name: of the parameter.
+        name: the name of the parameter.
 
     Returns:
         The module itself.
 
     Raises:
         TypeError: an argument of another type.
-        ValueError: c that is not positive and finite, a dim that a weight lacks, a module without such a parameter, one
-            that is lazy, or one that is under a maximum norm already. Nothing is changed then.
+        ValueError: `c` is not positive and finite, a weight lacks `dim`, or the module has no such parameter, one that
+            is lazy, or one that is under a maximum norm already. Nothing is changed then.
 
     References:
         Srebro, Shraibman, "Rank, trace-norm and max-norm", COLT 2005; Srivastava et al., JMLR 15, 2014, section 5.1.
@@ -85,7 +85,7 @@ def max_norm(module: ModuleT, c: float, dim: int | None = None, *, name: str = "
 
 @torch.no_grad()
 def max_norm_(module: nn.Module, c: float, dim: int | None = None, *, name: str = "weight") -> int:
-    """Rescales, in place, the incoming weights of each unit whose norm exceeds c: what follows ``optimizer.step()``.
+    """Rescales, in place, the incoming weights of each unit whose norm exceeds c. Call it after ``optimizer.step()``.
 
     ``w_u <- w_u min(1, c / |w_u|)``. Weights within the bound, and those with NaN or infinity, stay bit for bit. It
     reads the weights once, and writes those of layers with a unit that is over.
@@ -94,7 +94,7 @@ def max_norm_(module: nn.Module, c: float, dim: int | None = None, *, name: str 
         module, c, dim, name: as in `max_norm`.
 
     Returns:
-        How many units were rescaled.
+        The number of units that were rescaled.
 
     Raises:
         TypeError: an argument of another type.
@@ -124,21 +124,21 @@ def max_norm_(module: nn.Module, c: float, dim: int | None = None, *, name: str 
 
 
 class Units(NamedTuple):
-    """Where in a weight the units are counted: along `dim`, in each of the groups along dimension 0."""
+    """The units of a weight: they are counted along `dim`, in each of the groups along dimension 0."""
 
     dim: int
     groups: int
 
     def split(self, weight: Tensor) -> Tensor:
-        """A view in which dimension 0 counts the groups."""
+        """Returns a view in which dimension 0 counts the groups."""
         return weight.unflatten(0, (self.groups, -1))
 
     def rows(self, split: Tensor) -> Tensor:
-        """Each unit's incoming weights: (units, weights). A view where there can be one."""
+        """Returns each unit's incoming weights: (units, weights). It is a view if possible."""
         return split.movedim(self.dim + 1, 1).flatten(0, 1).flatten(1)
 
     def spread(self, values: Tensor, split: Tensor) -> Tensor:
-        """A value for each unit, in the shape that multiplies `split`."""
+        """Returns a value for each unit, in the shape that multiplies `split`."""
         ones = (1,) * (split.dim() - 2)
         return values.reshape(self.groups, -1, *ones).movedim(1, self.dim + 1)
 
@@ -148,7 +148,7 @@ class MaxNorm(nn.Module):
 
     Args:
         c: the largest norm.
-        units: where the weight counts them.
+        units: the units of the weight.
     """
 
     def __init__(self, c: float, units: Units) -> None:
@@ -162,7 +162,7 @@ class MaxNorm(nn.Module):
         return _projected(weight, self.c, self.units)[0]
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """What is stored when a weight is assigned; reading it constrains it."""
+        """Returns the tensor to store when a weight is assigned; reading constrains it."""
         return weight
 
     def extra_repr(self) -> str:
@@ -188,7 +188,7 @@ def _checked(c: Any, dim: Any, name: Any) -> float:
 
 
 def _weights(module: Any, dim: int | None, name: str) -> Iterator[_Weight]:
-    """The weights that the constraint is for.
+    """Yields the weights that the constraint is for.
 
     Raises:
         TypeError, ValueError: as `max_norm`.
@@ -236,7 +236,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _norms(rows: Tensor) -> Tensor:
-    """The norm of each row, in float32 at least, as a tree: one long sum would lose digits."""
+    """Returns the norm of each row, in float32 at least, summed as a tree: one long sum would lose digits."""
     wide = _wide(rows.dtype)
     while rows.shape[1] > BLOCK:
         whole = rows.shape[1] // BLOCK * BLOCK
@@ -248,20 +248,20 @@ def _norms(rows: Tensor) -> Tensor:
 
 
 def _projected(weight: Tensor, c: float, units: Units) -> tuple[Tensor, Tensor]:
-    """The weight within the bound, and which units were over. Differentiable, and exact for weights of any size."""
+    """Returns the weight within the bound, and the units that were over. Differentiable, and exact at any size."""
     split = units.split(weight).to(_wide(weight.dtype))
     peaks = units.rows(split.detach()).abs().amax(1)
     alive = (peaks > 0) & peaks.isfinite()
     peaks = torch.where(alive, peaks, 1)
-    # What is not chosen in the end is made harmless before it is divided: a gradient of 0 times infinity is NaN.
+    # Values that are not chosen in the end are replaced before the division: a gradient of 0 times infinity is NaN.
     scaled = torch.where(units.spread(alive, split), split / units.spread(peaks, split), 1)
     norms = _norms(units.rows(scaled))
-    over = alive & (norms > c / peaks * _slack(weight.dtype))
+    over = alive & (norms > c / peaks * _relative_tolerance(weight.dtype))
     shrunk = scaled * units.spread(c / norms, split)
     return torch.where(units.spread(over, split), shrunk, split).flatten(0, 1).to(weight.dtype), over
 
 
-def _slack(dtype: torch.dtype) -> float:
+def _relative_tolerance(dtype: torch.dtype) -> float:
     return 1 + SLACK * torch.finfo(dtype).eps
 
 
@@ -275,7 +275,7 @@ def _rescale(weight: Tensor, c: float, units: Units) -> int:
         projected, over = _projected(weight, c, units)
         weight.copy_(projected)
         return int(over.sum())
-    over = norms > c * _slack(weight.dtype)
+    over = norms > c * _relative_tolerance(weight.dtype)
     count = int(over.sum())
     if count:
         split.mul_(units.spread(torch.where(over, c / norms, 1), split))

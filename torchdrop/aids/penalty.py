@@ -7,9 +7,9 @@ order in the gates, the loss without dropout plus
 
 with z_i the outputs of row i and H_i the Hessian of its loss in them. For a mask element u whose positions v carry
 activations h_v, dz_i / dg_u = sum_v h_v dz_i / dh_v. Terms with the curvature of the network are left out, as in the
-generalized Gauss-Newton matrix. What is left is exact for a linear model under squared error, where with one weight
-vector w it is (1 - k) / k sum_j w_j^2 sum_i x_ij^2. Elsewhere the remainder is of third order in what a dropped element
-adds to z (of fourth at k = 1/2), whatever k: a rare drop is still a whole one.
+generalized Gauss-Newton matrix. The result is exact for a linear model under squared error, where with one weight
+vector w it is (1 - k) / k sum_j w_j^2 sum_i x_ij^2. Elsewhere the remainder is of third order in a dropped element's
+contribution to z (of fourth at k = 1/2), whatever k: a rare drop is still a whole one.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ class EquivalentL2:
     """The penalty of a model's dropout on some inputs.
 
     Args:
-        total: over all layers; a scalar in the unit of the loss, which can be added to a loss and differentiated.
-        by_layer: that of each dropout layer, by name; they add up to the total.
+        total: the sum over all layers; a scalar in the unit of the loss, which can be added to a loss and
+            differentiated.
+        by_layer: the penalty of each dropout layer, by name; they add up to the total.
         left_out: modules that draw inside themselves, such as attention with dropout, whose share is not in the total.
     """
 
@@ -67,7 +68,7 @@ class EquivalentL2:
 def equivalent_l2(
     module: nn.Module, inputs: Any, *, keep_prob: Probability | None = None, loss: Loss = "squared"
 ) -> EquivalentL2:
-    """The adaptive L2 penalty that dropout amounts to, for a linear model, or per layer for a network.
+    """Returns the adaptive L2 penalty that dropout amounts to, for a linear model, or per layer for a network.
 
     ``R = 1/2 sum_u (1 - k) / k sum_i (dz_i / dg_u)^T H_i (dz_i / dg_u)``, as this file's beginning explains: the
     expected loss with dropout less the loss without, to second order. It is exact for linear models under squared error
@@ -76,16 +77,16 @@ def equivalent_l2(
     the layers. Targets do not enter. At keep_prob 1 it is 0; it grows without bound towards 0.
 
     The module is run once, as in eval mode, whatever its training flags, which stay. One backward pass is made for each
-    output of a row, and two to see that rows do not depend on each other. If they do, as where time comes before the
-    batch, or where a layer's masks are not counted by rows, one is made for each output of each row.
+    output of a row, and two to see that rows do not depend on each other. If they do, for example because time comes
+    before the batch or a layer's masks are not counted by rows, one is made for each output of each row.
 
     Args:
         module: a model with dropout layers, of torchdrop or torch.nn; or one without, with `keep_prob`.
         inputs: a tensor (B, ...), a tuple of positional arguments or a mapping of named ones.
-        keep_prob: probability of keeping of dropout on the inputs, element by element, of a module that has no dropout
-            layer: a number, or a tensor that broadcasts against the inputs.
-        loss: of the outputs z, summed over all of them. "squared": (y - z)^2. "bernoulli": logistic loss of logits.
-            "categorical": cross-entropy of logits (B, C, ...). "poisson": exp(z) - y z, the log link.
+        keep_prob: the probability of keeping an element in dropout on the inputs of a module that has no dropout layer:
+            a number, or a tensor that broadcasts against the inputs.
+        loss: a loss of the outputs z, summed over all of them. "squared": (y - z)^2. "bernoulli": logistic loss of
+            logits. "categorical": cross-entropy of logits (B, C, ...). "poisson": exp(z) - y z, the log link.
 
     Returns:
         The penalty, as a total and for each layer, in float32 at least. It is differentiable in the parameters, with
@@ -98,8 +99,7 @@ def equivalent_l2(
         RuntimeError: under torch.inference_mode.
 
     Warns:
-        UserWarning: dropout inside nn.MultiheadAttention or nn.LSTM and the like, which no layer stands for, is left
-            out.
+        UserWarning: dropout inside modules such as nn.MultiheadAttention or nn.LSTM, which is no layer, is left out.
 
     References:
         Srivastava et al., JMLR 15, 2014, section 9.1, for linear regression; Wager, Wang, Liang, "Dropout Training as
@@ -138,7 +138,7 @@ def equivalent_l2(
 
 
 def _checked(module: Any, inputs: Any, loss: Any, keep_prob: Any) -> tuple[nn.Module, Inputs]:
-    """The module, with dropout in front where that is asked for, and its arguments.
+    """Returns the module, with dropout in front if that is asked for, and its arguments.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `equivalent_l2`.
@@ -152,7 +152,7 @@ def _checked(module: Any, inputs: Any, loss: Any, keep_prob: Any) -> tuple[nn.Mo
         )
     if torch.is_inference_mode_enabled():
         raise RuntimeError("equivalent_l2 needs gradients: call it outside torch.inference_mode()")
-    module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper, whose graphs have no place for gates
+    module = getattr(module, "_orig_mod", module)  # without torch.compile's wrapper, whose graphs have no gates
     layers = _layers(module)
     if layers and keep_prob is not None:
         raise TypeError(
@@ -203,7 +203,7 @@ def _check_layer(name: str, layer: _DropoutNd) -> None:
 
 
 def _keep_prob(layer: _DropoutNd) -> Probability:
-    """The probability that the layer's masks really have."""
+    """Returns the probability that the layer's masks really have."""
     return realized(layer.keep_prob) if isinstance(layer, Rated) else 1.0 - layer.p
 
 
@@ -220,9 +220,9 @@ class _Gate(NamedTuple):
     """A call of a dropout layer: ones that multiply its output, in which derivatives are taken.
 
     Args:
-        layer: its name.
-        ones: of the mask's shape.
-        variance: of a gate, (1 - k) / k: a number, or a tensor that broadcasts against the mask.
+        layer: the layer's name.
+        ones: a tensor of ones of the mask's shape.
+        variance: the variance of a gate, (1 - k) / k: a number, or a tensor that broadcasts against the mask.
     """
 
     layer: str
@@ -236,7 +236,7 @@ class _Gate(NamedTuple):
 
 @contextmanager
 def _gated(module: nn.Module, layers: Mapping[str, _DropoutNd], gates: list[_Gate]) -> Iterator[None]:
-    """Within it, the module runs as in eval mode, and each call of a layer in it puts a gate on the layer's output.
+    """Within the context, the module runs as in eval mode, and each call of a layer puts a gate on its output.
 
     Kernels without a second derivative are switched off; attention's fast path, which skips modules, avoids hooks.
     """
@@ -265,7 +265,7 @@ def _gated(module: nn.Module, layers: Mapping[str, _DropoutNd], gates: list[_Gat
 
 
 def _shares(z: Tensor, gates: list[_Gate], loss: Loss, differentiable: bool) -> Iterator[tuple[str, Tensor]]:
-    """The parts of the penalty: for each factor of the Hessian and each gate."""
+    """Yields the parts of the penalty, for each factor of the Hessian and each gate."""
     if not gates or not z.numel():
         return
     if not z.requires_grad:
@@ -274,7 +274,7 @@ def _shares(z: Tensor, gates: list[_Gate], loss: Loss, differentiable: bool) -> 
         )
     if z.dim() < (2 if loss == "categorical" else 1):
         z = z.unsqueeze(0)  # one row
-    apart = _apart(z, gates)
+    apart = _rows_are_independent(z, gates)
     together = [gate for gate, own in zip(gates, apart, strict=True) if own]
     tangled = [gate for gate, own in zip(gates, apart, strict=True) if not own]
     for weights, direction in _factors(z, loss):
@@ -289,9 +289,9 @@ def _shares(z: Tensor, gates: list[_Gate], loss: Loss, differentiable: bool) -> 
 
 
 def _factors(z: Tensor, loss: Loss) -> Iterator[tuple[Tensor, Tensor]]:
-    """Weights a_i >= 0 and directions d_i, each pair for all rows at once, with ``H_i = sum a_i d_i d_i^T``.
+    """Yields weights a_i >= 0 and directions d_i, each pair for all rows at once, with ``H_i = sum a_i d_i d_i^T``.
 
-    The square roots of a Hessian's eigenvalues, which have no derivative at 0, are not needed then.
+    So the square roots of a Hessian's eigenvalues, which have no derivative at 0, are not needed.
     """
     wide = z.to(torch.promote_types(z.dtype, torch.float32))
     if loss == "squared":
@@ -313,8 +313,8 @@ def _factors(z: Tensor, loss: Loss) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _slopes(z: Tensor, gates: list[_Gate], direction: Tensor, differentiable: bool) -> Iterator[tuple[_Gate, Tensor]]:
-    """The derivatives of ``direction . z`` in each gate. That they reach `direction`'s own graph is what makes the
-    penalty's gradient right."""
+    """Yields the derivatives of ``direction . z`` in each gate. They reach `direction`'s own graph, which the penalty's
+    gradient needs."""
     if not gates:
         return
     slopes = torch.autograd.grad(
@@ -330,10 +330,10 @@ def _slopes(z: Tensor, gates: list[_Gate], direction: Tensor, differentiable: bo
             yield gate, slope.to(torch.promote_types(slope.dtype, torch.float32))
 
 
-def _apart(z: Tensor, gates: list[_Gate]) -> list[bool]:
-    """For each gate, whether its rows act on the same rows of z alone, so that one pass does for all rows.
+def _rows_are_independent(z: Tensor, gates: list[_Gate]) -> list[bool]:
+    """Returns, for each gate, whether its rows act only on the same rows of z, so that one pass serves all rows.
 
-    Even rows of z must not feel odd rows of the gate, nor odd rows even ones: seen from derivatives of exactly 0.
+    Even rows of z must not depend on odd rows of the gate, nor odd rows on even ones: derivatives must be exactly 0.
     """
     if len(z) == 1:
         return [True] * len(gates)
@@ -348,7 +348,7 @@ def _apart(z: Tensor, gates: list[_Gate]) -> list[bool]:
 
 
 def _left_out(module: nn.Module) -> tuple[str, ...]:
-    """Names of modules that draw without a dropout layer, with a warning if there are any."""
+    """Returns names of modules that draw without a dropout layer, with a warning if there are any."""
     names = tuple(
         name or "(model)"
         for name, one in module.named_modules()

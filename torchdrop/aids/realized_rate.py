@@ -1,4 +1,4 @@
-"""The realized rate: the share of elements that dropout really keeps, measured on ones, and how unlikely it is at a
+"""The realized rate: the share of elements that dropout really keeps, measured on ones, and its probability at a
 rate."""
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from ..layers.channel import Dropout1d, Dropout2d, Dropout3d
 from ..layers.dropout import Dropout
 
 _ENOUGH, _MOST = 20_000, 400
-"""Draws after which a share is known well enough, and calls after which it has to be."""
+"""The number of draws after which a share is known well enough, and the largest number of calls."""
 
 _UNKNOWN = 1_000
-"""Calls of a layer whose draws cannot be counted: a call is one."""
+"""The number of calls of a layer whose draws cannot be counted: a call counts as one draw."""
 
 _VALUES = 8
 
@@ -47,7 +47,7 @@ class RealizedRate(NamedTuple):
 
 
 def _divergence(a: float, b: float) -> float:
-    """Kullback and Leibler's, of two coins.
+    """Returns the Kullback-Leibler divergence of two Bernoulli distributions.
 
     >>> _divergence(0.5, 0.5), round(_divergence(1.0, 0.5), 4)
     (0.0, 0.6931)
@@ -60,10 +60,10 @@ def _divergence(a: float, b: float) -> float:
 
 
 def measured(drop: Callable[[Tensor], Tensor], input: Tensor, mask: tuple[int, ...] | None) -> RealizedRate:
-    """The share that a function of a tensor of this shape keeps.
+    """Measures the share that a function of a tensor of this shape keeps.
 
     Args:
-        drop: what is measured. Where it keeps a one it gives one of a few positive values; noise gives any.
+        drop: the function. It maps a one that it keeps to one of a few positive values; noise maps it to any.
         mask: the shape of its mask; None if that is not known.
     """
     each = math.prod(mask) if mask is not None else 1
@@ -83,12 +83,12 @@ def measured(drop: Callable[[Tensor], Tensor], input: Tensor, mask: tuple[int, .
 
 
 def zeroes(layer: nn.Module) -> bool:
-    """Whether what a layer drops can be counted in its output: not so in torchdrop's layers with other mechanisms."""
+    """Whether dropped elements can be counted in a layer's output. This excludes layers with other mechanisms."""
     return not type(layer).__module__.startswith("torchdrop.") or isinstance(layer, _COUNTED)
 
 
 def mask_of_layer(layer: nn.Module, input: Tensor) -> tuple[int, ...] | None:
-    """The shape of the mask of a dropout layer of torch or torchdrop; None for one with code of its own."""
+    """Returns the shape of the mask of a dropout layer of torch or torchdrop; None for one with code of its own."""
     if not type(layer).__module__.startswith(("torch.", "torchdrop.")):
         return None
     if isinstance(layer, Dropout):
@@ -105,7 +105,7 @@ _CHANNELS = {
 
 
 def mask_of_function(name: str, input: Tensor) -> tuple[int, ...]:
-    """The mask's shape for one of torch's functions: a draw for each element, or for each channel."""
+    """Returns the mask's shape for one of torch's functions: a draw for each element, or for each channel."""
     if not ("feature" in name or name[-2:] in ("1d", "2d", "3d")):
         return tuple(input.shape)
     spatial = int(name[-2]) if name[-1:] == "d" and name[-2].isdigit() else input.dim() - 2
@@ -114,5 +114,5 @@ def mask_of_function(name: str, input: Tensor) -> tuple[int, ...]:
 
 
 def mask_of_call(func: Any, args: tuple[Any, ...], input: Tensor) -> tuple[int, ...]:
-    """The mask's shape of a call that a handler has seen."""
+    """Returns the mask's shape of a call that a handler has seen."""
     return tuple(args[3]) if func is sites.apply else mask_of_function(func.__name__, input)

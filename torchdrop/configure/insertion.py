@@ -17,7 +17,7 @@ from .rate_sites import names_of
 from .surgery import Undoable, listed
 
 CHILD = "inserted"
-"""The name under which a module has what was inserted at it."""
+"""The name under which a module has the layers that were inserted at it."""
 
 
 class Inserted(nn.Module):
@@ -40,7 +40,7 @@ class Insertion(Undoable):
     Args:
         places: the modules they were put into, by name of the layer.
         where: "after" or "before".
-        handles: of the hooks that call them.
+        handles: the handles of the hooks that call them.
     """
 
     def __init__(self, places: dict[str, nn.Module], where: str, handles: list[Any]) -> None:
@@ -66,18 +66,18 @@ def insert(model: nn.Module, layers: Mapping[str, nn.Module], where: str = "afte
     """Puts dropout into a model, at the output or the input of modules that are chosen by name.
 
     A layer that is put after "fc1" has the name "fc1.inserted.after", so that ``model.eval()``, `keep_probs`, schedules
-    and Monte Carlo inference find it; having no parameters, it adds no key to the state_dict. From several outputs or
-    inputs the first is dropped from. What torch.compile has compiled is compiled again.
+    and Monte Carlo inference find it. It has no parameters, so it adds no key to the state_dict. If there are several
+    outputs or inputs, it acts on the first. Code that torch.compile has compiled is compiled again.
 
     Args:
         model: any module.
-        layers: for each glob pattern of module names a dropout layer without parameters. `*` stands for one part of a
-            name: `blocks.*` are the blocks and not what is in them. Where a pattern matches several modules each has a
-            copy of its own. The most specific pattern wins.
+        layers: for each glob pattern of module names a dropout layer without parameters. `*` matches one part of a
+            name: `blocks.*` are the blocks and not the modules in them. If a pattern matches several modules, each has
+            a copy of its own. The most specific pattern wins.
         where: "after" or "before" the module.
 
     Returns:
-        What was inserted, with ``undo()``.
+        The inserted layers, with ``undo()``.
 
     Raises:
         TypeError: a value is no dropout layer.
@@ -113,7 +113,7 @@ def insert(model: nn.Module, layers: Mapping[str, nn.Module], where: str = "afte
         best = winner(layers, names, matches_itself)
         if best is not None:
             _check_place(modules, module, where)
-            places.append((names[0], module, _twin(layers[best]) if best in used else layers[best]))
+            places.append((names[0], module, _copy_sharing_generator(layers[best]) if best in used else layers[best]))
             used.add(best)
     inserted, handles = {}, []
     for name, module, layer in places:
@@ -130,7 +130,7 @@ def insert(model: nn.Module, layers: Mapping[str, nn.Module], where: str = "afte
 
 
 def _recompile() -> None:
-    """Lets torch.compile forget what it has compiled: it does not look at hooks again."""
+    """Makes torch.compile forget the code that it has compiled: it does not look at hooks again."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
 
@@ -172,8 +172,8 @@ def _check_place(modules: Mapping[nn.Module, tuple[str, ...]], module: nn.Module
         raise ValueError(f"{name!r} is never called, nn.MultiheadAttention uses its weight: insert {where} {parent!r}")
 
 
-def _twin(layer: nn.Module) -> nn.Module:
-    """A copy that draws from the same generator: a copied one would give both layers the same masks."""
+def _copy_sharing_generator(layer: nn.Module) -> nn.Module:
+    """Makes a copy that draws from the same generator: a copied one would give both layers the same masks."""
     generator = getattr(layer, "generator", None)
     return copy.deepcopy(layer, {id(generator): generator})
 

@@ -1,4 +1,4 @@
-"""The places where a model holds its rates: dropout layers, nn.LSTM and nn.MultiheadAttention, plain attributes."""
+"""The places in a model that hold its rates: dropout layers, nn.LSTM and nn.MultiheadAttention, plain attributes."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class RateSite:
     """One place that holds a rate.
 
     Args:
-        name: of the layer in the model; with the attribute's name after it where that is a plain number.
-        module: that holds it.
-        attribute: its name where it is a number; "" for a dropout layer.
+        name: the layer's name in the model, followed by the attribute's name if the rate is a plain number.
+        module: the module that holds it.
+        attribute: the name of the attribute if the rate is a number; "" for a dropout layer.
         aliases: every name of the layer, `name` first.
     """
 
@@ -56,10 +56,10 @@ class RateSite:
         return value if self._keeps else round(1.0 - value, 15)
 
     def check(self, keep_prob: Any) -> Probability:
-        """A keep probability that can be set here.
+        """Returns a keep probability in a form that can be set here.
 
         Raises:
-            TypeError, ValueError: it is none, or a tensor where only a number can be held.
+            TypeError, ValueError: it is no keep probability, or a tensor where only a number can be held.
         """
         try:
             checked = check_keep_prob(keep_prob)
@@ -76,7 +76,7 @@ class RateSite:
         return checked
 
     def set(self, keep_prob: Probability) -> None:
-        """Sets what `check` has let pass; the rate that is there already stays to the bit."""
+        """Sets a value that `check` has returned. If it is the rate that is there already, that stays to the bit."""
         if self.is_disabled:
             _disabled[self.module][self.attribute] = (keep_prob, self._value_of(keep_prob))
             return
@@ -89,7 +89,7 @@ class RateSite:
             setattr(self.module, self.attribute or "p", self._value_of(keep_prob))
 
     def _value_of(self, keep_prob: Probability) -> Any:
-        """What an attribute holds for a keep_prob."""
+        """Returns the value that an attribute holds for a keep_prob."""
         if self._keeps or isinstance(keep_prob, torch.Tensor):
             return keep_prob if self._keeps else 1.0 - keep_prob
         return round(1.0 - keep_prob, 15)
@@ -99,7 +99,7 @@ class RateSite:
         return self.attribute in _disabled.get(self.module, {})
 
     def disable(self) -> None:
-        """Sets keep_prob 1 until `enable` puts back what was there, or what has been set meanwhile."""
+        """Sets keep_prob 1 until `enable` restores the rate from before, or the one that was set meanwhile."""
         state = self.state()
         self.set(1.0)
         _disabled.setdefault(self.module, {})[self.attribute] = state
@@ -110,7 +110,7 @@ class RateSite:
             self.restore(state)
 
     def state(self) -> Any:
-        """What `restore` puts back, to the bit, also if the layer has another class by then."""
+        """Returns a state that `restore` puts back, to the bit, also if the layer has another class by then."""
         return self.keep_prob, getattr(self.module, self.attribute or "p")
 
     def restore(self, state: Any) -> None:
@@ -126,10 +126,10 @@ class RateSite:
 
 
 def check_keep_prob(keep_prob: Any) -> Probability:
-    """A keep probability.
+    """Returns a keep probability, checked.
 
     Raises:
-        TypeError, ValueError: it is none.
+        TypeError, ValueError: it is no keep probability.
     """
     if keep_prob is None or isinstance(keep_prob, bool):
         raise TypeError(f"keep_prob must be a number or a tensor, got {type(keep_prob).__name__}")
@@ -138,7 +138,7 @@ def check_keep_prob(keep_prob: Any) -> Probability:
 
 
 def unwrapped(model: Any) -> nn.Module:
-    """The module itself, or the original of a compiled one.
+    """Returns the module itself, or the original of a compiled one.
 
     Raises:
         TypeError: it is no module.
@@ -148,7 +148,7 @@ def unwrapped(model: Any) -> nn.Module:
 
 
 def compiled_parts(model: nn.Module) -> list[nn.Module]:
-    """The modules in the model that are compiled, or the model itself."""
+    """Returns the modules in the model that are compiled, which may be the model itself."""
     return [
         module
         for module in model.modules()
@@ -157,11 +157,11 @@ def compiled_parts(model: nn.Module) -> list[nn.Module]:
 
 
 def names_of(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
-    """Every module under all its names, which are those of the uncompiled model."""
+    """Returns every module with all its names, which are those of the uncompiled model."""
     names: dict[nn.Module, tuple[str, ...]] = {}
     for name, module in unwrapped(model).named_modules(remove_duplicate=False):
         if unwrapped(module) is not module:
-            continue  # what is compiled comes next, under the same name
+            continue  # the original of the compiled module comes next, under the same name
         own = ".".join(part for part in name.split(".") if part != "_orig_mod")
         known = names.get(module, ())
         if own not in known:
@@ -170,7 +170,7 @@ def names_of(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
 
 
 def rate_sites(model: nn.Module) -> list[RateSite]:
-    """Every place in the model that holds a rate, in the order of `named_modules`."""
+    """Returns every place in the model that holds a rate, in the order of `named_modules`."""
     found = []
     for module, aliases in names_of(model).items():
         for attribute in _attributes(module):
@@ -186,7 +186,7 @@ def _is_own(module: nn.Module, attribute: str) -> bool:
 
 
 def _attributes(module: nn.Module) -> list[str]:
-    """The names of the attributes that hold rates; "" stands for a dropout layer's own."""
+    """Returns the names of the attributes that hold rates; "" is a dropout layer's own."""
     is_layer = isinstance(module, _DropoutNd)
     dropping = not is_layer and _DROPPING.search(type(module).__name__)
     plain = [
@@ -201,7 +201,7 @@ def _attributes(module: nn.Module) -> list[str]:
 
 
 def sizes(model: nn.Module, chosen: list[RateSite]) -> list[LayerSize]:
-    """What rules look at: the weights before each layer, in the order in which modules are registered."""
+    """Returns the layers as rules see them: with the weights before each, in the order of registration."""
     before: dict[nn.Module, int | None] = {}
     weights: int | None = None
     last = -1
@@ -214,7 +214,7 @@ def sizes(model: nn.Module, chosen: list[RateSite]) -> list[LayerSize]:
 
 
 def _weights(module: nn.Module) -> int:
-    """How many elements the weight matrices of a module have; an embedding's rows are inputs."""
+    """Counts the elements of the weight matrices of a module; an embedding's rows are inputs."""
     if isinstance(module, nn.Embedding | parametrize.ParametrizationList):
         return 0
     own = [*module.parameters(recurse=False)]

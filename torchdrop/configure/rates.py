@@ -73,7 +73,7 @@ def _dropping(keep_prob: Probability) -> Probability:
 
 
 def shown(keep_prob: Probability) -> str:
-    """A keep probability in a table.
+    """Returns a keep probability as tables show it.
 
     >>> shown(0.8), shown(1 / 3)
     ('0.8', '0.3333')
@@ -82,13 +82,13 @@ def shown(keep_prob: Probability) -> str:
 
 
 def keep_probs(model: nn.Module) -> KeepProbs:
-    """The keep probability of every layer that has one, by name.
+    """Returns the keep probability of every layer that has one, by name.
 
     These are the dropout layers of torchdrop and of torch.nn, and the rates that nn.LSTM, nn.GRU, nn.RNN,
     nn.MultiheadAttention and modules of other packages hold as numbers: a float in [0, 1] whose attribute's name
     contains "drop" or "keep_prob", or is p, prob or rate in a class named after dropping. The name of such a number is
-    the module's with the attribute's, "encoder.attention.dropout". What a forward hands to functional dropout as a
-    constant has no name: see `audit`.
+    the module's with the attribute's, "encoder.attention.dropout". A constant that a forward passes to functional
+    dropout has no name: see `audit`.
 
     Args:
         model: any module; a compiled one has the names of its original.
@@ -114,7 +114,7 @@ def keep_probs(model: nn.Module) -> KeepProbs:
 
 
 def chosen(model: nn.Module, patterns: Mapping[str, Any]) -> dict[str, list[RateSite]]:
-    """The rates for which each pattern is the most specific one, in the model's order.
+    """Returns the rates for which each pattern is the most specific one, in the model's order.
 
     Raises:
         TypeError: the patterns are no mapping, or one is no string.
@@ -137,8 +137,8 @@ def chosen(model: nn.Module, patterns: Mapping[str, Any]) -> dict[str, list[Rate
 def set_keep_prob(model: nn.Module, rates: Mapping[str, RateOrRule]) -> None:
     """Sets keep probabilities by name.
 
-    A pattern is a glob ("*" matches dots too) of the names that `keep_probs` lists; the name of a module stands for all
-    rates in it. Where several patterns match, the most specific one wins: the full name, then the one with the most
+    A pattern is a glob ("*" matches dots too) of the names that `keep_probs` lists; the name of a module matches all
+    rates in it. If several patterns match, the most specific one wins: the full name, then the one with the most
     literal characters. All is checked before anything is set. torchdrop's layers in a compiled model are not
     recompiled.
 
@@ -174,14 +174,14 @@ def set_keep_prob(model: nn.Module, rates: Mapping[str, RateOrRule]) -> None:
 
 
 def _values(model: nn.Module, pattern: str, value: Any, of_pattern: list[RateSite]) -> Sequence[Any]:
-    """What a pattern's value gives its layers."""
+    """Returns the values of a pattern's layers."""
     if isinstance(value, Schedule | Scaled):
         raise TypeError(
             f"{pattern!r} has a schedule, {value!r}, which changes with the step: "
             "use torchdrop.KeepProbScheduler(model, rates)"
         )
     if not callable(value) or isinstance(value, nn.Module | Tensor):
-        if not of_pattern:  # other patterns are more specific, and it is wrong all the same
+        if not of_pattern:  # other patterns are more specific, but the value must be right all the same
             check_keep_prob(value)
         return [value] * len(of_pattern)
     if not of_pattern:
@@ -196,12 +196,12 @@ def _values(model: nn.Module, pattern: str, value: Any, of_pattern: list[RateSit
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Within the context every keep_prob in the model is 1, and afterwards what it was or was set to meanwhile.
+    """Within the context every keep_prob in the model is 1. Afterwards it is what it was, or was set to meanwhile.
 
-    To debug with the noise off while everything else stays in train mode. A rate that is set within, as by a
-    scheduler's step, holds from the end of the context on. Functional dropout in the model, whose rate
-    has no name, is without_functional_dropout as well; in a compiled model only the rates that `keep_probs` lists can
-    be reached. Other random layers, such as those that draw with torch.rand, go on unless their rate is listed.
+    It is for debugging with the noise off while everything else stays in train mode. A rate that is set within the
+    context, for example by a scheduler's step, holds from its end on. Functional dropout in the model, whose rate has
+    no name, is off as well; in a compiled model only the rates that `keep_probs` lists can be reached. Other random
+    layers, such as those that draw with torch.rand, go on unless their rate is listed.
 
     Args:
         model: any module.
@@ -219,7 +219,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
         >>> torch.equal(y, x), torchdrop.keep_probs(model)["0"]
         (True, 0.5)
     """
-    found = [site for site in rate_sites(model) if not site.is_disabled]  # of a context around this one
+    found = [site for site in rate_sites(model) if not site.is_disabled]  # by a context around this one
     original = unwrapped(model)
     try:
         for site in found:

@@ -28,7 +28,7 @@ STOCK = {ours: stock for stock, ours in OURS.items()}
 
 
 class Undoable:
-    """What was done to a model, and the way back.
+    """A change to a model that can be undone.
 
     Args:
         done: the names of the layers.
@@ -54,7 +54,7 @@ class Undoable:
 
 
 def listed(names: list[str]) -> str:
-    """How many, and which.
+    """Returns the number of layers and their names, as a text.
 
     >>> listed(["a", "b"]), listed([""]), listed([])
     ('2 dropout layers: a, b', '1 dropout layer: (model)', 'no dropout layer')
@@ -98,7 +98,7 @@ def replace(model: nn.Module, *, to: str = "torchdrop") -> Replacement:
     """Makes the dropout layers of torch.nn in a model torchdrop's, in place.
 
     Each module stays the object it is and changes its class, so that aliases, modules used in several places, hooks,
-    training flags, rates and references from anywhere hold; state_dict keys do not change, and in eval mode nothing does.
+    training flags, rates and all references stay valid. state_dict keys do not change, and outputs in eval mode do not.
     ``undo()`` changes the classes back and leaves rates that were set meanwhile as they are.
 
     Args:
@@ -106,10 +106,11 @@ def replace(model: nn.Module, *, to: str = "torchdrop") -> Replacement:
         to: "torchdrop", or "torch" for the other direction: torchdrop's layers become torch.nn's.
 
     Returns:
-        What was swapped, with ``undo()``, and what could not be: functional calls, subclasses of torch.nn's layers with
-        code of their own, layers whose instance was given another forward (that of accelerate's hooks follows), and
-        rates that are numbers, such as those of nn.LSTM and nn.MultiheadAttention, which `set_keep_prob` sets.
-        Functional calls are looked for in the source of the modules; `audit` runs the model.
+        The layers that were swapped, with ``undo()``, and the dropout that could not be: functional calls, subclasses
+        of torch.nn's layers with code of their own, layers whose instance was given another forward (that of
+        accelerate's hooks follows), and rates that are numbers, such as those of nn.LSTM and nn.MultiheadAttention,
+        which `set_keep_prob` sets. Functional calls are looked for in the source of the modules; `audit` runs the
+        model.
 
     Raises:
         TypeError: `model` is no module.
@@ -165,7 +166,7 @@ def _swap(layers: Mapping[nn.Module, str]) -> None:
     """Changes the classes of all the layers, or of none.
 
     Raises:
-        ValueError: one has what its new class cannot hold.
+        ValueError: a layer has something that its new class cannot hold.
     """
     fresh = [(layer, _counterpart(layer, name)) for layer, name in layers.items()]
     plain = vars(nn.Module()).keys()
@@ -179,7 +180,7 @@ def _swap(layers: Mapping[nn.Module, str]) -> None:
 
 
 def _counterpart(layer: nn.Module, name: str) -> nn.Module:
-    """A new layer of the other package with the same rate."""
+    """Makes a layer of the other package with the same rate."""
     if type(layer) in OURS:
         assert isinstance(layer, _DropoutNd)
         return OURS[type(layer)](layer.p, layer.inplace)

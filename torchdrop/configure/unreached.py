@@ -26,10 +26,10 @@ class Unreached:
     """Dropout in a model that is no layer to swap.
 
     Args:
-        name: of the module that does it.
-        kind: its class.
-        what: it does.
-        advice: how to deal with it.
+        name: the name of the module that drops.
+        kind: the module's class.
+        what: a description of the dropout, such as "holds a rate as a number in .dropout".
+        advice: a remedy.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Unreached:
 
 
 def unreached(model: nn.Module) -> list[Unreached]:
-    """All of them that can be seen without running the model: attributes, and calls in the source of the forwards."""
+    """Finds all that can be seen without running the model: attributes, and calls in the source of the forwards."""
     found = []
     for site in rate_sites(model):
         if isinstance(site.module, Rated):
@@ -78,7 +78,7 @@ def has_own_forward(module: nn.Module) -> bool:
 
 
 def class_forwards(module: nn.Module) -> list[str]:
-    """The attributes of an instance that are its class's forward, bound to it."""
+    """Returns the attributes of an instance that are its class's forward, bound to it."""
     forward = getattr(type(module), "forward", None)
     return [
         name
@@ -95,7 +95,7 @@ _known: dict[type, list[str]] = {}
 
 
 def functional_calls(kind: type[nn.Module]) -> list[str]:
-    """The dropout functions of torch that a class calls by name, itself or through functions of its own package.
+    """Returns the dropout functions of torch that a class calls by name, itself or through functions of its package.
 
     >>> functional_calls(nn.Linear), functional_calls(nn.TransformerEncoderLayer)
     ([], [])
@@ -114,7 +114,7 @@ def functional_calls(kind: type[nn.Module]) -> list[str]:
 
 
 def _calls_in(function: types.FunctionType, seen: set[Any]) -> Iterator[str]:
-    """Dropout functions that are named in a function's source, and in functions of the same package that it names."""
+    """Yields dropout functions that a function's source names, and those in functions of its package that it names."""
     function = inspect.unwrap(function)
     if not isinstance(function, types.FunctionType) or function in seen:
         return
@@ -130,16 +130,16 @@ def _calls_in(function: types.FunctionType, seen: set[Any]) -> Iterator[str]:
         value = _resolved(node, function.__globals__)
         if isinstance(value, types.FunctionType | types.BuiltinFunctionType) and value in _CALLS:
             yield ast.unparse(node)
-        elif isinstance(value, types.FunctionType) and package != "torch" and _within(value, package):
+        elif isinstance(value, types.FunctionType) and package != "torch" and _is_of_package(value, package):
             yield from _calls_in(value, seen)
 
 
-def _within(function: types.FunctionType, package: str) -> bool:
+def _is_of_package(function: types.FunctionType, package: str) -> bool:
     return (function.__module__ or "").partition(".")[0] == package
 
 
 def _resolved(node: ast.expr, names: dict[str, Any]) -> Any:
-    """The object that a dotted name stands for in a module, or None: nothing is called or looked up dynamically."""
+    """Returns the object that a dotted name has in a module, or None: nothing is called or looked up dynamically."""
     if isinstance(node, ast.Name):
         return names.get(node.id)
     if isinstance(node, ast.Attribute):

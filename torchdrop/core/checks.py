@@ -15,7 +15,7 @@ import torch
 
 
 def shown(value: Any) -> str:
-    """A value as an error shows it: itself if it is short, otherwise its type.
+    """Returns a value as an error shows it: itself if it is short, otherwise its type.
 
     >>> shown(2.5), shown("a"), shown(torch.ones(2))
     ('2.5', "'a'", 'Tensor')
@@ -25,10 +25,10 @@ def shown(value: Any) -> str:
 
 
 def check_integer(name: str, value: Any, least: int | None = None) -> int:
-    """The value as an int. True and False are not taken for integers.
+    """Returns the value as an int. True and False are not taken for integers.
 
     Raises:
-        TypeError, ValueError: it is none, or below.
+        TypeError, ValueError: it is no integer, or below `least`.
 
     Example:
         >>> check_integer("samples", 3), check_integer("samples", 0, least=1)
@@ -44,7 +44,7 @@ def check_integer(name: str, value: Any, least: int | None = None) -> int:
 
 
 def check_number(name: str, value: Any) -> float:
-    """The value as a float.
+    """Returns the value as a float.
 
     Raises:
         TypeError: it is no real number.
@@ -55,7 +55,7 @@ def check_number(name: str, value: Any) -> float:
 
 
 def check_finite(name: str, value: Any) -> float:
-    """The value as a float.
+    """Returns the value as a float.
 
     Raises:
         TypeError, ValueError: it is no real number, infinite or NaN.
@@ -67,10 +67,10 @@ def check_finite(name: str, value: Any) -> float:
 
 
 def check_probability(name: str, value: Any) -> float:
-    """The value as a float.
+    """Returns the value as a float.
 
     Raises:
-        TypeError, ValueError: it is no real number, or lies outside [0, 1].
+        TypeError, ValueError: it is no real number, or is outside [0, 1].
     """
     number = check_number(name, value)
     if not 0.0 <= number <= 1.0:
@@ -99,5 +99,5 @@ def check_choice(name: str, value: Any, known: Iterable[Any]) -> None:
 
 @torch.compiler.assume_constant_result
 def warn(message: str, stacklevel: int) -> None:
-    """Warns as `warnings.warn` does. Compiled code warns once, while it is compiled: Dynamo does not enter that."""
+    """Warns as `warnings.warn` does. Compiled code warns once, when it is compiled: Dynamo does not enter that call."""
     warnings.warn(message, UserWarning, stacklevel=stacklevel + 1)

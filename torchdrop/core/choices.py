@@ -10,16 +10,17 @@ from ..kernels.masking import unpack_params
 
 
 def subset(bits: Tensor, count: int) -> Tensor:
-    """The places of the `count` smallest along the last dimension, in order: every subset is equally likely.
+    """Returns the places of the `count` smallest bits along the last dimension, in order. All subsets are equally
+    likely.
 
-    Equal bits, of probability 2**-32 a pair, count as in order.
+    Equal bits, which a pair has with probability 2**-32, count in their order.
     """
     return bits.argsort(dim=-1, stable=True)[..., :count].sort(dim=-1).values
 
 
 def kept_or_smallest(bits: Tensor, params: MaskParams | Tensor, dim: int, allowed: Tensor | None = None) -> Tensor:
-    """Where a draw is below the threshold or is the smallest along `dim`, among the allowed. All is kept where nothing
-    is allowed."""
+    """Returns True where a draw is below the threshold or is the smallest along `dim`, among those allowed. If none is
+    allowed, all are kept."""
     if not bits.shape[dim]:
         return bits >= 0
     threshold = unpack_params(params, bits.device)[0]

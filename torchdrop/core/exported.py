@@ -1,10 +1,10 @@
-"""Dropout of exported programs, which have no flag: it follows what puts such a program into eval mode.
+"""Dropout of exported programs, which have no flag: it follows the functions that put such a program into eval mode.
 
-`move_exported_model_to_eval` and its like, of torch.ao and torchao, look for ``aten.dropout(x, p, True)`` in the graph
-and turn its flag. So there is such a call beside the parameters of each mask, of a one with p = 1, which draws nothing:
-0 says that the program trains, and 1 that it does not. (Compiled by aot_eager, by Inductor with fallback_random, and in
-decomposed programs, PyTorch takes a number from the generator for it, so that under one seed the masks are others than
-eager's.)
+Functions such as `move_exported_model_to_eval` of torch.ao and torchao look for ``aten.dropout(x, p, True)`` in the
+graph and change its flag. So the parameters of each mask come with such a call, on a one with p = 1, which draws
+nothing: 0 says that the program trains, and 1 that it does not. (In programs that are decomposed, or compiled by
+aot_eager or by Inductor with fallback_random, PyTorch takes a number from the generator for it, so that under one seed
+the masks differ from eager's.)
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from .torch_state import is_exporting
 
 
 def trains(device: torch.device) -> Tensor:
-    """A bool that the exported program finds out: whether it trains."""
+    """Returns a bool that the exported program computes: whether it trains."""
     return F.dropout(torch.ones((), dtype=torch.float32, device=device), 1.0, True) != 1.0
 
 
 def switched(params: Tensor, formula: Formula) -> Tensor:
-    """Parameters that keep all, as those of keep_prob 1, once the exported program is moved to eval mode."""
+    """Returns parameters that keep all, as those of keep_prob 1, once the exported program is moved to eval mode."""
     if not is_exporting():
         return params
     one = torch.ones((), dtype=params.dtype, device=params.device)
@@ -35,12 +35,12 @@ def switched(params: Tensor, formula: Formula) -> Tensor:
 
 
 def or_eval(output: Tensor, in_eval: Callable[[], Tensor], inplace: bool = False) -> Tensor:
-    """An output, or in eval mode what the layer gives there, where that is not what keep_prob 1 gives."""
+    """Returns `output`, or in eval mode `in_eval()`, for layers whose eval mode differs from keep_prob 1."""
     return output if not is_exporting() else torch.where(trains(output.device), output, in_eval())
 
 
 def warn_stays_on() -> None:
-    """Warns that what follows is drawn by an exported program in either mode."""
+    """Warns that an exported program makes the following draws in both modes."""
     if is_exporting():
         _warn()
 

@@ -16,7 +16,7 @@ from .torch_state import is_exporting
 
 
 def eval_form(input: Tensor, rate: Rate, inverted: bool, inplace: bool) -> Tensor:
-    """What the two formulations give in eval mode: the input itself, or k times it."""
+    """Returns the output in eval mode: the input itself if `inverted`, otherwise k times it."""
     if inverted:
         return input
     k = realized(rate.keep_prob)
@@ -36,8 +36,8 @@ def masked(
     generator: torch.Generator | None,
     cut: Cut | None = None,
 ) -> Tensor:
-    """A checked input under a mask of this shape. In an exported program, the original formulation has its eval mode
-    beside it."""
+    """Returns a checked input under a mask of this shape. In an exported program, the original formulation comes with
+    its eval mode."""
     params = rate.params_for(shape)
     if inverted or not is_exporting():
         return apply(operators.masked, input, params, shape, inplace, generator, cut)

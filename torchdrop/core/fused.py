@@ -1,4 +1,4 @@
-"""The choice between one fused kernel and separate operations, for layers that fuse dropout with what stands beside
+"""The choice between one fused kernel and separate operations, for layers that fuse dropout with the operation next to
 it."""
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def dropped(
     fuse: Callable[[Tensor], Tensor],
     compose: Callable[[Drop], Tensor],
 ) -> Tensor:
-    """With a new key, from one kernel or from plain parts.
+    """Drops under a new key, with one kernel or with plain parts.
 
-    Monte Carlo inference and its like put their own keys in place of those of `apply`, which also knows what to do with
-    a DTensor, so they get the parts. The mode of a default device has no say here: every device is named.
+    Monte Carlo inference and other handlers put their own keys in place of those of `apply`, which also serves
+    DTensors, so they get the parts. The mode of a default device does not matter here: every device is named.
     """
     if not is_compiling() and function_modes() and not is_watched():
         with _without_modes():

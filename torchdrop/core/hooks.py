@@ -12,7 +12,7 @@ Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 
 def observer(hook: Hook) -> Hook:
-    """Marks a function or method as a hook that only observes, or that is there in eval mode alone.
+    """Marks a function or method as a hook that only observes, or that is registered in eval mode only.
 
     `torchdrop.compact` computes layers in parts, whose tensors such a hook may see in the place of whole ones.
     """

@@ -13,11 +13,11 @@ from .torch_state import is_compiling, is_usual_view
 
 
 def check_input(input: Any, name: str) -> None:
-    """Refuses, before anything is drawn, what no kernel takes, or what the forced backend does not.
+    """Refuses, before anything is drawn, an input that no kernel takes, or that the forced backend does not.
 
     Raises:
         TypeError: `input` is no tensor or has another layout than strided.
-        RuntimeError: an integer tensor; torch.nn's class and leading text. Or the forced backend cannot serve it.
+        RuntimeError: an integer tensor, with the start of torch.nn's message; or the forced backend cannot serve it.
         NotImplementedError: a complex tensor, or another element type that is not served.
     """
     if not isinstance(input, Tensor):
@@ -43,11 +43,11 @@ def check_input(input: Any, name: str) -> None:
 
 
 def check_inplace(input: Tensor) -> None:
-    """Refuses what must not be written to, with PyTorch's words, before it is. Views under compilation, where they
-    cannot be told, are PyTorch's to refuse.
+    """Refuses, with PyTorch's words, a tensor that must not be written to, before it is. Compiled code cannot recognize
+    views, so PyTorch refuses them there.
 
     Raises:
-        RuntimeError: a leaf that wants a gradient, a view of one, one of several views of a tensor, a view that was
+        RuntimeError: a leaf that requires a gradient, a view of one, one of several views of a tensor, a view that was
             made under other rules of autograd, an inference tensor, or a tensor whose elements share memory.
     """
     if torch.is_grad_enabled() and input.requires_grad:

@@ -13,10 +13,10 @@ NoiseShape = Sequence[int | None] | None
 
 
 def mask_shape(input: Tensor, shared_axes: Axes, noise_shape: NoiseShape) -> Sequence[int]:
-    """The mask's shape: the input's, with ones on the axes over which it is shared.
+    """Returns the mask's shape: the input's, with ones on the axes over which it is shared.
 
     Raises:
-        TypeError: both ways of saying it are used, or an axis is no integer.
+        TypeError: both arguments are given, or an axis is no integer.
         ValueError: an axis is out of range or named twice; a noise shape of another length, or with a size that is
             neither 1, None nor the input's.
     """
@@ -52,7 +52,7 @@ def mask_shape(input: Tensor, shared_axes: Axes, noise_shape: NoiseShape) -> Seq
 
 
 def row_shape(input: Tensor, name: str) -> tuple[int, ...]:
-    """(B, 1, ..., 1) for a checked input of shape (B, ...): the shape of a mask with a draw for each sample.
+    """Returns (B, 1, ..., 1) for a checked input of shape (B, ...): the shape of a mask with a draw for each sample.
 
     Raises:
         ValueError: the input has no dimensions.

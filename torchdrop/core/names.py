@@ -1,4 +1,4 @@
-"""Glob patterns over the names in a model: what they match, which of several wins, and what was probably meant."""
+"""Glob patterns over the names in a model: matching, the choice among several, and hints for those without a match."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Match = Callable[[str, str], bool]
 
 
 def parts_of(name: str) -> list[str]:
-    """The name itself and those of all that it is a part of, outermost first.
+    """Returns the name itself and the names of all modules that it is a part of, outermost first.
 
     >>> parts_of("features.2.drop")
     ['features', 'features.2', 'features.2.drop']
@@ -21,7 +21,7 @@ def parts_of(name: str) -> list[str]:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern names it, or a module that it is a part of. ``*`` matches dots too.
+    """Whether a pattern matches a name, or the name of a module that it is a part of. ``*`` matches dots too.
 
     >>> matches("features.*", "features.2"), matches("features", "features.2"), matches("feat", "features.2")
     (True, True, False)
@@ -30,16 +30,16 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def fits(pattern: str, name: str) -> bool:
-    """Whether a pattern names it, as a whole.
+    """Whether a pattern matches a name as a whole.
 
     >>> fits("*.weight", "fc.weight"), fits("fc", "fc.weight")
     (True, False)
     """
-    return name == pattern or fnmatch.fnmatchcase(name, pattern)  # a name may hold a glob's characters itself
+    return name == pattern or fnmatch.fnmatchcase(name, pattern)  # a name itself may have a glob's characters
 
 
 def matches_itself(pattern: str, name: str) -> bool:
-    """Whether a pattern names it, part by part: ``*`` stands for one part or some of one.
+    """Whether a pattern matches a name part by part: ``*`` matches one part or some of one.
 
     >>> matches_itself("blocks.*", "blocks.0"), matches_itself("blocks.*", "blocks.0.norm")
     (True, False)
@@ -49,7 +49,7 @@ def matches_itself(pattern: str, name: str) -> bool:
 
 
 def specificity(pattern: str, name: str) -> tuple[bool, int]:
-    """What decides between patterns that match one name: the name itself, then the number of literal characters.
+    """Returns the rank of a pattern among those that match one name: the name itself, then more literal characters.
 
     >>> specificity("fc1", "fc1") > specificity("fc*", "fc1") > specificity("*", "fc1")
     True
@@ -58,7 +58,7 @@ def specificity(pattern: str, name: str) -> tuple[bool, int]:
 
 
 def near(name: str, names: Iterable[str]) -> str:
-    """A hint: the names that look like this one, or else the first that there are.
+    """Returns a hint: the names that look like this one, or else the first ones that exist.
 
     >>> near("features.*.drp", ["features.0.drop", "head"])
     'near misses: features.0.drop'
@@ -76,15 +76,15 @@ def check_patterns(
     """Refuses patterns that match none of the names.
 
     Args:
-        patterns: what the caller gave.
-        names: what may be matched.
-        others: names that exist too, but are not what is meant.
-        what: is meant, in the plural: "layers with a rate".
+        patterns: the patterns that the caller gave.
+        names: the names that may be matched.
+        others: names that exist too, but may not be matched.
+        what: the kind of things that have the names, in the plural: "layers with a rate".
         match: whether a pattern matches a name.
 
     Raises:
         TypeError: a pattern is no string.
-        ValueError: no patterns, or one that matches none of `names`; tells the two reasons for that apart.
+        ValueError: no patterns, or one that matches none of `names`; the message says whether it matches `others`.
     """
     patterns = list(patterns)
     if not patterns:
@@ -104,7 +104,7 @@ def check_patterns(
 
 
 def winner(patterns: Iterable[str], names: Sequence[str], match: Match = matches) -> str | None:
-    """The most specific of the patterns that match one thing under any of its names; None if none does.
+    """Returns the most specific of the patterns that match one thing under any of its names; None if none does.
 
     Raises:
         ValueError: two are equally specific.

@@ -1,4 +1,4 @@
-"""Nested tensors of the jagged layout: what is elementwise is done to the tensor of their values."""
+"""Nested tensors of the jagged layout: elementwise functions are applied to the tensor of their values."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ def is_jagged(input: Any) -> bool:
 
 
 def of_values(drop: Callable[[Tensor], Tensor], input: Any, name: str, inplace: bool, *unserved: object) -> Tensor:
-    """`drop` of the values, in a nested tensor of the same offsets.
+    """Returns `drop` of the values, in a nested tensor with the same offsets.
 
     Args:
         drop: an elementwise function.
         input: a jagged nested tensor.
-        name: what the caller is called.
-        inplace: whether the caller was to write into the input.
+        name: the name of the caller.
+        inplace: whether the caller was asked to write into the input.
         unserved: arguments of the caller that have a meaning for strided tensors only, each None if it was not given.
 
     Raises:
-        TypeError: one of them was given.
-        ValueError: the input is not contiguous, as torch.nn.Dropout demands it.
-        NotImplementedError: it was to be written into, which PyTorch has not for them either.
+        TypeError: one of `unserved` was given.
+        ValueError: the input is not contiguous, which torch.nn.Dropout demands as well.
+        NotImplementedError: `inplace` is True, which PyTorch does not have for nested tensors either.
     """
     if inplace:
         raise NotImplementedError(f"{name} of a jagged nested tensor cannot be done in place: use inplace=False")

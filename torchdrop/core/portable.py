@@ -1,7 +1,7 @@
-"""Dropout in PyTorch's own operators and random numbers, for graphs that are to run where ours are not known.
+"""Dropout in PyTorch's own operators and random numbers, for graphs that are to run without our operators.
 
-Such are those of torch.jit.trace and of torch.onnx.export. What is drawn has the same distribution, but not the bits
-that a key gives.
+These are the graphs of torch.jit.trace and of torch.onnx.export. Their draws have the same distribution, but not the
+bits that a key gives.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from .torch_state import is_compiling, tracing_state
 
 
 def is_wanted(compiling: bool) -> bool:
-    """Whether what is done now becomes such a graph."""
+    """Whether the current call becomes a part of such a graph."""
     return is_in_onnx_export() if compiling else tracing_state() is not None
 
 
 @torch.compiler.assume_constant_result
 def is_in_onnx_export() -> bool:
-    """Whether what is compiled now is for ONNX."""
+    """Whether the code that is compiled now is for ONNX."""
     flags = sys.modules.get("torch.onnx._internal.exporter._flags")  # not imported: no export
     return flags is not None and torch.onnx.is_in_onnx_export()
 
 
 def numbered(shape: Sequence[int]) -> Sequence[int]:
-    """Sizes to calculate with, which torch.jit.trace has as tensors: it warns that they become constants."""
+    """Returns sizes as integers. In torch.jit.trace they are tensors: it warns that they become constants."""
     return shape if is_compiling() or tracing_state() is None else tuple(int(size) for size in shape)
 
 
 def refuse_script(layer: nn.Module) -> NoReturn:
-    """What torch.jit.script calls before it compiles a module.
+    """Refuses to be compiled: torch.jit.script calls this before it compiles a module.
 
     Raises:
-        RuntimeError: it cannot compile this one; the remedy.
+        RuntimeError: always. The message has the remedy.
     """
     kind = type(layer)
     has_twin = any(base.__module__ == "torch.nn.modules.dropout" for base in kind.__mro__ if base is not _DropoutNd)
@@ -68,7 +68,7 @@ def apply(
     inplace: bool,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """What `sites.apply` computes."""
+    """Computes what `sites.apply` computes."""
     _check(generator)
     if isinstance(params, MaskParams) and params.threshold == ONE:
         return input
@@ -91,7 +91,7 @@ def numbers(
     generator: torch.Generator | None,
     params: MaskParams | Tensor | None,
 ) -> Tensor:
-    """What `sites.draw` gives."""
+    """Draws what `sites.draw` draws."""
     _check(generator)
     if kind is random_bits.standard_normal:
         return _normal(like, shape)
@@ -100,7 +100,7 @@ def numbers(
 
 
 def _words(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """Uniform in [0, 2**32). ONNX has random numbers of floating point alone."""
+    """Draws uniform numbers in [0, 2**32). ONNX has only random numbers of floating point."""
     if not has_float64(like.device):
         return torch.randint(ONE, tuple(shape), device=like.device)
     return torch.rand(tuple(shape), dtype=torch.float64, device=like.device) * ONE

@@ -1,4 +1,4 @@
-"""The keep probability of a layer or a call: how it is given, checked, held, and turned into mask parameters."""
+"""The keep probability of a layer or a call: how it is given, checked, held, and converted to mask parameters."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ Probability = float | Tensor
 
 
 class Default(float, enum.Enum):
-    """Default rates, told apart from numbers that the caller wrote; members of an enumeration, which compiled code
-    knows as constants."""
+    """Default rates, distinct from numbers that the caller wrote. Members of an enumeration are constants in compiled
+    code."""
 
     P = 0.5
     NO_DROP = 0.0
@@ -39,11 +39,11 @@ DEFAULT_P = Default.P
 
 
 def read_rate(p: Any, keep_prob: Any) -> tuple[Probability, Probability]:
-    """The two views of one rate, (keep_prob, p), from whichever of them was given.
+    """Returns one rate in two views, (keep_prob, p), from the one of them that was given.
 
     Raises:
         TypeError: both are given, or neither, or one that is neither a number nor a tensor.
-        ValueError: the rate is outside [0, 1] or NaN, or a tensor that is not floating point or wants a gradient.
+        ValueError: the rate is outside [0, 1] or NaN, or a tensor that is not floating point or requires a gradient.
     """
     if keep_prob is None:
         if p is None:
@@ -65,11 +65,11 @@ def _checked(name: str, value: Any) -> Probability:
         raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
     value = float(value)
     if not 0.0 <= value <= 1.0:
-        raise ValueError(_outside(name, value))
+        raise ValueError(_range_message(name, value))
     return value
 
 
-def _outside(name: str, value: Any) -> str:
+def _range_message(name: str, value: Any) -> str:
     if name == "p":
         return f"dropout probability has to be between 0 and 1, but got {value}"
     return f"{name} must be in [0, 1], got {value}"
@@ -87,24 +87,24 @@ def _checked_tensor(name: str, value: Tensor) -> Tensor:
     if value.is_cpu and not (is_compiling() or transforms_active()):
         wrong = value[~((value >= 0) & (value <= 1))]
         if wrong.numel():
-            raise ValueError(_outside(name, wrong[0].item()))
+            raise ValueError(_range_message(name, wrong[0].item()))
     return value
 
 
 def formula_of(inverted_scale: bool) -> Formula:
-    """The formula of inverted dropout, or of the original formulation, which does not scale."""
+    """Returns the formula of inverted dropout, or of the original formulation, which does not scale."""
     return inverted if inverted_scale else original
 
 
 def params_for(keep_prob: Probability, formula: Formula, shape: Sequence[int]) -> MaskParams | Tensor:
-    """The parameters of a rate that is a number, or a tensor that broadcasts against a mask of this shape.
+    """Returns the parameters of a rate that is a number, or a tensor that broadcasts against a mask of this shape.
 
     Raises:
         ValueError: it does not broadcast, or would make the mask larger.
     """
     if not isinstance(keep_prob, Tensor):
         if is_compiling():
-            # A product is what the compiler makes code of for any number; a number given to torch.full is a constant.
+            # The compiler's code for a product serves any number; a number given to torch.full becomes a constant.
             return switched(
                 params_tensor(torch.ones((), dtype=torch.float64, device="cpu") * keep_prob, formula), formula
             )
@@ -123,7 +123,7 @@ def params_for(keep_prob: Probability, formula: Formula, shape: Sequence[int]) -
 
 
 def realized(keep_prob: Probability) -> Probability:
-    """The keep probability that the threshold really has: within 2**-32 of the nominal one."""
+    """Returns the keep probability that the threshold really has: within 2**-32 of the nominal one."""
     if isinstance(keep_prob, Tensor) or is_compiling():
         if not isinstance(keep_prob, Tensor):
             keep_prob = torch.as_tensor(keep_prob, dtype=torch.float64, device="cpu")
@@ -132,16 +132,16 @@ def realized(keep_prob: Probability) -> Probability:
 
 
 class Rate:
-    """A keep probability that has been checked, with what masks need of it.
+    """A keep probability that has been checked, with the mask parameters that follow from it.
 
-    A layer holds one and hands it to its function in the place of `p`, so that nothing is read or checked twice, and so
-    that compiled code meets the parameters as a tensor whose values may change, and never looks at the number.
+    A layer holds one and passes it to its function in the place of `p`, so that nothing is read or checked twice, and
+    compiled code gets the parameters as a tensor whose values may change, and never looks at the number.
 
     Attributes:
         keep_prob: the probability of keeping.
         p: the probability of dropping.
-        formula: how kept elements are scaled.
-        params: the parameters of masks in eager mode; None where they depend on the mask's shape, as for tensors. A
+        formula: the scaling of kept elements.
+        params: the parameters of masks in eager mode; None if they depend on the mask's shape, as for tensors. A
             search that trains many models at once gives a tensor with parameters for each.
     """
 
@@ -157,14 +157,14 @@ class Rate:
         self._compiled: Tensor | None = None
 
     def held(self) -> Rate:
-        """For a layer: with the parameters as a tensor, which compiled code takes as an input."""
+        """Returns the rate as a layer holds it: with parameters as a tensor, which compiled code takes as an input."""
         # Compiled code makes the parameters of a layer that is built there when it needs one, from the rate.
         if not is_compiling() and isinstance(self.params, MaskParams):
             self._compiled = self.params.tensor()
         return self
 
     def params_for(self, shape: Sequence[int]) -> MaskParams | Tensor:
-        """The parameters for a mask of this shape.
+        """Returns the parameters for a mask of this shape.
 
         Raises:
             ValueError: a tensor of rates does not broadcast against it.
@@ -180,12 +180,12 @@ Check = Callable[[Probability], None]
 
 
 def as_rate(p: Any, keep_prob: Any, formula: Formula = inverted, check: Check | None = None) -> Rate:
-    """The rate of a call: that of the layer which makes it, or what a user gives as p or keep_prob.
+    """Returns the rate of a call: that of the layer which makes it, or the one that a user gives as p or keep_prob.
 
     Args:
         p, keep_prob: as a user gives them; a layer gives its `Rate` as p.
-        formula: how kept elements are scaled.
-        check: raises where a keep probability in [0, 1] is not enough.
+        formula: the scaling of kept elements.
+        check: raises an error for a keep probability in [0, 1] that the caller does not allow.
 
     Raises:
         TypeError, ValueError: as `read_rate`.
@@ -199,7 +199,7 @@ def as_rate(p: Any, keep_prob: Any, formula: Formula = inverted, check: Check | 
 
 
 def rate_named(name: str, p: Any, keep_prob: Any) -> Any:
-    """What `as_rate` gets as p from an argument that has torchvision's or timm's name, with their errors.
+    """Returns a rate for `as_rate` from an argument that has torchvision's or timm's name, with their errors.
 
     Raises:
         TypeError: both are given, or something that is no number.
@@ -221,7 +221,7 @@ def rate_named(name: str, p: Any, keep_prob: Any) -> Any:
 
 
 def check_count(keep_prob: Probability, name: str) -> None:
-    """Refuses a rate that does not say how many are kept.
+    """Refuses a rate from which no number of kept elements follows.
 
     Raises:
         TypeError: it is a tensor.
@@ -234,7 +234,7 @@ def check_count(keep_prob: Probability, name: str) -> None:
 
 
 def check_leaves_one(keep_prob: Probability, function: str, unit: str) -> None:
-    """Raises ValueError where everything would be dropped, as far as that can be seen."""
+    """Raises ValueError if everything would be dropped, as far as that is known."""
     if isinstance(keep_prob, Tensor):
         if not keep_prob.is_cpu or is_compiling() or transforms_active() or not (keep_prob <= 0.0).any():
             return
@@ -244,13 +244,13 @@ def check_leaves_one(keep_prob: Probability, function: str, unit: str) -> None:
 
 
 def shown(p: Probability) -> str:
-    """A rate as a layer's repr shows it."""
+    """Returns a rate as a layer's repr shows it."""
     return f"<tensor of shape {tuple(p.shape)}>" if isinstance(p, Tensor) else str(p)
 
 
 def undrawn(input: Any, rate: Rate, inplace: bool) -> Tensor | None:
-    """What torch.nn gives for element types that no kernel takes, where there is nothing to draw: the input itself if
-    all is kept or it is empty, zeros if all is dropped. None elsewhere."""
+    """Returns the output of torch.nn for element types that no kernel takes, if there is nothing to draw: the input
+    itself if all is kept or it is empty, zeros if all is dropped. Returns None otherwise."""
     if not isinstance(input, Tensor) or input.dtype in SERVED or isinstance(rate.keep_prob, Tensor):
         return None
     if rate.keep_prob == 1.0 or input.numel() == 0:
@@ -268,8 +268,8 @@ class Rated(_DropoutNd):
     recompile.
 
     Attributes:
-        rate: what the layer's function gets in the place of p.
-        generator: where keys are drawn from; None for PyTorch's default generator.
+        rate: the checked rate, which the layer's function gets in the place of p.
+        generator: the source of keys; None for PyTorch's default generator.
     """
 
     inplace = False
@@ -283,7 +283,7 @@ class Rated(_DropoutNd):
         keep_prob: Probability | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        super(_DropoutNd, self).__init__()  # of nn.Module, in the form that compiled code enters
+        super(_DropoutNd, self).__init__()  # nn.Module's, in the form that compiled code enters
         check_generator(generator)
         self.generator = generator
         self._set(p, keep_prob)
@@ -292,7 +292,7 @@ class Rated(_DropoutNd):
         self.rate: Any = as_rate(p, keep_prob, self._formula, self._check_rate).held()
 
     def _check_rate(self, keep_prob: Probability) -> None:
-        """What a layer demands of its rate beyond [0, 1]."""
+        """Refuses rates in [0, 1] that the layer cannot have. By default there are none."""
 
     @property
     def keep_prob(self) -> Probability:

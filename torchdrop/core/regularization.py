@@ -13,21 +13,21 @@ from .checks import check_module
 
 
 def regularization(model: nn.Module) -> Tensor:
-    """The sum of the regularizers of a model's layers, a scalar to add to the loss.
+    """Returns the sum of the regularizers of a model's layers, a scalar to add to the loss.
 
     ``sum over layers of layer.regularizer()``: every module, the model itself included, whose class has a method of
-    that name. A layer that is reached under several names counts once. What a term is and how it is scaled, its class
-    says: that of `ConcreteLayer` belongs to a loss that is a mean over the data, a divergence in nats to one that is a
-    sum. Where a model has both, collect them from its parts and weigh them. The training flag plays no part.
+    that name. A layer that is reached under several names counts once. The class of a layer says how its term is
+    scaled: that of `ConcreteLayer` belongs to a loss that is a mean over the data, a divergence in nats to one that is
+    a sum. If a model has both, collect them from its parts and weigh them. The training flag does not matter.
 
     Args:
-        model: any module; a compiled or wrapped one, too.
+        model: any module, also a compiled or wrapped one.
 
     Returns:
         A tensor of shape (), differentiable, on the device of the first layer's term. It is computed anew in each call.
 
     Raises:
-        TypeError: `model` is no module, or a layer's regularizer returns something else than a scalar tensor.
+        TypeError: `model` is no module, or a layer's regularizer returns something other than a scalar tensor.
         ValueError: no layer has a regularizer.
 
     References:

@@ -1,6 +1,6 @@
 """Masks of tensors that are cut: a shard's mask is a part of the whole tensor's, under the same key.
 
-So it does not depend on how the tensor is sharded. `Shard` says where a plain tensor belongs; a DTensor knows it.
+So it does not depend on how the tensor is sharded. A DTensor has its place in the whole; a plain tensor has a `Shard`.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from ..ops.operators import Operator
 from ..random import draw_key
 
 Apply = Callable[..., Tensor]
-"""`sites.apply`."""
+"""The type of `sites.apply`."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Where a tensor belongs: it is the part [offset, offset + its own size) along `dim` of one with `size` there.
+    """The place of a tensor in a larger one: it is the part [offset, offset + its own size) of `size` along `dim`.
 
     Given to `Dropout` or `dropout` as `shard`, it makes the mask the part of the whole tensor's mask that belongs here,
     if the processes that hold the other parts draw the same key, as under ``torchdrop.seeded(seed, rank=0)``.
 
     Args:
         dim: the dimension along which the tensor is cut; negative ones count from the end.
-        offset: where this part begins, in elements.
-        size: how many elements the whole tensor has there.
+        offset: the beginning of this part, in elements.
+        size: the number of elements of the whole tensor there.
 
     Raises:
         TypeError: something that is no integer.
@@ -71,7 +71,7 @@ Shards = Shard | Sequence[Shard] | None
 
 
 def shards(given: Any) -> tuple[Shard, ...]:
-    """One shard, several or none, as a tuple.
+    """Returns one shard, several or none as a tuple.
 
     Raises:
         TypeError: it is something else.
@@ -88,7 +88,7 @@ def shards(given: Any) -> tuple[Shard, ...]:
 
 
 class Cut(NamedTuple):
-    """Where a mask lies in a larger one: the larger one's shape, the place of the first element, and which it has."""
+    """A mask's place in a larger one: the larger one's shape, the place of the first element, and the elements."""
 
     whole: tuple[int, ...]
     first: tuple[int, ...]
@@ -96,7 +96,7 @@ class Cut(NamedTuple):
 
 
 def cut_of(shape: Sequence[int], whole: Sequence[int], first: Sequence[int]) -> Cut | None:
-    """A mask of this shape as a part of a larger one; None if it is the larger one, or empty.
+    """Returns a mask of this shape as a part of a larger one; None if it is the larger one, or empty.
 
     Raises:
         NotImplementedError: it has no form that kernels take.
@@ -107,12 +107,12 @@ def cut_of(shape: Sequence[int], whole: Sequence[int], first: Sequence[int]) -> 
 
 
 def part_of(shape: Sequence[int], whole: Sequence[int], first: Sequence[int]) -> MaskSlice:
-    """The elements of a block of this shape, whose first one lies at `first`, within a tensor of shape `whole`.
+    """Returns the elements of a block of this shape, whose first one is at `first`, within a tensor of shape `whole`.
 
     They are runs at equal distances if dimensions that are neighbors in memory are taken together.
 
     Raises:
-        NotImplementedError: they are not, as they are not if the tensor is cut along two inner dimensions.
+        NotImplementedError: they are not, for example if the tensor is cut along two inner dimensions.
 
     Example:
         >>> part_of((2, 3), (2, 8), (0, 4))
@@ -144,7 +144,7 @@ def part_of(shape: Sequence[int], whole: Sequence[int], first: Sequence[int]) ->
 
 
 def cut_by(given: Shards, input: Tensor, shape: Sequence[int], shared: Collection[int]) -> Cut | None:
-    """How an input with these shards lies in the whole: `shape` is its mask's, shared over some dimensions.
+    """Returns the place of an input with these shards in the whole. `shape` is its mask's, shared over some dimensions.
 
     Raises:
         TypeError: something that is no shard, or a DTensor.
@@ -183,9 +183,10 @@ def apply_to_whole(
     generator: torch.Generator | None,
     cut: Cut,
 ) -> Tensor:
-    """What function modes are shown: the whole tensor, zero outside the part, of whose result the part is taken.
+    """Applies the operator to the whole tensor, zero outside the part, and takes the part of the result.
 
-    So the masks of Monte Carlo inference and of searches do not depend on how the tensor is cut either.
+    Function modes see this call, so the masks of Monte Carlo inference and of searches do not depend on how the tensor
+    is cut either.
     """
     sides = [(at, full - at - size) for size, full, at in zip(shape, cut.whole, cut.first, strict=True)]
 
@@ -219,7 +220,7 @@ def apply_to_dtensor(
     inplace: bool,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """`sites.apply` of a DTensor: of its local tensor, with the part of the whole mask that belongs to it.
+    """Does what `sites.apply` does for a DTensor: on its local tensor, with its part of the whole mask.
 
     Raises:
         ValueError: a placement that is neither Replicate nor Shard.
@@ -234,7 +235,7 @@ def apply_to_dtensor(
             "redistribute(placements=...) first"
         )
     place = mesh.get_coordinate()
-    if place is None:  # this rank has no part of it, and keeps step with those that have
+    if place is None:  # this rank has no part of it, but draws as the others do
         draw_key(input.device, generator)
         return input
     sizes, offsets = list(input.shape), [0] * input.dim()

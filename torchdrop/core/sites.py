@@ -3,13 +3,13 @@
 is_on              whether this call drops anything
 apply              a tensor under an operator and mask parameters: a mask applied, or noise
 keep_mask          the mask itself, for layers that do more with it than multiply
-random_bits        integers that ranks and choices are made from
+random_bits        integers from which ranks and choices are made
 uniform, standard_normal   random variates
 
-Each draws a key of its own, also where everything is kept: what the layers after this one draw must not depend on its
+Each draws a key of its own, also if everything is kept: the draws of the layers after this one must not depend on its
 rate, and compiled code, which cannot see the rate, draws one too. Only under vmap, where drawing may be forbidden, a
 rate that keeps everything draws none. Function modes see `is_on`, `apply` and `draw`, so that Monte Carlo inference and
-searches put keys of their own in the place of drawn ones.
+searches can put keys of their own in the place of drawn ones.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from .torch_state import function_modes, is_compiling, is_watched, tracing_state
 def is_on(training: bool) -> bool:
     """Whether a layer or function with this flag drops anything.
 
-    Monte Carlo inference turns layers in eval mode on, and `torchdrop.disabled` turns functions off. What ends in
-    `apply` need not ask where its flag is True, since the modes see that call.
+    Monte Carlo inference turns layers in eval mode on, and `torchdrop.disabled` turns functions off. A function that
+    ends in `apply` need not ask if its flag is True, since the modes see that call.
     """
     if is_compiling() or not function_modes() or not is_watched():
         return training
@@ -52,8 +52,8 @@ def apply(
     generator: torch.Generator | None = None,
     cut: Cut | None = None,
 ) -> Tensor:
-    """A checked `input` under an operator and mask parameters, with a new key. The input itself where nothing is
-    dropped.
+    """Applies an operator with mask parameters and a new key to a checked `input`. Returns the input itself if nothing
+    is dropped.
 
     For a DTensor, `shape` is the whole mask's. For a plain tensor that is a part of a larger one, `cut` says which
     part.
@@ -81,7 +81,7 @@ def apply(
 
 
 def new_key(input: Tensor, params: MaskParams | Tensor, generator: torch.Generator | None) -> Tensor | None:
-    """None where nothing is dropped. A key is drawn then, too, but under transforms."""
+    """Draws a key. Returns None if nothing is dropped; a key is drawn then, too, except under transforms."""
     every = keeps_all(params)
     if every and transforms_active():
         return None
@@ -96,7 +96,7 @@ def draw(
     generator: torch.Generator | None = None,
     params: MaskParams | Tensor | None = None,
 ) -> Tensor:
-    """Numbers of this kind and shape under a new key, on the device of `like`."""
+    """Draws numbers of this kind and shape under a new key, on the device of `like`."""
     compiling = is_compiling()
     if not compiling and function_modes():
         return handle_torch_function(draw, (like,), kind, like, shape, generator, params)
@@ -108,7 +108,7 @@ def draw(
 def keep_mask(
     like: Tensor, params: MaskParams | Tensor, shape: Sequence[int], generator: torch.Generator | None = None
 ) -> Tensor | None:
-    """Bools, True with the probability ``params.threshold / 2**32``. None where the parameters keep everything."""
+    """Draws bools, True with the probability ``params.threshold / 2**32``. None if the parameters keep everything."""
     every = keeps_all(params)
     if every and transforms_active():
         return None
@@ -117,14 +117,14 @@ def keep_mask(
 
 
 def random_bits(like: Tensor, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
-    """Uniform integers in [0, 2**32), as int64: what ranks and choices are made from."""
+    """Draws uniform integers in [0, 2**32), as int64. Ranks and choices are made from them."""
     return draw(numbers.random_bits, like, shape, generator)
 
 
 def random_bits_under(
     like: Tensor, params: MaskParams | Tensor, shape: Sequence[int], generator: torch.Generator | None = None
 ) -> Tensor | None:
-    """`random_bits` that are to be compared with a mask's threshold. None where the parameters keep everything."""
+    """Draws `random_bits` to be compared with a mask's threshold. None if the parameters keep everything."""
     every = keeps_all(params)
     if every and transforms_active():
         return None
@@ -133,7 +133,7 @@ def random_bits_under(
 
 
 def uniform(like: Tensor, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
-    """Uniform variates strictly between 0 and 1, symmetric about 1/2, in the dtype that `like` is computed in."""
+    """Draws uniform variates strictly between 0 and 1, symmetric about 1/2, in the dtype that `like` is computed in."""
     warn_stays_on()
     dtype = COMPUTE_DTYPE[like.dtype]
     digits = 32 if dtype == torch.float64 else 23  # u and 1 - u are both exact
@@ -141,6 +141,6 @@ def uniform(like: Tensor, shape: Sequence[int], generator: torch.Generator | Non
 
 
 def standard_normal(like: Tensor, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
-    """Standard normal variates in the dtype that `like` is computed in."""
+    """Draws standard normal variates in the dtype that `like` is computed in."""
     warn_stays_on()
     return draw(numbers.standard_normal, like, shape, generator).to(COMPUTE_DTYPE[like.dtype])

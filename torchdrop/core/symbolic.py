@@ -1,8 +1,7 @@
-"""Nodes for torch.fx's symbolic tracing: it records a call of the layer, or of the function, and not what that would
-do.
+"""Nodes for torch.fx's symbolic tracing: it records a call of the layer or of the function, not the operations inside.
 
 torch.nn's modules are leaves of such a trace and its functions are nodes, so that dropout in a graph follows the flags
-and rates of its modules. Tracers know ours by no name, so each looks at its input: a Proxy stands for a tensor there.
+and rates of its modules. Tracers do not recognize ours, so each looks at its input: a trace has a Proxy for a tensor.
 """
 
 from __future__ import annotations
@@ -28,17 +27,18 @@ def holds_proxy(*values: Any) -> bool:
 
 
 def recorded(function: Callable[..., Any], arguments: Mapping[str, Any], tracer: Any = None) -> Any:
-    """A node that calls a function with these arguments, by name. A default rate is left out: it is the function's."""
+    """Makes a node that calls a function with these arguments, by name. A default rate is left out: the function has
+    it."""
     tracer = _tracer(arguments.values()) if tracer is None else tracer
     given = {name: value for name, value in arguments.items() if not isinstance(value, Default)}
     return tracer.create_proxy("call_function", function, (), _without_modules(tracer, given))
 
 
 def called(owner: type, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """A node that calls a layer, whose forward is that of the class `owner`.
+    """Makes a node that calls a layer, whose forward is that of the class `owner`.
 
-    Where a forward of a subclass, or of the instance, or hooks have led here, they are in the trace themselves, and the
-    node calls the forward of `owner` alone.
+    If the call comes from the forward of a subclass or of the instance, or if there are hooks, these are in the trace
+    themselves, and the node calls the forward of `owner` only.
     """
     tracer = _tracer((*args, *kwargs.values()))
     path = tracer.path_of_module(layer)
@@ -57,13 +57,13 @@ def called(owner: type, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def forward_of(layer: nn.Module, owner: str, *args: Any, **kwargs: Any) -> Any:
-    """What the forward of one of a layer's classes gives, by that class's name."""
+    """Runs the forward of one of a layer's classes, which is given by its name."""
     kind = next(kind for kind in type(layer).__mro__ if kind.__qualname__ == owner)
     return kind.forward(layer, *args, **kwargs)  # type: ignore[attr-defined]
 
 
 def leaf(forward: Forward) -> Forward:
-    """A forward that gives a node for a Proxy."""
+    """Wraps a forward, so that it returns a node for a Proxy."""
     owner: list[type] = []
 
     def node(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -82,7 +82,7 @@ def leaf(forward: Forward) -> Forward:
             return node(self, *args, **kwargs)
         return forward(self, *args, **kwargs)
 
-    # A wrapper of one argument takes half the time of one that passes on whatever it gets.
+    # A wrapper of one argument takes half the time of one that passes on any arguments.
     alone = tuple(inspect.signature(forward).parameters) == ("self", "input")
     looking = functools.wraps(forward)(one if alone else several)
     return looking  # type: ignore[return-value]
@@ -93,7 +93,7 @@ def _tracer(values: Any) -> Any:
 
 
 def _without_modules(tracer: Any, arguments: Mapping[Any, Any]) -> dict[Any, Any]:
-    """The arguments, with nodes that get the modules among them."""
+    """Returns the arguments, with each module among them replaced by a node that gets it."""
     return {
         name: tracer.create_proxy("get_attr", tracer.path_of_module(value), (), {})
         if isinstance(value, nn.Module)

@@ -1,7 +1,7 @@
 """The state of PyTorch at the moment of a call. No other file names private parts of torch.
 
-A new version of torch that has moved one of them is adapted to here. This file imports nothing of torchdrop, so every
-other file may import it.
+If a new version of torch moves one of them, only this file changes. It imports nothing of torchdrop, so every other
+file may import it.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
 
 is_compiling: Callable[[], bool] = torch.compiler.is_compiling
-"""Whether Dynamo traces this call. Compiled code knows it as a constant."""
+"""Whether Dynamo traces this call. It is a constant in compiled code."""
 
 is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
-"""Whether torch.export traces this call. Not there before PyTorch 2.7, where an exported program's dropout stays as it
-was exported."""
+"""Whether torch.export traces this call. PyTorch before 2.7 does not have it; an exported program's dropout stays there
+as it was exported."""
 
 transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
-"""Whether a transform of torch.func is active. There is no public function for it; Dynamo knows this one."""
+"""Whether a transform of torch.func is active. There is no public function for it; Dynamo can trace this one."""
 
 function_modes: Callable[[], int] = torch._C._len_torch_function_stack
-"""How many TorchFunctionModes are on. The public `torch.overrides` lists them at five times the cost."""
+"""Counts the TorchFunctionModes that are on. The public `torch.overrides` lists them at five times the cost."""
 
 dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
-"""How many TorchDispatchModes are on."""
+"""Counts the TorchDispatchModes that are on."""
 
 tracing_state: Callable[[], Any] = torch._C._get_tracing_state
-"""The state of torch.jit.trace, None while nothing is traced: `torch.jit.is_tracing` at a tenth of its cost."""
+"""Returns the state of torch.jit.trace, None while nothing is traced: `torch.jit.is_tracing` at a tenth of its cost."""
 
 has_storage: Callable[[Tensor], bool] = torch._C._has_storage
 """Whether a tensor has memory. The batched gradients of `torch.autograd.grad` have none."""
@@ -65,12 +65,12 @@ _MADE_AS_USUAL = torch._C._autograd.CreationMeta.DEFAULT
 
 
 def forward_mode_active() -> bool:
-    """Whether forward-mode differentiation is on. `forward_ad` has no public function that tells."""
+    """Whether forward-mode differentiation is on. `forward_ad` has no public function that says so."""
     return forward_ad._current_level >= 0
 
 
 def in_backward() -> bool:
-    """Whether this call is made by autograd's backward, as where activation checkpointing runs a forward again."""
+    """Whether this call is made by autograd's backward, as when activation checkpointing runs a forward again."""
     return torch._C._current_graph_task_id() != -1
 
 
@@ -95,7 +95,7 @@ def is_batched(x: Tensor) -> bool:
 
 
 def is_usual_view(x: Tensor) -> bool:
-    """Whether autograd allows that a view is written to: not one that was made by `split` or under other rules."""
+    """Whether autograd allows writing to a view. It refuses one that was made by `split` or under other rules."""
     return _creation_meta(x) == _MADE_AS_USUAL
 
 
@@ -105,10 +105,10 @@ def fx_tracing() -> bool:
 
 
 def recomputing_setting() -> tuple[str, str] | None:
-    """The setting, if there is one, under which the compiler's partitioner computes random numbers anew for backward.
+    """Returns the setting, if any, under which the compiler's partitioner computes random numbers anew for backward.
 
     Returns:
-        What is set, as the beginning of a sentence, and what to do; None where nothing is computed anew.
+        The setting, as the beginning of a sentence, and the remedy; None if nothing is computed anew.
     """
     config = torch._functorch.config
     budget = torch.fx.traceback.current_meta.get("custom", {}).get("_region_activation_memory_budget")
@@ -132,12 +132,12 @@ def is_watched() -> bool:
 
 
 def is_observed() -> bool:
-    """Whether a transform, dispatch mode or trace has to see what is done. Function modes are left to the caller."""
+    """Whether a transform, dispatch mode or trace has to see the calls. Function modes are left to the caller."""
     return transforms_active() or dispatch_modes() != 0 or forward_ad._current_level >= 0 or tracing_state() is not None
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether x is what lies in its memory, and no transform, mode or trace has to see what is done to it."""
+    """Whether x's values are those in its memory, and no transform, mode or trace has to see the calls with it."""
     kind = type(x)
     return (
         (kind is Tensor or kind is Parameter)
@@ -151,14 +151,14 @@ def is_plain(x: Tensor) -> bool:
 
 
 def node_of(function: Any) -> Callable[..., Any]:
-    """`function.apply` of an autograd.Function, without the search for transforms that goes before it.
+    """Returns `function.apply` of an autograd.Function, without the search for transforms that goes before it.
 
-    For calls after a check that no transform is active.
+    It is for calls after a check that no transform is active.
     """
     return super(torch.autograd.Function, function).apply
 
 
 def lean_node_of(function: Any) -> Callable[..., Any]:
-    """`node_of`, whose backward is found without asking which of `backward` and `vjp` is defined."""
+    """Does what `node_of` does. Its backward is found without asking which of `backward` and `vjp` is defined."""
     function._backward_cls.apply = function.backward
     return node_of(function)

@@ -23,14 +23,14 @@ class Digits(NamedTuple):
     test_images: Tensor
     test_labels: Tensor
     test_pictures: Any
-    """The test images as they came: NumPy array of shape (tests, 8, 8), values 0 to 16."""
+    """The original test images: a NumPy array of shape (tests, 8, 8), values 0 to 16."""
 
 
 def load(device: torch.device) -> Digits:
-    """The same stratified split for every seed, pixels scaled to [0, 1] and centered on the training set's mean image.
+    """Loads one stratified split for all seeds, pixels scaled to [0, 1] and centered on the training set's mean image.
 
-    A dropped pixel is 0, so it says "the mean of this pixel". Pixels are not divided by their own deviation: some are
-    blank in nearly every image.
+    A dropped pixel is 0, so it has the value of the pixel's mean. Pixels are not divided by their own deviation: some
+    are blank in nearly every image.
     """
     digits = load_digits()
     train, test, train_labels, test_labels = train_test_split(

@@ -1,4 +1,4 @@
-"""Predicted probabilities, one pass or many, and the numbers that say how good they are."""
+"""Predicted probabilities, from one pass or many, and the numbers that measure how good they are."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-# `metrics` takes it only when it is needed. A demo without it would train first and fail then.
+# `metrics` imports it only when it is needed. A demo without it would train first and fail then.
 import torchmetrics  # noqa: F401
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ Array = NDArray[np.float64]
 
 class Scores(NamedTuple):
     accuracy: float
-    """Fraction of right answers."""
+    """Fraction of right predictions."""
     nll: float
     """Negative log-likelihood per image, in nats."""
     ece: float
@@ -29,7 +29,7 @@ class Scores(NamedTuple):
 
 
 def probabilities(network: nn.Module, images: Tensor) -> Tensor:
-    """One pass in eval mode: (images, classes) in float64, on the CPU. The network's mode is left as it was."""
+    """Makes one pass in eval mode: (images, classes) in float64, on the CPU. The network's mode is left as it was."""
     before = network.training
     network.eval()
     try:
@@ -40,7 +40,7 @@ def probabilities(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def monte_carlo(network: nn.Module, images: Tensor, samples: int, *, seed: int) -> ClassificationPrediction:
-    """That many samples of the probabilities, all of them kept, and their statistics. See `torchdrop.mc_predict`.
+    """Takes that many samples of the probabilities, and keeps all, with their statistics. See `torchdrop.mc_predict`.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(4, 3), nn.Dropout())
@@ -53,7 +53,7 @@ def monte_carlo(network: nn.Module, images: Tensor, samples: int, *, seed: int) 
 
 
 def running_mean(samples: Tensor) -> Iterator[Tensor]:
-    """For k = 1 ... T, the mean ``1/k sum_(t <= k) p_t`` of the first k of T samples, in float64, on the CPU.
+    """Yields for k = 1 ... T the mean ``1/k sum_(t <= k) p_t`` of the first k of T samples, in float64, on the CPU.
 
     Example:
         >>> [mean.tolist() for mean in running_mean(torch.tensor([[1.0], [3.0], [2.0]]))]
@@ -66,7 +66,7 @@ def running_mean(samples: Tensor) -> Iterator[Tensor]:
 
 
 def error(predicted: Tensor, labels: Tensor) -> float:
-    """Fraction of wrong answers.
+    """Returns the fraction of wrong predictions.
 
     Example:
         >>> error(torch.tensor([[0.9, 0.1], [0.6, 0.4]]), torch.tensor([0, 1]))
@@ -76,7 +76,7 @@ def error(predicted: Tensor, labels: Tensor) -> float:
 
 
 def score(predicted: Tensor, labels: Tensor) -> Scores:
-    """The three numbers for predicted probabilities of shape (images, classes).
+    """Returns the three numbers for predicted probabilities of shape (images, classes).
 
     References:
         Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, equation 3.

@@ -1,4 +1,4 @@
-"""The comparison: for each seed networks without dropout, with it, and with it on a schedule, and what they predict."""
+"""The comparison: for each seed networks without dropout, with it, and with it on a schedule, and their predictions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .training import train
 
 
 class Outcome(NamedTuple):
-    """What one seed gave: probabilities of shape (tests, 10), on the CPU."""
+    """The predictions of one seed: probabilities of shape (tests, 10), on the CPU."""
 
     plain: Tensor
     deterministic: Tensor
@@ -29,13 +29,13 @@ class Outcome(NamedTuple):
     monte_carlo: dict[int, Tensor]
     """The mean over the first k passes, for the k that are reported, in rising order."""
     prediction: ClassificationPrediction
-    """What `mc_predict` says of all passes, without the samples."""
+    """The result of `mc_predict` for all passes, without the samples."""
     errors: Array
-    """The fraction of wrong answers of the mean over the first k passes, for every k from 1."""
+    """The fraction of wrong predictions of the mean over the first k passes, for every k from 1."""
 
 
 def reported(samples: int) -> list[int]:
-    """The k that get a row in the table.
+    """Returns the k that get a row in the table.
 
     >>> reported(100), reported(20)
     ([1, 10, 50, 100], [1, 10, 20])
@@ -45,10 +45,10 @@ def reported(samples: int) -> list[int]:
 
 @contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
-    """PyTorch's generators and thread count are afterwards as they were. Within, the CPU works with one thread.
+    """Restores PyTorch's generators and thread count at the end. Within the context, the CPU works with one thread.
 
-    Products of 32 x 512 by 512 x 512 gain little from two, and lose a factor of ten where another program keeps a core
-    busy. The numbers then do not depend on how many cores there are either.
+    Products of 32 x 512 by 512 x 512 gain little from two, and lose a factor of ten if another program keeps a core
+    busy. Besides, the numbers then do not depend on the number of cores.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -62,7 +62,7 @@ def undisturbed(device: torch.device) -> Iterator[None]:
 def run_seeds(
     digits: Digits, sizes: Sequence[int], *, seed: int, seeds: int, epochs: int, samples: int
 ) -> list[Outcome]:
-    """Outcomes for `seed`, `seed` + 1, ... with a progress bar on stderr if that is a terminal.
+    """Returns outcomes for `seed`, `seed` + 1, ... with a progress bar on stderr if that is a terminal.
 
     PyTorch's generators and thread count are left as they were.
     """

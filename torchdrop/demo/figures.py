@@ -25,7 +25,7 @@ DPI = 150
 
 
 def error_against_k(outcomes: Sequence[Outcome], labels: Tensor) -> Figure:
-    """Test error of Monte Carlo averaging for every k, with the deterministic pass and no dropout to compare."""
+    """Draws the test error of Monte Carlo averaging for every k, the deterministic pass, and no dropout."""
     errors = 100 * np.stack([outcome.errors for outcome in outcomes])
     samples = errors.shape[1]
     ks = np.arange(1, samples + 1)
@@ -63,9 +63,9 @@ def error_against_k(outcomes: Sequence[Outcome], labels: Tensor) -> Figure:
 
 
 def reliability(outcomes: Sequence[Outcome], labels: Tensor, rows: dict[str, list[Scores]]) -> Figure:
-    """Accuracy against confidence for the three methods, over the predictions of all seeds.
+    """Draws accuracy against confidence for the three methods, over the predictions of all seeds.
 
-    A perfectly calibrated network's bars end on the diagonal. The ECE given is the table's: the mean of the seeds'.
+    A perfectly calibrated network's bars end on the diagonal. The ECE shown is the table's: the mean over the seeds.
     """
     k = max(outcomes[0].monte_carlo)
     methods = {
@@ -86,7 +86,7 @@ def reliability(outcomes: Sequence[Outcome], labels: Tensor, rows: dict[str, lis
 
 
 def most_uncertain(outcome: Outcome, labels: Tensor, pictures: Any) -> Figure:
-    """The twelve test digits of highest predictive entropy under Monte Carlo averaging, with their probabilities."""
+    """Draws the twelve test digits of highest predictive entropy under Monte Carlo averaging, with probabilities."""
     k = max(outcome.monte_carlo)
     predicted = outcome.monte_carlo[k]
     uncertainty = outcome.prediction.predictive_entropy
@@ -120,7 +120,7 @@ def most_uncertain(outcome: Outcome, labels: Tensor, pictures: Any) -> Figure:
 
 
 def regression(fitted: Fit) -> Figure:
-    """The regression's mean and bands, its data, and the function that they come from."""
+    """Draws the regression's mean and bands, its data, and the function that they come from."""
     figure = Figure(figsize=(9, 4.8), layout="constrained")
     axes = band(GRID, fitted.prediction, data=(fitted.x, fitted.y), level=LEVEL, ax=figure.subplots())
     truth = function(GRID).numpy()
@@ -136,7 +136,7 @@ def regression(fitted: Fit) -> Figure:
 
 
 def schedule(epochs: int) -> Figure:
-    """The keep_prob of each layer over the epochs, for the networks that were trained on a schedule."""
+    """Draws the keep_prob of each layer over the epochs, for the networks that were trained on a schedule."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     scheduler, _ = scheduled(SIZES, RATES, epochs)
     axes = scheduler.plot(epochs, figure.subplots())

@@ -20,17 +20,17 @@ SIZES = (64, 512, 512, 10)
 RATES = {"*": by_weight_size(0.5, smallest=0.8, input=0.9, output=1.0)}
 """A keep_prob for every layer.
 
-- Input: 0.9. A pixel that is lost cannot be had from elsewhere, so nearly all are kept.
+- Input: 0.9. The information in a lost pixel is nowhere else, so nearly all are kept.
 - Hidden layers: 0.5 for the one with the largest weight matrix, which can overfit most, nearly 0.8 for one with a tiny
   matrix: the range that Srivastava et al. (JMLR 2014, appendix A.4) give for hidden units.
-- Output: 1. A dropped logit would be a wrong answer and not a regularized one.
+- Output: 1. A dropped logit would make the prediction wrong and would not regularize.
 """
 
 WITHOUT = {"*": 1.0}
 
 
 def ramp(epochs: int) -> Scaled:
-    """Every layer's own dropping probability grows from 0: times 1 - exp(-10 t / epochs) after epoch t.
+    """Multiplies every layer's own probability of dropping by 1 - exp(-10 t / epochs) after epoch t, from 0 on.
 
     References:
         Morerio et al., "Curriculum Dropout", ICCV 2017.
@@ -45,7 +45,7 @@ def ramp(epochs: int) -> Scaled:
 
 
 def build(sizes: Sequence[int], rates: Mapping[str, RateOrRule]) -> nn.Sequential:
-    """Linear layers with ReLU between them, each layer and the input followed by dropout with its keep_prob.
+    """Builds linear layers with ReLU between them, each layer and the input followed by dropout with its keep_prob.
 
     Dropout has no parameters and needs no initial values: under one seed, networks that differ in their rates start
     from the same weights. With 1 everywhere it is the network without dropout.
@@ -71,7 +71,7 @@ def build(sizes: Sequence[int], rates: Mapping[str, RateOrRule]) -> nn.Sequentia
 def scheduled(
     sizes: Sequence[int], rates: Mapping[str, RateOrRule], epochs: int
 ) -> tuple[KeepProbScheduler, KeepProbs]:
-    """The schedule of a network that has no weights, only rates, and what these were before."""
+    """Returns the schedule of a network that has no weights, only rates, and these rates from before."""
     with torch.device("meta"):
         network = build(sizes, rates)
     own = keep_probs(network)
@@ -79,7 +79,7 @@ def scheduled(
 
 
 def describe(sizes: Sequence[int], rates: Mapping[str, RateOrRule], epochs: int) -> str:
-    """A line for the input and for each layer: units, weight matrix, keep_prob, and the keep_probs on the schedule."""
+    """Returns lines for the input and each layer: units, weight matrix, keep_prob, and keep_probs on the schedule."""
     scheduler, own = scheduled(sizes, rates, epochs)
     shown = sorted({0, epochs // 20, epochs // 5, epochs})
     at = []

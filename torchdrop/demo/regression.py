@@ -1,4 +1,4 @@
-"""Regression on one input: what a network with dropout knows where there are data, between them and beyond them."""
+"""Regression on one input: the uncertainty of a network with dropout at the data, between them and beyond them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ..monte_carlo.prediction import normal_quantile
 from .experiment import undisturbed
 
 INTERVALS = ((-3.0, -1.0), (1.0, 3.0))
-"""Where the data lie."""
+"""The intervals that have data."""
 
 POINTS = 40
-"""In each interval."""
+"""The number of data in each interval."""
 
 NOISE = 0.1
 """Standard deviation of the noise, which is known here because the data are made."""
@@ -33,7 +33,7 @@ GRID = torch.linspace(-6, 6, 481)
 
 
 class Fit(NamedTuple):
-    """The data, and what is predicted on `GRID`; all of shape (..., 1), on the CPU."""
+    """The data, and the prediction on `GRID`; all of shape (..., 1), on the CPU."""
 
     x: Tensor
     y: Tensor
@@ -47,16 +47,16 @@ class Region(NamedTuple):
     std: float
     """The mean of the epistemic standard deviation."""
     held: float
-    """The share of the part where the band of the models holds the function that the data come from."""
+    """The share of the part in which the band of the models contains the function that the data come from."""
 
 
 def function(x: Tensor) -> Tensor:
-    """The function that the data come from, ``sin(3 x / 2)``."""
+    """Returns the function that the data come from, ``sin(3 x / 2)``."""
     return torch.sin(1.5 * x)
 
 
 def decay() -> float:
-    """The optimizer's weight decay that belongs to `TAU`: 4 lambda beside `torch.nn.functional.mse_loss`.
+    """Returns the optimizer's weight decay that belongs to `TAU`: 4 lambda with `torch.nn.functional.mse_loss`.
 
     Example:
         >>> round(decay(), 6)
@@ -72,8 +72,8 @@ def fit(seed: int, device: torch.device) -> Fit:
     generators and thread count are left as they were.
 
     Args:
-        seed: of the data, the network's first weights, its masks in training and those of the samples.
-        device: where the network lives.
+        seed: the seed of the data, the network's first weights, its masks in training and those of the samples.
+        device: the device of the network.
     """
     generator = torch.Generator().manual_seed(seed)
     x = torch.cat([low + (high - low) * torch.rand(POINTS, 1, generator=generator) for low, high in INTERVALS])
@@ -111,10 +111,10 @@ def _network() -> nn.Sequential:
 
 
 def regions(prediction: RegressionPrediction) -> list[Region]:
-    """Where the data lie, the gap between them, and beyond them.
+    """Returns three regions: the intervals that have data, the gap between them, and the part beyond them.
 
     Args:
-        prediction: on `GRID`, of shape (481, 1).
+        prediction: the prediction on `GRID`, of shape (481, 1).
     """
     std = prediction.epistemic_variance.squeeze(1).sqrt()
     x = GRID
@@ -127,7 +127,7 @@ def regions(prediction: RegressionPrediction) -> list[Region]:
 
 
 def conclusions(fitted: Fit) -> list[str]:
-    """How the noise was chosen, and how uncertain the network is in each region and whether rightly so."""
+    """Returns sentences: the choice of the noise, and the uncertainty in each region and whether it is justified."""
     among, *others = regions(fitted.prediction)
     stds = [f"{among.std:.3f} {among.name}"]
     stds += [f"{other.std:.3f} {other.name} ({other.std / among.std:.1f} times that)" for other in others]

@@ -1,4 +1,4 @@
-"""The printed report: a table, and sentences that are worked out from its numbers."""
+"""The printed report: a table, and sentences that are computed from its numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PUBLISHED = 50
 
 
 def mean_and_error(values: ArrayLike) -> tuple[Array, Array]:
-    """Mean and standard error over the first dimension, the seeds. One seed has standard error 0."""
+    """Returns mean and standard error over the first dimension, the seeds. One seed has standard error 0."""
     array = np.asarray(values, dtype=np.float64)
     if len(array) == 1:
         return array[0], np.zeros_like(array[0])
@@ -25,7 +25,7 @@ def mean_and_error(values: ArrayLike) -> tuple[Array, Array]:
 
 
 def scores(outcomes: Sequence[Outcome], labels: Tensor) -> dict[str, list[Scores]]:
-    """For each row of the table, the scores of every seed."""
+    """Returns, for each row of the table, the scores of every seed."""
     rows = {
         "no dropout": [score(outcome.plain, labels) for outcome in outcomes],
         "dropout, deterministic pass": [score(outcome.deterministic, labels) for outcome in outcomes],
@@ -37,7 +37,7 @@ def scores(outcomes: Sequence[Outcome], labels: Tensor) -> dict[str, list[Scores
 
 
 def table(rows: dict[str, list[Scores]]) -> str:
-    """Mean and, with several seeds, standard error of each score."""
+    """Returns a table with the mean and, with several seeds, the standard error of each score."""
     name_width = max(map(len, rows))
     lines = [f"{'':<{name_width}}{'accuracy (%)':>18}{'NLL (nats)':>20}{'ECE (%)':>16}"]
     for name, of_seeds in rows.items():
@@ -51,7 +51,7 @@ def table(rows: dict[str, list[Scores]]) -> str:
 
 
 def sources_sentence(prediction: ClassificationPrediction) -> str:
-    """How `mc_predict` ran the samples, and what was random in them."""
+    """Returns a sentence on the way in which `mc_predict` ran the samples, and on the randomness in them."""
     report = prediction.report
     assert isinstance(report, Report)
     active = [f"{source.module} (p = {source.rate:.2g})" for source in report.active]
@@ -62,14 +62,14 @@ def sources_sentence(prediction: ClassificationPrediction) -> str:
 
 
 def catch_up(errors: ArrayLike, deterministic: ArrayLike) -> tuple[int | None, int | None]:
-    """The first k that is as good as the deterministic pass, and the k from which on all are; None where there is none.
+    """Returns the first k that is as good as the deterministic pass, and the k from which on all are; None if none is.
 
-    As good means that the error's mean over seeds exceeds the deterministic pass's by no more than one standard error
+    "As good" means that the error's mean over seeds exceeds the deterministic pass's by no more than one standard error
     of the difference, which is taken seed by seed.
 
     Args:
-        errors: for each seed and each k from 1, the Monte Carlo error; (seeds, samples).
-        deterministic: for each seed, the deterministic pass's; (seeds,).
+        errors: the Monte Carlo error for each seed and each k from 1; (seeds, samples).
+        deterministic: the deterministic pass's error for each seed; (seeds,).
     """
     gap, spread = mean_and_error(np.asarray(errors) - np.asarray(deterministic)[:, None])
     good = gap <= spread + 1e-12  # the errors are fractions with rounding errors of their own
@@ -81,7 +81,7 @@ def catch_up(errors: ArrayLike, deterministic: ArrayLike) -> tuple[int | None, i
 
 
 def catch_up_sentence(errors: ArrayLike, deterministic: ArrayLike) -> str:
-    """When Monte Carlo averaging catches up with the deterministic pass, and whether that is near k = 50."""
+    """Says at which k Monte Carlo averaging is as good as the deterministic pass, and whether that is near k = 50."""
     first, lasting = catch_up(errors, deterministic)
     seeds, samples = np.shape(errors)
     near = ("within one standard error of" if seeds > 1 else "down to") + " the deterministic pass's error"
@@ -107,7 +107,7 @@ def catch_up_sentence(errors: ArrayLike, deterministic: ArrayLike) -> str:
 
 
 def difference_sentence(name: str, errors: ArrayLike, other: str, others: ArrayLike) -> str:
-    """By how many percentage points of test error one method is above or below another, seed by seed."""
+    """Says by how many percentage points of test error one method is above or below another, seed by seed."""
     gap, spread = mean_and_error(100 * (np.asarray(errors) - np.asarray(others)))
     size = f"{abs(gap):.2f}" + (f" ± {spread:.2f}" if np.size(errors) > 1 else "")
     if f"{abs(gap):.2f}" == "0.00":
@@ -116,7 +116,7 @@ def difference_sentence(name: str, errors: ArrayLike, other: str, others: ArrayL
 
 
 def conclusions(outcomes: Sequence[Outcome], labels: Tensor) -> list[str]:
-    """What the run says, a sentence for each question."""
+    """Returns the conclusions of the run, a sentence for each question."""
     plain = [error(outcome.plain, labels) for outcome in outcomes]
     deterministic = [error(outcome.deterministic, labels) for outcome in outcomes]
     scheduled = [error(outcome.scheduled, labels) for outcome in outcomes]

@@ -16,7 +16,7 @@ from .report import conclusions, scores, sources_sentence, table
 
 
 def kernels_in_use(device: torch.device) -> str:
-    """Which backend serves the masks, and why it is not the native one if it is not."""
+    """Says which backend serves the masks, and gives the reason if it is not the native one."""
     backends = available_backends(device)
     serving = next(name for name, reasons in backends.items() if not reasons)
     if serving == "native":
@@ -28,12 +28,12 @@ def run(*, seed: int, seeds: int, epochs: int, samples: int, output: Path, devic
     """Trains, predicts, prints and draws.
 
     Args:
-        seed: of the first repetition; the others have the numbers after it.
-        seeds: how many repetitions.
-        epochs: over the training set, for each network.
-        samples: Monte Carlo passes over the digits.
+        seed: the seed of the first repetition; the others have the numbers after it.
+        seeds: the number of repetitions.
+        epochs: the number of passes over the training set, for each network.
+        samples: the number of Monte Carlo passes over the digits.
         output: an existing folder for the figures.
-        device: where the networks live.
+        device: the device of the networks.
 
     Returns:
         The figures' paths.

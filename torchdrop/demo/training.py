@@ -25,11 +25,11 @@ def train(
     schedule: Mapping[str, Any],
     after_epoch: Callable[[], None],
 ) -> None:
-    """Stochastic gradient descent with momentum on the cross-entropy. `seed` alone decides the order of the images.
+    """Trains by stochastic gradient descent with momentum on the cross-entropy. Only `seed` decides the images' order.
 
     The layers that `schedule` names follow it, epoch by epoch; if it is empty, all keep their rates.
-    The masks come from PyTorch's default generator, the order from one of its own: it is the same with and without
-    dropout, and on every device.
+    The masks come from PyTorch's default generator, the order of the images from another one: it is the same with and
+    without dropout, and on every device.
     """
     order = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(network.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)

@@ -1,6 +1,6 @@
 """The base of all handlers: a function mode that sees the random calls of a model while it runs.
 
-A handler decides what becomes of a call: `Trace` notes it, `Substitute` gives it a mask of its own, `Disable` leaves it
+A handler decides how a call is served: `Trace` records it, `Substitute` gives it a mask of its own, `Disable` leaves it
 out, and an audit follows its result. A call that no handler wants goes to the function mode outside of it.
 """
 
@@ -46,14 +46,13 @@ def checkpointed() -> bool:
 
 
 class Handler(TorchFunctionMode):
-    """Describes the random calls of a model that is running; everything else goes through.
+    """Describes the random calls of a model that is running, and passes on everything else.
 
-    A subclass says what becomes of a random call (`_meet`), of any other call (`_pass`), of the question whether a
-    layer is on (`_is_on`, or `_turns_on` for those whose own flag is off), and of calls while its model does not run
-    (`_outside`).
+    A subclass decides how to serve a random call (`_meet`), any other call (`_pass`), the question whether a layer is
+    on (`_is_on`, or `_turns_on` for those whose own flag is off), and calls while its model does not run (`_outside`).
 
     Attributes:
-        others: functions that draw, and that `DESCRIBE` does not know.
+        others: functions that draw and are not in `DESCRIBE`.
         decides: whether the handlers outside of this one leave the calls to it while its model runs.
     """
 
@@ -72,7 +71,7 @@ class Handler(TorchFunctionMode):
         return self._inside(func, args, kwargs)
 
     def _outside(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """A call while the model is not running, or another context's model runs."""
+        """Serves a call while the model is not running, or another context's model runs."""
         if func in DESCRIBE:
             refuse_backward()
         return func(*args, **kwargs)
@@ -94,7 +93,7 @@ class Handler(TorchFunctionMode):
 
     @contextmanager
     def inside(self, slot: MaskSlot) -> Iterator[None]:
-        """Within it, the next layer of torchdrop takes its mask from the slot."""
+        """Within the context, the next layer of torchdrop takes its mask from the slot."""
         self._bound = slot
         try:
             with self:
@@ -112,11 +111,11 @@ class Handler(TorchFunctionMode):
 
     @property
     def is_entered(self) -> bool:
-        """Whether it is on in this thread."""
+        """Whether the handler is on in this thread."""
         return self in _entered.handlers
 
     def _pass(self, func: Any, call: Callable[[], Any]) -> Any:
-        """A call that is not random."""
+        """Serves a call that is not random."""
         return call()
 
     def _turns_on(self) -> bool:
@@ -140,5 +139,5 @@ _entered = _Entered()
 
 
 def innermost() -> Handler | None:
-    """The last of this thread's handlers that decide and whose model is running."""
+    """Returns the last of this thread's handlers that decide and whose model is running."""
     return next((one for one in reversed(_entered.handlers) if one.decides and one._tracker.running), None)

@@ -1,4 +1,4 @@
-"""A random call of a model: where it is made and what it would draw."""
+"""A random call of a model: its place, and the numbers that it would draw."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 
 class Site(NamedTuple):
-    """A call in the model: the module that makes it, what it is, and its number among such calls in one forward."""
+    """A call in the model: the module that makes it, its kind, and its number among such calls in one forward."""
 
     module: str
     kind: str
@@ -20,16 +20,16 @@ class RandomCall:
     """One call of a random function.
 
     Args:
-        kind: the word for it in reports.
-        rate: the probability of dropping, or None where there is none.
+        kind: the name of its kind in reports.
+        rate: the probability of dropping, if there is one.
         on: whether the call as made draws anything.
-        shape: of the tensor that is dropped from or drawn; None if only the result tells.
+        shape: the shape of the tensor that is dropped from or drawn; None if only the result has it.
         mask: the shape of its mask, if it is another.
-        original: makes the call as it stands.
+        original: makes the call as it is.
         plain: makes it without randomness.
-        served: makes it with masks from a slot, at a rate; None where that is impossible.
+        served: makes it with masks from a slot, at a rate; None if that is impossible.
         flagged: whether the module's own code decides from its training flag if this is called or used.
-        draws: how many random draws it stands for.
+        draws: the number of random draws in it.
         loose: why its draws depend on the batch, if they do.
     """
 

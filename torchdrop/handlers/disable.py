@@ -1,4 +1,4 @@
-"""A handler that leaves out functional dropout, whose rate is a constant in a forward, so that no name reaches it."""
+"""A handler that leaves out functional dropout: its rate is a constant in a forward, which no name refers to."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from .random_functions import RECURRENT
 from .tracker import Tracker
 
 _KEPT = RECURRENT | {F.rrelu, torch.rrelu, torch.rrelu_}
-"""What goes on as it is: the rate of a recurrent layer has a name, and cuDNN's backward asks for its training flag;
-random leaky ReLUs drop nothing."""
+"""The functions that are called as they are: the rate of a recurrent layer has a name, and cuDNN's backward needs its
+training flag; random leaky ReLUs drop nothing."""
 
 
 class Disable(Handler):
     """Leaves out the dropout that functions of a running model would make; layers with a rate of their own have 0.
 
-    It decides for itself alone: handlers outside of it serve what it lets pass.
+    It decides only for itself: handlers outside of it serve the calls that it lets pass.
     """
 
     decides = False
@@ -67,7 +67,7 @@ class Disable(Handler):
     def _undropped(
         self, operator: Any, input: Tensor, params: Any, shape: Any, inplace: bool, generator: torch.Generator | None
     ) -> Tensor:
-        """What torchdrop's layers do at keep_prob 1: a key is drawn, so that what else draws does not depend on it."""
+        """Does what torchdrop's layers do at keep_prob 1: draws a key, so that other draws do not depend on it."""
         if not self._is_in_layer() and not keeps_all(params) and checkpointed():
             _refuse("dropout of torchdrop")
         if not transforms_active():
@@ -85,7 +85,7 @@ def _refuse(kind: str) -> None:
 
 @contextmanager
 def without_functional_dropout(model: nn.Module) -> Iterator[None]:
-    """Within it, dropout functions and attention drop nothing where a forward of the model calls them."""
+    """Within the context, dropout functions and attention drop nothing if a forward of the model calls them."""
     handler = Disable(model)
     with handler._tracker.follow(model), handler:
         yield

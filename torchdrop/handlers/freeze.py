@@ -28,9 +28,9 @@ class _Forward(Tracker):
 class Frozen:
     """Starts every outermost forward from a given state of PyTorch's generators, and puts their state back after it.
 
-    Activation checkpointing restores the generators before it runs a part of a forward again, in whatever order and
-    whenever that is, so it finds its masks. Where it wraps a whole forward, what it restores is the state from before
-    that forward, which is known again by its digest.
+    Activation checkpointing restores the generators before it runs a part of a forward again, in any order and at any
+    time, so it draws the same masks again. If it wraps a whole forward, it restores the state from before that forward,
+    which is recognized by its digest.
 
     Attributes:
         served: how many keys were drawn in these forwards.
@@ -78,7 +78,7 @@ class Frozen:
 
 @contextmanager
 def frozen_forwards(model: nn.Module, seed: int) -> Iterator[Frozen]:
-    """What `frozen_masks` does, whatever draws in the model: with the same inputs each time all of it is frozen."""
+    """Does what `frozen_masks` does for anything that draws in the model: with equal inputs, all of it is frozen."""
     frozen = Frozen(seed)
     with following(model, frozen.enter, frozen.leave, innermost=True):
         random.frozen.append(frozen)
@@ -96,13 +96,13 @@ def frozen_masks(model: nn.Module, seed: int = 0) -> Iterator[None]:
     Each forward starts from the same state of PyTorch's generators, which follows from `seed` and from the name of the
     module that was called, and puts their state back when it ends. A layer draws two numbers a call, whatever its
     input, so that a layer that is called several times has a mask for each call, the same in each forward. Element i of
-    a layer's input always meets the same draw: with the batch in the first dimension, a sample keeps its mask in
-    whatever batch it comes at that place (unless something else in the model draws an amount that depends on the
-    batch). The cost with dropout on is then a deterministic function of the parameters, to be plotted, searched along a
+    a layer's input always gets the same draw: with the batch in the first dimension, a sample keeps its mask in every
+    batch in which it has the same place (unless something else in the model draws an amount that depends on the batch).
+    The cost with dropout on is then a deterministic function of the parameters, which can be plotted, searched along a
     line or checked by finite differences.
 
-    Whether dropout is on is still the business of ``model.train()``. A forward is a call of the model or of any module
-    in it, outside backward; one at a time, since threads share PyTorch's generator. Layers with a `generator` of their
+    ``model.train()`` still decides whether dropout is on. A forward is a call of the model or of any module in it,
+    outside backward; one runs at a time, since threads share PyTorch's generator. Layers with a `generator` of their
     own follow that. If activation checkpointing wraps the whole model, run backward inside the context too.
 
     Args:

@@ -1,8 +1,7 @@
-"""Masks as a function of (seed, source, sample, row): the keys, and how rows and samples lie in a tensor.
+"""Masks as a function of (seed, source, sample, row): the keys, and the places of rows and samples in a tensor.
 
 A source of randomness is a call in the model. Its seed is a hash of (seed, module, kind, number of the call); the
-stream is ``sample * 2**32 + row``. So a row of the data meets the same mask in whatever batch, chunk, strategy or
-process it is evaluated.
+stream is ``sample * 2**32 + row``. So a row of the data gets the same mask in any batch, chunk, strategy or process.
 
 Latin sampling: across the T samples the draws of one unit are, in units of 2**-32,
 
@@ -34,14 +33,14 @@ from ..seeding import hash_of
 
 
 class NotVectorizableError(RuntimeError):
-    """The samples cannot be run together in the way that was tried."""
+    """Raised if the samples cannot be run together in the way that was tried."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the rows of the data lie in a source's tensor: dimension `dim` holds `ratio` neighbors for each row.
+    """The place of the data's rows in a source's tensor: dimension `dim` has `ratio` neighbors for each row.
 
-    `own` tells whether the mask differs between rows, or has one place there for all of them.
+    `own` says whether the mask differs between rows, or has one place there for all of them.
     """
 
     dim: int
@@ -52,7 +51,7 @@ class Layout:
 def find_layout(
     shapes: tuple[Sequence[int], Sequence[int]], rows: tuple[int, int], mask: Sequence[int]
 ) -> Layout | None:
-    """The first dimension that grows with the rows of the data, from one source's shapes at two numbers of rows.
+    """Finds the first dimension that grows with the rows of the data, from one source's shapes at two numbers of rows.
 
     >>> find_layout(((6, 4), (9, 4)), (2, 3), (9, 4))
     Layout(dim=0, ratio=3, own=True)
@@ -69,7 +68,7 @@ def find_layout(
 
 
 def source_seed(seed: int, *name: object) -> int:
-    """64 bits, as a signed integer, that follow from the seed and the name of a source."""
+    """Returns 64 bits, as a signed integer, that follow from the seed and the name of a source."""
     return int.from_bytes(hash_of(seed, *name), "little", signed=True)
 
 
@@ -77,8 +76,8 @@ class Hypercube:
     """The strata of one Latin hypercube of `size` samples, for the samples being run.
 
     Args:
-        size: how many samples, T.
-        number: which hypercube it is, of several independent ones.
+        size: the number of samples, T.
+        number: the number of the hypercube, among several independent ones.
     """
 
     def __init__(self, size: int, number: int = 0) -> None:
@@ -86,11 +85,12 @@ class Hypercube:
         self.number = number
 
     def offsets(self, position: Tensor) -> Tensor:
-        """``floor(g(s) 2**32 / T)`` for every permutation g of the family: (..., permutations) for positions (...)."""
+        """Returns ``floor(g(s) 2**32 / T)`` for every permutation g of the family: (..., permutations) for positions
+        (...)."""
         a, b, prime = _family(self.size)
         a, b = a.to(position.device), b.to(position.device)
         value = (a * position.unsqueeze(-1) + b) % prime
-        for _ in range(prime - self.size):  # a walk along its cycle leads back below T, after so many steps at most
+        for _ in range(prime - self.size):  # following its cycle, one is below T again after so many steps at most
             outside = value >= self.size
             if not (transforms_active() or outside.any()):
                 break
@@ -105,7 +105,7 @@ class Hypercube:
 
 @functools.lru_cache(maxsize=16)
 def _family(size: int) -> tuple[Tensor, Tensor, int]:
-    """Coefficients of the maps ``a s + b mod P``, P the smallest prime from T on: about 4096 of them, or all."""
+    """Returns coefficients of maps ``a s + b mod P``, P the smallest prime from T on: about 4096 of them, or all."""
     prime = next(n for n in range(max(size, 2), 2 * size + 2) if all(n % d for d in range(2, math.isqrt(n) + 1)))
     shifts = min(prime, max(1, 4096 // (prime - 1)))
     with torch.inference_mode(False):
@@ -115,16 +115,16 @@ def _family(size: int) -> tuple[Tensor, Tensor, int]:
 
 
 class Pass:
-    """One run of the model: which samples, which rows of the data, and how they lie in its tensors.
+    """One run of the model: its samples, its rows of the data, and their places in its tensors.
 
     Args:
-        seed: of all masks.
+        seed: the seed of all masks.
         samples: numbers of the samples, int64: 0-d for one sample (or one under vmap), (S,) if folded.
-        rows: how many rows of data there are; None if the inputs are one whole.
+        rows: the number of rows of data; None if the inputs are one whole.
         first_row: the number of the first one.
         shared: whether all rows have the mask of row 0.
-        folded: whether the rows are there once for each sample, one sample after another.
-        hypercube: what makes the samples of a unit a Latin hypercube; None if they are independent.
+        folded: whether the tensors have the rows once for each sample, one sample after another.
+        hypercube: the Latin hypercube of the samples of a unit; None if they are independent.
         offsets: the strata of these samples, if they are known already.
     """
 
@@ -152,7 +152,7 @@ class Pass:
         self._offsets = offsets
 
     def key(self, seed: int, own: bool) -> Tensor:
-        """(..., 2): for each sample if they are folded, and for each row if the rows have their own masks."""
+        """Returns keys (..., 2): for each sample if they are folded, and for each row if rows have their own masks."""
         stream = self._streams.get(own)
         if stream is None:
             stream = self._streams[own] = self._stream(self.samples, own)
@@ -163,7 +163,7 @@ class Pass:
         return stream.unsqueeze(-1) | self._row_numbers if own else stream
 
     def words(self, seed: int, shape: Sequence[int], own: bool) -> Tensor:
-        """The 32-bit draws of a source, int64 of shape ``key.shape[:-1] + shape``."""
+        """Makes the 32-bit draws of a source, int64 of shape ``key.shape[:-1] + shape``."""
         if self.hypercube is None:
             return random_bits.random_bits(self.key(seed, own), shape)
         shift, choice = self.unit_keys(seed, own)
@@ -173,13 +173,13 @@ class Pass:
         return first + (table[:, member] if self.folded else table[member]) & ONE - 1
 
     def unit_keys(self, seed: int, own: bool) -> tuple[Tensor, Tensor]:
-        """The keys of what a unit draws once for a hypercube: its shift and its permutation."""
+        """Returns the keys of the two draws that a unit makes for a hypercube: its shift and its permutation."""
         assert self.hypercube is not None
         number = torch.tensor(2 * self.hypercube.number, device=self.samples.device)
         return _key(seed, self._stream(number, own)), _key(seed, self._stream(number + 1, own))
 
     def offsets(self) -> Tensor:
-        """The strata of this pass's samples under each permutation."""
+        """Returns the strata of this pass's samples under each permutation."""
         assert self.hypercube is not None
         if self._offsets is None:
             self._offsets = self.hypercube.offsets(self.samples % self.hypercube.size)
@@ -191,12 +191,12 @@ def _key(seed: int, stream: Tensor) -> Tensor:
 
 
 class MaskSlot:
-    """The place of one source in one pass: what serves its masks and numbers.
+    """The place of one source in one pass: it makes its masks and numbers.
 
     Args:
         run: the pass.
-        seed: of the source.
-        find: gives the layout of the source's tensor from its shape and its mask's.
+        seed: the seed of the source.
+        find: returns the layout of the source's tensor from its shape and its mask's.
     """
 
     def __init__(self, run: Pass, seed: int, find: Callable[[Sequence[int], Sequence[int]], Layout | None]) -> None:
@@ -205,7 +205,7 @@ class MaskSlot:
         self._own = False
 
     def another(self, number: int) -> MaskSlot:
-        """The place of one of several masks that one call draws; the first of them is this one."""
+        """Returns the place of one of several masks that one call draws; the first of them is this one."""
         return self if not number else MaskSlot(self._run, source_seed(self._seed, number), self._find)
 
     def _place(self, shape: Sequence[int], mask: Sequence[int]) -> None:
@@ -216,13 +216,13 @@ class MaskSlot:
 
     @property
     def _lead(self) -> list[int]:
-        """What the rows' dimension is split into: samples, rows, neighbors."""
+        """The sizes that the rows' dimension is split into: samples, rows, neighbors."""
         assert self._layout is not None
         lead = [self._run.copies] if self._run.folded else []
         return [*lead, self._run.rows or 1, *([self._layout.ratio] if self._layout.ratio > 1 else [])]
 
     def _forward(self, x: Tensor) -> Tensor:
-        """x with the dimensions of the keys in front; the mask's follow."""
+        """Returns x with the dimensions of the keys in front; the mask's follow."""
         if self._layout is None:
             return x
         x = x.movedim(self._layout.dim, 0)
@@ -236,7 +236,7 @@ class MaskSlot:
         return (x.flatten(0, len(lead) - 1) if len(lead) > 1 else x).movedim(0, self._layout.dim)
 
     def _mask_shape(self, shape: Sequence[int]) -> list[int]:
-        """The mask's shape without the keys' dimensions."""
+        """Returns the mask's shape without the keys' dimensions."""
         if self._layout is None:
             return list(shape)
         dim, ratio = self._layout.dim, self._layout.ratio
@@ -244,7 +244,7 @@ class MaskSlot:
         return [*([] if self._own else [1]), *neighbors, *shape[:dim], *shape[dim + 1 :]]
 
     def _law(self, params: MaskParams | Tensor, dims: int) -> MaskParams | Tensor:
-        """A set of mask parameters that varies over the mask, in the order of `_forward`."""
+        """Returns mask parameters that vary over the mask in the order of `_forward`."""
         if isinstance(params, MaskParams) or params.dim() == 1 or self._layout is None:
             return params
         params = params.reshape((1,) * (dims + 1 - params.dim()) + tuple(params.shape)).movedim(self._layout.dim, 0)
@@ -260,7 +260,7 @@ class MaskSlot:
     def apply(
         self, operator: operators.Operator, x: Tensor, params: MaskParams | Tensor, shape: Sequence[int], inplace: bool
     ) -> Tensor:
-        """x under an operator and mask parameters, with this source's mask of this shape."""
+        """Applies an operator with mask parameters to x, with this source's mask of this shape."""
         self._place(x.shape, shape)
         run, arranged, mask_shape = self._run, self._forward(x), self._mask_shape(shape)
         params = self._law(params, x.dim())
@@ -275,7 +275,7 @@ class MaskSlot:
         return written(x, out) if inplace else out
 
     def numbers(self, numbers: random_bits.Numbers, shape: Sequence[int], params: MaskParams | Tensor | None) -> Tensor:
-        """What one of `kernels.noise` gives, of this shape."""
+        """Makes the numbers of one of the operators of `ops.random_bits`, of this shape."""
         words = self.words(shape)
         if numbers is random_bits.random_bits:
             return words
@@ -285,7 +285,7 @@ class MaskSlot:
         return words < unpack_params(params, words.device)[0]
 
     def words(self, shape: Sequence[int]) -> Tensor:
-        """32-bit draws, int64 of this shape."""
+        """Makes 32-bit draws, int64 of this shape."""
         self._place(shape, shape)
         words = self._run.words(self._seed, self._mask_shape(shape), self._own)
         if self._layout is None:
@@ -293,12 +293,12 @@ class MaskSlot:
         return self._back(words.expand(*self._lead, *words.shape[len(self._lead) :]))
 
     def uniform(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Uniform on [0, 1), on the grid that torch.rand has for this dtype."""
+        """Makes uniform variates on [0, 1), on the grid that torch.rand has for this dtype."""
         digits = min(1 - math.frexp(torch.finfo(dtype).eps)[1] + 1, 32)
         return (self.words(shape) >> 32 - digits).to(dtype) * 2.0**-digits
 
     def normal(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Standard normal."""
+        """Makes standard normal variates."""
         return _normal(self.words(shape)).to(dtype)
 
 
@@ -315,14 +315,14 @@ def _gaussian(x: Tensor, words: Tensor, params: MaskParams | Tensor) -> Tensor:
 
 
 class _Stratified(torch.autograd.Function):
-    """x under mask parameters, with the masks of one sample of a hypercube, or of several under vmap. Without a
+    """Applies mask parameters to x, with the masks of one sample of a hypercube, or of several under vmap. It has no
     derivative."""
 
     @staticmethod
     def folded(
         x: Tensor, offsets: Tensor, shift: Tensor, choice: Tensor, params: MaskParams | Tensor, shape: list[int]
     ) -> Tensor:
-        """For x with all samples in front, or the same for all samples."""
+        """Does this for x with all samples in front, or the same for all samples."""
         return kernels.select(x, kernels.stratified(shape, shift, choice, offsets, params), params)
 
     @staticmethod
@@ -340,7 +340,7 @@ class _Stratified(torch.autograd.Function):
 
 
 def written(x: Tensor, out: Tensor) -> Tensor:
-    """`out` in x's memory.
+    """Writes `out` to x's memory.
 
     Raises:
         NotVectorizableError: under vmap, if x is the same for all samples and `out` is not.

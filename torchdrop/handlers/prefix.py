@@ -1,7 +1,7 @@
-"""The calls before the first random one run once: their results are kept and given again in the passes that follow.
+"""The calls before the first random one run once: their results are kept, and returned in the passes that follow.
 
-Up to there a forward is the same for all samples, call by call. A result that nothing but the next call needed is not
-kept: an empty tensor without memory stands for it, since the calls that would read it are not made again.
+Up to there a forward is the same for all samples, call by call. A result that only the next call needed is not kept: an
+empty tensor without memory takes its place, since the calls that would read it are not made again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..core.torch_state import tree_map
 
 
 class PrefixChangedError(RuntimeError):
-    """A pass did not begin with the calls that the first one began with."""
+    """Raised if a pass does not begin with the calls that the first one began with."""
 
 
 class _Kept:
@@ -43,7 +43,7 @@ class _Kept:
 
 
 class Prefix:
-    """The calls of a forward before its first random one, for one batch of data. For use without autograd."""
+    """The calls of a forward before its first random one, for one batch of data. It is for use without autograd."""
 
     def __init__(self) -> None:
         self._calls: list[tuple[Any, Any]] = []
@@ -54,16 +54,16 @@ class Prefix:
 
     @property
     def tensors(self) -> int:
-        """How many tensors they gave."""
+        """The number of tensors that they returned."""
         return len(self._tensors)
 
     @property
     def length(self) -> int:
-        """How many calls are kept."""
+        """The number of calls that are kept."""
         return 0 if self._recording else len(self._calls)
 
     def restart(self) -> None:
-        """A pass begins."""
+        """Begins a pass."""
         if self._recording and not self._calls:
             return
         self.end()
@@ -72,13 +72,13 @@ class Prefix:
             self.drop()
 
     def drop(self) -> None:
-        """All passes run as a whole from now on."""
+        """Makes all passes run as a whole from now on."""
         self._usable = False
         self._calls.clear()
         self._tensors.clear()
 
     def end(self) -> None:
-        """The first random call is here, or the forward is over."""
+        """Ends the prefix, at the first random call or at the end of the forward."""
         if self._recording:
             self._recording, self._position = False, len(self._calls)
             for kept in self._tensors:
@@ -88,7 +88,7 @@ class Prefix:
             raise PrefixChangedError("a pass met its first random call earlier than the first pass")
 
     def run(self, func: Any, call: Callable[[], Any]) -> Any:
-        """The result of a call, computed or kept."""
+        """Returns the result of a call, computed or kept."""
         if self._position < len(self._calls) and not self._recording:
             known, result = self._calls[self._position]
             if known != func:

@@ -1,7 +1,7 @@
-"""The functions of torch and of torchdrop that draw, described one by one: they are what is random in a model.
+"""The functions of torch and of torchdrop that draw, described one by one: a model's randomness comes from them.
 
-A function mode sees each call of them. `DESCRIBE` turns a call into a `RandomCall`: what it would draw, how it is made
-as it stands, without its randomness, and with masks of ours. Layers of other packages (DropPath, StochasticDepth,
+A function mode sees each call of them. `DESCRIBE` turns a call into a `RandomCall`: its draws, and the ways to make it
+as it is, without its randomness, and with masks of ours. Layers of other packages (DropPath, StochasticDepth,
 LayerDrop, StableDropout) draw with torch.rand, bernoulli_ and the like, so they are seen as well.
 """
 
@@ -31,7 +31,7 @@ def _is_on(training: bool, p: Any) -> bool:
 
 
 def _dropout(kind: str, twin: Callable[..., Tensor], inplace: bool = False) -> Callable[..., RandomCall]:
-    """Torch's dropout functions, each served by torchdrop's function of the same name."""
+    """Describes torch's dropout functions, each served by torchdrop's function of the same name."""
 
     def describe(
         mode: Mode,
@@ -43,7 +43,7 @@ def _dropout(kind: str, twin: Callable[..., Tensor], inplace: bool = False) -> C
         *,
         train: bool | None = None,
     ) -> RandomCall:
-        training = training if train is None else train  # torch.dropout's own name
+        training = training if train is None else train  # torch.dropout calls it `train`
         extra = {"inplace": inplace} if isinstance(func, types.FunctionType) else {}
 
         def served(slot: MaskSlot, rate: float) -> Tensor:
@@ -77,7 +77,7 @@ def _layer(
     inplace: bool,
     generator: torch.Generator | None,
 ) -> RandomCall:
-    """A layer or function of torchdrop."""
+    """Describes a layer or function of torchdrop."""
     rate = 1.0 - given.threshold / ONE if isinstance(given, MaskParams) else None
     if operator is operators.gaussian and isinstance(given, MaskParams):
         rate = given.scale**2 / (1.0 + given.scale**2)
@@ -102,7 +102,7 @@ def _numbers(
     generator: torch.Generator | None,
     given: MaskParams | Tensor | None,
 ) -> RandomCall:
-    """What a layer or function of torchdrop draws to make a mask of its own from. Whether it does, `is_on` has said."""
+    """Describes the numbers from which a layer or function of torchdrop makes a mask of its own, if `is_on` says so."""
     rate = 1.0 - given.threshold / ONE if isinstance(given, MaskParams) else None
 
     def original() -> Tensor:
@@ -125,7 +125,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> RandomCall:
-    """Dropout of attention weights. The rate is 0 in eval mode, so the one seen in train mode is used."""
+    """Describes dropout of attention weights. The rate is 0 in eval mode, so the one seen in train mode is used."""
 
     def call(p: float) -> Tensor:
         return func(query, key, value, attn_mask, p, is_causal, scale=scale, enable_gqa=enable_gqa)
@@ -152,7 +152,7 @@ def _attention(
 
 
 def _softmax(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
-    """Attention weights; 0 for a query that may see no key, as scaled_dot_product_attention has it."""
+    """Returns attention weights; 0 for a query that may see no key, as in scaled_dot_product_attention."""
     if is_causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if mask is None:
@@ -163,7 +163,7 @@ def _softmax(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
 
 
 def _recurrent(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> RandomCall:
-    """The dropout between the layers of nn.LSTM, nn.GRU and nn.RNN: served by running one layer at a time.
+    """Describes the dropout between the layers of nn.LSTM, nn.GRU and nn.RNN: it is served one layer at a time.
 
     (input, hx, weights, biases, layers, p, train, bidirectional, batch_first), or, for packed sequences,
     (data, batch_sizes, hx, weights, biases, layers, p, train, bidirectional).
@@ -230,7 +230,7 @@ def _rrelu(
 
 
 def describe_other(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> RandomCall:
-    """Random functions that keep torch's own numbers: they fire, but depend on how the samples are run."""
+    """Describes random functions that keep torch's own numbers: they draw, but depend on how the samples are run."""
 
     def original() -> Any:
         return func(*args, **kwargs)
@@ -286,11 +286,11 @@ DESCRIBE: dict[Any, Callable[..., RandomCall]] = {
         describe_other,
     ),
 }  # fmt: skip
-"""For each function that draws, what describes a call of it."""
+"""The functions that draw, each with a function that describes a call of it."""
 
 
 def _opened(function: Any) -> Callable[..., Any]:
-    """A copy of a Python function of torch that does not hand itself over to function modes: they see inside."""
+    """Copies a Python function of torch, so that function modes see not the copy but the calls inside it."""
     names = {name: (lambda *_: False) for name in function.__globals__ if name.startswith("has_torch_function")}
     copy = types.FunctionType(
         function.__code__,
@@ -304,4 +304,4 @@ def _opened(function: Any) -> Callable[..., Any]:
 
 
 OPENED = {function: _opened(function) for function in (F.multi_head_attention_forward, F.gumbel_softmax)}
-"""Functions of torch that draw inside, by way of others."""
+"""Functions of torch that draw by calling others."""

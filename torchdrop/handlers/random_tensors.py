@@ -1,4 +1,4 @@
-"""Random tensors: torch.rand, torch.bernoulli and their kin, served with numbers of ours.
+"""Random tensors: torch.rand, torch.bernoulli and similar functions, served with numbers of ours.
 
 Other packages' DropPath, StochasticDepth, DropBlock and LayerDrop are made of these.
 """
@@ -19,7 +19,7 @@ from .masks import MaskSlot, written
 def random_tensor(
     kind: str, make: Callable[..., Tensor], values: Callable[..., Tensor], inplace: bool = False
 ) -> Callable[..., RandomCall]:
-    """Random tensors. `make` gives an empty one for the same arguments, `values` what is drawn into it."""
+    """Describes a random tensor. `make` returns an empty one for the same arguments, and `values` its numbers."""
 
     def describe(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> RandomCall:
         def original() -> Any:

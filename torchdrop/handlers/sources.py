@@ -15,7 +15,7 @@ UNCHECKED = "called in Monte Carlo mode; no train-mode forward to compare with"
 
 
 class Seen(NamedTuple):
-    """How a source's tensor and mask looked at some number of rows, to find its layout at another number."""
+    """The shapes of a source's tensor and mask at some number of rows, to find its layout at another number."""
 
     rows: int | None
     shape: tuple[int, ...]
@@ -29,13 +29,13 @@ class Source:
     Args:
         module: the name of the module that makes the call; "" for the model itself.
         kind: "dropout", "attention", "lstm", "torchdrop", "bernoulli", ...
-        number: of the call among the module's calls of this kind in one forward, from 0.
+        number: the number of the call among the module's calls of this kind in one forward, from 0.
         rate: the probability of dropping, if there is one.
         active: whether it draws in Monte Carlo mode.
         replayable: whether its draws follow from (seed, source, sample, row) alone.
-        known: how that is known.
-        reason: why it is not active, or not replayable.
-        draws: how many random draws it stands for in one forward.
+        known: the evidence for that.
+        reason: the reason why it is not active, or not replayable.
+        draws: the number of random draws in it in one forward.
     """
 
     module: str
@@ -55,7 +55,7 @@ class Source:
 
     @classmethod
     def of_call(cls, site: Site, call: RandomCall) -> Source:
-        """What one call tells of its source."""
+        """Returns the source of one call, as far as the call describes it."""
         rate = float(call.rate) if isinstance(call.rate, float | int) else None
         return cls(*site, rate, call.on, replayable=not call.loose, reason=call.loose, draws=call.draws)
 

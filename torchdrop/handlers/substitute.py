@@ -1,4 +1,4 @@
-"""A handler that gives random calls masks of its own, each that of its place in the model: `Substitute`."""
+"""A handler that gives each random call the mask that belongs to its place in the model: `Substitute`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .sources import UNCHECKED, Seen, Source
 from .tracker import Tracker
 
 _ASKED = frozenset((sites.is_on, *OPENED))
-"""Functions that do not draw themselves, and whose answer decides if others do."""
+"""Functions that do not draw themselves, but whose result decides if others do."""
 
 _UNPLACED = "the size of its tensor does not follow the number of rows, so its masks depend on the batch"
 
@@ -27,13 +27,13 @@ class Substitute(Handler):
     """Serves the calls that are active, each with the mask of its place, and silences the others.
 
     Args:
-        tracker: of the model.
+        tracker: the tracker of the model.
         chosen: whether a module's sources may be active.
-        inner: the name by which a module's masks go, where it is another.
+        inner: the names of modules from which their masks follow, if they differ from the modules' own.
 
     Attributes:
         drew: whether a call was let through that may have drawn from PyTorch's generators.
-        elsewhere: is given the calls made while no module of a model runs; None if there are none to serve.
+        elsewhere: a function that gets the calls made while no module of a model runs; None if none are served.
     """
 
     def __init__(self, tracker: Tracker, chosen: Callable[[str], bool], inner: Mapping[str, str]) -> None:
@@ -51,7 +51,7 @@ class Substitute(Handler):
         self._seeds: dict[tuple[int, Site], int] = {}
 
     def begin(self, run: Pass) -> None:
-        """What follows is this pass."""
+        """Begins this pass."""
         self.run, self.draws, self.calls = run, 0, 0
         if self.prefix is not None:
             self.prefix.restart()
@@ -62,7 +62,7 @@ class Substitute(Handler):
         return self.elsewhere(self, func, args, kwargs)
 
     def serve_in(self, module: str, func: Any, args: Any, kwargs: Any) -> Any:
-        """A call made by this module's code while its forward does not run."""
+        """Serves a call made by this module's code while its forward does not run."""
         self._tracker.stack.append(module)
         try:
             return self._inside(func, args, kwargs)
@@ -82,7 +82,7 @@ class Substitute(Handler):
         return on
 
     def _is_on(self, training: bool) -> bool:
-        return self._turns_on()  # what is not active is off in a function that is always on, too
+        return self._turns_on()  # a source that is not active is off in a function that is always on, too
 
     def _pass(self, func: Any, call: Callable[[], Any]) -> Any:
         out = call() if self.prefix is None else self.prefix.run(func, call)
@@ -90,7 +90,7 @@ class Substitute(Handler):
         return out
 
     def _known(self, site: Site) -> Source | None:
-        """What is known of a call: as of the module's last one of its kind where there were fewer in train mode."""
+        """Returns the source of a call; that of the module's last one of its kind if train mode had fewer."""
         for number in range(site.number, -1, -1):
             source = self.sources.get(site._replace(number=number))
             if source is not None:

@@ -1,4 +1,4 @@
-"""A handler that lets every random call happen, and notes it: `Trace`."""
+"""A handler that lets every random call happen, and records it: `Trace`."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ class DrawCount(TorchDispatchMode):
 
 
 class Trace(Handler):
-    """Lets everything happen, and notes what is drawn.
+    """Lets everything happen, and records what is drawn.
 
     Args:
-        tracker: of the model.
-        rows: how many rows of data are in the forward.
+        tracker: the tracker of the model.
+        rows: the number of rows of data in the forward.
 
     Attributes:
-        sources: of the forward, in order.
+        sources: the sources of the forward, in order.
         flagged: names of modules whose own code may decide from their training flag what is drawn.
-        unseen: a dispatch mode to be on meanwhile, which counts the draws of all operators.
-        seen: how many of these belong to the calls that were seen.
-        branching: whether a single number was drawn, as where code decides by it to skip a layer.
+        unseen: a dispatch mode to be on during the forward, which counts the draws of all operators.
+        seen: the number of these draws that belong to calls that were seen.
+        branching: whether a single number was drawn, as by code that decides from it to skip a layer.
     """
 
     def __init__(self, tracker: Tracker, rows: int | None) -> None:

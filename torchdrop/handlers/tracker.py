@@ -15,7 +15,8 @@ from .calls import Site
 
 
 class Tracker(threading.local):
-    """Follows a model's forward, in each thread its own. It is told by hooks (`follow`), or by what calls the modules.
+    """Follows a model's forward, in each thread separately. Hooks (`follow`), or the code that calls the modules, tell
+    it which module runs.
 
     Attributes:
         stack: names of the modules that run, outermost first.
@@ -30,22 +31,22 @@ class Tracker(threading.local):
         self._calls: Counter[tuple[str, str]] = Counter()
 
     def enter(self, name: str) -> None:
-        """A module is called."""
+        """Records that a module is called."""
         self.stack.append(name)
         self.entered.add(name)
 
     def leave(self, name: str) -> None:
-        """A module's call ends. It is not known where a hook before `enter` has raised."""
+        """Records that a module's call ends. The call is unknown if a hook before `enter` has raised."""
         if name in self.stack:
             while self.stack.pop() != name:
                 pass
 
     def follow(self, model: nn.Module) -> AbstractContextManager[None]:
-        """A context within which hooks on every module of a model tell the tracker which one runs."""
+        """Returns a context in which hooks on every module of a model tell the tracker which one runs."""
         return following(model, self.enter, self.leave)
 
     def fail(self) -> None:
-        """An exception comes out of the running module."""
+        """Records that an exception comes out of the running module."""
         if self.failed is None:
             self.failed = self.stack[-1]
 
@@ -59,7 +60,7 @@ class Tracker(threading.local):
         return bool(self.stack)
 
     def next(self, kind: str) -> Site:
-        """The next call of this kind in the running module."""
+        """Returns the site of the next call of this kind in the running module."""
         name = self.stack[-1]
         number = self._calls[name, kind]
         self._calls[name, kind] += 1
@@ -105,7 +106,7 @@ _WRAPPED = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 
 
 def inner_names(model: nn.Module) -> dict[str, str]:
-    """For the name of each module the one that it has without the wrappers around it: masks are to follow that."""
+    """Returns, for the name of each module, its name without the wrappers around it, from which its masks follow."""
     outer = {
         ".".join(filter(None, (name, "module")))
         for name, module in model.named_modules()

@@ -1,4 +1,4 @@
-"""The parts that callbacks share: what a step of a schedule is, and the name of their state in a checkpoint."""
+"""The parts that callbacks share: the unit of a schedule's step, and the name of their state in a checkpoint."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 
 def check_every(every: str) -> str:
-    """The value itself.
+    """Checks a value of `every`, and returns it.
 
     >>> check_every("step")
     'step'
@@ -17,7 +17,7 @@ def check_every(every: str) -> str:
 
 
 def state_key(rates: Mapping[str, object], every: str) -> str:
-    """Another one for each callback of a trainer.
+    """Returns the name of a callback's state, which is another one for each callback of a trainer.
 
     >>> state_key({"fc": 0.5, "conv*": 0.9}, "step")
     "KeepProbCallback(['conv*', 'fc'], step)"

@@ -24,10 +24,10 @@ class KeepProbCallback(TrainerCallback):
 
     Args:
         rates: as `torchdrop.KeepProbScheduler` takes them; names are those in the model given to the Trainer.
-        every: "step" or "epoch": what a schedule's step is.
+        every: "step" or "epoch": the unit of a schedule's step.
 
     Raises:
-        ValueError: another value of `every`; when training starts, what `KeepProbScheduler` raises.
+        ValueError: another value of `every`. When training starts, `KeepProbScheduler` may raise its own errors.
 
     Example:
         >>> import torchdrop

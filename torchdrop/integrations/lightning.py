@@ -31,11 +31,11 @@ class KeepProbCallback(pl.Callback):
 
     Args:
         rates: as `torchdrop.KeepProbScheduler` takes them; names are those in the LightningModule.
-        every: "step" or "epoch": what a schedule's step is.
+        every: "step" or "epoch": the unit of a schedule's step.
         log: whether the rates are logged.
 
     Raises:
-        ValueError: another value of `every`; when training starts, what `KeepProbScheduler` raises.
+        ValueError: another value of `every`. When training starts, `KeepProbScheduler` may raise its own errors.
 
     Example:
         >>> import torchdrop

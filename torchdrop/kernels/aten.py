@@ -27,10 +27,10 @@ _MULTIPLIERS, _STEPS = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 
 PIECE = 2**16
-"""So many blocks are computed at a time."""
+"""The number of blocks that are computed at a time."""
 
 FEW = 512
-"""For up to so many blocks, Python's integers are faster."""
+"""The largest number of blocks for which Python's integers are faster."""
 
 
 def unsupported_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:

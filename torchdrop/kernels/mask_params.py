@@ -22,7 +22,7 @@ ONE = 2**32
 def threshold(keep_prob: float) -> int:
     """Returns ``round(keep_prob * 2**32)``: an element is kept where its random bits are below this integer.
 
-    0 and 1 are exact. What lies strictly between them stays strictly between, so that no rate is silently turned into
+    0 and 1 are exact. Numbers strictly between them stay strictly between, so that no rate is silently turned into
     "never" or "always".
 
     >>> threshold(0.5) == ONE // 2, threshold(0.0), threshold(1.0) == ONE, threshold(1e-300)
@@ -39,8 +39,8 @@ class MaskParams:
     """The parameters of a mask: x becomes ``x * scale + shift`` where its random bits are below `threshold`, and `fill`
     elsewhere.
 
-    They are immutable. The same four numbers lie in a buffer for C code at `address`, and `tensor()` gives them to the
-    registered operators.
+    They are immutable. The same four numbers are in a buffer for C code at `address`, and `tensor()` makes a tensor of
+    them for the registered operators.
     """
 
     __slots__ = ("_buffer", "address", "fill", "scale", "shift", "threshold")
@@ -109,7 +109,7 @@ def gaussian(k: Any) -> tuple[Any, Any, Any]:
 
 @functools.lru_cache(maxsize=4096)
 def mask_params(keep_prob: float, formula: Formula = inverted) -> MaskParams:
-    """Returns the parameters of a keep probability. Where nothing is kept, the output is 0 under every formula.
+    """Returns the parameters of a keep probability. If nothing is kept, the output is 0 under every formula.
 
     >>> mask_params(0.25).scale, mask_params(0.25).threshold == ONE // 4
     (4.0, True)
@@ -140,5 +140,5 @@ def params_tensor(keep_prob: Tensor, formula: Formula = inverted) -> Tensor:
 
 
 def keeps_all(params: MaskParams | Tensor) -> bool:
-    """Whether it is known that the parameters keep every element. It is not known where they are a tensor."""
+    """Whether it is known that the parameters keep every element. It is not known if they are a tensor."""
     return isinstance(params, MaskParams) and params.threshold == ONE

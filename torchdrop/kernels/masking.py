@@ -1,6 +1,6 @@
 """Slices of masks, and functions that apply masks and noise with PyTorch's own operations.
 
-Backends use these functions where they have no kernel for the case at hand.
+Backends use these functions if they have no kernel for the case at hand.
 """
 
 from __future__ import annotations

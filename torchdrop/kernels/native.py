@@ -1,6 +1,6 @@
 """The native backend: C kernels from a small shared library, which is called through ctypes.
 
-The kernels themselves (csrc/dropout.c) know neither Python nor libtorch: they get addresses and numbers. Where Python's
+The kernels themselves (csrc/dropout.c) use neither Python nor libtorch: they get addresses and numbers. If Python's
 headers were found, the library is also a module for CPython (csrc/module.c) with faster entry points for small tensors.
 """
 
@@ -106,13 +106,13 @@ class Library:
 
 
 EntryPoints = tuple[Callable[..., None], Callable[..., None]]
-"""td_row and td_fused, both of which take a key as 16 bytes."""
+"""td_row and td_fused. Both take a key as 16 bytes."""
 
 
 def _can_load_module() -> bool:
     """Whether this Python has the limited API that the library's module is compiled for.
 
-    Objects have another layout where Python runs without its lock, and where it is built to be debugged. A wheel of
+    Objects have another layout if Python runs without its lock, or if it is built to be debugged. A wheel of
     this library is for any Python, which would load the module all the same.
     """
     free_threaded = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
@@ -284,7 +284,7 @@ def _is_single(params: MaskParams | Tensor) -> bool:
 
 
 def _whole_row(operation: Operation, x: Tensor, key: Tensor, params: MaskParams | Tensor, out: Tensor) -> Tensor:
-    """Runs an operation on a whole contiguous tensor under one key, in fewer steps, because small tensors feel each."""
+    """Runs an operation on a whole contiguous tensor under one key, in fewer steps: each matters for small tensors."""
     n, readable = x.numel(), _readable(params)
     library.row(  # type: ignore[union-attr]
         operation, ELEMENT_TYPES[x.dtype], out.data_ptr(), x.data_ptr(), n, key_bytes(key), _address(readable),
@@ -312,7 +312,7 @@ def select(x: Tensor, kept: Tensor, params: MaskParams | Tensor, out: Tensor) ->
 def _select(x: Tensor, kept: Tensor, params: MaskParams | Tensor, out: Tensor) -> None:
     """Applies a mask of x's shape to tensors of any strides, under one set of parameters.
 
-    The kernel gets the dimensions in the order of the output's memory. Those that lie together in all three tensors are
+    The kernel gets the dimensions in the order of the output's memory. Those that are adjacent in all three tensors are
     merged into one.
     """
     if not out.numel():

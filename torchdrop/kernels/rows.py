@@ -22,7 +22,7 @@ cheaper to make the random bits first."""
 
 
 class RowPlan(NamedTuple):
-    """The rows of a mask of shape ``key.shape[:-1] + shape``, which lie end to end in memory."""
+    """The rows of a mask of shape ``key.shape[:-1] + shape``, which are end to end in memory."""
 
     rows: int
     length: int

@@ -36,7 +36,7 @@ _INTERPRETED_VECTORS = 4096
 """A program in the interpreter serves so many vectors, because the interpreter takes as long for many as for few."""
 
 _TILES = ((16, 128), (64, 32), (256, 8))
-"""Where groups of neighbors share their random bits, a program serves so many neighbors of so many groups."""
+"""If groups of neighbors share their random bits, a program serves so many neighbors of so many groups."""
 
 
 @functools.cache
@@ -227,8 +227,8 @@ def _rows(
 
 
 _ready: dict[tuple[int, torch.dtype], tuple[_Starter, int, tuple[Any, ...]]] = {}
-"""What `masked_row` needs for each device and element type, if tensors are aligned and parameters only scale: the
-function that launches its kernel, the number of elements that a program serves, and the kernel's constants."""
+"""The launches of `masked_row` for each device and element type, if tensors are aligned and parameters only scale: the
+function that launches the kernel, the number of elements that a program serves, and the kernel's constants."""
 
 
 def masked_row(x: Tensor, key: Tensor, params: MaskParams, out: Tensor | None = None) -> Tensor:

@@ -133,9 +133,9 @@ def narrow(value, pointer):
 
 @triton.jit
 def scale_kept(value, kept, scale, shift, fill, affine: tl.constexpr):
-    """Scales what is kept and fills the rest.
+    """Scales kept elements and fills the rest.
 
-    The compiler does not know the fill, so it chooses before it rounds, and rounds two elements at once.
+    The compiler does not have the fill, so it chooses before it rounds, and rounds two elements at once.
     """
     return tl.where(kept, value * scale + shift if affine else value * scale, fill)
 

@@ -60,7 +60,7 @@ def rows(
     makes: tl.constexpr, affine: tl.constexpr, params_for: tl.constexpr, single: tl.constexpr, aligned: tl.constexpr,
     vectors: tl.constexpr, lanes: tl.constexpr,
 ):  # fmt: skip
-    """Serves rows of `length` neighbors that lie end to end. Row r of a key starts at the index ``start + r * pitch``.
+    """Serves rows of `length` neighbors that are end to end. Row r of a key starts at the index ``start + r * pitch``.
 
     A program serves a chunk of one row. `aligned` says that rows start with whole vectors, in the mask and in memory.
     """

@@ -5,8 +5,8 @@ With k the keep probability and m a mask whose elements are 1 with probability k
     y = m f(x) / k      in training, so E[y] = f(x), with f the rectifier or GELU
     y = f(x)            in eval mode
 
-Under one key they are what the plain parts give one after another. On CUDA both are one pass over memory; on the CPU
-the rectifier is, and GELU is torch's, masked where its result lies.
+Under one key they equal the plain parts one after another. On CUDA both are one pass over memory; on the CPU the
+rectifier is, and GELU is torch's, whose result is masked in place.
 """
 
 from __future__ import annotations
@@ -64,21 +64,21 @@ def relu_dropout(
     keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """A rectifier and dropout in one pass: ``y = m max(input, 0) / k``, with E[y] = max(input, 0).
+    """Applies a rectifier and dropout in one pass: ``y = m max(input, 0) / k``, with E[y] = max(input, 0).
 
     m ~ Bernoulli(k), k = keep_prob = 1 - p, as in `dropout`, with the same mask under the same key. In eval mode and
-    with k = 1 it is the rectifier alone, with k = 0 it is 0. Kept for backward is the output alone, which the layer
-    after it keeps in any case: it is zero just where the gradient is.
+    with k = 1 it is the rectifier alone, with k = 0 it is 0. Backward keeps only the output, which the layer after it
+    keeps in any case: the gradient is zero exactly where the output is.
 
     Args:
         input: float16, bfloat16, float32 or float64, of any shape.
         p: probability of dropping, in [0, 1]. Default: 0.5.
         training: whether dropout is applied.
         keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against the input.
-        generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the mask's key; PyTorch's default generator of the device if None.
 
     Returns:
-        A new tensor of the input's shape and dtype. A NaN that is kept stays one.
+        A new tensor of the input's shape and dtype. A NaN that is kept stays NaN.
 
     Raises:
         ValueError: a rate outside [0, 1].
@@ -107,10 +107,10 @@ def gelu_dropout(
     approximate: str = "none",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """GELU and dropout together: ``y = m GELU(input) / k``, with E[y] = GELU(input) = input Phi(input).
+    """Applies GELU and dropout together: ``y = m GELU(input) / k``, with E[y] = GELU(input) = input Phi(input).
 
     m ~ Bernoulli(k), k = keep_prob = 1 - p, as in `dropout`, with the same mask under the same key. In eval mode and
-    with k = 1 it is GELU alone, with k = 0 it is 0. Kept for backward are the input, as by GELU alone, and the key.
+    with k = 1 it is GELU alone, with k = 0 it is 0. Backward keeps the input, as GELU alone does, and the key.
 
     Args:
         input: float16, bfloat16, float32 or float64, of any shape.
@@ -118,11 +118,11 @@ def gelu_dropout(
         training: whether dropout is applied.
         keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against the input.
         approximate: "none", or "tanh" for torch.nn.GELU's approximation of that name.
-        generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the mask's key; PyTorch's default generator of the device if None.
 
     Returns:
-        A new tensor of the input's shape and dtype. For half types the CPU rounds GELU and the product each, as
-        separate layers do, CUDA the product alone.
+        A new tensor of the input's shape and dtype. For half types the CPU rounds both GELU and the product, as
+        separate layers do; CUDA rounds only the product.
 
     Raises:
         ValueError: a rate outside [0, 1], or another approximation.
@@ -151,7 +151,7 @@ class ReLUDropout(Rated):
     Args:
         p: probability of dropping an element, in [0, 1]. Default: 0.5.
         keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against the input.
-        generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the masks' keys; PyTorch's default generator of the device if None.
 
     Shape:
         Input and output: any shape. No parameters, no buffers, nothing in the state_dict.
@@ -182,7 +182,7 @@ class GELUDropout(Rated):
         p: probability of dropping an element, in [0, 1]. Default: 0.5.
         keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against the input.
         approximate: "none", or "tanh" for torch.nn.GELU's approximation of that name.
-        generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the masks' keys; PyTorch's default generator of the device if None.
 
     Shape:
         Input and output: any shape. No parameters, no buffers, nothing in the state_dict.

@@ -43,7 +43,7 @@ def alpha_dropout(
         training: whether dropout is applied.
         inplace: whether the result is written into `input`.
         keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against the input.
-        generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the mask's key; PyTorch's default generator of the device if None.
 
     Returns:
         A tensor of the input's shape, dtype and memory format; the input itself in eval mode, with k = 1 and in place.
@@ -82,9 +82,9 @@ def feature_alpha_dropout(
     keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """`alpha_dropout` of whole channels of (N, C, ...): one draw for each channel of each sample.
+    """Applies `alpha_dropout` to whole channels of (N, C, ...): one draw for each channel of each sample.
 
-    The definition, what it preserves and the arguments are those of `alpha_dropout`.
+    The definition, the moments that it preserves and the arguments are those of `alpha_dropout`.
 
     Raises:
         RuntimeError: the input has fewer than 2 dimensions.
@@ -115,7 +115,7 @@ class _Alpha(InplaceRated):
 
 
 class AlphaDropout(_Alpha, nn.AlphaDropout):
-    """Module of `alpha_dropout`. A drop-in for torch.nn.AlphaDropout, and `inplace`, which that ignores, works.
+    """Module of `alpha_dropout`. A drop-in for torch.nn.AlphaDropout, which ignores `inplace`; here it works.
 
     See `Dropout` for the arguments and `alpha_dropout` for the definition.
 

@@ -63,10 +63,10 @@ def _warn_dimensions(name: str, dims: int, usual: str) -> None:
 
 
 def channel_shape(input: Tensor, spatial: int) -> tuple[int, ...]:
-    """The shape of a mask with a draw for each channel, for inputs with so many spatial dimensions.
+    """Returns the shape of a mask with a draw for each channel, for inputs with so many spatial dimensions.
 
     Raises:
-        RuntimeError: another number of dimensions, where torch.nn raises; it warns of others, and so does this.
+        RuntimeError: a number of dimensions for which torch.nn raises. If torch.nn warns of it, so does this.
     """
     return (_shape1d, _shape2d, _shape3d)[spatial - 1](input)
 
@@ -81,7 +81,7 @@ def _drop_channels(
     generator: torch.Generator | None,
     inverted: bool,
 ) -> Tensor:
-    """The three forms, which differ in how they read an input's shape."""
+    """Drops channels, for all three forms. These differ in the way they read an input's shape."""
     rate, name = as_rate(p, keep_prob, formula_of(inverted)), f"dropout{spatial}d"
     training = training or sites.is_on(training)
     whole = undrawn(input, rate, inplace) if training else None
@@ -110,9 +110,9 @@ def dropout1d(
     generator: torch.Generator | None = None,
     inverted: bool = True,
 ) -> Tensor:
-    """`dropout` of whole channels of (N, C, L) or (C, L): one draw for each channel of each sample.
+    """Applies `dropout` to whole channels of (N, C, L) or (C, L): one draw for each channel of each sample.
 
-    The definition, what it preserves and the arguments are those of `dropout`.
+    The definition, the expectation and the arguments are those of `dropout`.
 
     Raises:
         RuntimeError: the input has neither 2 nor 3 dimensions.
@@ -141,9 +141,9 @@ def dropout2d(
     generator: torch.Generator | None = None,
     inverted: bool = True,
 ) -> Tensor:
-    """`dropout` of whole channels of (N, C, H, W): one draw for each channel of each sample.
+    """Applies `dropout` to whole channels of (N, C, H, W): one draw for each channel of each sample.
 
-    The definition, what it preserves and the arguments are those of `dropout`. Inputs of other ranks are taken as
+    The definition, the expectation and the arguments are those of `dropout`. Inputs of other ranks are taken as
     torch.nn.functional.dropout2d takes them, with its warnings: the first two dimensions are sample and channel.
 
     Raises:
@@ -173,9 +173,9 @@ def dropout3d(
     generator: torch.Generator | None = None,
     inverted: bool = True,
 ) -> Tensor:
-    """`dropout` of whole channels of (N, C, D, H, W) or (C, D, H, W): one draw for each channel of each sample.
+    """Applies `dropout` to whole channels of (N, C, D, H, W) or (C, D, H, W): one draw for each channel of each sample.
 
-    The definition, what it preserves and the arguments are those of `dropout`. Inputs of other ranks are taken as
+    The definition, the expectation and the arguments are those of `dropout`. Inputs of other ranks are taken as
     torch.nn.functional.dropout3d takes them, with its warning: as one sample, whose first dimension is the channel.
 
     Raises:

@@ -1,12 +1,12 @@
-"""Dropout of whole attention heads: `drop_head` and `DropHead`. What `drop_key` shares with it is here, too.
+"""Dropout of whole attention heads: `drop_head` and `DropHead`. Functions that it shares with `drop_key` are here, too.
 
-At least one always stays: a head of each sample; there, a key for each query. Each draws an integer w, uniform in
-[0, 2**32), and with t the threshold of the keep probability it is kept where
+At least one head of each sample always stays (in `drop_key`, one key of each query). Each draws an integer w, uniform
+in [0, 2**32), and with t the threshold of the keep probability it is kept where
 
     w < t   or   w = min w
 
-with the minimum over those of which one must stay. So the one with the smallest draw stays where all would be dropped,
-and nothing is drawn twice. Equal smallest draws stay together, which leaves heads exchangeable without exception.
+with the minimum over those of which one must stay. So the one with the smallest draw stays if all would be dropped, and
+nothing is drawn twice. Equal smallest draws stay together, so that heads are exactly exchangeable.
 """
 
 from __future__ import annotations
@@ -82,12 +82,12 @@ def drop_head(
     """Drops whole attention heads of a sample, and scales those kept by (heads / heads kept).
 
     ``y_h = x_h m_h H / sum(m)`` with one m_h for each head of each sample. A head is kept with probability k = 1 - p,
-    and where none would be, the one with the smallest draw stays, so it is k + (1 - k)**H / H in all.
+    and if none would be, the one with the smallest draw stays, so the total probability is k + (1 - k)**H / H.
     The scales of a sample's heads add up to H, and heads are exchangeable, so E[y] = x exactly. With k = 1 and in eval
     mode the input itself is returned; k = 0 is refused. A dropped head is exactly 0, also where the input is infinite
     or NaN.
 
-    It belongs between attention and the output projection, on what each head gives (see `DropHead`).
+    It belongs between attention and the output projection, on the output of each head (see `DropHead`).
 
     Args:
         input: float16, bfloat16, float32 or float64. Its first dimension counts samples; with ``dim=0`` the input is
@@ -98,9 +98,9 @@ def drop_head(
             1, 1) for a rate of each sample. It is the same for all heads.
         dim: the dimension of heads: 1, the default, for (samples, heads, time, features), 2 for (samples, time, heads,
             features).
-        heads: in place of `dim`, the number of heads where they lie side by side in the last dimension: (samples, time,
+        heads: in place of `dim`, the number of heads if the last dimension has them one after another: (samples, time,
             heads * features).
-        generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the mask's key; PyTorch's default generator of the device if None.
 
     Returns:
         A tensor of the input's shape and dtype; the input itself in eval mode and with k = 1.
@@ -133,15 +133,15 @@ def drop_head(
 class DropHead(Rated):
     """Module of `drop_head`: whole heads of a sample, scaled by (heads / heads kept); the input itself in eval mode.
 
-    The paper schedules the rate along a V: heads are dropped at first, less and less until half of the training, and
-    then more and more again. `torchdrop.schedules.v_shaped` is that schedule.
+    The paper schedules the rate along a V: it falls during the first half of the training and rises again in the second
+    half. `torchdrop.schedules.v_shaped` is that schedule.
 
     Args:
         p: probability of dropping a head, in [0, 1). Default: 0.5.
         keep_prob: probability of keeping, in place of `p`.
         dim: the dimension of heads; 1 if neither it nor `heads` is given.
-        heads: in place of `dim`, the number of heads where they lie side by side in the last dimension.
-        generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
+        heads: in place of `dim`, the number of heads if the last dimension has them one after another.
+        generator: the source of the masks' keys; PyTorch's default generator of the device if None.
 
     Raises:
         ValueError: a rate outside [0, 1], or k = 0.

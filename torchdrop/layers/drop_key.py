@@ -2,7 +2,7 @@
 
     y = x where m, else -inf        m ~ Bernoulli(k) for each query and key, and one key of each query always stays
 
-What comes out of the softmax then still adds up to 1. `drop_head` in `attention` says how the one that stays is found.
+The output of the softmax then still adds up to 1. `drop_head` explains how the key that stays is found.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..core.symbolic import holds_proxy, leaf, recorded
 
 
 def _may_be_seen(logits: Tensor) -> Tensor:
-    """Keys that no mask rules out: neither -inf nor what masks made of the dtype's most negative number leave."""
+    """Returns the keys that no mask excludes: logits that are neither -inf nor masked by the dtype's lowest number."""
     return ~(logits <= torch.finfo(logits.dtype).min / 2)
 
 
@@ -35,7 +35,7 @@ def _kept_keys(
     shared_axes: Axes,
     generator: torch.Generator | None,
 ) -> Tensor | None:
-    """The mask of keys; None where all stay."""
+    """Returns the mask of keys; None if all stay."""
     shape = list(mask_shape(like.new_empty(()).expand(sizes), shared_axes, None))
     if shape[-1] != sizes[-1]:
         raise ValueError(f"shared_axes must leave the last dimension, the keys, to themselves, got {shared_axes}")
@@ -57,13 +57,14 @@ def drop_key(
     shared_axes: Axes = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Puts -inf in the place of attention logits, each with probability p, before the softmax.
+    """Replaces attention logits by -inf, each with probability p, before the softmax.
 
     ``y = x where m, else -inf`` with m ~ Bernoulli(k), k = 1 - p, for each query and key. After the softmax every row
-    adds up to 1: the weights of the keys that stay are those of attention among them alone. No row is masked in full:
-    of the keys that a query may see, the one with the smallest draw always stays. A key may be seen unless its logit is
-    -inf, or below half of the most negative number of the dtype (which is what masks with ``torch.finfo(dtype).min``
-    leave); other large negative numbers are logits like any other. A row in which no key may be seen stays as it is.
+    adds up to 1: the weights of the keys that stay are those of attention among only these keys. No row is masked in
+    full: of the keys that a query may see, the one with the smallest draw always stays. A key may be seen unless its
+    logit is -inf, or below half of the most negative number of the dtype (as after masking by
+    ``torch.finfo(dtype).min``); other large negative numbers are ordinary logits. A row in which no key may be seen
+    stays as it is.
 
     It is not unbiased: the expected attention weights are not those of eval mode, as a softmax of fewer keys is
     sharper. With k = 1 and in eval mode the input itself is returned; k = 0 is refused. The gradient of a dropped
@@ -77,13 +78,13 @@ def drop_key(
         keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against the mask.
         shared_axes: axes over which the draws are the same: ``-2`` drops the same keys for all queries, ``1`` for all
             heads, ``(1, -2)`` for both.
-        generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the mask's key; PyTorch's default generator of the device if None.
 
     Returns:
         A tensor of the input's shape and dtype; the input itself in eval mode and with k = 1.
 
     Raises:
-        ValueError: a rate outside [0, 1], or k = 0; axes that do not fit, or that hold the keys' own.
+        ValueError: a rate outside [0, 1], or k = 0; axes that do not fit, or include that of the keys.
         TypeError: both names of the rate, or neither.
         RuntimeError: an integer tensor.
 
@@ -110,14 +111,14 @@ def drop_key(
 
 
 def _masked_by(mask: Tensor | None, other: Tensor) -> Tensor:
-    """A mask for attention, with False or -inf where `other` is False, too."""
+    """Returns a mask for attention, with False or -inf also where `other` is False."""
     if mask is None:
         return other
     return mask & other if mask.dtype is torch.bool else torch.where(other, mask, -math.inf)
 
 
 def _logits_shape(query: Tensor, key: Tensor) -> tuple[int, ...]:
-    """The shape of ``query @ key.mT``. Keys may have fewer heads than queries, as in grouped-query attention."""
+    """Returns the shape of ``query @ key.mT``. Keys may have fewer heads than queries (grouped-query attention)."""
     own = (1,) * max(key.dim() - query.dim(), 0) + tuple(query.shape[:-2])
     other = (1,) * (len(own) - key.dim() + 2) + tuple(key.shape[:-2])
     batch = [of_key if size == 1 else size for size, of_key in zip(own, other, strict=True)]
@@ -161,10 +162,10 @@ def drop_key_mask(
     shared_axes: Axes = None,
     generator: torch.Generator | None = None,
 ) -> Tensor | None:
-    """`drop_key` as an `attn_mask` for torch.nn.functional.scaled_dot_product_attention, which makes its own logits.
+    """Returns `drop_key` as an `attn_mask` for scaled_dot_product_attention, which makes its own logits.
 
-    The mask that `drop_key` would apply to the logits of this query and key, with `attn_mask` and the causal mask
-    worked in: no row loses the last key that these let it see.
+    It is the mask that `drop_key` would apply to the logits of this query and key, combined with `attn_mask` and the
+    causal mask: no row loses the last key that these let it see.
 
     Args:
         query: (..., queries, features). Only its shape and device matter.
@@ -172,11 +173,11 @@ def drop_key_mask(
         p: probability of dropping a key, in [0, 1). Default: 0.5.
         training: whether keys are dropped.
         keep_prob: probability of keeping, in place of `p`.
-        attn_mask: as for scaled_dot_product_attention: bool with True where a key may be seen, or what is added to the
+        attn_mask: as for scaled_dot_product_attention: bools, True where a key may be seen, or numbers to add to the
             logits.
-        is_causal: whether query i may see the keys 0 ... i alone. Leave it out in scaled_dot_product_attention then.
+        is_causal: whether query i may see only the keys 0 ... i. Leave it out in scaled_dot_product_attention then.
         shared_axes: axes of the logits (..., queries, keys) over which the draws are the same.
-        generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the mask's key; PyTorch's default generator of the device if None.
 
     Returns:
         A mask of the kind of `attn_mask` (bool if that is None) that broadcasts against the logits. In eval mode and
@@ -209,13 +210,13 @@ def drop_key_mask(
 
 
 class DropKey(Rated):
-    """Module of `drop_key`: -inf in the place of logits; the input itself in eval mode. `attn_mask` gives it as a mask.
+    """Module of `drop_key`: replaces logits by -inf; the input itself in eval mode. `attn_mask` returns it as a mask.
 
     Args:
         p: probability of dropping a key, in [0, 1). Default: 0.5.
         keep_prob: probability of keeping, in place of `p`.
         shared_axes: axes over which the draws are the same: ``-2`` for all queries, ``1`` for all heads.
-        generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the masks' keys; PyTorch's default generator of the device if None.
 
     Raises:
         ValueError: a rate outside [0, 1], or k = 0.
@@ -258,9 +259,9 @@ class DropKey(Rated):
     def attn_mask(
         self, query: Tensor, key: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor | None:
-        """What `drop_key_mask` gives for scaled_dot_product_attention, at this layer's rate and mode.
+        """Returns `drop_key_mask` for scaled_dot_product_attention, at this layer's rate and mode.
 
-        In Monte Carlo inference the draw belongs to the module that calls this, and `sources` name that one.
+        In Monte Carlo inference the draw belongs to the module that calls this, and `sources` names that one.
         """
         return drop_key_mask(
             query, key, self.rate, self.training, attn_mask=attn_mask, is_causal=is_causal,

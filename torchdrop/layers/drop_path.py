@@ -1,11 +1,11 @@
-"""Stochastic depth: `drop_path`, as timm has it, and `stochastic_depth`, as torchvision has it. They are one map.
+"""Stochastic depth: `drop_path` as in timm, and `stochastic_depth` as in torchvision. They are the same map.
 
 With k the keep probability and f a residual branch, a block computes
 
     x + (m / k) f(x)   in training, m ~ Bernoulli(k): one draw for each sample, or one for the whole batch
     x + f(x)           in eval mode, and in expectation (Huang et al., ECCV 2016)
 
-The functions here are what stands between f and the sum: y = x m / k.
+The functions here are applied between f and the sum: y = x m / k.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ def drop_path(
     0, also where it is infinite or NaN. No mask is stored.
 
     Args:
-        x: what the branch gives, (B, ...): float16, bfloat16, float32 or float64, of any strides and memory format.
+        x: the branch's output, (B, ...): float16, bfloat16, float32 or float64, of any strides and memory format.
         drop_prob: probability of dropping a sample, in [0, 1]. Default: 0.
         training: whether anything is dropped.
-        scale_by_keep: False for y = x m, whose expectation is k x; in eval mode the output is x all the same.
+        scale_by_keep: False for y = x m, whose expectation is k x; in eval mode the output is still x.
         keep_prob: probability of keeping, in place of `drop_prob`: a number, or a tensor that broadcasts against
             (B, 1, ..., 1).
-        generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the mask's key; PyTorch's default generator of the device if None.
 
     Returns:
         A tensor of x's shape, dtype and memory format; x itself in eval mode and with k = 1.
@@ -102,12 +102,11 @@ def stochastic_depth(
     definition and properties hold here, with its batchwise form.
 
     Args:
-        input: what the branch gives, (B, ...): float16, bfloat16, float32 or float64.
+        input: the branch's output, (B, ...): float16, bfloat16, float32 or float64.
         p: probability of dropping, in [0, 1]. Default: 0.5.
-        mode: "row" or "batch".
-        training: whether anything is dropped.
+
         keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against the mask.
-        generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the mask's key; PyTorch's default generator of the device if None.
 
     Returns:
         A tensor of the input's shape, dtype and memory format; the input itself in eval mode and with k = 1.
@@ -150,7 +149,7 @@ class DropPath(Rated):
         scale_by_keep: False for y = x m in training.
         keep_prob: probability of keeping, in place of `drop_prob`: a number, or a tensor that broadcasts against
             (B, 1, ..., 1).
-        generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the masks' keys; PyTorch's default generator of the device if None.
 
     Shape:
         Input and output: (B, ...). No parameters, no buffers, nothing in the state_dict.
@@ -217,7 +216,7 @@ class StochasticDepth(Rated):
         p: probability of dropping, in [0, 1]. Default: 0.5.
         mode: "row", a draw for each sample, or "batch", one for all.
         keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against the mask.
-        generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the masks' keys; PyTorch's default generator of the device if None.
 
     Shape:
         Input and output: (B, ...). No parameters, no buffers, nothing in the state_dict.

@@ -29,8 +29,10 @@ from ..core.torch_state import is_compiling
 from ..ops.fast_path import fast_dropout
 
 
-def _cut(shard: Shards, input: Tensor, shape: Sequence[int], shared_axes: Axes, noise_shape: NoiseShape) -> Cut | None:
-    """Where the mask of an input, whose shape this is, lies in that of the whole tensor; None without shards."""
+def _cut_of_shards(
+    shard: Shards, input: Tensor, shape: Sequence[int], shared_axes: Axes, noise_shape: NoiseShape
+) -> Cut | None:
+    """Returns the place of an input's mask, which has this shape, in that of the whole tensor; None without shards."""
     if shard is None:
         return None
     if noise_shape is not None:
@@ -67,17 +69,17 @@ def dropout(
 
     Args:
         input: float16, bfloat16, float32 or float64, of any shape, strides and memory format. Or a contiguous jagged
-            nested tensor of these, without what names dimensions. Tensors of integers, bools and complex numbers are
-            taken where torch.nn takes them: with p = 0, p = 1 and in eval mode.
+            nested tensor of these, without arguments that name dimensions. Tensors of integers, bools and complex
+            numbers are taken where torch.nn takes them: with p = 0, p = 1 and in eval mode.
         p: probability of dropping, in [0, 1]. Default: 0.5.
         training: whether dropout is applied.
         inplace: whether the result is written into `input`.
         keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against the mask.
         shared_axes: the axes over which the mask is the same, for example the time axis.
-        noise_shape: the mask's shape, with 1 where it is shared (None stands for the input's size).
-        shard: of which larger tensor the input is which part, a `torchdrop.Shard` or several: the mask is then that
-            part of the larger tensor's mask.
-        generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
+        noise_shape: the mask's shape, with 1 where it is shared (None means the input's size).
+        shard: the input's place in a larger tensor, a `torchdrop.Shard` or several: the mask is then that part of the
+            larger tensor's mask.
+        generator: the source of the mask's key; PyTorch's default generator of the device if None.
         inverted: False for the original formulation: no scaling in training, and k times the input in eval mode.
 
     Returns:
@@ -87,7 +89,7 @@ def dropout(
         ValueError: a rate outside [0, 1], or axes, shapes or shards that do not fit.
         TypeError: both names of the rate, neither, or something that is no number.
         RuntimeError: an integer tensor, or one that must not be written to.
-        NotImplementedError: shards along two dimensions of which neither is the outermost one.
+        NotImplementedError: shards along two dimensions, neither of which is the outermost one.
 
     References:
         Hinton et al., 2012; Srivastava et al., JMLR 15, 2014, sections 4 and 10.
@@ -119,7 +121,7 @@ def dropout(
         )  # fmt: skip
     check_input(input, "dropout")
     shape = mask_shape(input, shared_axes, noise_shape)
-    cut = _cut(shard, input, shape, shared_axes, noise_shape)
+    cut = _cut_of_shards(shard, input, shape, shared_axes, noise_shape)
     return masked(input, rate, inverted, shape, inplace, generator, cut)
 
 
@@ -133,9 +135,9 @@ class Dropout(Formulated, nn.Dropout):
         inplace: whether the result is written into the input.
         keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against the mask.
         shared_axes: the axes over which the mask is the same.
-        noise_shape: the mask's shape, with 1 where it is shared (None stands for the input's size).
-        shard: of which larger tensor the inputs are which part, a `torchdrop.Shard` or several.
-        generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
+        noise_shape: the mask's shape, with 1 where it is shared (None means the input's size).
+        shard: the inputs' place in a larger tensor, a `torchdrop.Shard` or several.
+        generator: the source of the masks' keys; PyTorch's default generator of the device if None.
         inverted: False for the original formulation: no scaling in training, k times the input in eval mode.
 
     Shape:
@@ -161,7 +163,7 @@ class Dropout(Formulated, nn.Dropout):
         True
     """
 
-    shard: Shards = None  # of a layer that was pickled before there were shards
+    shard: Shards = None  # for a layer that was pickled before there were shards
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ With k the keep probability and m a mask whose elements are 1 with probability k
     y = r + m (x + b) / k       with a bias b
     y = r + x, r + (x + b)      in eval mode
 
-Under one key they are what the plain parts give one after another, with one rounding at the end for half types.
+Under one key they equal the plain parts one after another, with one rounding at the end for half types.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def _check_beside(name: str, role: str, tensor: Any, input: Tensor) -> None:
 
     Raises:
         TypeError: it is no tensor, or has another layout than strided.
-        RuntimeError: it is on another device; torch's class and leading text.
-        ValueError: it has another dtype, and autocast is off or knows none that is wider.
+        RuntimeError: it is on another device, with the start of torch's message.
+        ValueError: it has another dtype, and autocast is off or has none that is wider.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: {role} must be a tensor, got {type(tensor).__name__}")
@@ -58,7 +58,7 @@ def _check_beside(name: str, role: str, tensor: Any, input: Tensor) -> None:
 
 
 def _checked(name: str, input: Any, bias: Any, residual: Any, with_bias: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Input, bias and residual, of one dtype."""
+    """Returns input, bias and residual in one dtype."""
     check_input(input, name)
     _check_beside(name, "residual", residual, input)
     if residual.shape != input.shape:
@@ -115,21 +115,21 @@ def dropout_add(
     keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Dropout and a residual addition in one pass: ``y = residual + m input / k``, with E[y] = residual + input.
+    """Applies dropout and a residual addition in one pass: ``y = residual + m input / k``; E[y] = residual + input.
 
     m ~ Bernoulli(k), k = keep_prob = 1 - p, as in `dropout`, with the same mask under the same key. In eval mode and
     with k = 1 it is ``residual + input``, with k = 0 the residual. Where an element is dropped, y is the residual, also
-    where the input is infinite or NaN. The gradient of the residual is that of the output itself, and nothing but the
-    key is kept for backward.
+    where the input is infinite or NaN. The gradient of the residual is that of the output itself, and backward keeps
+    only the key.
 
     Args:
-        input: what is dropped from, of any shape: float16, bfloat16, float32 or float64.
-        residual: what it is added to, of the input's shape, dtype and device. Under torch.autocast both are brought to
+        input: the tensor whose elements are dropped, of any shape: float16, bfloat16, float32 or float64.
+        residual: the tensor to add, of the input's shape, dtype and device. Under torch.autocast both are converted to
             the wider of their dtypes.
         p: probability of dropping, in [0, 1]. Default: 0.5.
         training: whether dropout is applied.
         keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against the input.
-        generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the mask's key; PyTorch's default generator of the device if None.
 
     Returns:
         A new tensor of the input's shape and dtype. For half types the arithmetic is in float32, rounded once.
@@ -164,19 +164,19 @@ def bias_dropout_add(
     keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """A bias, dropout and a residual addition in one pass: ``y = residual + m (input + bias) / k``.
+    """Applies a bias, dropout and a residual addition in one pass: ``y = residual + m (input + bias) / k``.
 
-    E[y] = residual + input + bias; otherwise as `dropout_add`. For a linear layer whose own bias is left to this.
+    E[y] = residual + input + bias; otherwise as `dropout_add`. It is for a linear layer that leaves its bias to this.
 
     Args:
-        input: what is dropped from, of any shape: float16, bfloat16, float32 or float64.
+        input: the tensor whose elements are dropped, of any shape: float16, bfloat16, float32 or float64.
         bias: broadcasts against the input; of shape (F,) for an input (..., F) it costs no pass of its own.
-        residual: what is added, of the input's shape, dtype and device. Under torch.autocast all three are brought to
-            the widest of their dtypes.
+        residual: the tensor to add, of the input's shape, dtype and device. Under torch.autocast all three are
+            converted to the widest of their dtypes.
         p: probability of dropping, in [0, 1]. Default: 0.5.
         training: whether dropout is applied.
         keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against the input.
-        generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the mask's key; PyTorch's default generator of the device if None.
 
     Returns:
         A new tensor of the input's shape and dtype. For half types the arithmetic is in float32, rounded once.
@@ -207,7 +207,7 @@ class DropoutAdd(Rated):
     Args:
         p: probability of dropping an element, in [0, 1]. Default: 0.5.
         keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against the input.
-        generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the masks' keys; PyTorch's default generator of the device if None.
 
     Shape:
         Input, residual and output: any shape, the same for all. No parameters, no buffers, nothing in the state_dict.
@@ -234,12 +234,12 @@ class DropoutAdd(Rated):
 class BiasDropoutAdd(Rated):
     """Module of `bias_dropout_add`: ``y = residual + m (input + bias) / k`` in training, without m / k in eval mode.
 
-    The bias is given at each call, as the parameter of the layer before, so that nothing is in the state_dict.
+    The bias is given at each call, as a parameter of the layer before, so that nothing is in the state_dict.
 
     Args:
         p: probability of dropping an element, in [0, 1]. Default: 0.5.
         keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against the input.
-        generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the masks' keys; PyTorch's default generator of the device if None.
 
     Shape:
         Input, residual and output: any shape, the same for all. Bias: broadcasts against it.

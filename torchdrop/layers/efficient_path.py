@@ -1,4 +1,4 @@
-"""Efficient stochastic depth: the residual branch is computed for the samples that keep it, and for no others.
+"""Efficient stochastic depth: the residual branch is computed only for the samples that keep it.
 
 With k the keep probability, f a residual branch and B samples, a block computes
 
@@ -56,15 +56,15 @@ def efficient_stochastic_depth(
     keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """The residual sum x + f(x) with f computed on a random subset of the samples alone, weighted by B / n.
+    """Returns the residual sum x + f(x) with f computed only on a random subset of the samples, weighted by B / n.
 
     ``y_b = x_b + (B / n) f(x)_b`` for b in S, ``y_b = x_b`` for the others. S is a subset of exactly n samples, n =
     round(B k) (ties to the even number) but at least 1, all subsets equally likely: E[y] = x + f(x) exactly, over the
-    subsets, if f treats samples apart. f sees n rows, so its cost, forward and backward, is n / B of the whole; its
-    gradient comes from the subset alone. With n = B and in eval mode the output is x + f(x); k = 0 is refused.
+    subsets, if f treats samples independently. f sees n rows, so its cost, forward and backward, is n / B of the whole;
+    its gradient comes only from the subset. With n = B and in eval mode the output is x + f(x); k = 0 is refused.
 
     Under Monte Carlo inference, in eval mode, each sample is kept on its own with probability k, as by `drop_path`, and
-    f sees all of them: what a row gets must not depend on the batch it is in. In compiled code a new n is a new shape,
+    f sees all of them: a row's output must not depend on the batch it is in. In compiled code a new n is a new shape,
     which compiles anew.
 
     Args:
@@ -73,7 +73,7 @@ def efficient_stochastic_depth(
         p: probability of dropping a sample, in [0, 1), with k = 1 - p. Default: 0.5.
         training: whether anything is dropped.
         keep_prob: k, in place of `p`: a number.
-        generator: where the subset's key is drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the subset's key; PyTorch's default generator of the device if None.
 
     Returns:
         A new tensor of the input's shape, and of the dtype of x + f(x).
@@ -106,7 +106,7 @@ def efficient_stochastic_depth(
     if not sites.is_on(training):
         return input + _residual(branch, input)
     rows = row_shape(input, "efficient_stochastic_depth")
-    if not training:  # Monte Carlo inference: no row's samples may depend on the rows beside it
+    if not training:  # Monte Carlo inference: a row's samples must not depend on the other rows
         kept = sites.keep_mask(input, rate.params_for(rows[:1]), rows[:1], generator)
         residual = _residual(branch, input)
         if kept is not None:
@@ -126,13 +126,13 @@ def efficient_stochastic_depth(
 class EfficientStochasticDepth(Rated):
     """Module of `efficient_stochastic_depth`, called with the input and the branch: ``x = self.drop(x, self.mlp)``.
 
-    It stands where ``x = x + self.drop_path(self.mlp(x))`` stood. The branch stays its owner's module, so nothing in
-    the state_dict changes.
+    It replaces ``x = x + self.drop_path(self.mlp(x))``. The branch stays its owner's module, so nothing in the
+    state_dict changes.
 
     Args:
         p: probability of dropping a sample, in [0, 1), with k = 1 - p. Default: 0.5.
         keep_prob: k, in place of `p`: a number.
-        generator: where the subsets' keys are drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the subsets' keys; PyTorch's default generator of the device if None.
 
     Shape:
         Input and output: (B, ...). The branch: from (n, ...) to the same shape, n = round(B k) but at least 1.

@@ -6,7 +6,7 @@ With k the keep probability and m_v a mask element for each row v of the embeddi
     y_i = E[w_i]                   in eval mode
 
 for the word w_i at place i: all occurrences of a word are dropped together (Gal and Ghahramani, NeurIPS 2016). The mask
-is looked up beside the vectors, so the matrix is never copied.
+is looked up as the vectors are, so the matrix is never copied.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def _table_shape(input: Tensor, rows: int, batch_dim: int | None) -> tuple[int, 
     return (input.shape[batch_dim], rows)
 
 
-def _looked_up(table: Tensor, input: Tensor, batch_dim: int | None) -> Tensor:
-    """For each word its entry of the table: (rows,), or (batch, rows) with a row for each sample."""
+def _look_up(table: Tensor, input: Tensor, batch_dim: int | None) -> Tensor:
+    """Looks up each word's entry of the table: (rows,), or (batch, rows) with a row for each sample."""
     index = input.long()
     if batch_dim is None:
         return table[index]
@@ -66,11 +66,11 @@ def _drop_words(
     mask = sites.keep_mask(vectors, params, shape, generator)
     if mask is None:
         return vectors
-    kept = _looked_up(mask, input, batch_dim)
+    kept = _look_up(mask, input, batch_dim)
     dtype = COMPUTE_DTYPE[vectors.dtype]
     scale: Any = params.scale if isinstance(params, MaskParams) else params[..., 1].to(vectors.device, dtype)
     if isinstance(scale, Tensor) and scale.dim():
-        scale = _looked_up(scale.expand(shape), input, batch_dim).unsqueeze(-1)
+        scale = _look_up(scale.expand(shape), input, batch_dim).unsqueeze(-1)
     out = torch.where(kept.unsqueeze(-1), vectors.to(dtype) * scale, 0.0).to(vectors.dtype)
     if padding_idx is None:
         return out
@@ -92,13 +92,13 @@ def embedding_dropout(
     batch_dim: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Looks words up in an embedding matrix some of whose rows are dropped: torch.nn.functional.embedding with a rate.
+    """Looks up words in an embedding matrix, some rows of which are dropped: F.embedding with a rate.
 
     ``y_i = E[w_i] m_(w_i) / k`` with one m_v ~ Bernoulli(k) for each row v, k = keep_prob = 1 - p. The expectation is
-    the plain lookup, exactly. Each word of the vocabulary is kept or dropped as a whole, wherever in the batch it
-    occurs. The padding row is neither dropped nor scaled; every other row, the last one too, is trained. With k = 1 and
-    in eval mode this is the plain lookup; with k = 0 all but padding is 0. What is stored for backward is a bool for
-    each word of the input.
+    the plain lookup, exactly. Each word of the vocabulary is kept or dropped as a whole, at all its places in the
+    batch. The padding row is neither dropped nor scaled; every other row, the last one too, is trained. With k = 1 and
+    in eval mode this is the plain lookup; with k = 0 all but padding is 0. Backward keeps a bool for each word of the
+    input.
 
     Args:
         input: row numbers, int32 or int64 of any shape.
@@ -111,7 +111,7 @@ def embedding_dropout(
             those of the matrix itself.
         batch_dim: the dimension of `input` that counts samples, each of which then has a mask of its own. None: one
             mask for the whole batch.
-        generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the mask's key; PyTorch's default generator of the device if None.
 
     Returns:
         A new tensor of shape ``input.shape + (features,)``.
@@ -143,7 +143,7 @@ def embedding_dropout(
 
 
 class _Words(Rated):
-    """The rate of an `EmbeddingDropout`: a layer on looked-up vectors."""
+    """The layer that holds the rate of an `EmbeddingDropout`."""
 
     def __init__(
         self,
@@ -167,12 +167,12 @@ class _Words(Rated):
 
 
 class EmbeddingDropout(RateOfChild, nn.Embedding):
-    """Module of `embedding_dropout`: torch.nn.Embedding, some of whose rows are dropped in training.
+    """Module of `embedding_dropout`: torch.nn.Embedding, some rows of which are dropped in training.
 
-    Arguments and state dict are those of torch.nn.Embedding, which it also is. `from_embedding` makes one of an
-    embedding that exists. Its rate is that of its child ``dropout``, for names and schedules; `p` and `keep_prob` are
-    views of it. In eval mode it is the plain lookup. The matrix is used as it is elsewhere, as in a decoder with tied
-    weights.
+    Arguments and state dict are those of torch.nn.Embedding, of which it is a subclass. `from_embedding` makes one from
+    an existing embedding. Its rate is that of its child ``dropout``, for names and schedules; `p` and `keep_prob` are
+    views of it. In eval mode it is the plain lookup. Other uses of the matrix, as in a decoder with tied weights, get
+    it without dropout.
 
     Args:
         num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, device, dtype: as
@@ -182,7 +182,7 @@ class EmbeddingDropout(RateOfChild, nn.Embedding):
             a value for each word.
         batch_dim: the dimension of the input that counts samples, each of which then has a mask of its own. None: one
             mask for the whole batch.
-        generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the masks' keys; PyTorch's default generator of the device if None.
 
     Shape:
         Input: integers of any shape. Output: the input's shape, and embedding_dim.
@@ -248,17 +248,17 @@ class EmbeddingDropout(RateOfChild, nn.Embedding):
         batch_dim: int | None = None,
         generator: torch.Generator | None = None,
     ) -> EmbeddingDropout:
-        """The same embedding with dropout: it has the very Parameter, so tied weights and optimizers stay as they are.
+        """Makes the same embedding with dropout. It has the same Parameter, so tied weights and optimizers stay valid.
 
         Args:
             embedding: a torch.nn.Embedding.
-            p, keep_prob, batch_dim, generator: as above.
+            p, keep_prob, batch_dim, generator: as in the constructor.
 
         Returns:
             A new module, in the mode that the embedding is in.
 
         Raises:
-            TypeError: it is none, or a subclass, whose own forward would be lost.
+            TypeError: `embedding` is no torch.nn.Embedding, or is of a subclass, whose own forward would be lost.
             ValueError: its weight is parametrized.
 
         Example:

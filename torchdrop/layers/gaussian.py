@@ -39,7 +39,7 @@ def gaussian_dropout(
 
     ``y = x (1 + sqrt((1 - k) / k) z)`` with z ~ N(0, 1): E[y] = x, Var[y] = x**2 (1 - k) / k. With k = 1 and in eval
     mode the input itself is returned; k = 0 is refused. The noise comes from the same counter-based generator as the
-    masks, by Box and Muller's method on a symmetric grid, and is made again in backward.
+    masks, by Box and Muller's method on a symmetric grid. Backward makes it again.
 
     Args:
         input: float16, bfloat16, float32 or float64, of any shape, strides and memory format.
@@ -47,7 +47,7 @@ def gaussian_dropout(
         training: whether noise is applied.
         inplace: whether the result is written into `input`.
         keep_prob: k, in place of `p`: a number, or a tensor that broadcasts against the input.
-        generator: where the noise's key is drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the noise's key; PyTorch's default generator of the device if None.
 
     Returns:
         A tensor of the input's shape, dtype and memory format; the input itself in eval mode, with k = 1 and in place.
@@ -82,7 +82,7 @@ class GaussianDropout(InplaceRated):
         p: rate in [0, 1), with k = 1 - p. Default: 0.5.
         inplace: whether the result is written into the input.
         keep_prob: k, in place of `p`: a number, or a tensor that broadcasts against the input.
-        generator: where the noise's keys are drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the noise's keys; PyTorch's default generator of the device if None.
 
     Raises:
         ValueError: a rate outside [0, 1], or k = 0.

@@ -4,7 +4,7 @@ With m_l ~ Bernoulli(k), one for each layer l of the stack, independently, in tr
 
     x_l = f_l(x_{l-1})  where m_l = 1,   x_{l-1}  where m_l = 0
 
-without scaling: what is trained are stacks of every depth, so that layers can be taken out later.
+without scaling: stacks of every depth are trained, so that layers can be removed later.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from ..core.symbolic import recorded
 from ..core.torch_state import fx_tracing, is_batched, is_compiling, transforms_active
 
 
-def _all(layers: Iterable[nn.Module]) -> Iterable[nn.Module]:
-    """The modules of an iterable, of which none is skipped."""
+def _all_modules(layers: Iterable[nn.Module]) -> Iterable[nn.Module]:
+    """Returns the modules of an iterable, none of which is skipped."""
     return layers._modules.values() if isinstance(layers, LayerDrop) else layers
 
 
 class _Selected:
-    """A layer that runs in any case, and whose output is taken only where it is kept."""
+    """A layer that always runs, but whose output is taken only where it is kept."""
 
     def __init__(self, layer: nn.Module, kept: Tensor) -> None:
         self.layer, self.kept = layer, kept
@@ -80,7 +80,7 @@ class _Traced:
 
 
 def kept_layers(stack: LayerDrop) -> Tensor:
-    """Which layers of a stack stay in this call: bools, all True in eval mode."""
+    """Returns bools of the layers of a stack that stay in this call, all True in eval mode."""
     drawn = stack._draw()
     return torch.ones(len(stack), dtype=torch.bool, device="cpu") if drawn is None else drawn
 
@@ -90,23 +90,23 @@ class LayerDrop(Rated, nn.ModuleList):
 
     Each time it is iterated over (``for layer in layers``, ``list(layers)``, ``nn.Sequential(*layers)``), each layer is
     left out with probability p, independently: the number that is left out is binomial. Nothing is scaled. In eval mode
-    all layers come. Only iteration skips: indexing, slicing, ``len``, ``in``, ``reversed``, ``+``, ``children()`` and
-    the state_dict are those of a ModuleList, with the same keys, so that it can stand where a ModuleList stood and
+    it yields all layers. Only iteration skips: indexing, slicing, ``len``, ``in``, ``reversed``, ``+``, ``children()``
+    and the state_dict are those of a ModuleList, with the same keys, so that it can replace a ModuleList and
     checkpoints load in both directions. A slice is a LayerDrop of the same rate. With p = 1 all layers are left out.
 
-    By default a layer that is dropped is not run: that saves its time, and its parameters get no gradient (None). Code
-    decides that, so a compiled model has a graph break there, and DistributedDataParallel needs
-    ``find_unused_parameters=True``. With ``keep_graph=True`` every layer is run, and where it is dropped its first
-    argument is selected in the place of its output, so that its parameters get zero gradients. That is for
-    DistributedDataParallel, ``torch.compile(fullgraph=True)`` and vmap; layers must return a tensor of their first
-    argument's shape then, while by default they can take and return anything.
+    By default a dropped layer does not run: that saves its time, and its parameters get no gradient (None). Python code
+    decides this, so a compiled model has a graph break there, and DistributedDataParallel needs
+    ``find_unused_parameters=True``. With ``keep_graph=True`` every layer runs, and the output of a dropped one is
+    replaced by its first argument, so that its parameters get zero gradients. That is for DistributedDataParallel,
+    ``torch.compile(fullgraph=True)`` and vmap; layers must return a tensor of their first argument's shape then, while
+    by default they can take and return anything.
 
-    What belongs to a layer goes astray if it is numbered along with the layers that come (``zip(layers, states)``,
-    ``enumerate(layers)``): with ``keep_graph=True`` all of them come, and the numbers are right.
+    Objects that belong to layers get mixed up if they are numbered along with the layers that it yields
+    (``zip(layers, states)``, ``enumerate(layers)``). ``keep_graph=True`` yields all layers, so the numbers are right.
 
-    Which layers are dropped is drawn on the CPU, once for each iteration, wherever the layers are. Processes that train
-    one model agree on it if their generators are equal: pass ``generator=torch.Generator().manual_seed(n)`` with the
-    same n in each, or call torch.manual_seed with the same number. Otherwise each process drops layers of its own.
+    The layers to drop are drawn on the CPU, once for each iteration, whatever the device of the layers. Processes that
+    train one model agree on them if their generators are equal: pass ``generator=torch.Generator().manual_seed(n)``
+    with the same n in each, or call torch.manual_seed with the same number. Otherwise each drops layers of its own.
 
     In Monte Carlo inference the draws belong to the module that iterates, and all rows of a sample share them.
 
@@ -159,13 +159,13 @@ class LayerDrop(Rated, nn.ModuleList):
             self.extend(layers)
 
     def _draw(self) -> Tensor | None:
-        """Which layers stay; None where all do."""
+        """Returns bools of the layers that stay; None if all do."""
         if not sites.is_on(self.training):
             return None
         shape = (len(self),)
         kept = sites.keep_mask(torch.empty(0, device="cpu"), self.rate.params_for(shape), shape, self.generator)
         if kept is None and self.keep_graph and not transforms_active():
-            return torch.ones(shape, dtype=torch.bool, device="cpu")  # its layers are checked at any rate
+            return torch.ones(shape, dtype=torch.bool, device="cpu")  # its layers are checked all the same
         return kept
 
     def __iter__(self) -> Iterator[Any]:
@@ -215,12 +215,12 @@ class LayerDrop(Rated, nn.ModuleList):
         return self._like_this(list(self._modules.values())[idx], self._rate_of(idx))
 
     def __add__(self, other: Iterable[nn.Module]) -> LayerDrop:
-        return self._like_this([*self._modules.values(), *_all(other)], self.keep_prob)
+        return self._like_this([*self._modules.values(), *_all_modules(other)], self.keep_prob)
 
     def __radd__(self, other: Any) -> nn.ModuleList:
         if not isinstance(other, nn.ModuleList):
             return NotImplemented
-        return nn.ModuleList([*_all(other), *_all(self)])
+        return nn.ModuleList([*_all_modules(other), *_all_modules(self)])
 
     def _rate_of(self, idx: slice) -> Probability:
         each = isinstance(self.keep_prob, Tensor) and self.keep_prob.dim() == 1 and self.keep_prob.numel() > 1
@@ -229,18 +229,18 @@ class LayerDrop(Rated, nn.ModuleList):
 
     def _like_this(self, layers: Iterable[nn.Module], keep_prob: Probability) -> LayerDrop:
         other = LayerDrop(layers, keep_prob=keep_prob, keep_graph=self.keep_graph, generator=self.generator)
-        other.training = self.training  # its own flag alone: the layers keep theirs
+        other.training = self.training  # only its own flag: the layers keep theirs
         return other
 
     def extend(self, modules: Iterable[nn.Module]) -> LayerDrop:
-        """Appends modules from an iterable, as torch.nn.ModuleList.extend; of a LayerDrop, all of them."""
-        return super().extend(_all(modules))
+        """Appends modules from an iterable, as torch.nn.ModuleList.extend does; from a LayerDrop, all of them."""
+        return super().extend(_all_modules(modules))
 
     def __contains__(self, module: Any) -> bool:
         return any(module is layer for layer in self._modules.values())
 
     def pruned(self, n: int) -> nn.ModuleList:
-        """The stack for inference without every n-th layer: layers n, 2n, 3n, ... are left out, counted from 1.
+        """Returns the stack for inference without every n-th layer: without layers n, 2n, 3n, ..., counted from 1.
 
         For the paper's rate of pruning p*, n is 1 / p* rounded down: 2 leaves out every other layer.
 
@@ -248,7 +248,7 @@ class LayerDrop(Rated, nn.ModuleList):
             n: an integer between 2 and the number of layers.
 
         Returns:
-            A new torch.nn.ModuleList of the layers that stay, the same modules as here.
+            A new torch.nn.ModuleList of the layers that stay. They are the same modules as here.
 
         Raises:
             ValueError: n is out of range: 1 would leave out all layers, and above their number none is left out.

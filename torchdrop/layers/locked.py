@@ -4,7 +4,7 @@ With k the keep probability and m a mask of one draw for each feature of each se
 
     y[t] = x[t] m / k    for all time steps t
 
-in training, and y = x in eval mode: what is dropped stays dropped for the whole sequence (Gal and Ghahramani, NeurIPS
+in training, and y = x in eval mode: a dropped feature stays dropped for the whole sequence (Gal and Ghahramani, NeurIPS
 2016).
 """
 
@@ -29,7 +29,7 @@ Sequences = TypeVar("Sequences", Tensor, PackedSequence)
 
 
 def _mask_shape(input: Tensor | PackedSequence, batch_first: bool) -> tuple[int, ...]:
-    """(1, B, F), (B, 1, F), (1, F) for one sequence, or (B, F) for packed ones.
+    """Returns (1, B, F), (B, 1, F), (1, F) for one sequence, or (B, F) for packed ones.
 
     Raises:
         TypeError: it is neither a tensor nor packed sequences; `batch_first` is no bool.
@@ -61,13 +61,13 @@ def locked_dropout(
     batch_first: bool = False,
     generator: torch.Generator | None = None,
 ) -> Sequences:
-    """Dropout with one mask for each sequence, the same at all of its time steps.
+    """Applies dropout with one mask for each sequence, the same at all of its time steps.
 
     ``y[t] = x[t] m / k`` with m ~ Bernoulli(k) of the features' size, k = keep_prob = 1 - p. E[y] = x exactly; m is
     constant over time, independent between sequences, features and calls. With k = 1 and in eval mode the input itself
     is returned; with k = 0 the output is 0. A dropped element is exactly 0, also where the input is infinite or NaN.
-    The mask is not stored, except for packed sequences, where it takes a byte for each element. These break the graph
-    of torch.compile.
+    The mask is not stored, except for packed sequences, which take a byte for each element, and break the graph of
+    torch.compile.
 
     Args:
         input: sequences (T, B, F), or (B, T, F) with ``batch_first=True``; one sequence (T, F), as nn.LSTM takes it; or
@@ -76,11 +76,11 @@ def locked_dropout(
         training: whether dropout is applied.
         inplace: whether the result is written into `input`.
         keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against the mask.
-        batch_first: whether the batch comes before time in the input, as in nn.LSTM. Nothing else could tell.
-        generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
+        batch_first: whether the batch comes before time in the input, as in nn.LSTM. The input does not show it.
+        generator: the source of the mask's key; PyTorch's default generator of the device if None.
 
     Returns:
-        What was given, a tensor or a PackedSequence; the input itself in eval mode, with k = 1 and in place.
+        A tensor or a PackedSequence, as the input; the input itself in eval mode, with k = 1 and in place.
 
     Raises:
         ValueError: an input of another rank; a rate outside [0, 1]; packed sequences in place.
@@ -133,7 +133,7 @@ class LockedDropout(InplaceRated):
         inplace: whether the result is written into the input.
         keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against the mask.
         batch_first: False for inputs (T, B, F), True for (B, T, F). One sequence is (T, F) in both.
-        generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the masks' keys; PyTorch's default generator of the device if None.
 
     Shape:
         Input and output: as `batch_first` says, or a PackedSequence. No parameters, nothing in the state_dict.

@@ -1,6 +1,6 @@
 """Masksembles: n fixed masks over the channels, each of which makes a member of an ensemble.
 
-A batch is taken as n blocks: sample i of B goes through mask floor(i n / B), in training and in eval mode alike. With
+A batch is taken as n blocks: sample i of B gets mask floor(i n / B), both in training and in eval mode. With
 d_c the number of masks that keep channel c,
 
     y_ic = x_ic M_jc n / d_c,   j = floor(i n / B)
@@ -26,22 +26,22 @@ from ..kernels.masking import COMPUTE_DTYPE
 from ..random import check_generator
 
 
-def _count(name: str, value: Any) -> int:
+def _check_count(name: str, value: Any) -> int:
     return check_integer(name, value, least=1)
 
 
 def _number_kept(channels: int, n: int, scale: float) -> int:
-    """M, the channels that each mask keeps: M S (1 - (1 - 1/S)^n) = C, rounded, and n M >= C."""
+    """Returns M, the number of channels that each mask keeps: M S (1 - (1 - 1/S)^n) = C, rounded, and n M >= C."""
     met = -math.expm1(n * math.log1p(-1.0 / scale)) if scale > 1.0 else 1.0
     return max(math.ceil(channels / n), round(channels / (scale * met)))
 
 
 def _check_masks(channels: int, n: int, scale: Any) -> int:
-    """The number of channels that each mask keeps.
+    """Returns the number of channels that each mask keeps.
 
     Raises:
         TypeError: `scale` is no number.
-        ValueError: it is below 1 or not finite; or n different masks, each without some channels, are not to be had.
+        ValueError: it is below 1 or not finite; or there are no n different masks, each without some channels.
     """
     scale = check_number("scale", scale)
     if not 1.0 <= scale < math.inf:
@@ -60,8 +60,8 @@ def _check_masks(channels: int, n: int, scale: Any) -> int:
     return kept
 
 
-def _repeated(masks: Tensor, order: Tensor) -> Tensor:
-    """Which masks are equal to one before them, taken in this order."""
+def _equal_to_earlier(masks: Tensor, order: Tensor) -> Tensor:
+    """Returns bools of the masks that are equal to one before them, in this order."""
     which = masks.unique(dim=0, return_inverse=True)[1]
     equal = which.unsqueeze(1) == which
     place = order.argsort()
@@ -69,22 +69,22 @@ def _repeated(masks: Tensor, order: Tensor) -> Tensor:
 
 
 def masksembles_masks(channels: int, n: int, scale: float = 2.0, *, generator: torch.Generator | None = None) -> Tensor:
-    """n random masks over the channels: the same number of channels in each, and each channel in one mask at least.
+    """Draws n masks over the channels: the same number of channels in each, and each channel in one mask at least.
 
-    Each mask keeps exactly M channels, M S (1 - (1 - 1/S)^n) = C up to rounding, as published. The scale S governs the
-    overlap: two masks share about M / S channels (a few per cent fewer here), an intersection over union of 1 / (2S -
-    1). S = 1 keeps everything in all masks; as S grows they become disjoint, an ensemble of separate networks.
+    Each mask keeps exactly M channels, M S (1 - (1 - 1/S)^n) = C up to rounding, as published. The scale S determines
+    the overlap: two masks share about M / S channels (a few per cent fewer here), an intersection over union of
+    1 / (2S - 1). S = 1 keeps everything in all masks; as S grows, masks become disjoint, as in an ensemble of networks.
 
-    The channels are dealt out to the masks in random order, so that each has an owner, and each mask is filled up with
-    a random subset of the channels that it does not own; masks that come out equal to another one are filled up anew.
-    So the masks of S > 1 all differ, and every number of channels has its masks.
+    The channels are distributed over the masks in random order, so that each has an owner, and each mask is filled up
+    with a random subset of the channels that it does not own; masks that equal another one are filled up anew. So the
+    masks of S > 1 all differ, and there are masks for every number of channels.
 
     Args:
         channels: C.
         n: the number of masks.
         scale: S, at least 1. Default: 2.
-        generator: on the CPU, what the masks' keys are drawn from; PyTorch's default generator if None, so that
-            torch.manual_seed governs.
+        generator: a CPU generator, the source of the masks' keys; PyTorch's default generator if None, so that the
+            masks follow from torch.manual_seed.
 
     Returns:
         Bools on the CPU, of shape (n, channels).
@@ -102,7 +102,7 @@ def masksembles_masks(channels: int, n: int, scale: float = 2.0, *, generator: t
         >>> masks.sum(1).tolist(), bool(masks.any(0).all())
         ([9, 9, 9, 9], True)
     """
-    channels, n = _count("channels", channels), _count("n", n)
+    channels, n = _check_count("channels", channels), _check_count("n", n)
     kept = _check_masks(channels, n, scale)
     check_generator(generator)
     with torch.device("cpu"):
@@ -113,11 +113,11 @@ def masksembles_masks(channels: int, n: int, scale: float = 2.0, *, generator: t
         masks, again = torch.zeros(n, channels, dtype=torch.bool), torch.ones(n, 1, dtype=torch.bool)
         while True:
             bits = sites.random_bits(like, (n, channels), generator)
-            chosen = subset(torch.where(own, -1, bits), kept)  # what a mask owns comes first
+            chosen = subset(torch.where(own, -1, bits), kept)  # the channels that a mask owns come first
             masks = torch.where(again, torch.zeros_like(masks).scatter_(1, chosen, True), masks)
             if kept == channels or type(masks) is not Tensor:  # without values there is nothing to compare
                 return masks
-            again = _repeated(masks, bits.argsort(0)[:, 0]).unsqueeze(1)
+            again = _equal_to_earlier(masks, bits.argsort(0)[:, 0]).unsqueeze(1)
             if not again.any():
                 return masks
 
@@ -129,12 +129,12 @@ def _check_dim(dim: Any) -> None:
 
 
 def masksembles(input: Tensor, masks: Tensor, *, dim: int = 1) -> Tensor:
-    """Multiplies each sample by its mask, divided by how often the masks keep the channel.
+    """Multiplies each sample by its mask, and divides each channel by the fraction of the masks that keep it.
 
-    ``y_ic = x_ic M_jc n / d_c`` with j = floor(i n / B), d_c = sum_j M_jc. Where n divides the number of samples, they
-    are n equal blocks, one for each mask, as in the authors' code; otherwise the blocks' sizes differ by one, and with
-    fewer samples than masks some masks are not met. The mean of y over the masks is x, up to rounding, in every channel
-    that some mask keeps. What is masked is exactly 0, also where the input is infinite or NaN.
+    ``y_ic = x_ic M_jc n / d_c`` with j = floor(i n / B), d_c = sum_j M_jc. If n divides the number of samples, they are
+    n equal blocks, one for each mask, as in the authors' code; otherwise the blocks' sizes differ by one, and with
+    fewer samples than masks some masks are not used. The mean of y over the masks is x, up to rounding, in every
+    channel that some mask keeps. A masked element is exactly 0, also where the input is infinite or NaN.
 
     Args:
         input: (B, C, ...), or with the channels in another dimension: float16, bfloat16, float32 or float64.
@@ -145,7 +145,7 @@ def masksembles(input: Tensor, masks: Tensor, *, dim: int = 1) -> Tensor:
         A new tensor of the input's shape and dtype.
 
     Raises:
-        ValueError: masks or an input of another shape, or a dimension that is not there.
+        ValueError: masks or an input of another shape, or a dimension that does not exist.
         TypeError: masks that are no bools.
         RuntimeError: an integer tensor as input.
 
@@ -191,16 +191,16 @@ def masksembles(input: Tensor, masks: Tensor, *, dim: int = 1) -> Tensor:
 class Masksembles(nn.Module):
     """Module of `masksembles`: n fixed masks, drawn when the layer is made and saved with the model.
 
-    Sample i of B goes through mask floor(i n / B), in training and in eval mode, which cycles the masks, too. For
-    inputs of any rank: (N, C) and (N, C, H, W) are those of the authors' Masksembles1D and Masksembles2D, and the first
-    three arguments are theirs. The predictions of all n members come from `masksembles_predict`.
+    Sample i of B gets mask floor(i n / B), in training and in eval mode. Inputs may have any rank: (N, C) and
+    (N, C, H, W) are those of the authors' Masksembles1D and Masksembles2D, and the first three arguments are theirs.
+    `masksembles_predict` returns the predictions of all n members.
 
     Args:
         channels: C, the size of the input's dimension `dim`.
         n: the number of masks.
-        scale: what governs the masks' overlap, at least 1; see `masksembles_masks`. Default: 2.
+        scale: determines the masks' overlap, at least 1; see `masksembles_masks`. Default: 2.
         dim: the dimension of the channels. Default: 1; -1 for features in the last one.
-        generator: on the CPU, what the masks are drawn from; PyTorch's default generator if None.
+        generator: a CPU generator, the source of the masks; PyTorch's default generator if None.
 
     Shape:
         Input and output: (B, C, ...). The buffer `masks`, (n, C) bools, is in the state_dict; drawn on the CPU, it
@@ -250,10 +250,10 @@ class Masksembles(nn.Module):
 
 
 def masksembles_predict(model: nn.Module, input: Tensor) -> Tensor:
-    """The outputs of all members of a model with Masksembles layers, from one forward on n copies of the input.
+    """Returns the outputs of all members of a model with Masksembles layers, from one forward on n copies of the input.
 
-    The copies are blocks of one batch, one after another, so each meets one mask of every layer. The model is run as it
-    is: in eval mode for predictions. Mean and spread over the first dimension are the ensemble's.
+    The copies are blocks of one batch, one after another, so each gets one mask of every layer. The model runs in its
+    present mode: call ``eval()`` before for predictions. Mean and spread over the first dimension are the ensemble's.
 
     Args:
         model: a module from one tensor to one tensor, with one `Masksembles` layer or several of the same n.

@@ -5,8 +5,8 @@ With k the keep probability, h the head and m_1 ... m_K independent masks,
     L = (1/K) sum_j loss(h(x m_j / k))   in training
     L = loss(h(x))                       in eval mode
 
-The expectation of L and of its gradient is that of a single mask, and what the masks add to the gradient's variance
-falls as 1/K (Inoue, 2019). The K masks are one draw, and the head sees K B rows in one call.
+The expectation of L and of its gradient is that of a single mask, and the masks' contribution to the gradient's
+variance falls as 1/K (Inoue, 2019). The K masks are one draw, and the head sees K B rows in one call.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def _check_samples(samples: Any) -> None:
 
 
 def _outputs(input: Tensor, head: Head, samples: int, training: bool, drop: Head) -> Tensor:
-    """What the head makes of the input under each mask, (samples, B, ...), from one call of it.
+    """Returns the head's outputs under each mask, (samples, B, ...), from one call of it.
 
-    In eval mode, where `drop` gives its input back, it is (1, B, ...). Under Monte Carlo inference as well: one mask is
-    one sample. The dimension in front is there all the same, so that the rows are where they are in training.
+    In eval mode, where `drop` returns its input, they are (1, B, ...), and under Monte Carlo inference as well: one
+    mask is one sample. The first dimension is kept, so that the rows are in the same dimension as in training.
     """
     if not callable(head):
         raise TypeError(f"head must be a module or function, got {type(head).__name__}")
@@ -78,12 +78,12 @@ def multi_sample_dropout(
     keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """The mean of a head's outputs under K dropout masks, from one call of the head on K B rows.
+    """Returns the mean of a head's outputs under K dropout masks, from one call of the head on K B rows.
 
     ``y = (1/K) sum_j h(x m_j / k)``. Each term is `dropout` of x under a mask of its own, then the head. For a linear
-    head E[y] = h(x). The loss of this mean is not the method's: that is the mean of the losses, `multi_sample_loss`,
-    which is larger for a convex loss. In eval mode it is h(x); under Monte Carlo inference one mask is one sample. A
-    head that looks at the batch as a whole, such as one with batch normalization, sees K B rows.
+    head E[y] = h(x). The loss of this mean is not the published loss: that is the mean of the losses,
+    `multi_sample_loss`, which is larger for a convex loss. In eval mode it is h(x); under Monte Carlo inference one
+    mask is one sample. A head that looks at the batch as a whole, such as one with batch normalization, sees K B rows.
 
     Args:
         input: x, (B, ...): float16, bfloat16, float32 or float64.
@@ -92,10 +92,10 @@ def multi_sample_dropout(
         training: whether dropout is applied.
         samples: K, at least 1. Default: 8.
         keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against (K, *x.shape).
-        generator: where the masks' key is drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the masks' key; PyTorch's default generator of the device if None.
 
     Returns:
-        What the head gives for x, (B, ...).
+        An output of the head's shape for x, (B, ...).
 
     Raises:
         ValueError: a rate outside [0, 1], `samples` below 1, an input without dimensions, or a head that does not keep
@@ -127,20 +127,20 @@ def multi_sample_loss(
     keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """The mean of a loss under K dropout masks before the head: multi-sample dropout as published.
+    """Returns the mean of a loss under K dropout masks before the head: multi-sample dropout as published.
 
-    ``L = (1/K) sum_j loss(h(x m_j / k))``. The head is called once, on K B rows; the loss, which costs little, once for
-    each mask, so that it may reduce as it likes. E[L] and E[grad L] are those of one mask, and the variance that the
-    masks give to the gradient is 1/K of it. With K = 1 it is dropout before the head, with the same mask under the same
-    seed. In eval mode it is loss(h(x)).
+    ``L = (1/K) sum_j loss(h(x m_j / k))``. The head is called once, on K B rows; the loss, which costs little, is
+    called once for each mask, so that it may use any reduction. E[L] and E[grad L] are those of one mask, and the
+    masks' contribution to the gradient's variance is 1/K of that of one mask. With K = 1 it is dropout before the head,
+    with the same mask under the same seed. In eval mode it is loss(h(x)).
 
     Args:
         input, head: as `multi_sample_dropout` takes them.
-        loss: from the head's output for B rows to a tensor of any shape, the same each time.
+        loss: a function from the head's output for B rows to a tensor of any shape, the same each time.
         p, training, samples, keep_prob, generator: as `multi_sample_dropout` takes them.
 
     Returns:
-        The mean of what `loss` gives.
+        The mean of the results of `loss`.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `multi_sample_dropout`.
@@ -179,15 +179,15 @@ def _under_masks(
 class MultiSampleDropout(RateOfChild, nn.Module):
     """Module of `multi_sample_dropout` and `multi_sample_loss`: a head, and the dropout before it.
 
-    Called with the features it gives the mean of the head's outputs, where ``head(dropout(x))`` stood; `loss` gives the
-    mean of the losses, which is the method as published. In eval mode it is the head.
+    A call with the features returns the mean of the head's outputs, and replaces ``head(dropout(x))``; `loss` returns
+    the mean of the losses, which is the method as published. In eval mode it is the head.
 
     Args:
         head: the module that is trained under K masks, from (R, ...) to a tensor with R rows.
         p: probability of dropping, in [0, 1]. Default: 0.5.
         samples: K, at least 1. Default: 8.
         keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against (K, *x.shape).
-        generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the masks' keys; PyTorch's default generator of the device if None.
 
     Attributes:
         head: the head; its parameters are the module's.
@@ -234,11 +234,11 @@ class MultiSampleDropout(RateOfChild, nn.Module):
         return _outputs(input, self.head, self.samples, self.training, self.dropout).mean(0)
 
     def loss(self, input: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
-        """The mean of a loss of the head's outputs under K masks; in eval mode the loss of ``head(input)``.
+        """Returns the mean of a loss of the head's outputs under K masks; in eval mode the loss of ``head(input)``.
 
         Args:
             input: the features, (B, ...).
-            loss: from the head's output for B rows to a tensor.
+            loss: a function from the head's output for B rows to a tensor.
         """
         return _mean_loss(_outputs(input, self.head, self.samples, self.training, self.dropout), loss)
 

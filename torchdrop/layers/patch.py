@@ -1,8 +1,8 @@
 """PatchDropout: a vision transformer trained on a random subset of its tokens.
 
-Of L patch tokens exactly n = max(1, floor(L k)) are kept in each sample, k the keep probability, with a subset of its
-own for each sample; prefix tokens (class, registers) are always kept. Nothing is scaled: attention and means over
-tokens do not add up over the tokens, so there is no sum to compensate (Liu et al., WACV 2023).
+Each sample keeps exactly n = max(1, floor(L k)) of its L patch tokens, with k the keep probability and a subset of its
+own; prefix tokens (class, registers) are always kept. Nothing is scaled: attention and means over tokens do not add up
+over the tokens, so there is no sum to compensate (Liu et al., WACV 2023).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _check_tokens(input: Any, num_prefix_tokens: int) -> None:
 
 
 def _number_kept(tokens: int, keep_prob: float) -> int:
-    """floor(tokens * keep_prob), where 100 * (1 - 0.9) is 10, and at least 1 of them if there is one."""
+    """Returns floor(tokens * keep_prob), for which 100 * (1 - 0.9) is 10, but at least 1 if there is a token."""
     return min(tokens, max(1, math.floor(tokens * keep_prob + 1e-6)))
 
 
@@ -48,8 +48,8 @@ def _check_rate(keep_prob: Probability) -> None:
     check_count(keep_prob, "patch dropout")
 
 
-def _kept(input: Tensor, num_prefix_tokens: int, rate: Rate, generator: torch.Generator | None) -> Tensor | None:
-    """The kept tokens' numbers, (B, num_prefix_tokens + n), in order; None where all are kept."""
+def _kept_tokens(input: Tensor, num_prefix_tokens: int, rate: Rate, generator: torch.Generator | None) -> Tensor | None:
+    """Returns the kept tokens' numbers, (B, num_prefix_tokens + n), in order; None if all are kept."""
     samples, patches = input.shape[0], input.shape[1] - num_prefix_tokens
     count = _number_kept(patches, rate.keep_prob)  # type: ignore[arg-type]
     warn_stays_on()
@@ -60,7 +60,7 @@ def _kept(input: Tensor, num_prefix_tokens: int, rate: Rate, generator: torch.Ge
     return torch.cat([prefix, chosen + num_prefix_tokens], 1)
 
 
-def _taken(input: Tensor, kept: Tensor | None) -> Tensor:
+def _take_tokens(input: Tensor, kept: Tensor | None) -> Tensor:
     if kept is None:
         return input
     samples, tokens = input.shape[:2]
@@ -77,20 +77,20 @@ def patch_dropout_indices(
     keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """The numbers of the tokens that `patch_dropout` keeps, under the same seed: for those who need them again.
+    """Returns the numbers of the tokens that `patch_dropout` keeps under the same seed, for further uses of them.
 
     Args:
-        input: (B, N, ...), of any dtype; only its shape and device count. The others: as `patch_dropout`.
+        input: (B, N, ...), of any dtype; only its shape and device count. The other arguments are `patch_dropout`'s.
 
     Returns:
         int64 of shape (B, num_prefix_tokens + n), increasing in each row: indices into the tokens of the input, prefix
-        tokens first. All N of them in eval mode and with k = 1.
+        tokens first. These are all N in eval mode and with k = 1.
 
     Raises:
         ValueError, TypeError: as `patch_dropout`.
 
     Example:
-        Tokens and their positions, dropped alike:
+        The same tokens and positions are dropped:
 
         >>> import torch, torchdrop
         >>> tokens, positions = torch.randn(2, 9, 4), torch.randn(2, 9, 3)
@@ -105,7 +105,7 @@ def patch_dropout_indices(
     rate = as_rate(p, keep_prob, check=_check_rate)
     _check_prefix(num_prefix_tokens)
     _check_tokens(input, num_prefix_tokens)
-    kept = _kept(input, num_prefix_tokens, rate, generator) if sites.is_on(training) else None
+    kept = _kept_tokens(input, num_prefix_tokens, rate, generator) if sites.is_on(training) else None
     if kept is None:
         return torch.arange(input.shape[1], device=input.device).expand(input.shape[0], -1)
     return kept
@@ -133,12 +133,12 @@ def patch_dropout(
         input: (B, N, D), or with more dimensions after the tokens: float16, bfloat16, float32 or float64.
         p: probability of dropping, in [0, 1), with k = 1 - p. Default: 0.5.
         training: whether anything is dropped.
-        num_prefix_tokens: how many tokens at the beginning are always kept. Default: 1, the class token.
+        num_prefix_tokens: the number of tokens at the beginning that are always kept. Default: 1, the class token.
         keep_prob: k, in place of `p`: a number.
-        generator: where the subsets' key is drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the subsets' key; PyTorch's default generator of the device if None.
 
     Returns:
-        (B, num_prefix_tokens + n, D); the input itself in eval mode and where all tokens are kept.
+        (B, num_prefix_tokens + n, D); the input itself in eval mode and if all tokens are kept.
 
     Raises:
         ValueError: a rate outside [0, 1], k = 0, a wrong rank, or more prefix tokens than tokens.
@@ -163,20 +163,20 @@ def patch_dropout(
     if not sites.is_on(training):
         return input
     check_input(input, "patch_dropout")
-    return _taken(input, _kept(input, num_prefix_tokens, rate, generator))
+    return _take_tokens(input, _kept_tokens(input, num_prefix_tokens, rate, generator))
 
 
 class PatchDropout(Rated):
     """Module of `patch_dropout`: exactly n tokens of each sample in training, the input itself in eval mode.
 
-    The first two arguments are those of timm's PatchDropout; its `ordered` has no counterpart, because the order always
-    stays, and for its `return_indices` there is `patch_dropout_indices`.
+    The first two arguments are those of timm's PatchDropout. Its `ordered` has no counterpart, because the order always
+    stays, and `patch_dropout_indices` replaces its `return_indices`.
 
     Args:
         p: probability of dropping, in [0, 1), with k = 1 - p. Default: 0.5.
-        num_prefix_tokens: how many tokens at the beginning are always kept. Default: 1, the class token.
+        num_prefix_tokens: the number of tokens at the beginning that are always kept. Default: 1, the class token.
         keep_prob: k, in place of `p`: a number.
-        generator: where the subsets' keys are drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the subsets' keys; PyTorch's default generator of the device if None.
 
     Shape:
         Input: (B, N, D). Output: (B, num_prefix_tokens + n, D). No parameters, no buffers, nothing in the state_dict.

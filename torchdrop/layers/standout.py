@@ -1,7 +1,7 @@
 """Standout, dropout with a probability for each unit that depends on the input: `standout` and `Standout`.
 
-A hidden layer h = f(W x) is thinned by masks whose probabilities come from a second layer. In the practical form that
-layer has the first one's own weights, scaled and shifted (Ba and Frey, NeurIPS 2013):
+A hidden layer h = f(W x) gets masks whose probabilities come from a second layer. In the practical form that layer has
+the first one's own weights, scaled and shifted (Ba and Frey, NeurIPS 2013):
 
     y = h m,   m ~ Bernoulli(pi),   pi = sigmoid(alpha W x + beta)        in training
     y = h pi                                                              in eval mode
@@ -45,13 +45,13 @@ def standout(
     ``y = x m`` with m ~ Bernoulli(pi) in training and ``y = pi x`` in eval mode, which is E[x m] (to 2**-32, the grid
     of the masks' probabilities): 0 where pi = 0 and x where pi = 1, in both. In training a dropped element is exactly
     0, also where the input is infinite or NaN, and no gradient flows into pi, since a mask has none; in eval mode it
-    does. One byte an element stays for backward.
+    does. Backward keeps one byte for each element.
 
     Args:
         input: float16, bfloat16, float32 or float64, of any shape, strides and memory format.
         training: whether masks are drawn.
         keep_prob: pi, in [0, 1]: a tensor that broadcasts against the input, or a number.
-        generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the mask's key; PyTorch's default generator of the device if None.
 
     Returns:
         A new tensor of the input's shape and dtype.
@@ -83,11 +83,11 @@ def standout(
     else:
         where = input.device if has_float64(input.device) else "cpu"
         pi = torch.full((), float(checked), dtype=torch.float64, device=where)
-    return _thinned(input, pi, sites.is_on(training), generator)
+    return _apply_masks(input, pi, sites.is_on(training), generator)
 
 
-def _thinned(input: Tensor, pi: Tensor, on: bool, generator: torch.Generator | None) -> Tensor:
-    """`standout` with a probability that has been checked, but for its shape."""
+def _apply_masks(input: Tensor, pi: Tensor, on: bool, generator: torch.Generator | None) -> Tensor:
+    """Does what `standout` does, with a probability that has been checked, except for its shape."""
     sizes = (1,) * (input.dim() - pi.dim()) + tuple(pi.shape)
     if len(sizes) > input.dim() or any(n not in (1, full) for n, full in zip(sizes, input.shape, strict=True)):
         raise ValueError(
@@ -104,16 +104,16 @@ def _thinned(input: Tensor, pi: Tensor, on: bool, generator: torch.Generator | N
 
 
 def _thresholds(pi: Tensor, device: torch.device) -> Tensor:
-    """The thresholds of mask parameters, at a fifth of the cost of parameters for each element."""
+    """Returns the thresholds of mask parameters, at a fifth of the cost of parameters for each element."""
     k = pi.to(torch.float64 if has_float64(pi.device) else torch.float32)
     found = torch.clamp((k * ONE).round(), (k > 0).to(k.dtype), ONE - (k < 1).to(k.dtype))
     return found if has_float64(device) else found.nan_to_num(ONE).to(torch.int64)
 
 
 def _laid_out(mask: Tensor, input: Tensor) -> Tensor:
-    """The mask in the memory format of images, if the input has it: torch.where follows its condition.
+    """Returns the mask in the memory format of images, if the input has it: torch.where follows its condition.
 
-    Under torch.func there may be no telling: vmap knows no memory formats.
+    Under torch.func this may be unknown: vmap has no memory formats.
     """
     memory_format = None if transforms_active() else _FORMATS.get(input.dim())
     if memory_format is None or not input.is_contiguous(memory_format=memory_format):
@@ -122,20 +122,20 @@ def _laid_out(mask: Tensor, input: Tensor) -> Tensor:
 
 
 class Standout(nn.Module):
-    """A layer with its activation, thinned by masks whose probabilities follow its own response.
+    """A layer with its activation, under masks whose probabilities follow its own response.
 
     ``a = layer(x)``, ``pi = sigmoid(alpha a + beta)``, ``y = activation(a) m`` with m ~ Bernoulli(pi) in training and
     ``y = activation(a) pi``, its expectation, in eval mode. `alpha` and `beta` are numbers that are set, not learned:
-    the weights of pi are the layer's, which learn by way of the activation alone, as masks have no gradient. With
+    the weights of pi are the layer's, which learn only through the activation, as masks have no gradient. With
     alpha = 0 this is dropout in its original formulation with keep_prob sigmoid(beta). Monte Carlo inference turns the
-    masks on in eval mode; `disabled` gives the form of eval mode. A response that is NaN is not dropped.
+    masks on in eval mode; `disabled` switches to the form of eval mode. A response that is NaN is not dropped.
 
     Args:
         layer: an nn.Linear, a convolution or another module that returns one floating-point tensor, bias included.
         alpha: the scale of the shared weights. Default: 1.
         beta: the shift; positive values keep more. Default: 0.
         activation: f, element by element. Default: torch.relu.
-        generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the masks' keys; PyTorch's default generator of the device if None.
 
     Shape:
         The shapes of the layer. The state_dict has the layer's entries after ``layer.``, and those of an activation
@@ -191,8 +191,8 @@ class Standout(nn.Module):
         check_input(a, "Standout")
         on = sites.is_on(self.training)
         response = (a.detach() if on else a).to(COMPUTE_DTYPE[a.dtype])
-        pi = torch.sigmoid(self.alpha * response + self.beta)  # before an activation that works in place
-        return _thinned(self.activation(a), pi, on, self.generator)
+        pi = torch.sigmoid(self.alpha * response + self.beta)  # before the activation, which may work in place
+        return _apply_masks(self.activation(a), pi, on, self.generator)
 
     def extra_repr(self) -> str:
         name = "" if isinstance(self.activation, nn.Module) else f", activation={_name_of(self.activation)}"

@@ -5,7 +5,7 @@ With k the keep probability and m_i a mask element for each place i, 1 with prob
     y_i = w_i if m_i else unk          for the numbers w of words (Bowman et al., CoNLL 2016)
     y_i = x_i m_i                      for vectors x (Iyyer et al., ACL 2015), or x_i m_i / k if asked for
 
-in training, and the input itself in eval mode. Protected places keep what they hold.
+in training, and the input itself in eval mode. Protected places keep their tokens.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _check_id(name: str, value: Any) -> None:
 
 
 def _check_ids(unk_id: Any, special_ids: Any, inverted: bool) -> tuple[int, ...]:
-    """The numbers of the special words, if all arguments fit each other."""
+    """Returns the numbers of the special words, if all arguments fit each other."""
     if unk_id is not None:
         _check_id("unk_id", unk_id)
     if isinstance(special_ids, str) or not isinstance(special_ids, Sequence):
@@ -46,7 +46,7 @@ def _check_ids(unk_id: Any, special_ids: Any, inverted: bool) -> tuple[int, ...]
 
 
 def _check_kind(input: Any, unk_id: int | None, special_ids: tuple[int, ...]) -> None:
-    """Whether the input is what the arguments say.
+    """Refuses an input that does not fit the arguments.
 
     Raises:
         TypeError: it is no tensor, or numbers of words where vectors are meant, or the other way round.
@@ -79,7 +79,7 @@ def _check_kind(input: Any, unk_id: int | None, special_ids: tuple[int, ...]) ->
 def _protected(
     input: Tensor, places: Sequence[int], special_ids: tuple[int, ...], protected: Tensor | None
 ) -> Tensor | None:
-    """Bools of the shape of `places`, True where nothing may change; None if that is nowhere."""
+    """Returns bools of the shape of `places`, True where nothing may change; None if there is no such place."""
     if protected is not None:
         if not isinstance(protected, Tensor) or protected.dtype is not torch.bool:
             got = protected.dtype if isinstance(protected, Tensor) else type(protected).__name__
@@ -111,17 +111,17 @@ def word_dropout(
     inverted: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Replaces each token with probability p: the number of a word by that of the unknown word, a vector by zeros.
+    """Replaces each token with probability p: a word's number by that of the unknown word, a vector by zeros.
 
     ``y_i = w_i if m_i else unk_id`` for numbers, ``y_i = x_i m_i`` for vectors, with one m_i ~ Bernoulli(k) for each
     place i, k = keep_prob = 1 - p. Each occurrence of a word has a draw of its own (`embedding_dropout` drops all of
     them together). Tokens that are kept stay bit for bit; with ``inverted=True`` vectors are divided by k, so that
-    E[y] = x. With k = 1 nothing changes, with k = 0 all that is not protected is replaced, and in eval mode the input
-    itself is returned. Iyyer et al. average over the tokens that are kept: that is ``y.sum(1)`` divided by the number
-    of places at which y is not 0.
+    E[y] = x. With k = 1 nothing changes, with k = 0 all tokens that are not protected are replaced, and in eval mode
+    the input itself is returned. Iyyer et al. average over the tokens that are kept: that is ``y.sum(1)`` divided by
+    the number of places at which y is not 0.
 
     Args:
-        input: numbers of words, integers of any shape, where `unk_id` is given; else vectors, (..., words, features).
+        input: numbers of words, integers of any shape, if `unk_id` is given; else vectors, (..., words, features).
         p: probability of replacing a token, in [0, 1]. Default: 0.5.
         training: whether tokens are replaced.
         keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against the places
@@ -131,7 +131,7 @@ def word_dropout(
         protected: bools that broadcast against the places, ``input.shape`` or ``input.shape[:-1]``: True where
             nothing may change.
         inverted: whether vectors are scaled by 1 / k. Protected ones are not.
-        generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the mask's key; PyTorch's default generator of the device if None.
 
     Returns:
         A tensor of the input's shape and dtype; the input itself in eval mode and with k = 1.
@@ -139,8 +139,8 @@ def word_dropout(
     Raises:
         TypeError: numbers without unk_id, or anything else with it; arguments of another type; both names of the rate,
             or neither.
-        ValueError: a rate outside [0, 1]; a negative or too large number of a word; special_ids or inverted for what
-            has neither numbers nor scale; shapes that do not fit.
+        ValueError: a rate outside [0, 1]; a negative or too large number of a word; special_ids for vectors, or
+            inverted for numbers; shapes that do not fit.
 
     References:
         Bowman et al., "Generating Sentences from a Continuous Space", CoNLL 2016 (arXiv:1511.06349), section 3.1;
@@ -179,7 +179,7 @@ class WordDropout(Rated):
         unk_id: the number of the unknown word, for inputs that are numbers of words; None for vectors.
         special_ids: numbers of words that are never replaced.
         inverted: whether vectors are scaled by 1 / k.
-        generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the masks' keys; PyTorch's default generator of the device if None.
 
     Shape:
         Input: integers of any shape, or (..., words, features). Output: the same. The call takes a second argument,

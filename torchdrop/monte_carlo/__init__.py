@@ -1,6 +1,6 @@
-"""Monte Carlo dropout inference: what in a model is random, samples of its outputs, and what they say.
+"""Monte Carlo dropout inference: the randomness in a model, samples of its outputs, and statistics of them.
 
-`mc_dropout` makes a model's randomness fire; `mc_predict` runs samples and gives their statistics.
+`mc_dropout` turns a model's randomness on; `mc_predict` runs samples and returns their statistics.
 """
 
 from ..handlers.sources import Source

@@ -1,9 +1,9 @@
-"""Making a model's randomness fire as in train mode, and nothing else: `mc_dropout`.
+"""Turning a model's randomness on as in train mode, and nothing else: `mc_dropout`.
 
-What is random is not guessed from names. A forward in train mode, on two or three rows of the data, shows which calls
-draw (see `survey`). Then, in eval mode, a function mode serves exactly those calls, and the modules that decide from
-their own training flag whether to draw (DropPath, LayerDrop) get that flag, alone. A forward in this mode is compared
-with the one in train mode, and the report says what came of it. All of it happens to shells of the modules.
+Random calls are not guessed from names. A forward in train mode, on two or three rows of the data, shows which calls
+draw (see `survey`). Then, in eval mode, a function mode serves exactly those calls, and only the modules that decide
+from their own training flag whether to draw (DropPath, LayerDrop) get that flag. A forward in this mode is compared
+with the one in train mode, and the report has the result. All of it happens to shells of the modules.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Activation:
         model: the model.
         patterns: glob patterns of names of modules in which sources are active; None for all.
         dim: the dimension of the inputs that counts rows of data; None if they are one whole.
-        method: what of the model is called.
+        method: the name of the model's method that is called; the model itself if None.
 
     Attributes:
         flagged: the modules whose shells have the training flag.
@@ -63,7 +63,7 @@ class Activation:
         self.server: Substitute = Substitute(self.tracker, self.chosen, inner_names(model))
 
     def serving(self) -> AbstractContextManager[Any]:
-        """The mode that serves, unless it is on already."""
+        """Returns the mode that serves, unless it is on already."""
         return nullcontext() if self.server.entered else self.server
 
     def chosen(self, name: str) -> bool:
@@ -73,23 +73,23 @@ class Activation:
         return any(matches(pattern, name) for pattern in self._patterns)
 
     def survey(self, inputs: Inputs, module: nn.Module | None = None, method: str | None = None) -> Any:
-        """Finds out what is random in a call, of the model or of a part of it: see `Survey`."""
+        """Finds the randomness in a call of the model or of a part of it: see `Survey`."""
         return Survey(self, module or self.model, method or self._method).run(inputs)
 
     def call(self, inputs: Inputs) -> Any:
-        """What the model gives in a pass that the server has begun, whose mode is on. The model is left as it is."""
+        """Returns the model's output in a pass that the server has begun. Its mode is on. The model does not change."""
         self.tracker.restart()
         self.shells.refresh(self.flagged.__contains__, self.flagged.__contains__)
         with self.own_numbers():
             return inputs.call(self.shells.method(self.model, self._method))
 
     def deterministic(self, inputs: Inputs) -> Any:
-        """What the model gives in eval mode, with nothing random."""
+        """Returns the model's output in eval mode, with nothing random."""
         self.shells.refresh()
         return inputs.call(self.shells.method(self.model, self._method))
 
     def list_sources(self) -> None:
-        """Brings the report up to date with what has been met."""
+        """Brings the report up to date with the sources that have been found."""
         known = set(map(id, self.report.sources))
         self.report.sources += [
             s for s in self.server.sources.values() if (s.active or s.reason) and id(s) not in known
@@ -97,7 +97,7 @@ class Activation:
 
     @contextmanager
     def own_numbers(self) -> Iterator[None]:
-        """Seeds PyTorch's generators for a pass that draws from them. One thread at a time can."""
+        """Seeds PyTorch's generators for a pass that draws from them. Only one thread at a time can do so."""
         run = self.server.run
         if self.report.replayable or run is None:
             yield
@@ -109,7 +109,7 @@ class Activation:
 
     @contextmanager
     def kept_states(self) -> Iterator[None]:
-        """Puts the generators' states back if a pass within it has drawn from them: other threads do, too."""
+        """Restores the generators' states at the end if a pass has drawn from them: other threads do so, too."""
         self.server.drew = False
         with restored_generators(
             lambda: self.server.drew or not self.report.replayable or FOREIGN in self.report.notes
@@ -117,7 +117,7 @@ class Activation:
             yield
 
     def warn_of_omissions(self, caller: str, stacklevel: int) -> None:
-        """Says what stays off although it is random in train mode and was not left out on purpose."""
+        """Warns of sources that stay off although they draw in train mode and were not left out on purpose."""
         report, said = self.report, []
         if report.unreached:
             listed = "; ".join(f"{s.module or '(model)'}: {s.kind}, {s.reason}" for s in report.unreached)
@@ -137,12 +137,12 @@ class Activation:
 
 
 def new_seed() -> int:
-    """A seed from PyTorch's default generator, so that torch.manual_seed governs."""
+    """Draws a seed from PyTorch's default generator, so that it follows from torch.manual_seed."""
     return int(torch.randint(2**63 - 1, (), device="cpu"))
 
 
 def check_model(model: Any) -> nn.Module:
-    """The module itself.
+    """Returns the module itself.
 
     Raises:
         TypeError: it is no module, or one whose calls cannot be seen: compiled or scripted.
@@ -161,14 +161,14 @@ def check_model(model: Any) -> nn.Module:
 
 
 def check_masks(masks: str) -> bool:
-    """Whether all rows share a mask."""
+    """Returns whether all rows share a mask."""
     if masks not in ("independent", "shared"):
         raise ValueError(f"masks must be 'independent' or 'shared', got {masks!r}")
     return masks == "shared"
 
 
 def check_sources(model: nn.Module, sources: str | Sequence[str] | None) -> Sequence[str] | None:
-    """The patterns as a sequence.
+    """Returns the patterns as a sequence.
 
     Raises:
         ValueError: a pattern matches no module.
@@ -194,29 +194,28 @@ def mc_dropout(
     sources: str | Sequence[str] | None = None,
     batch_dim: int | None = 0,
 ) -> Iterator[Report]:
-    """Within the context a call of the model is one stochastic pass, whatever mode the model is in.
+    """Within the context, a call of the model is one stochastic pass, in either mode of the model.
 
-    Everything random fires that would fire in train mode, and nothing else changes: layers of torchdrop and of
-    torch.nn, functional dropout, the dropout inside nn.LSTM, nn.GRU, nn.RNN, nn.MultiheadAttention,
-    nn.TransformerEncoder and scaled_dot_product_attention, DropPath, StochasticDepth, DropBlock, StableDropout and
-    LayerDrop of other packages. Normalization uses its running statistics and leaves them alone; auxiliary heads and
-    augmentation stay off. Training flags are never touched, and random states are as before after each call.
+    Everything draws that would draw in train mode, and nothing else changes: layers of torchdrop and of torch.nn,
+    functional dropout, the dropout inside nn.LSTM, nn.GRU, nn.RNN, nn.MultiheadAttention, nn.TransformerEncoder and
+    scaled_dot_product_attention, DropPath, StochasticDepth, DropBlock, StableDropout and LayerDrop of other packages.
+    Normalization uses its running statistics and does not update them; auxiliary heads and augmentation stay off.
+    Training flags are never changed, and random states are as before after each call.
 
-    The first call of the model, or of a part of it, is preceded by a few forwards on two or three rows of its inputs
-    that find out what is random; the report holds the result. The n-th call in the context is sample n: with the same
-    seed it has the same masks, row by row, in batches of any size. A call of another method of the model, such as
-    ``model.encode(x)``, is a sample as well; dropout in its own code is served, with masks that depend on the batch.
-    Gradients flow.
+    Before the first call of the model, or of a part of it, a few forwards on two or three rows of its inputs find the
+    random calls; the report has the result. The n-th call in the context is sample n: with the same seed it has the
+    same masks, row by row, in batches of any size. A call of another method of the model, such as ``model.encode(x)``,
+    is a sample as well; dropout in its own code is served, with masks that depend on the batch. Gradients flow.
 
-    The context is that of the thread that enters it: calls in other threads are ordinary ones, and several threads can
+    The context belongs to the thread that enters it: calls in other threads are ordinary ones, and several threads can
     be in contexts of one model at once.
 
     Args:
         model: the model, in train or eval mode.
-        seed: of all masks; drawn from PyTorch's default generator if None.
+        seed: the seed of all masks; drawn from PyTorch's default generator if None.
         masks: "independent": each row of the inputs has its own mask. "shared": all rows have one, so that each call
             evaluates one function.
-        sources: glob patterns of the names of modules in which randomness is wanted ("head": all that is in it);
+        sources: glob patterns of the names of modules whose randomness is wanted ("head" includes all modules in it);
             everything if None.
         batch_dim: the dimension of the inputs that counts rows; None if they are one whole.
 
@@ -229,7 +228,7 @@ def mc_dropout(
 
     Warns:
         UserWarning: at the end, if nothing random was active, if something that is random in train mode could not be
-            made to draw, or if dropout was met, off, that belongs to no forward or method of the model.
+            made to draw, or if dropout was called, off, outside of all forwards and methods of the model.
 
     References:
         Gal and Ghahramani, "Dropout as a Bayesian Approximation", ICML 2016.
@@ -257,7 +256,7 @@ def mc_dropout(
 
 
 class _Context:
-    """What calls of the model's modules, and of its methods, come to within `mc_dropout`."""
+    """The handler of calls of the model's modules, and of its methods, within `mc_dropout`."""
 
     def __init__(self, activation: Activation, seed: int, shared: bool) -> None:
         self.activation = activation
@@ -284,11 +283,11 @@ class _Context:
         self._outermost = None
 
     def _call(self, module: nn.Module, attribute: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call of a module of the model."""
+        """Serves a call of a module of the model."""
         activation, inputs = self.activation, Inputs(args, kwargs, self.activation.dim)
         server, shells = activation.server, activation.shells
         method = "forward" if attribute == "forward" else "__call__"
-        if activation.tracker.running:  # by way of a reference that the shells do not have
+        if activation.tracker.running:  # through a reference that the shells do not have
             return inputs.call(shells.method(module, method))
         refuse_backward()
         server.differentiated = torch.is_grad_enabled()
@@ -305,7 +304,7 @@ class _Context:
         return out
 
     def _begin(self, outermost: Any, rows: int | None, device: torch.device) -> None:
-        """The next sample, or what follows in a method of the model that has begun one."""
+        """Begins the next sample, or goes on with the one that a method of the model has begun."""
         server, draws = self.activation.server, 0
         if outermost is None or outermost is not self._outermost:
             self._number = torch.tensor(next(self._numbers), device=device)
@@ -321,7 +320,7 @@ class _Context:
         self.activation.list_sources()
 
     def _elsewhere(self, server: Substitute, func: Any, args: Any, kwargs: Any) -> Any:
-        """A random call, or a layer's question if it is on, while no module of the model runs."""
+        """Serves a random call, or a layer's question if it is on, while no module of the model runs."""
         owner, outermost, foreign = self._frames()
         if owner is None:
             if not foreign and _is_left_off(server, func, args, kwargs):
@@ -337,8 +336,8 @@ class _Context:
         return out
 
     def _frames(self) -> tuple[str | None, Any, bool]:
-        """Within the block: the module of the model whose method makes this call, the frame of the first such method,
-        and whether another model's module makes it."""
+        """Returns the module of the model whose method makes this call within the block, the frame of the first such
+        method, and whether another model's module makes the call."""
         names, owner, outermost, foreign = self.activation.shells.names, None, None, False
         frame: Any = sys._getframe(2)
         while frame is not None and frame not in self._around:
@@ -355,7 +354,7 @@ class _Context:
 
 
 def _is_left_off(server: Substitute, func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether it is dropout with a rate that is off."""
+    """Whether a call is dropout that has a rate and is off."""
     if func is sites.is_on:
         return not args[0]
     if func not in DESCRIBE or "dropout" not in func.__name__:

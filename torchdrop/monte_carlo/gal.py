@@ -1,7 +1,7 @@
 """Regression with dropout as an approximate Gaussian process: the noise's precision tau, and the predictive mixture.
 
-Each sample f_t predicts N(f_t, s_t^2); T of them together predict the mixture ``1/T sum_t N(f_t, s_t^2)``. Without a
-model of its own the noise is the same everywhere, ``s_t^2 = 1 / tau``.
+Each sample f_t predicts N(f_t, s_t^2); T of them together predict the mixture ``1/T sum_t N(f_t, s_t^2)``. If the noise
+has no model of its own, it is the same everywhere, ``s_t^2 = 1 / tau``.
 
 References:
     Gal, Ghahramani, "Dropout as a Bayesian Approximation", ICML 2016.
@@ -20,7 +20,7 @@ HALVINGS = 60
 
 
 def tau_from_weight_decay(length_scale: float, keep_prob: float, n: int, weight_decay: float) -> float:
-    """The model precision ``tau = keep_prob l^2 / (2 n weight_decay)`` that training with this weight decay implies.
+    """Returns the model precision ``tau = keep_prob l^2 / (2 n weight_decay)`` that follows from this weight decay.
 
     It goes to infinity as the weight decay goes to 0, and is 0 at keep_prob 0. W are the weights as they are stored,
     as in Gal and Ghahramani's published experiments, although inverted dropout multiplies them by 1 / keep_prob in
@@ -31,7 +31,7 @@ def tau_from_weight_decay(length_scale: float, keep_prob: float, n: int, weight_
         keep_prob: the probability of keeping a unit before the layer.
         n: the number of training points.
         weight_decay: lambda in ``1/n sum_i |y_i - f(x_i)|^2 / 2 + lambda sum |W|^2``. The `weight_decay` of a torch
-            optimizer, whose gradient step adds it times W, is 2 lambda beside this loss, and 4 lambda beside
+            optimizer, whose gradient step adds it times W, is 2 lambda with this loss, and 4 lambda with
             torch.nn.MSELoss, which lacks the half.
 
     Raises:
@@ -49,7 +49,7 @@ def tau_from_weight_decay(length_scale: float, keep_prob: float, n: int, weight_
 
 
 def weight_decay_from_tau(length_scale: float, keep_prob: float, n: int, tau: float) -> float:
-    """The weight decay ``keep_prob l^2 / (2 n tau)`` to train with for a model precision: `tau_from_weight_decay` back.
+    """Returns the weight decay ``keep_prob l^2 / (2 n tau)`` for a model precision: inverse of `tau_from_weight_decay`.
 
     Args:
         length_scale: l, the prior length scale.
@@ -74,7 +74,7 @@ def weight_decay_from_tau(length_scale: float, keep_prob: float, n: int, tau: fl
 def predictive_log_likelihood(
     samples: Tensor, targets: Tensor, *, tau: float | None = None, noise_variance: Tensor | None = None
 ) -> Tensor:
-    """``log 1/T sum_t prod_d N(y_d; f_td, s_td^2)`` of each row, in nats, by a stable log-mean-exp in float64.
+    """Returns ``log 1/T sum_t prod_d N(y_d; f_td, s_td^2)`` of each row, in nats, by a stable log-mean-exp in float64.
 
     The outputs d of a row are independent given the sample, and dependent over all of them, so the product is inside.
 
@@ -112,7 +112,7 @@ def predictive_log_likelihood(
 def predictive_quantile(
     samples: Tensor, q: float, *, tau: float | None = None, noise_variance: Tensor | None = None
 ) -> Tensor:
-    """The q-quantile of the mixture ``1/T sum_t N(f_t, s_t^2)``, element by element.
+    """Returns the q-quantile of the mixture ``1/T sum_t N(f_t, s_t^2)``, element by element.
 
     Its distribution function ``1/T sum_t Phi((y - f_t) / s_t)`` is inverted by bisection between the smallest and the
     largest quantile of the components, to 2^-60 of their distance.
@@ -150,7 +150,7 @@ def predictive_quantile(
 
 
 def check_targets(targets: Tensor, shape: torch.Size) -> None:
-    """Raises if targets are not of this shape: torch would broadcast (N,) against (N, 1) to (N, N)."""
+    """Raises ValueError if targets do not have this shape: torch would broadcast (N,) against (N, 1) to (N, N)."""
     if targets.shape != shape:
         raise ValueError(f"targets must have the predictions' shape {tuple(shape)}, got {tuple(targets.shape)}")
 

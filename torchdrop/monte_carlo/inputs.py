@@ -15,12 +15,12 @@ class Inputs:
     """Arguments of a model, in which each tensor has the rows of data along one dimension.
 
     Args:
-        args, kwargs: what the model is called with.
+        args, kwargs: the arguments of a call of the model.
         dim: the dimension of the tensors that counts rows; None takes the inputs as one whole.
 
     Attributes:
-        rows: how many there are; None if the inputs are one whole, as when their tensors disagree.
-        tensors: all of them that have a dimension.
+        rows: the number of rows; None if the inputs are one whole, as when their tensors disagree.
+        tensors: all tensors that have a dimension.
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], dim: int | None) -> None:
@@ -39,7 +39,8 @@ class Inputs:
 
     @classmethod
     def of(cls, inputs: Any, dim: int | None) -> Inputs:
-        """A tensor is the one argument, a tuple or list the positional ones, a mapping the named ones."""
+        """Makes inputs from a tensor (the only argument), a tuple or list (positional ones) or a mapping (named
+        ones)."""
         if isinstance(inputs, Mapping):
             return cls((), inputs, dim)
         if isinstance(inputs, tuple | list):
@@ -47,7 +48,7 @@ class Inputs:
         return cls((inputs,), {}, dim)
 
     def call(self, model: Callable[..., Any]) -> Any:
-        """What a model, or one of its methods, gives for them."""
+        """Returns the output of a model, or of one of its methods, for these arguments."""
         return model(*self.args, **self.kwargs)
 
     def _map(self, function: Any) -> Inputs:
@@ -57,23 +58,23 @@ class Inputs:
         return Inputs(args, kwargs, self.dim)
 
     def first(self, rows: int) -> Inputs:
-        """So many rows, from the first on, and again from the first where there are fewer."""
+        """Returns so many rows, from the first on, and again from the first if there are fewer."""
         if not self.rows:
             return self.copy()
         index = torch.arange(rows, device=self.device) % self.rows
         return self._map(lambda t: t.index_select(self.dim, index.to(t.device)))
 
     def copy(self) -> Inputs:
-        """The same values in memory of their own."""
+        """Returns the same values in memory of their own."""
         return self._map(Tensor.clone)
 
     @property
     def versions(self) -> list[int]:
-        """A count for each tensor that rises when it is written to."""
+        """Returns a count for each tensor that rises when it is written to."""
         return [0 if t.is_inference() else t._version for t in self.tensors]
 
     def folded(self, copies: int) -> Inputs:
-        """All rows, then all rows again, for each copy."""
+        """Returns all rows, then all rows again, for each copy."""
         return self._map(lambda t: torch.cat([t] * copies, self.dim or 0))
 
     def to(self, device: torch.device) -> Inputs:
@@ -81,10 +82,10 @@ class Inputs:
 
 
 def batches(inputs: Any, select: Callable[[Any], Any] | None, dim: int | None, model: nn.Module) -> Iterator[Inputs]:
-    """The batches in what `mc_predict` is given. An iterable's batches are brought to the model's device.
+    """Yields the batches in the inputs of `mc_predict`. An iterable's batches are moved to the model's device.
 
     Raises:
-        TypeError: something else, or a batch of an unexpected structure.
+        TypeError: inputs of another type, or a batch of an unexpected structure.
         ValueError: a tensor on another device than the model's.
     """
     home = next((t.device for t in (*model.parameters(), *model.buffers())), None)
@@ -108,7 +109,7 @@ def batches(inputs: Any, select: Callable[[Any], Any] | None, dim: int | None, m
 
 
 def _selected(batch: Any) -> Any:
-    """The inputs in a batch, by the convention that a pair is (inputs, targets)."""
+    """Returns the inputs in a batch, by the convention that a pair is (inputs, targets)."""
     if isinstance(batch, Tensor | Mapping):
         return batch
     if isinstance(batch, tuple | list) and len(batch) in (1, 2) and isinstance(batch[0], Tensor | Mapping | tuple):
@@ -121,7 +122,7 @@ def _selected(batch: Any) -> Any:
 
 
 def picker(select_output: Callable[[Any], Any] | None, pair: bool) -> Callable[[Any], tuple[Tensor, ...]]:
-    """What gets the tensors of interest out of what a model returns, as a tuple.
+    """Returns a function that takes the tensors of interest from a model's output, as a tuple.
 
     Args:
         select_output: the user's own function.

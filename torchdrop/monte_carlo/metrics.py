@@ -1,8 +1,8 @@
-"""How good predicted probabilities are, and how well an uncertainty tells right from wrong and known from unknown.
+"""Measures of predicted probabilities, and of how well uncertainty separates right from wrong, or known from unknown.
 
-The measures are torchmetrics' and scikit-learn's (``pip install 'torchdrop[uncertainty]'``); what is here takes a
-prediction and its targets to them. Predictions are a `ClassificationPrediction` or probabilities (B, C, ...), targets
-are classes (B, ...); further dimensions count as rows.
+The measures are torchmetrics' and scikit-learn's (``pip install 'torchdrop[uncertainty]'``); this module passes them a
+prediction and its targets. Predictions are a `ClassificationPrediction` or probabilities (B, C, ...), targets are
+classes (B, ...); further dimensions count as rows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .prediction import ClassificationPrediction
 from .tasks import normalized
 
 BINS = 15
-"""Bins of confidence, as in Guo et al., ICML 2017."""
+"""The number of bins of confidence, as in Guo et al., ICML 2017."""
 
 Classes = ClassificationPrediction | Tensor
 
@@ -39,10 +39,10 @@ class Flat(NamedTuple):
 
 
 def flat(prediction: Classes, targets: Tensor) -> Flat:
-    """Checked, with all dimensions but the classes made rows.
+    """Returns a prediction and its targets, checked, with all dimensions but the classes made rows.
 
     Raises:
-        ValueError: probabilities that are none, or targets that do not fit them, or no rows.
+        ValueError: numbers that are no probabilities, targets that do not fit them, or no rows.
 
     Example:
         >>> flat(torch.tensor([[0.25, 0.75]]), torch.tensor([1])).right
@@ -65,7 +65,7 @@ def flat(prediction: Classes, targets: Tensor) -> Flat:
 
 
 def calibration_error(prediction: Classes, targets: Tensor, *, bins: int = BINS, norm: str = "l1") -> float:
-    """The expected calibration error ``sum_b n_b / n |accuracy_b - confidence_b|`` over bins of confidence.
+    """Returns the expected calibration error ``sum_b n_b / n |accuracy_b - confidence_b|`` over bins of confidence.
 
     Args:
         prediction: probabilities (B, C, ...).
@@ -90,7 +90,7 @@ def calibration_error(prediction: Classes, targets: Tensor, *, bins: int = BINS,
 
 
 def brier(prediction: Classes, targets: Tensor) -> float:
-    """The Brier score ``1/n sum_i sum_c (p_ic - [y_i = c])^2``, between 0 (best) and 2.
+    """Returns the Brier score ``1/n sum_i sum_c (p_ic - [y_i = c])^2``, between 0 (best) and 2.
 
     References:
         Brier, Monthly Weather Review 78, 1950. By scikit-learn.
@@ -106,7 +106,7 @@ def brier(prediction: Classes, targets: Tensor) -> float:
 
 
 def negative_log_likelihood(prediction: Classes, targets: Tensor) -> float:
-    """The mean of ``-log p`` of the target classes, in nats; infinite where one of them has probability 0.
+    """Returns the mean of ``-log p`` of the target classes, in nats; infinite if one of them has probability 0.
 
     Example:
         >>> round(negative_log_likelihood(torch.tensor([[0.5, 0.5]]), torch.tensor([1])), 4)
@@ -117,15 +117,15 @@ def negative_log_likelihood(prediction: Classes, targets: Tensor) -> float:
 
 
 def misclassification_auroc(prediction: Classes, targets: Tensor, uncertainty: Tensor | None = None) -> float:
-    """The probability that a wrong prediction is more uncertain than a right one (a tie counts half).
+    """Returns the probability that a wrong prediction is more uncertain than a right one (a tie counts half).
 
     Args:
         prediction: probabilities (B, C, ...).
         targets: classes (B, ...).
-        uncertainty: of the targets' shape, larger for less certain; the predictive entropy if None.
+        uncertainty: a tensor of the targets' shape, larger for less certain; the predictive entropy if None.
 
     Returns:
-        1 where uncertainty tells them apart, 0.5 where it knows nothing; NaN where all are right, or all are wrong.
+        1 if uncertainty separates them, 0.5 if it is uninformative; NaN if all are right, or all are wrong.
 
     References:
         Hendrycks, Gimpel, "A Baseline for Detecting Misclassified and Out-of-Distribution Examples", ICLR 2017. By
@@ -144,11 +144,11 @@ def misclassification_auroc(prediction: Classes, targets: Tensor, uncertainty: T
 
 
 def out_of_distribution_auroc(inside: Tensor, outside: Tensor) -> float:
-    """The probability that an input from outside the distribution is more uncertain than one from inside.
+    """Returns the probability that an input from outside the distribution is more uncertain than one from inside.
 
     Args:
         inside: uncertainties of inputs like those trained on, of any shape.
-        outside: uncertainties of others.
+        outside: uncertainties of other inputs.
 
     Raises:
         ValueError: one of them is empty.
@@ -178,7 +178,7 @@ class RiskCoverage(NamedTuple):
 
 
 def risk_coverage_curve(prediction: Classes, targets: Tensor, uncertainty: Tensor | None = None) -> RiskCoverage:
-    """The error among the most certain predictions against their share.
+    """Returns the error among the most certain predictions against their share.
 
     There is a point for each value of the uncertainty: rows that are equally uncertain are kept together. At coverage 0
     the curve begins with the risk of its first point.
@@ -186,7 +186,7 @@ def risk_coverage_curve(prediction: Classes, targets: Tensor, uncertainty: Tenso
     Args:
         prediction: probabilities (B, C, ...).
         targets: classes (B, ...).
-        uncertainty: of the targets' shape, larger for less certain; the predictive entropy if None.
+        uncertainty: a tensor of the targets' shape, larger for less certain; the predictive entropy if None.
 
     References:
         El-Yaniv, Wiener, JMLR 11, 2010; Geifman, El-Yaniv, "Selective Classification for Deep Neural Networks", 2017.
@@ -205,7 +205,7 @@ def risk_coverage_curve(prediction: Classes, targets: Tensor, uncertainty: Tenso
 
 
 def risk_coverage_area(prediction: Classes, targets: Tensor, uncertainty: Tensor | None = None) -> float:
-    """The area under `risk_coverage_curve`: the mean error over all coverages; smaller is better. By scikit-learn.
+    """Returns the area under `risk_coverage_curve`, the mean error over coverages; smaller is better. By scikit-learn.
 
     Example:
         >>> risk_coverage_area(torch.tensor([[0.4, 0.6], [0.1, 0.9]]), torch.tensor([0, 1]))
@@ -216,7 +216,7 @@ def risk_coverage_area(prediction: Classes, targets: Tensor, uncertainty: Tensor
 
 
 def scores(prediction: Classes, targets: Tensor) -> dict[str, float]:
-    """Accuracy and all of the above for one prediction, with the predictive entropy as uncertainty.
+    """Returns the accuracy and all of the above for one prediction, with the predictive entropy as uncertainty.
 
     Example:
         >>> scores(torch.tensor([[0.5, 0.5], [0.0, 1.0]]), torch.tensor([1, 1]))["accuracy"]

@@ -1,4 +1,4 @@
-"""How many samples are run, in which order, and by which process."""
+"""The plan of samples: their number, their order, and the process that runs each."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 ROUND = 20
-"""Samples between two looks at the tolerance, and in a Latin hypercube where a tolerance may stop early."""
+"""The samples between two checks of the tolerance, and in a Latin hypercube if a tolerance may stop early."""
 
 
 @dataclass(frozen=True)
 class SamplePlan:
-    """How many samples, in which order, and on how many processes."""
+    """The number of samples, their order, and the number of processes."""
 
     samples: int
     tolerance: float | None
@@ -41,7 +41,7 @@ class SamplePlan:
         return 0 if self.group is None else torch.distributed.get_rank(self.group)
 
     def steps(self) -> Iterator[range]:
-        """What is run between two looks at the tolerance."""
+        """Yields the samples that are run between two checks of the tolerance."""
         size = self.samples if self.tolerance is None else ROUND * (self.processes if self.rounds else 1)
         for first in range(0, self.samples, size):
             yield range(first, min(first + size, self.samples))
@@ -50,12 +50,12 @@ class SamplePlan:
         return (lambda sample: sample // ROUND % groups) if self.rounds else (lambda sample: sample % groups)
 
     def mine(self, step: range, groups: int) -> list[int]:
-        """This process's share: whole groups."""
+        """Returns this process's share: whole groups."""
         of = self.group_of(groups)
         return [sample for sample in step if of(sample) % self.processes == self.rank]
 
     def chunks(self, samples: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-        """Chunks within one hypercube each."""
+        """Yields chunks, each within one hypercube."""
         cube = self.hypercube or self.samples
         start = 0
         while start < len(samples):

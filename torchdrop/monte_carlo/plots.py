@@ -19,10 +19,10 @@ INNER, OUTER = "#8DBFE0", "#D6EAF6"
 
 
 def reliability_diagram(prediction: Classes, targets: Tensor, *, bins: int = BINS, ax: Any = None) -> Any:
-    """Accuracy against confidence (the largest probability), in bins of equal width: calibrated is on the diagonal.
+    """Draws accuracy against confidence (the largest probability), in equal bins: calibrated is on the diagonal.
 
-    Bars show the accuracy, dots stand at each bin's mean confidence, and an orange line shows the share of all
-    predictions that lie in the bin.
+    Bars show the accuracy, dots are at each bin's mean confidence, and an orange line shows the share of all
+    predictions that are in the bin.
 
     Args:
         prediction: a `ClassificationPrediction`, or probabilities (B, C, ...).
@@ -44,7 +44,7 @@ def reliability_diagram(prediction: Classes, targets: Tensor, *, bins: int = BIN
     rows = flat(prediction, targets)
     error = calibration_error(prediction, targets, bins=bins)
     ax = axes_or_new(ax)
-    # A bin holds its lower edge, as in torchmetrics; the last one holds 1 too.
+    # A bin includes its lower edge, as in torchmetrics; the last one includes 1 too.
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
     of_row = torch.bucketize(rows.confidence, edges[1:-1], right=True)
     size = torch.bincount(of_row, minlength=bins).double()
@@ -68,13 +68,13 @@ def risk_coverage(
     label: str | None = None,
     ax: Any = None,
 ) -> Any:
-    """The error among the most certain predictions against their share; see `metrics.risk_coverage_curve`.
+    """Draws the error among the most certain predictions against their share; see `metrics.risk_coverage_curve`.
 
     Args:
         prediction: a `ClassificationPrediction`, or probabilities (B, C, ...).
         targets: classes (B, ...).
-        uncertainty: of the targets' shape; the predictive entropy if None.
-        label: the curve's name in the legend, where its area is added. RandomCall several on one Axes to compare them.
+        uncertainty: a tensor of the targets' shape; the predictive entropy if None.
+        label: the curve's name in the legend, to which its area is added. Draw several on one Axes to compare them.
         ax: the Axes to draw on; new ones if None.
 
     Returns:
@@ -100,12 +100,12 @@ def risk_coverage(
 def uncertainty_histogram(
     inside: Tensor, outside: Tensor | None = None, *, name: str = "uncertainty", bins: int = 30, ax: Any = None
 ) -> Any:
-    """How uncertainty is distributed, inside and outside the data's distribution, each with area 1.
+    """Draws histograms of uncertainty, inside and outside the data's distribution, each with area 1.
 
     Args:
         inside: uncertainties of inputs like those trained on, of any shape.
         outside: uncertainties of others, to compare.
-        name: what it is, with its unit, for the axis.
+        name: the name of the uncertainty, with its unit, for the axis.
         bins: their number, over the range of both.
         ax: the Axes to draw on; new ones if None.
 
@@ -138,14 +138,14 @@ def uncertainty_histogram(
 def band(
     x: Tensor, prediction: Prediction, *, data: tuple[Tensor, Tensor] | None = None, level: float = 0.95, ax: Any = None
 ) -> Any:
-    """A regression on one input: the mean, the band of the model's uncertainty, and that of a new observation.
+    """Draws a regression on one input: the mean, the band of the model's uncertainty, and that of a new observation.
 
-    Both bands are ``mean -+ z std``: the inner one with the epistemic variance, the outer one, where the noise is
-    modeled, with the total. Without a model of the noise there is one band.
+    Both bands are ``mean -+ z std``: the inner one with the epistemic variance, the outer one, if the noise is modeled,
+    with the total. Without a model of the noise there is one band.
 
     Args:
         x: the inputs, of shape (B,) or (B, 1), in any order.
-        prediction: theirs, with one value for each.
+        prediction: their prediction, with one value for each.
         data: inputs and targets of points to show, each of shape (N,) or (N, 1).
         level: the probability of the bands.
         ax: the Axes to draw on; new ones if None.

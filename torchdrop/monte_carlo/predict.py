@@ -23,10 +23,10 @@ from .statistics import Collector, Mean, Task
 from .tasks import read_task
 
 GROUPS = 10
-"""Groups of samples, from whose spread standard errors are taken."""
+"""The number of groups of samples. Standard errors come from the spread between groups."""
 
 _FEW = 0.2
-"""With less than this share of the calls before the first random one, there is nothing to run once."""
+"""The least share of the calls before the first random one that is worth running once."""
 
 
 def mc_predict(
@@ -55,42 +55,41 @@ def mc_predict(
     progress: bool = False,
     group: Any = None,
 ) -> Prediction:
-    """Mean and uncertainty of a model's outputs over its own dropout: Monte Carlo dropout.
+    """Returns mean and uncertainty of a model's outputs over its own dropout: Monte Carlo dropout.
 
-    ``mean = 1/T sum_t f(x, mask_t)`` over T = `samples` passes in which everything random fires that would fire in
-    train mode, and nothing else changes (see `mc_dropout`). The mask of each row of the data follows from (seed,
-    source, sample, row) alone, so the result does not depend on batch sizes, chunks, strategy or processes, up to
-    rounding. What comes before the first random call runs once for each batch. Statistics are streamed: memory does
-    not grow with T.
+    ``mean = 1/T sum_t f(x, mask_t)`` over T = `samples` passes in which everything draws that would draw in train mode,
+    and nothing else changes (see `mc_dropout`). The mask of each row of the data follows from (seed, source, sample,
+    row) alone, so the result does not depend on batch sizes, chunks, strategy or processes, up to rounding. The calls
+    before the first random one run once for each batch. Statistics are streamed: memory does not grow with T.
 
     Args:
         model: the model, in train or eval mode. It is never changed, so that several threads can predict with one
-            model at once, and call it otherwise.
+            model, or call it in other ways, at once.
         inputs: a tensor, a tuple (positional arguments), a mapping (named arguments), or an iterable of batches such
             as a DataLoader. A batch that is a pair is taken as (inputs, targets), and the targets are left out.
         samples: T, or the largest T if there is a tolerance.
         task: "classification" (outputs of shape (rows, classes, ...)), "regression", or None for plain moments.
-        scores: what the outputs are in classification: "logits", "probabilities" or "auto".
+        scores: the kind of outputs in classification: "logits", "probabilities" or "auto".
         tau: for regression, the precision of the noise.
-        noise: for regression, "log_variance" if the model gives it: as the second of a pair of outputs, or in the
+        noise: for regression, "log_variance" if the model returns it: as the second of a pair of outputs, or in the
             second half of their last dimension.
-        seed: of all masks; drawn from PyTorch's default generator if None.
+        seed: the seed of all masks; drawn from PyTorch's default generator if None.
         masks: "independent": each row has its own masks. "shared": all rows of the data have those of row 0, so that
             each sample is one function.
         sampling: "iid", or "latin": over the samples, each unit's draws form a Latin hypercube, so that a unit with
             keep probability k is kept T k times. Each mask keeps its distribution; the mean's variance falls.
-        tolerance: stop when no standard error of the mean exceeds this. Looked at every 20 samples, which then make up
-            a hypercube under "latin".
-        sources: glob patterns of names of modules in which randomness is wanted ("head": all that is in it); everything
-            if None.
+        tolerance: stop when no standard error of the mean exceeds this. It is checked every 20 samples, which then make
+            up a hypercube under "latin".
+        sources: glob patterns of names of modules whose randomness is wanted ("head" includes all modules in it);
+            everything if None.
         strategy: "vectorized", "repeated" or "loop" (see `sample`), or "auto" for the first that works.
-        chunk: how many samples are run at a time; what fits into `memory` if None.
-        memory: bound, in bytes, for what the samples of a chunk hold at once, estimated from two rows. Default: 32 MiB
-            on the CPU, 1 GiB elsewhere. At least one sample is run.
+        chunk: the number of samples that are run at a time; as many as fit into `memory` if None.
+        memory: a bound, in bytes, for the tensors that the samples of a chunk have at once, estimated from two rows.
+            Default: 32 MiB on the CPU, 1 GiB elsewhere. At least one sample is run.
         batch_dim: the dimension of the inputs that counts rows; None if they are one whole, as a graph is.
-        method: the name of the model's method that is called, such as "encode"; the model itself is if None.
-        select: gets the inputs out of a batch of an iterable.
-        select_output: gets the tensor out of what the model returns. By default a tensor is taken as it is, and from a
+        method: the name of the model's method that is called, such as "encode"; the model itself if None.
+        select: takes the inputs from a batch of an iterable.
+        select_output: takes the tensor from the model's output. By default a tensor is taken as it is, and from a
             mapping `logits` or `last_hidden_state`.
         keep_samples: whether all samples are kept, for quantiles and the like.
         weight_scaling: whether the deterministic pass of eval mode is made as well, to compare with.
@@ -104,13 +103,13 @@ def mc_predict(
 
     Raises:
         ValueError: an argument out of range, no random source, a NaN in a sample, outputs that change their shape or
-            cannot be what the task says, inputs on another device than the model.
+            do not fit the task, inputs on another device than the model.
         TypeError: a model, input or output of a kind that is not served.
         RuntimeError: a forced strategy that does not work.
 
     Warns:
         UserWarning: identical samples; a tolerance that was not met; something that is random in train mode and could
-            not be made to draw.
+            not be turned on.
 
     References:
         Gal and Ghahramani, "Dropout as a Bayesian Approximation", ICML 2016. McKay, Beckman and Conover, "A Comparison
@@ -166,7 +165,7 @@ def mc_predict(
 
 
 class _Job:
-    """The batches of one prediction, one after another. How samples are run is decided on the first."""
+    """The batches of one prediction, one after another. The strategy is decided on the first."""
 
     def __init__(
         self,
@@ -188,7 +187,7 @@ class _Job:
         self.reached: float | None = None
 
     def run(self, inputs: Inputs, task: Task, weight_scaling: bool) -> Prediction:
-        """The prediction for one batch."""
+        """Returns the prediction for one batch."""
         if self._row_bytes is None:
             self._row_bytes = self._prepare(inputs)
         server, effort = self._activation.server, self._effort
@@ -221,7 +220,7 @@ class _Job:
         )
 
     def _prepare(self, inputs: Inputs) -> int:
-        """Surveys the model, decides on the strategy, and gives the bytes that one row of one sample needs."""
+        """Surveys the model, decides on the strategy, and returns the bytes that one row of one sample needs."""
         activation, sampler, report = self._activation, self._sampler, self._activation.report
         if inputs.rows == 0:
             raise ValueError("inputs must hold at least one row, got none")
@@ -236,7 +235,7 @@ class _Job:
         if not report.replayable:
             order = ["loop"]
         elif any(isinstance(module, CompactSequential) for module in activation.model.modules()):
-            order.sort(key=["loop", "vectorized", "repeated"].index)  # one sample at a time has its units cut out
+            order.sort(key=["loop", "vectorized", "repeated"].index)  # one sample at a time can cut out its units
         elif share < _FEW:
             order.sort(key=["repeated", "vectorized", "loop"].index)
         for strategy in order if self._strategy == "auto" else [self._strategy]:
@@ -251,7 +250,7 @@ class _Job:
         return row_bytes
 
     def _compare(self, inputs: Inputs, samples: Sequence[int], outputs: Outputs) -> None:
-        """Looks, once, if a row's outputs are the same in any batch."""
+        """Checks, once, if a row's outputs are the same in any batch."""
         if self._compared or samples[0] != 0 or (inputs.rows or 0) < 2:
             return
         self._compared = True
@@ -283,13 +282,13 @@ class _Job:
         )
 
     def _rows_first(self, outputs: Outputs) -> Any:
-        """The outputs with samples and then rows in front."""
+        """Returns the outputs with samples and then rows in front."""
         dims = self._sampler.row_dims
         moved = tuple(out if dim is None else out.movedim(dim + 1, 1) for out, dim in zip(outputs, dims, strict=True))
         return moved[0] if len(moved) == 1 else moved
 
     def _merged(self, collector: Collector, task: Task, groups: int, device: torch.device) -> Collector:
-        """What all processes have collected."""
+        """Returns a collector of the samples of all processes."""
         if self._effort.processes == 1:
             return collector
         states: list[Any] = [None] * self._effort.processes
@@ -343,7 +342,7 @@ def _sampling(sampling: str) -> str:
 
 
 def _agreed_seed(seed: int, group: Any) -> int:
-    """The seed of the group's first process."""
+    """Returns the seed of the group's first process."""
     if group is None:
         return seed
     seeds = [None] * torch.distributed.get_world_size(group)

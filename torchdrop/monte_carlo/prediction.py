@@ -23,20 +23,20 @@ P = TypeVar("P", bound="Prediction")
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Prediction:
-    """Statistics of the outputs over Monte Carlo samples. Printing it gives a summary.
+    """Statistics of the outputs over Monte Carlo samples. It prints as a summary.
 
     Args:
         mean: the mean over the samples, of shape (B, ...).
         variance: the unbiased variance; NaN with a single sample.
-        std: its root.
-        standard_errors: the Monte Carlo standard error of each statistic, by the statistic's name: how far it would
-            move if other samples had been drawn. See `Collector.standard_errors`.
-        num_samples: how many samples were taken.
+        std: the square root of the variance.
+        standard_errors: the Monte Carlo standard error of each statistic, by the statistic's name: its standard
+            deviation over other draws of the samples. See `Collector.standard_errors`.
+        num_samples: the number of samples.
         samples: all of them, of shape (T, B, ...), if they were kept.
         weight_scaling: the deterministic pass in eval mode, to compare the mean with.
         seed: the seed that the samples follow from.
-        strategy: how they were run.
-        report: what in the model was random; printed with the summary.
+        strategy: the strategy by which they were run.
+        report: the sources of randomness in the model; printed with the summary.
 
     Example:
         >>> collector = Collector(Plain())
@@ -82,19 +82,20 @@ class Prediction:
         return "\n".join(lines + ([str(self.report)] if self.report is not None else []))
 
     def to(self: P, target: torch.device | str | torch.dtype) -> P:
-        """The same with its tensors on another device, or of another floating-point dtype."""
+        """Returns the same with its tensors on another device, or of another floating-point dtype."""
         if isinstance(target, torch.dtype) and not target.is_floating_point:
             raise ValueError(f"dtype must be floating-point, got {target}")
         return self._with([self], lambda _, tensors: tensors[0].to(target))
 
     def numpy(self) -> dict[str, Any]:
-        """The statistics, "<statistic>_standard_error" for each, the deterministic pass and the samples, as arrays."""
+        """Returns as arrays the statistics, "<statistic>_standard_error" for each, the deterministic pass and the
+        samples."""
         optional("numpy")
         tensors = self._columns() | ({} if self.samples is None else {"samples": self.samples})
         return {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
 
     def rows(self) -> list[dict[str, Any]]:
-        """For each row of the data the same without the samples: a number, or a list where there are several."""
+        """Returns for each row of the data the same without the samples: a number, or a list if there are several."""
         columns = {
             name: tensor.flatten().tolist() if tensor.numel() == len(self) else tensor.tolist()
             for name, tensor in self._columns().items()
@@ -102,11 +103,11 @@ class Prediction:
         return [{name: values[row] for name, values in columns.items()} for row in range(len(self))]
 
     def pandas(self) -> Any:
-        """`rows` as a pandas.DataFrame."""
+        """Returns `rows` as a pandas.DataFrame."""
         return optional("pandas").DataFrame(self.rows())
 
     def quantile(self, q: float) -> Tensor:
-        """The q-quantile of the samples, element by element, interpolated linearly.
+        """Returns the q-quantile of the samples, element by element, interpolated linearly.
 
         Raises:
             ValueError: the samples were not kept, or q is outside [0, 1].
@@ -116,12 +117,12 @@ class Prediction:
         return self._kept("quantiles").quantile(q, dim=0)
 
     def interval(self, level: float = 0.95, method: str = "normal") -> tuple[Tensor, Tensor]:
-        """The central interval of this level, as its lower and upper end.
+        """Returns the central interval of this level, as its lower and upper end.
 
         Args:
             level: its probability, between 0 and 1, both excluded.
-            method: "normal" for ``mean -+ z std``, which knows no bounds (a probability can leave [0, 1]), or
-                "samples" for the `quantile` at either end, which needs the samples.
+            method: "normal" for ``mean -+ z std``, which has no bounds (a probability can leave [0, 1]), or "samples"
+                for the `quantile` at either end, which needs the samples.
 
         Raises:
             ValueError: a level out of range, another method, or samples that were not kept.
@@ -137,7 +138,7 @@ class Prediction:
 
     @classmethod
     def concatenated(cls: type[P], predictions: Sequence[P]) -> P:
-        """The predictions of several batches as one, in their order; `num_samples` is the smallest of theirs.
+        """Returns the predictions of several batches as one, in their order; `num_samples` is the smallest of theirs.
 
         Raises:
             ValueError: none is given, they are of different kinds, or some lack what others have.
@@ -164,7 +165,7 @@ class Prediction:
         )
 
     def _with(self: P, several: Sequence[P], combine: Callable[[str, list[Tensor]], Tensor]) -> P:
-        """This one with each of its tensors replaced by the combination of several's."""
+        """Returns this prediction with each tensor replaced by the combination of those of several."""
         changes: dict[str, Any] = {}
         for name in (field.name for field in fields(self)):
             tensors = [value for one in several if isinstance(value := getattr(one, name), Tensor)]
@@ -192,8 +193,8 @@ class ClassificationPrediction(Prediction):
 
     Args:
         predictive_entropy: ``H[E p]``, all of the uncertainty, of shape (B, ...).
-        expected_entropy: ``E H[p]``, what remains when the model is known (aleatoric).
-        mutual_information: their difference, what more data could tell (epistemic; BALD).
+        expected_entropy: ``E H[p]``, the uncertainty that remains when the model is known (aleatoric).
+        mutual_information: their difference, the part that more data could remove (epistemic; BALD).
         variation_ratio: the share of samples that vote for another class than most do.
 
     The other arguments are those of `Prediction`; samples and the deterministic pass are probabilities.
@@ -219,7 +220,8 @@ class ClassificationPrediction(Prediction):
         return self.mean.argmax(1)
 
     def log_likelihood(self, targets: Tensor) -> Tensor:
-        """The log of the target class's mean probability, -inf where that is 0, of shape (B, ...). No samples needed.
+        """Returns the log of the target class's mean probability, -inf if that is 0, of shape (B, ...). Samples are not
+        needed.
 
         Raises:
             ValueError: targets that are not classes (B, ...), integers in [0, C).
@@ -243,7 +245,7 @@ class RegressionPrediction(Prediction):
 
     Args:
         epistemic_variance: the unbiased variance of the model's value over the samples.
-        aleatoric_variance: the mean variance of the noise; None where the noise is not modeled.
+        aleatoric_variance: the mean variance of the noise; None if the noise is not modeled.
         noise_variances: the noise's variance in each sample, of shape (T, B, ...), if samples were kept.
 
     The other arguments are those of `Prediction`.
@@ -263,7 +265,7 @@ class RegressionPrediction(Prediction):
     noise_variances: Tensor | None = None
 
     def quantile(self, q: float, *, noise: bool = True) -> Tensor:
-        """The q-quantile, element by element: of a new observation, or of the model's value with ``noise=False``.
+        """Returns the q-quantile, by element, of a new observation, or of the model's value with ``noise=False``.
 
         A new observation follows the Gaussian mixture of `predictive_quantile`. Without a model of the noise, and with
         ``noise=False``, it is the samples' quantile, interpolated linearly.
@@ -277,7 +279,7 @@ class RegressionPrediction(Prediction):
         return predictive_quantile(samples, q, noise_variance=self.noise_variances).to(samples.dtype)
 
     def log_likelihood(self, targets: Tensor) -> Tensor:
-        """The predictive log-likelihood of each row, of shape (B,) and float64. See `predictive_log_likelihood`.
+        """Returns the predictive log-likelihood of each row, (B,), in float64. See `predictive_log_likelihood`.
 
         Raises:
             ValueError: targets of another shape than the mean's, no model of the noise, or samples that were not kept.
@@ -290,7 +292,7 @@ class RegressionPrediction(Prediction):
 
 
 def normal_quantile(q: float) -> float:
-    """The q-quantile of the standard normal distribution.
+    """Returns the q-quantile of the standard normal distribution.
 
     Example:
         >>> round(normal_quantile(0.975), 4)
@@ -307,17 +309,17 @@ def predict_from(
     strategy: str | None = None,
     report: object = None,
 ) -> Prediction:
-    """What the collector's task reports: a `Prediction`, `ClassificationPrediction` or `RegressionPrediction`.
+    """Returns the prediction of the collector's task: plain, `ClassificationPrediction` or `RegressionPrediction`.
 
-    Statistics are computed in float64 and given in the outputs' dtype, or in float32 for half types.
+    Statistics are computed in float64 and returned in the outputs' dtype, or in float32 for half types.
 
     Args:
-        collector: with one sample or more.
+        collector: a collector with one sample or more.
         weight_scaling: raw outputs (B, ...) of the deterministic pass.
-        seed, strategy, report: handed on.
+        seed, strategy, report: fields of the prediction.
 
     Raises:
-        ValueError: there are no samples, or the deterministic pass gives what the task cannot take.
+        ValueError: there are no samples, or the task cannot take the outputs of the deterministic pass.
     """
     task = collector.task
     kinds = {Plain: Prediction, Classification: ClassificationPrediction, Regression: RegressionPrediction}

@@ -1,4 +1,4 @@
-"""Calls of a model's modules within `mc_dropout`, handed to the context in the thread that has entered it."""
+"""Calls of a model's modules within `mc_dropout`, passed to the context in the thread that has entered it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any
 from torch import nn
 
 Receiver = Callable[[nn.Module, str, tuple[Any, ...], dict[str, Any]], Any]
-"""Is called with the module, "_call_impl" or "forward", and the arguments."""
+"""It is called with the module, "_call_impl" or "forward", and the arguments."""
 
 CALLS = ("_call_impl", "forward")
-"""What is looked up on an instance when a module is called: by way of ``__call__``, and directly."""
+"""The attributes that are looked up on an instance when a module is called: through ``__call__``, and directly."""
 
 _MISSING: Any = object()
 _lock = threading.Lock()
 
 
 class _Levels(threading.local):
-    """How many contexts this thread is in."""
+    """The number of contexts that this thread is in."""
 
     def __init__(self) -> None:
         self.depth = 0
@@ -32,12 +32,12 @@ _levels = _Levels()
 
 
 def next_level() -> int:
-    """The level of a context which this thread enters now."""
+    """Returns the level of a context which this thread enters now."""
     return _levels.depth + 1
 
 
 class _Redirect:
-    """In the place of one of a module's calls."""
+    """A callable in the place of one of a module's calls."""
 
     __slots__ = ("_attribute", "_module", "_redirected", "before")
 
@@ -47,7 +47,7 @@ class _Redirect:
 
     @property
     def level(self) -> int:
-        """The level of its context, in the thread of that; 0 in others, for which it is not there."""
+        """The level of its context, in the thread of that; 0 in other threads, in which it has no effect."""
         return self._redirected.level if threading.get_ident() == self._redirected.thread else 0
 
     @property
@@ -71,9 +71,9 @@ class _Redirect:
 
 
 def beneath(call: Any, level: int | None) -> Any:
-    """What a context of this level finds in the place of a call: a context's within it, else what was there before all.
+    """Returns the call that a context of this level finds in a module: that of a context within it, or the original.
 
-    With None contexts do not count. Returns None where a module has nothing of its own.
+    With None contexts do not count. Returns None if a module has nothing of its own.
     """
     while isinstance(call, _Redirect):
         if level is not None and call.level > level:

@@ -1,4 +1,4 @@
-"""The report on coverage: what is random in a model, and how that is known."""
+"""The report on coverage: the sources of randomness in a model, and the evidence for them."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from ..handlers.sources import AUGMENTS, NOT_CHOSEN, Source
 
 @dataclass
 class Report:
-    """The sources of randomness of a model, and how its samples were run.
+    """The sources of randomness of a model, and the way in which its samples were run.
 
     Args:
-        sources: in the order in which a train-mode forward meets them.
-        expected: how many random draws a train-mode forward makes.
-        draws: how many the last Monte Carlo forward made.
+        sources: the sources in the order of a train-mode forward.
+        expected: the number of random draws of a train-mode forward.
+        draws: the number of draws of the last Monte Carlo forward.
         rows: the dimension of the inputs that holds the rows of data; None if the inputs are one whole.
-        strategy: how the samples were run: "vectorized", "repeated" or "loop"; None before.
-        chunk: how many samples were run at a time; None before.
-        notes: what else is worth knowing.
-        unseen: how many random draws of a train-mode forward were made where calls cannot be seen.
-        outside: how many calls of dropout were met, off and with a rate, that belong to no forward of the model.
+        strategy: the strategy of the samples: "vectorized", "repeated" or "loop"; None before.
+        chunk: the number of samples that were run at a time; None before.
+        notes: further remarks.
+        unseen: the number of random draws of a train-mode forward in places where calls cannot be seen.
+        outside: the number of calls of dropout, off and with a rate, that belong to no forward of the model.
         called: whether the model, or a part of it, has been called.
     """
 
@@ -48,11 +48,11 @@ class Report:
 
     @property
     def unreached(self) -> list[Source]:
-        """The missing ones that were not left out on purpose: they could not be made to draw."""
+        """The inactive sources that were not left out on purpose: they could not be made to draw."""
         return [source for source in self.inactive if source.reason not in (NOT_CHOSEN, AUGMENTS)]
 
     def noted(self) -> str:
-        """The notes, a line each."""
+        """Returns the notes, one in each line."""
         return "".join(f"\n  {note}" for note in self.notes)
 
     @property
@@ -61,7 +61,7 @@ class Report:
         return all(source.replayable for source in self.active)
 
     def rows_of(self) -> list[dict[str, Any]]:
-        """A plain dict for each source, for tables."""
+        """Returns a plain dict for each source, for tables."""
         names = ("module", "kind", "number", "rate", "active", "replayable", "draws", "known", "reason")
         return [{name: getattr(source, name) for name in names} for source in self.sources]
 

@@ -1,10 +1,10 @@
 """Running samples: one after another, as more rows of one batch, or under vmap. The masks are the same in all three.
 
 - "vectorized": `torch.func.vmap` over the samples' numbers. Tensors are the same for all samples up to the first random
-  call, so what comes before it runs once.
-- "repeated": the rows of the data once for each sample, in one batch. For what vmap does not take: nn.LSTM, for
-example.
-- "loop": one sample at a time. For models whose Python code depends on the draws, as LayerDrop's does.
+  call, so the calls before it run once.
+- "repeated": the rows of the data once for each sample, in one batch. It is for models that vmap does not take, for
+  example nn.LSTM.
+- "loop": one sample at a time. It is for models whose Python code depends on the draws, as LayerDrop's does.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Sampler:
     """Runs samples of an activated model.
 
     Args:
-        activation: of the model, surveyed.
-        pick: gets the tensor, or tuple of tensors, of interest out of what the model returns.
-        seed: of all masks.
+        activation: the activation of the model, surveyed.
+        pick: takes the tensor, or tuple of tensors, of interest from the model's output.
+        seed: the seed of all masks.
         shared: whether all rows share a mask.
-        hypercube: how many samples make up a Latin hypercube; None for independent samples.
+        hypercube: the number of samples in a Latin hypercube; None for independent samples.
 
     Attributes:
         writes: whether the model writes to its inputs, so that each pass needs its own copy of them.
@@ -75,14 +75,14 @@ class Sampler:
         )
 
     def _cube(self, first: int) -> Hypercube | None:
-        """The hypercube that this sample belongs to."""
+        """Returns the hypercube that this sample belongs to."""
         return None if self._hypercube is None else Hypercube(self._hypercube, first // self._hypercube)
 
     def _call(self, inputs: Inputs) -> Outputs:
         return self._pick(self._activation.call(inputs.copy() if self.writes else inputs))
 
     def run(self, strategy: str, inputs: Inputs, samples: Sequence[int], first_row: int = 0) -> Outputs:
-        """Outputs of these samples of one hypercube, stacked in front: (samples, ...)."""
+        """Returns the outputs of these samples of one hypercube, stacked in front: (samples, ...)."""
         run = getattr(self, f"_{strategy}")
         prefix = self._activation.server.prefix
         with self._activation.serving():
@@ -91,7 +91,7 @@ class Sampler:
             except Exception:
                 if prefix is None or not prefix.length:
                     raise
-                prefix.drop()  # something read what stands for a tensor, or a pass took another way
+                prefix.drop()  # something read a tensor that was not kept, or a pass made other calls
                 return run(inputs, samples, first_row)
 
     def _loop(self, inputs: Inputs, samples: Sequence[int], first_row: int) -> Outputs:
@@ -125,19 +125,18 @@ class Sampler:
         )
 
     def deterministic(self, inputs: Inputs) -> Outputs:
-        """The outputs of a pass in eval mode, with nothing random."""
+        """Returns the outputs of a pass in eval mode, with nothing random."""
         return self._pick(self._activation.deterministic(inputs.copy() if self.writes else inputs))
 
     def measure(self, inputs: Inputs, three: Any) -> tuple[int, float]:
-        """Takes two samples of two rows, one after another, as the reference for what is run otherwise.
+        """Takes two samples of two rows, one after another, as the reference for other strategies.
 
         Args:
             inputs: a batch.
-            three: what the model returns for three rows.
+            three: the output of the model for three rows.
 
         Returns:
-            The most bytes that a forward holds for a row once it has drawn, and the share of its calls that come
-            before.
+            The most bytes that a forward holds for a row after its first draw, and the share of its calls before that.
         """
         server = self._activation.server
         for self.writes in (False, True):
@@ -162,7 +161,7 @@ class Sampler:
         return self._row_dims
 
     def works(self, strategy: str) -> str:
-        """Why a strategy does not give what one sample after another gives; "" if it does. Use after `measure`."""
+        """Says why a strategy differs from one sample after another; "" if it does not. Call `measure` before."""
         if strategy == "repeated" or self.writes:
             self._activation.server.prefix = None
         try:
@@ -176,7 +175,7 @@ class Sampler:
         return ""
 
     def rows_stand_alone(self, outputs: Outputs) -> bool:
-        """Whether the first two rows of the first sample are in these outputs what they are in a batch of their own."""
+        """Whether the first two rows of the first sample have the same outputs here as in a batch of their own."""
         return all(
             dim is None or _agree(out[:1].narrow(dim + 1, 0, two.shape[dim + 1]), two[:1], two)
             for out, two, dim in zip(outputs, self._reference, self._row_dims, strict=True)
@@ -196,7 +195,7 @@ def _check_shapes(outputs: Sequence[Outputs], samples: Sequence[int]) -> None:
 
 
 def _agree(values: Tensor, reference: Tensor, samples: Tensor) -> bool:
-    """Whether values equal the reference up to rounding, which is small beside the spread over these samples."""
+    """Whether values equal the reference up to rounding, which is small compared with the spread of these samples."""
     if values.shape != reference.shape:
         return False
     epsilon = torch.finfo(reference.dtype).eps if reference.is_floating_point() else 0.0
@@ -210,7 +209,7 @@ class LiveBytes(TorchDispatchMode):
     """The most bytes that tensors made within the context hold at once.
 
     Args:
-        counting: whether what is made now counts.
+        counting: whether tensors that are made now count.
     """
 
     def __init__(self, counting: Callable[[], bool]) -> None:

@@ -1,7 +1,7 @@
-"""Shells of a model's modules, which run in their place, with its parameters and buffers and flags of their own.
+"""Shells of a model's modules, which run in their place, with the same parameters, and buffers and flags of their own.
 
-A pass of Monte Carlo inference needs other training flags, and a survey writes to buffers and attributes. All that
-happens to the shells, so that another thread finds the model as it is, at any time.
+A pass of Monte Carlo inference needs other training flags, and a survey writes to buffers and attributes. All of this
+happens to the shells, so that another thread finds the model unchanged at any time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .redirect import CALLS, beneath
 
 _TABLES = ("_modules", "_parameters", "_buffers")
 _STANDARD = frozenset((*vars(nn.Module()), *CALLS))
-"""What every module has, and no reference to another module lies in, or is looked at by itself."""
+"""The attributes that every module has. None refers to another module, except for those that are handled separately."""
 
 _CONTAINERS = (list, tuple, set, dict, OrderedDict)
 _CALLABLES = (types.MethodType, functools.partial, types.FunctionType)
@@ -35,8 +35,8 @@ class Shells:
 
     Args:
         model: the model.
-        tracker: is told which module is running.
-        level: of the context that they serve: what contexts within it have put in place of a module's call stays.
+        tracker: a tracker, which is told which module is running.
+        level: the level of the context that they serve. Calls that contexts within it have replaced stay replaced.
     """
 
     def __init__(self, model: nn.Module, tracker: Tracker, level: int) -> None:
@@ -47,7 +47,7 @@ class Shells:
         self._usual: dict[tuple[nn.Module, str], Entering] = {}
 
     def method(self, module: nn.Module, name: str) -> Callable[..., Any]:
-        """One of a module's methods, of its shell."""
+        """Returns one of a module's methods, bound to its shell."""
         bound = getattr(self._of[module], name)
         if name in ("__call__", "forward"):
             return bound
@@ -61,13 +61,13 @@ class Shells:
         copies: bool = True,
         contexts: bool = True,
     ) -> None:
-        """Makes the shells what their modules are now.
+        """Updates the shells to the present state of their modules.
 
         Args:
-            training: the training flag of a module's shell.
-            apart: whether a module's shell gets buffers of its own.
-            copies: whether lists, dicts and sets that are attributes are copied, so that nothing is to be written back.
-            contexts: whether contexts within this one have their say.
+            training: returns the training flag of a module's shell.
+            apart: returns whether a module's shell gets buffers of its own.
+            copies: whether attributes that are lists, dicts and sets are copied, so that nothing needs writing back.
+            contexts: whether contexts within this one serve their calls.
         """
         if any(child is not None and child not in self._of for m in self._of for child in m._modules.values()):
             for name, module in self._model.named_modules():
@@ -102,7 +102,7 @@ class Shells:
                 self._before[module] = {**own, **{table: own[table].copy() for table in _TABLES}}
 
     def _entering(self, module: nn.Module, shell: nn.Module, attribute: str, call: Any) -> Entering:
-        """A shell's call, by way of its class, or of what the module has in its place."""
+        """Returns a shell's call: that of its class, or the one that the module has in its place."""
         if call is not None:
             return Entering(self._tracker, self.names[module], self._mapped(call, False))
         usual = self._usual.get((shell, attribute))
@@ -112,7 +112,7 @@ class Shells:
         return usual
 
     def write_back(self, apart: Callable[[nn.Module], bool]) -> None:
-        """Gives the modules what a pass has bound to attributes and buffers of their shells, but for some of them."""
+        """Writes attributes and buffers that a pass has bound on the shells back to the modules, except `apart`."""
         for module, shell in self._of.items():
             if apart(module):
                 continue
@@ -127,7 +127,7 @@ class Shells:
                         module.__dict__[table][name] = value
 
     def _mapped(self, value: Any, copies: bool, depth: int = 0) -> Any:
-        """A value with shells for modules; the value itself where there are none, and no copy is wanted."""
+        """Returns a value with shells for modules; the value itself if there are none, and no copy is wanted."""
         if isinstance(value, nn.Module):
             return self._of.get(value, value)
         kind = type(value)
@@ -180,7 +180,7 @@ def _content(cell: types.CellType) -> Any:
 
 
 class Entering:
-    """In the place of a shell's call: tells the tracker which module runs."""
+    """A callable in the place of a shell's call. It tells the tracker which module runs."""
 
     __slots__ = ("__wrapped__", "_name", "_tracker")
 
@@ -190,7 +190,7 @@ class Entering:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         stack = self._tracker.stack
-        if stack and stack[-1] == self._name:  # forward, in a call that is known already
+        if stack and stack[-1] == self._name:  # forward, in a call that the tracker has already
             return self.__wrapped__(*args, **kwargs)
         self._tracker.enter(self._name)
         try:

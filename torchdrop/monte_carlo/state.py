@@ -1,4 +1,4 @@
-"""Putting back: training flags, random states, buffers and attributes."""
+"""Contexts that restore training flags, random states, buffers and attributes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch import nn
 from ..seeding import put_back, states
 
 GENERATORS = threading.RLock()
-"""For one who draws from generators that threads share and puts their states back."""
+"""A lock for code that draws from generators that threads share, and restores their states."""
 
 
 @contextmanager
 def flags(model: nn.Module, training: Callable[[nn.Module], bool]) -> Iterator[None]:
-    """Sets the training flag of each module, without a call of its `train`, and puts it back."""
+    """Sets the training flag of each module, without a call of its `train`, and restores it."""
     before = [(module, module.training) for module in model.modules()]
     try:
         for module, was in before:
@@ -47,14 +47,14 @@ def _put_back(before: tuple[Any, Any, Any]) -> None:
 
 @contextmanager
 def random_state() -> Iterator[None]:
-    """Puts the states of Python's, numpy's and PyTorch's generators back."""
+    """Restores the states of Python's, numpy's and PyTorch's generators."""
     with restored_generators(lambda: True):
         yield
 
 
 @contextmanager
 def restored_generators(wanted: Callable[[], bool]) -> Iterator[None]:
-    """Puts the states of Python's, numpy's and PyTorch's generators back, if that is wanted in the end."""
+    """Restores the states of Python's, numpy's and PyTorch's generators, if that is wanted in the end."""
     before = _states()
     try:
         yield
@@ -65,7 +65,7 @@ def restored_generators(wanted: Callable[[], bool]) -> Iterator[None]:
 
 @contextmanager
 def own_generators(model: nn.Module) -> Iterator[None]:
-    """Puts back the states of the generators that modules hold."""
+    """Restores the states of the generators that modules hold."""
     found = {value for m in model.modules() for value in vars(m).values() if isinstance(value, torch.Generator)}
     before = [(generator, generator.get_state()) for generator in found]
     try:
@@ -76,7 +76,7 @@ def own_generators(model: nn.Module) -> Iterator[None]:
 
 
 def foreign_states() -> tuple[Any, ...]:
-    """The states of Python's and numpy's generators, for comparison."""
+    """Returns the states of Python's and numpy's generators, for comparison."""
     numpy = sys.modules.get("numpy")
     if numpy is None:
         return (random.getstate(),)
@@ -86,7 +86,7 @@ def foreign_states() -> tuple[Any, ...]:
 
 @contextmanager
 def undisturbed(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Puts back what a forward in train mode may change: the modules' own buffers, bit for bit, and attributes."""
+    """Restores all that a forward in train mode may change: the modules' own buffers, bit for bit, and attributes."""
     plain = [(module, dict(module.__dict__), dict(module._buffers)) for module in modules]
     filled = [
         (value, value.copy())

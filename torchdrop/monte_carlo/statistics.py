@@ -16,23 +16,23 @@ import torch
 from torch import Tensor
 
 Outputs = Tensor | tuple[Tensor, ...]
-"""What a model gives: one tensor, or a pair (mean, log_variance)."""
+"""The output of a model: one tensor, or a pair (mean, log_variance)."""
 
 
 def wide(values: Tensor) -> Tensor:
-    """The values in float64, or in float32 on a device that has no float64."""
+    """Returns the values in float64, or in float32 on a device that has no float64."""
     return values.to(torch.float32 if values.device.type == "mps" else torch.float64)
 
 
 @dataclass
 class Moments:
-    """Count, mean and sum of squared deviations of what was added, updated in one pass.
+    """Count, mean and sum of squared deviations of the values that were added, updated in one pass.
 
-    Chunks are centered before they are squared and combined by the pairwise formula, in float64 where there is one:
+    Chunks are centered before they are squared and combined by the pairwise formula, in float64 if the device has it:
     the variance keeps its digits where E[x^2] - E[x]^2 loses all of them, and equal values give exactly 0.
 
     Args:
-        count: number of values along the first dimension.
+        count: the number of values along the first dimension.
         mean: their mean; NaN before there are any.
         m2: the sum of their squared deviations from the mean.
 
@@ -53,7 +53,7 @@ class Moments:
 
     @property
     def variance(self) -> Tensor:
-        """The unbiased variance ``m2 / (count - 1)``; NaN where there are fewer than two values."""
+        """The unbiased variance ``m2 / (count - 1)``; NaN if there are fewer than two values."""
         return self.m2 / (self.count - 1) if self.count > 1 else torch.full_like(self.mean, math.nan)
 
     def add(self, values: Tensor) -> None:
@@ -71,7 +71,7 @@ class Moments:
 
     @staticmethod
     def merged(several: Iterable[Moments]) -> Moments:
-        """The moments of all that was added to several, combined in the order given."""
+        """Returns the moments of all values that were added to several, combined in the order given."""
         total = Moments()
         for one in several:
             total._combine(one.count, one.mean, one.m2)
@@ -95,7 +95,7 @@ Statistic = Callable[[Mapping[str, Moments]], Tensor]
 
 @dataclass(frozen=True)
 class Mean:
-    """The statistic "mean of an observable", told apart because its standard error needs no jackknife.
+    """The statistic "mean of an observable". It is a class because its standard error needs no jackknife.
 
     Example:
         >>> moments = Moments()
@@ -111,24 +111,24 @@ class Mean:
 
 
 class Task(Protocol):
-    """What is observed of each sample, and which statistics are reported. See `tasks`."""
+    """The observables of each sample, and the statistics that are reported. See `tasks`."""
 
     def settled(self, outputs: Outputs) -> Task:
-        """The task with all that it leaves open decided by the first chunk of outputs."""
+        """Returns the task with all open questions decided by the first chunk of outputs."""
 
     def observe(self, outputs: Outputs) -> dict[str, Tensor]:
-        """Observables of shape (S, B, ...) from raw outputs of shape (S, B, ...): S samples of B rows."""
+        """Returns observables of shape (S, B, ...) from raw outputs of shape (S, B, ...): S samples of B rows."""
 
     def statistics(self) -> dict[str, Statistic]:
-        """Functions of the observables' moments, by name; "mean" is the first."""
+        """Returns functions of the observables' moments, by name; "mean" is the first."""
 
 
 def raw(outputs: Any) -> Outputs:
-    """Outputs (S, B, ...) of a model, detached; a tuple or list of one tensor stands for the tensor.
+    """Returns outputs (S, B, ...) of a model, detached; a tuple or list of one tensor counts as the tensor.
 
     Raises:
         TypeError: something that is no tensor.
-        ValueError: a tensor without a dimension for the rows, or that is not floating-point.
+        ValueError: a tensor that has no dimension for the rows, or is not floating-point.
     """
     parts = tuple(outputs) if isinstance(outputs, tuple | list) else (outputs,)
     for part in parts:
@@ -144,17 +144,17 @@ def raw(outputs: Any) -> Outputs:
 
 
 class Collector:
-    """Takes in samples of one batch of rows and keeps what statistics and their standard errors need.
+    """Collects samples of one batch of rows, and keeps the moments that statistics and their standard errors need.
 
-    Memory is that of two wide numbers (16 bytes) for each group and each element of each observable, whatever the
-    number of samples, unless samples are kept. A group's moments depend on the order and chunks of its own samples
-    alone, and groups are merged in their order: processes that hold whole groups, each added as a single process would
-    have, merge to the same bits.
+    It needs two wide numbers (16 bytes) for each group and each element of each observable, for any number of samples,
+    unless samples are kept. A group's moments depend only on the order and chunks of its own samples, and groups are
+    merged in their order: processes that hold whole groups, each added as a single process would have, merge to the
+    same bits.
 
     Args:
-        task: what to observe. `task` becomes the settled one with the first chunk; give that one to the collectors of
-            further batches, so that no batch decides otherwise.
-        groups: their number. More make standard errors steadier, and cost memory.
+        task: the task that observes. With the first chunk, `task` becomes the settled one; give that one to the
+            collectors of further batches, so that no batch decides otherwise.
+        groups: the number of groups. More make standard errors steadier, and cost memory.
         group_of: the group, in [0, groups), of a sample; its index modulo `groups` if None.
         rounds: the samples of a group belong together (Latin hypercube rounds) and only groups are independent. Then
             sd / sqrt(T) would overstate the mean's error, and it is taken from the spread between groups.
@@ -206,7 +206,7 @@ class Collector:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What results are given in: the dtype of the first chunk's outputs, or float32 for half types."""
+        """The dtype of results: that of the first chunk's outputs, or float32 for half types."""
         if self._first is None:
             raise ValueError("there are no samples yet")
         return torch.promote_types(self._first[0].dtype, torch.float32)
@@ -250,11 +250,11 @@ class Collector:
             self._kept.append((list(samples), {name: one.to(self.dtype, copy=True) for name, one in observed.items()}))
 
     def total(self) -> dict[str, Moments]:
-        """The moments of every observable over all samples."""
+        """Returns the moments of every observable over all samples."""
         return self._merged(sorted(self._moments))
 
     def samples(self, observable: str) -> Tensor | None:
-        """All samples (T, B, ...) of an observable in the order of their indices; None where they are not kept."""
+        """Returns all samples (T, B, ...) of an observable in the order of their indices; None if they are not kept."""
         if not self._kept:
             return None
         order = torch.tensor([sample for samples, _ in self._kept for sample in samples]).argsort(stable=True)
@@ -262,11 +262,11 @@ class Collector:
         return joined[order.to(joined.device)]
 
     def standard_error(self, statistic: Statistic) -> Tensor:
-        """The Monte Carlo standard error of one statistic. See `standard_errors`."""
+        """Returns the Monte Carlo standard error of one statistic. See `standard_errors`."""
         return self.standard_errors({"it": statistic})["it"]
 
     def standard_errors(self, statistics: Mapping[str, Statistic]) -> dict[str, Tensor]:
-        """How far each statistic would move, as a standard deviation, if other samples had been drawn.
+        """Returns the Monte Carlo standard error of each statistic: its standard deviation over draws of the samples.
 
         For the `Mean` of an observable it is sd / sqrt(T). For any other statistic, and for a mean over rounds, it is
         the jackknife over the groups that hold samples: with theta_g the statistic without group g, m_g of n samples in
@@ -275,9 +275,9 @@ class Collector:
             SE^2 = 1/G sum_g (d_g - dbar)^2 / (h_g - 1),    dbar = sum_g d_g / h_g,
 
         which for groups of equal size is (G - 1) / G sum_g (theta_g - mean theta_g)^2. For a mean, d_g is the group's
-        mean less the total one, and E[SE^2] is the mean's variance. NaN where there are fewer than two groups (two
-        samples for sd / sqrt(T)), and where a statistic needs more samples than are left. Bias is no part of it, and
-        for the variation ratio, a maximum, it is only a guide where two classes are nearly tied.
+        mean less the total one, and E[SE^2] is the mean's variance. It is NaN if there are fewer than two groups (two
+        samples for sd / sqrt(T)), and if a statistic needs more samples than are left. It does not include bias, and
+        for the variation ratio, a maximum, it is only approximate if two classes are nearly tied.
 
         References:
             Efron, Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 11; for groups of unequal size Busing,
@@ -304,7 +304,7 @@ class Collector:
         return errors
 
     def state(self) -> dict[str, Any]:
-        """All that was collected, on the CPU and fit for pickling: what processes exchange. See `load`."""
+        """Returns all collected moments and samples, on the CPU, for processes to pickle and exchange. See `load`."""
         first = None if self._first is None else tuple(part.cpu() for part in self._first)
         groups = {
             group: {name: Moments(one.count, one.mean.cpu(), one.m2.cpu()) for name, one in moments.items()}
@@ -314,7 +314,7 @@ class Collector:
         return {"task": self.task, "first": first, "identical": self._identical, "groups": groups, "kept": kept}
 
     def load(self, states: Iterable[Mapping[str, Any]], device: torch.device | str | None = None) -> None:
-        """Replaces what was collected by the union of several processes' states, each group from one of them.
+        """Replaces the collected moments and samples by the union of several processes' states, each group from one.
 
         Raises:
             ValueError: a group in two states, or states of other tasks or of outputs of other shapes.
@@ -347,7 +347,7 @@ class Collector:
         ]
 
     def leave_one_out(self) -> Iterator[dict[str, Moments]]:
-        """For each group in turn, the moments over all samples but its own: of two groups or more."""
+        """Yields, for each group in turn, the moments over all samples but its own; needs two groups or more."""
         groups = sorted(self._moments)
         after = [self._merged(groups[-1:])]
         for group in reversed(groups[1:-1]):
@@ -374,7 +374,7 @@ def _joined(one: Mapping[str, Moments], other: Mapping[str, Moments]) -> dict[st
 
 
 def _spread(moves: Sequence[Tensor], inverse_shares: Sequence[float]) -> Tensor:
-    """The jackknife's standard error from d_g and h_g: see `Collector.standard_errors`."""
+    """Returns the jackknife's standard error from d_g and h_g: see `Collector.standard_errors`."""
     center = sum(move / h for move, h in zip(moves, inverse_shares, strict=True))
     squares = [(move - center).square() / (h - 1) for move, h in zip(moves, inverse_shares, strict=True)]
     return torch.stack(squares).mean(0).sqrt()

@@ -1,4 +1,4 @@
-"""Finding out what is random in a model: forwards in train mode and in Monte Carlo mode, on two or three rows."""
+"""A survey of the randomness in a model: forwards in train mode and in Monte Carlo mode, on two or three rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .activate import Activation
 
 _TRIES = 40
-"""How often a forward whose layers are random is repeated, until all of them have been met."""
+"""The largest number of forwards until all layers have run, if it is random which layers run."""
 
 FOREIGN = (
     "In train mode the model also draws from Python's or numpy's generator (SpecAugment, or a LayerDrop of that kind): "
@@ -49,12 +49,12 @@ def _same_structure(first: Any, second: Any) -> bool:
 
 
 class Survey:
-    """A look at what is random in a call of a model, or of a part of it.
+    """A survey of the randomness in a call of a model, or of a part of it.
 
     Args:
-        activation: of the model; its server and report get what is found.
-        module: what is called.
-        method: which of its methods.
+        activation: the activation of the model; its server and report get the result.
+        module: the module that is called.
+        method: the name of its method that is called.
     """
 
     def __init__(self, activation: Activation, module: nn.Module, method: str) -> None:
@@ -66,10 +66,10 @@ class Survey:
         self._branching = False
 
     def run(self, inputs: Inputs) -> Any:
-        """Makes the forwards; afterwards all random states are what they were.
+        """Makes the forwards; afterwards all random states are as before.
 
         Returns:
-            What the call returns for the first three rows.
+            The output of the call for the first three rows.
         """
         server = self._server
         differentiated, server.differentiated = server.differentiated, False
@@ -80,7 +80,7 @@ class Survey:
                 except Exception as error:
                     if inputs.rows is None:
                         raise
-                    self._forward(inputs.copy())  # a model that is broken has an error of its own here
+                    self._forward(inputs.copy())  # a broken model raises an error of its own here
                     raise RuntimeError(
                         f"the model works with its {inputs.rows} rows, but not with the first two or three of them "
                         f"({type(error).__name__}: {error}). Pass batch_dim=None to take the inputs as one whole"
@@ -120,14 +120,14 @@ class Survey:
         return [source for source in self._server.sources.values() if source.active and not source.served]
 
     def _train(self, inputs: Inputs) -> Trace | None:
-        """Forwards in train mode: more than one where it is random which layers run, until all have been seen."""
+        """Makes forwards in train mode: more than one if it is random which layers run, until all have been seen."""
         recorder = self._train_forward(inputs)
         stacks = any(isinstance(module, LayerDrop) for module in self._model.modules())
         self._branching = stacks or (recorder is not None and recorder.branching)
         if recorder is None or not self._branching:
             return recorder
         trained = set(self._tracker.entered)
-        with Trace(self._tracker, inputs.rows):  # in whose eyes nothing is random in eval mode
+        with Trace(self._tracker, inputs.rows):  # it finds nothing random in eval mode
             self._call(inputs)
         every = set(self._tracker.entered)
         for _ in range(_TRIES):
@@ -140,8 +140,8 @@ class Survey:
         return recorder
 
     def _train_forward(self, inputs: Inputs) -> Trace | None:
-        """What a forward in train mode draws. Layers with running statistics stay in eval mode, and so do modules whose
-        code fails in train mode, as that of a detector that wants targets."""
+        """Traces a forward in train mode. Layers with running statistics stay in eval mode, and so do modules whose
+        code fails in train mode, for example a detector that needs targets."""
         before = foreign_states()
         while True:
             recorder = Trace(self._tracker, inputs.rows)
@@ -195,7 +195,7 @@ class Survey:
         return inputs.call(self._shells.method(self._module, self._method))
 
     def _forward(self, inputs: Inputs, sample: int = 0) -> Any:
-        """A forward in Monte Carlo mode."""
+        """Makes a forward in Monte Carlo mode."""
         server = self._server
         server.begin(Pass(0, torch.full((), sample, dtype=torch.int64, device=inputs.device), inputs.rows))
         with self._activation.serving():
@@ -204,8 +204,8 @@ class Survey:
         return out
 
     def _reach(self, inputs: Inputs) -> Any:
-        """Gives training flags until every source is served, as far as that helps: to the module that makes the call,
-        to those in whose forward it does so, one after another, and to all of them."""
+        """Sets training flags until every source is served, as far as that helps: that of the module that makes the
+        call, those of the modules around it, one after another, and those of all of them."""
         self._tracker.entered.clear()
         returned = self._forwards(inputs)
         depth = max((len(source.within) for source in self._missing()), default=0)
@@ -221,7 +221,7 @@ class Survey:
             self._activation.flagged |= added
             try:
                 tried = self._forwards(inputs)
-            except Exception:  # with that flag its code wants what is not there: targets, say
+            except Exception:  # with that flag its code may need more inputs: targets, for example
                 tried = None
             reached = {name for s in missing if s.served for name in s.within}
             helped = {module for module in added if self._shells.names[module] in reached}
@@ -233,7 +233,7 @@ class Survey:
         return returned
 
     def _forwards(self, inputs: Inputs) -> Any:
-        """A forward in Monte Carlo mode, and more of them where it is random which layers run."""
+        """Makes a forward in Monte Carlo mode, and more of them if it is random which layers run."""
         returned = self._forward(inputs)
         for sample in range(1, _TRIES if self._branching else 1):
             if not self._missing():
@@ -242,7 +242,7 @@ class Survey:
         return returned
 
     def _keep_outputs(self, inputs: Inputs, returned: Any) -> Any:
-        """Takes the flag from modules whose flag changes what the model returns: auxiliary heads, losses."""
+        """Takes the flag from modules whose flag changes the model's output: auxiliary heads, losses."""
         flagged = self._activation.flagged
         wide = {m for m in flagged if any(True for _ in m.parameters()) or any(True for _ in m.children())}
         if not wide or _same_structure(self._call(inputs), returned):

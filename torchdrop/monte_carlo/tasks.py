@@ -1,7 +1,7 @@
-"""Tasks say what is observed of each sample: the outputs as they are, classes, or values with noise.
+"""Tasks observe each sample: the outputs as they are, classes, or values with noise.
 
-Each task turns raw outputs into observables and says which statistics, functions of the observables' moments, are
-reported.
+Each task turns raw outputs into observables, and has the statistics to report, which are functions of the observables'
+moments.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from .statistics import Mean, Moments, Outputs, Statistic, Task, wide
 
 
 def variance(observable: str) -> Statistic:
-    """The statistic "unbiased variance of an observable over the samples"."""
+    """Returns the statistic "unbiased variance of an observable over the samples"."""
     return lambda moments: moments[observable].variance
 
 
 def std(observable: str) -> Statistic:
-    """The statistic "standard deviation of an observable over the samples": the root of the unbiased variance."""
+    """Returns the statistic "standard deviation of an observable over the samples", from the unbiased variance."""
     return lambda moments: moments[observable].variance.sqrt()
 
 
 def predictive_entropy(moments: Mapping[str, Moments]) -> Tensor:
-    """``H[E p] = -sum_c E[p_c] log E[p_c]`` in nats, the entropy of the mean probabilities: all of the uncertainty."""
+    """Returns ``H[E p] = -sum_c E[p_c] log E[p_c]`` in nats, the entropy of mean probabilities: all uncertainty."""
     return torch.special.entr(moments["probability"].mean).sum(1)
 
 
 def mutual_information(moments: Mapping[str, Moments]) -> Tensor:
-    """``H[E p] - E H[p]`` in nats, between the class and the model: what more data could tell (epistemic; BALD).
+    """Returns ``H[E p] - E H[p]`` in nats, between class and model, which more data could remove (epistemic; BALD).
 
-    Never negative, as the entropy is concave; a difference that rounding brings below 0 is set to 0.
+    It is never negative, as the entropy is concave; a difference that rounding brings below 0 is set to 0.
 
     References:
         Houlsby, Huszar, Ghahramani, Lengyel, "Bayesian Active Learning for Classification", 2011, equation 2.
@@ -43,7 +43,7 @@ def mutual_information(moments: Mapping[str, Moments]) -> Tensor:
 
 
 def variation_ratio(moments: Mapping[str, Moments]) -> Tensor:
-    """``1 - max_c f_c`` with f_c the share of samples whose most probable class is c: 0 where all samples agree.
+    """Returns ``1 - max_c f_c`` with f_c the share of samples whose most probable class is c: 0 if all samples agree.
 
     References:
         Freeman, "Elementary Applied Statistics", 1965; Gal, "Uncertainty in Deep Learning", 2016, section 3.3.1.
@@ -77,7 +77,7 @@ class Plain:
 
 
 def normalized(probabilities: Tensor, dim: int) -> bool:
-    """Whether all lie in [0, 1] and sum to 1 to rounding: to twice the dtype's epsilon, and 1e-5 at the finest.
+    """Whether all are in [0, 1] and sum to 1 to rounding: to twice the dtype's epsilon, and 1e-5 at the finest.
 
     Example:
         >>> normalized(torch.tensor([[0.25, 0.75]]), 1), normalized(torch.tensor([[0.25, 0.25]]), 1)
@@ -96,12 +96,12 @@ class Classification:
     each sample, in nats, of shape (S, B, ...).
 
     Args:
-        scores: "logits", "probabilities", or "auto" for probabilities if all lie in [0, 1] and sum to 1, and logits
-            otherwise. What "auto" finds in the first chunk holds for all later ones: see `settled`.
+        scores: "logits", "probabilities", or "auto" for probabilities if all are in [0, 1] and sum to 1, and logits
+            otherwise. The decision of "auto" on the first chunk holds for all later ones: see `settled`.
 
     Raises:
-        ValueError: another word; outputs that have no dimension of classes or one class only,
-            or are to be probabilities and are not.
+        ValueError: another word; outputs that have no dimension of classes, or only one class, or that should be
+            probabilities and are not.
 
     Example:
         >>> task = Classification("auto").settled(torch.tensor([[[0.5, 0.5]]]))
@@ -118,7 +118,7 @@ class Classification:
             raise ValueError(f"scores must be 'auto', 'logits' or 'probabilities', got {self.scores!r}")
 
     def settled(self, outputs: Outputs) -> Classification:
-        """The task with "auto" decided by these outputs; itself where nothing is open."""
+        """Returns the task with "auto" decided by these outputs; itself if nothing is open."""
         if self.scores != "auto":
             return self
         values = self._checked(outputs)
@@ -179,8 +179,8 @@ class Regression:
 
     Args:
         tau: the noise's precision: its variance is ``1 / tau``.
-        noise: "log_variance" if the model gives the noise's log-variance too: outputs are a pair (mean, log_variance),
-            or a tensor whose last dimension holds all means and then all log-variances.
+        noise: "log_variance" if the model returns the noise's log-variance too: outputs are a pair (mean,
+            log_variance), or a tensor whose last dimension holds all means and then all log-variances.
 
     Raises:
         ValueError: a tau that is not positive and finite, another word, or both; a last dimension of odd size.
@@ -217,7 +217,8 @@ class Regression:
         return {"value": wide(mean), "noise_variance": wide(log_variance).exp()}
 
     def statistics(self) -> dict[str, Statistic]:
-        """With noise, the variance is the total one: epistemic plus aleatoric, by the law of total variance."""
+        """Returns the statistics. With noise, the variance is the total: epistemic plus aleatoric, by the law of total
+        variance."""
         mean, epistemic = Mean("value"), variance("value")
         if self.tau is None and self.noise is None:
             return {"mean": mean, "variance": epistemic, "std": std("value"), "epistemic_variance": epistemic}
@@ -250,10 +251,10 @@ class Regression:
 
 
 def read_task(task: str | None, *, scores: str = "auto", tau: float | None = None, noise: str | None = None) -> Task:
-    """The task of this name, with the arguments that belong to it.
+    """Returns the task of this name, with the arguments that belong to it.
 
     Raises:
-        ValueError: another name, an argument of another task, or what the task itself refuses.
+        ValueError: another name, an argument of another task, or an argument that the task itself refuses.
 
     Example:
         >>> read_task("regression", tau=4.0)

@@ -1,7 +1,7 @@
-"""Checks of what the registered operators are given.
+"""Checks of the registered operators' arguments.
 
 An operator's implementation and its fake call the same check, so that what can be traced can be run, and no kernel
-reads beyond a tensor. What calls kernels without an operator has made their arguments itself.
+reads beyond a tensor. Code that calls kernels without an operator has made the arguments itself.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _int64, _float64, _strided = torch.int64, torch.float64, torch.strided
 
 
 def check_masked(name: str, x: Tensor, key: Tensor, params: Tensor, shape: Sequence[int], part: Sequence[int]) -> None:
-    """For one mask of x, or one for each of a batch of keys.
+    """Checks the arguments of one mask of x, or of one for each of a batch of keys.
 
     Raises:
         TypeError: an element type or a layout that no kernel takes.
@@ -41,7 +41,7 @@ def check_masked(name: str, x: Tensor, key: Tensor, params: Tensor, shape: Seque
 
 
 def check_numbers(name: str, key: Tensor, shape: Sequence[int], params: Tensor | None, with_params: bool) -> None:
-    """For numbers of a shape under each key: those of a mask with parameters, the others without one.
+    """Checks the arguments of numbers of a shape under each key: masks have parameters, and the others have none.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `check_masked`.
@@ -60,7 +60,7 @@ def check_numbers(name: str, key: Tensor, shape: Sequence[int], params: Tensor |
 
 
 def check_add(name: str, x: Tensor, bias: Tensor | None, residual: Tensor, key: Tensor, params: Tensor) -> None:
-    """For one key and one set of parameters, a residual like x and a bias that broadcasts against it.
+    """Checks one key and one set of parameters, a residual like x and a bias that broadcasts against it.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `check_masked`.
@@ -78,11 +78,11 @@ def check_add(name: str, x: Tensor, bias: Tensor | None, residual: Tensor, key: 
 def check_activation(
     name: str, x: Tensor, key: Tensor, params: Tensor, activation: str, known: Collection[str]
 ) -> None:
-    """For one key and one set of parameters.
+    """Checks one key and one set of parameters.
 
     Raises:
         TypeError, RuntimeError: as `check_masked`.
-        ValueError: shapes that do not go together, or another activation than the known ones.
+        ValueError: shapes that do not go together, or an unknown activation.
     """
     _check_elements(name, "x", x)
     _check_single(name, key, params, x.device)
@@ -93,14 +93,14 @@ def check_activation(
 def check_activation_backward(
     name: str, grad: Tensor, kept: Tensor, key: Tensor, params: Tensor, activation: str, known: Collection[str]
 ) -> None:
-    """For a gradient, and what was kept for it."""
+    """Checks a gradient, and the tensor that was kept for it."""
     check_activation(name, grad, key, params, activation, known)
     _check_like(name, "kept", kept, grad)
 
 
 def check_blocks(name: str, params: Tensor, sizes: Sequence[int], block: int, broadcast: bool) -> None:
-    """For maps of these sizes, and blocks that lie in them; `broadcast` where the parameters' dimensions end with the
-    map's.
+    """Checks parameters for maps of these sizes, and blocks inside them. `broadcast` is true if the parameters'
+    dimensions end with the map's.
 
     Raises:
         TypeError, ValueError: as `check_masked`.
@@ -156,7 +156,7 @@ def _check_key(name: str, key: Tensor, device: torch.device) -> None:
 
 
 def _check_params(name: str, params: Tensor, device: torch.device, sizes: Sequence[int] | None) -> None:
-    """`sizes` are those that parameters of several dimensions must broadcast against; None for any."""
+    """Checks mask parameters. If they have several dimensions and `sizes` is given, they must broadcast against it."""
     if params.dtype is not _float64 or params.layout is not _strided:
         raise TypeError(
             f"{name}: params must be a strided float64 tensor, got one of {params.dtype} with the layout "

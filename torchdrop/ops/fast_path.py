@@ -1,6 +1,6 @@
-"""The fast path: dropout of contiguous tensors in eager mode, where Python's overhead is most of what small ones cost.
+"""The fast path: dropout of contiguous tensors in eager mode, where Python's overhead is most of a small one's cost.
 
-It gives what the general path gives (tests compare them) with fewer calls. On the CPU the key is drawn as 16 bytes
+It returns what the general path returns (tests compare them) with fewer calls. On the CPU the key is drawn as 16 bytes
 instead of a tensor, and the kernel is called with addresses. On CUDA the key stays a tensor in the device's memory.
 Backward needs only the key and the parameters, and for relu its output.
 """
@@ -53,7 +53,7 @@ def _unseen(path: Callable[..., Tensor | None], *args: Any) -> Tensor | None:
 
 
 def _served_element_type(x: Tensor) -> int | None:
-    """Returns the element type of a CPU tensor that is one row in memory, or None where the fast path does not serve
+    """Returns the element type of a CPU tensor that is one row in memory, or None if the fast path does not serve
     it."""
     cls = type(x)
     if (
@@ -89,7 +89,7 @@ def _is_served_row(x: Tensor) -> bool:
 
 
 def fast_dropout(x: Tensor, params: MaskParams, unseen: bool = False) -> Tensor | None:
-    """Returns inverted dropout of x, or None where the fast path does not serve it.
+    """Returns inverted dropout of x, or None if the fast path does not serve it.
 
     It serves x under function modes if these do not have to see the call. Only `_unseen` sets `unseen`.
     """

@@ -1,14 +1,15 @@
-"""Dropout fused with what stands beside it: one pass over memory in place of two, and nothing more kept for backward.
+"""Dropout fused with the operation next to it: one pass over memory instead of two, and nothing more kept for backward.
 
 With m a mask of x's shape and k its keep probability, the operators are
 
     dropout_add         residual + m (x + bias) / k
     activation_dropout  m f(x) / k, with f the rectifier or GELU
 
-They take a mask's threshold and scale, not what it adds or fills in. Each is one kernel where the backend has one for
-the case at hand, and is composed of its plain parts otherwise, with the same result: of half types the arithmetic is in
-float32, rounded once at the end (but for GELU's parts, which round each their own). Backward draws the mask again from
-the key. A rectifier keeps its output as well, zero where either of the two made it zero, and GELU its input, as alone.
+They take a mask's threshold and scale, not its shift and fill. Each is one kernel if the backend has one for the case
+at hand, and is composed of its plain parts otherwise, with the same result: half types are computed in float32 and
+rounded once at the end (except for the parts of GELU, which each round their result). Backward draws the mask again
+from the key. A rectifier also keeps its output, zero where either of the two made it zero; GELU keeps its input, as it
+does alone.
 
 The derivatives are `_add_gradients` and `gradient`. The registered backwards and the lean nodes `_Added` and
 `_Activated` call them, for the reasons that ops/operators.py gives: in eager mode the lean nodes take less than half
@@ -34,14 +35,14 @@ from .arguments import check_activation, check_activation_backward, check_add
 from .operators import fitting, masked
 
 Drop = Callable[[Tensor], Tensor]
-"""What masks a tensor and scales it, or leaves it as it is."""
+"""A function that masks a tensor and scales it, or leaves it as it is."""
 
 FUSED = (native, triton)
 """The backends with kernels for these operators."""
 
 
 class Activation(NamedTuple):
-    """An elementwise function, its gradient from what it keeps for it, and whether that is its output or its input."""
+    """An elementwise function, its gradient from the tensor kept for it, and whether that is its output."""
 
     function: Callable[[Tensor], Tensor]
     gradient: Callable[[Tensor, Tensor], Tensor]
@@ -62,14 +63,14 @@ ACTIVATIONS = {
 
 
 def composed_add(x: Tensor, bias: Tensor | None, residual: Tensor, drop: Drop) -> Tensor:
-    """``residual + drop(x + bias)``, rounded once."""
+    """Returns ``residual + drop(x + bias)``, rounded once."""
     wide = COMPUTE_DTYPE[x.dtype]
     whole = x.to(wide) if bias is None else x.to(wide) + bias.to(wide)
     return (drop(whole) + residual.to(wide)).to(x.dtype)
 
 
 def composed_activation(x: Tensor, activation: str, drop: Drop) -> Tensor:
-    """``drop(f(x))``. GELU rounds its own result, so half types are rounded twice there."""
+    """Returns ``drop(f(x))``. GELU rounds its own result, so half types are rounded twice there."""
     return drop(ACTIVATIONS[activation].function(x))
 
 
@@ -78,7 +79,7 @@ def _composed_gradient(grad: Tensor, kept: Tensor, activation: str, drop: Drop) 
 
 
 def _written(key: Tensor, params: MaskParams | Tensor) -> Drop:
-    """For a tensor of its own, which it writes to."""
+    """Returns a function that writes its result to the tensor it is given."""
     return lambda x: kernels.masked(x, key, params, x.shape, WHOLE, x)
 
 
@@ -91,7 +92,7 @@ def _differentiable(key: Tensor, params: MaskParams | Tensor) -> Drop:
 
 
 def _kernel(x: Tensor) -> Any:
-    """The backend for x if it has kernels for these operators."""
+    """Returns the backend for x if it has kernels for these operators, or None."""
     backend = kernels.backend_for(x.device, x.dtype)
     return backend if backend in FUSED else None
 
@@ -102,7 +103,7 @@ def _for_kernel(backend: Any, params: MaskParams | Tensor) -> MaskParams | Tenso
 
 
 def _laid_out_as(x: Tensor, out: Tensor) -> Tensor:
-    """`out` with the strides that compiled code was told, those of ``empty_like(x)``: its parts' may be the other's."""
+    """Returns `out` with the strides of ``empty_like(x)``, as compiled code was told; plain parts may have others."""
     promised = torch.empty_like(x, device="meta").stride()
     return out if out.stride() == promised else torch.empty_like(x).copy_(out)
 
@@ -147,7 +148,7 @@ def _activation_backward(
     )
 
 
-# The registered operators: what compiled and exported code calls.
+# The registered operators, which compiled and exported code calls.
 
 torch.library.define(
     "torchdrop::dropout_add", "(Tensor x, Tensor? bias, Tensor residual, Tensor key, Tensor params) -> Tensor"
@@ -187,7 +188,7 @@ def _add_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _add_gradients(
     ctx: Any, grad: Tensor, key: Tensor, params: MaskParams | Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of x, bias and residual."""
+    """Returns the gradients of x, bias and residual."""
     of_x, of_bias, of_residual = ctx.needs_input_grad[:3]
     grad = fitting(grad, ctx.shape, key.device)
     dropped = masked(grad, key, linear(params), grad.shape) if of_x or of_bias else None
@@ -216,7 +217,7 @@ torch.library.register_autograd("torchdrop::activation_dropout", _activation_gra
 
 
 def gradient(grad: Tensor, kept: Tensor, key: Tensor, params: MaskParams | Tensor, activation: str) -> Tensor:
-    """In one pass where nothing is to be differentiated again."""
+    """Returns the gradient of `activation_dropout`, in one pass if it is not to be differentiated again."""
     params, grad = linear(params), fitting(grad, kept.shape, kept.device)
     if not torch.is_grad_enabled():
         if is_compiling() or dispatch_modes():
@@ -260,7 +261,7 @@ _record_activation = node_of(_Activated)
 
 
 def _fusible(key: Tensor, params: MaskParams | Tensor, *operands: Tensor) -> bool:
-    """Whether one kernel can do it: one key, one set of parameters, and tensors that are what lies in their memory."""
+    """Whether one kernel can do it: one key, one set of parameters, and tensors that are plain."""
     single = key.dim() == 1 and (isinstance(params, MaskParams) or params.dim() == 1)
     if is_compiling():
         return single and not transforms_active()
@@ -268,7 +269,7 @@ def _fusible(key: Tensor, params: MaskParams | Tensor, *operands: Tensor) -> boo
 
 
 def dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor, key: Tensor, params: MaskParams | Tensor) -> Tensor:
-    """``residual + m (x + bias) / k``, differentiable in all three; bias may be None."""
+    """Returns ``residual + m (x + bias) / k``, differentiable in all three; bias may be None."""
     operands = (x, residual) if bias is None else (x, bias, residual)
     if not _fusible(key, params, *operands):
         return composed_add(x, bias, residual, _differentiable(key, params))
@@ -281,10 +282,10 @@ def dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor, key: Tensor, p
 
 
 def activation_dropout(x: Tensor, key: Tensor, params: MaskParams | Tensor, activation: str) -> Tensor:
-    """``m f(x) / k``, differentiable in x.
+    """Returns ``m f(x) / k``, differentiable in x.
 
     Args:
-        activation: which f: a name of `ACTIVATIONS`.
+        activation: the name of f in `ACTIVATIONS`.
     """
     if not _fusible(key, params, x):
         return composed_activation(x, activation, _differentiable(key, params))

@@ -6,7 +6,7 @@ both operators come out of `_define`.
 
 All paths give the same result:
 
-- plain: ordinary tensors in eager mode. Straight to the backend, under a lean autograd.Function for a gradient.
+- plain: ordinary tensors in eager mode. They go straight to the backend, in a lean autograd.Function for a gradient.
 - transformed: torch.func transforms and forward-mode AD, through an autograd.Function with all the rules.
 - operator: torch.compile, torch.export, fake tensors, subclasses and dispatch or function modes.
 
@@ -47,7 +47,7 @@ Operator = Callable[..., Tensor]
 
 
 def fitting(grad: Tensor, shape: Sequence[int], device: torch.device) -> Tensor:
-    """A gradient of the output's shape. Autograd gives no other; one that is handed to a node by hand is broadcast.
+    """Returns a gradient of the output's shape. Autograd gives no other; one given to a node by hand is broadcast.
 
     Raises:
         RuntimeError: it does not broadcast, or is on another device.
@@ -77,7 +77,7 @@ def _batch(
     shape: Sequence[int],
     part: Sequence[int] = WHOLE,
 ) -> tuple[Tensor, Tensor, Tensor, list[int], Sequence[int]]:
-    """The arguments of one call that does what `batch_size` calls would, with the new dimension first.
+    """Returns the arguments of one call that does what `batch_size` calls would, with the new dimension first.
 
     A batched key gives every call its own mask; an unbatched one is shared, so the mask has a one there. A part is one
     of each key's mask, so it stays.
@@ -101,8 +101,8 @@ def _batch(
 
 
 Composed = Callable[[Callable[..., Tensor], Tensor, Tensor], Tensor]
-"""An operator in operations that have derivatives, from a function of tensors and parameters that has none, x and the
-parameters."""
+"""Computes an operator with operations that have derivatives. It takes a function of tensors and parameters that has
+none, x and the parameters."""
 
 
 def _mask_composed(drawn: Callable[..., Tensor], x: Tensor, params: Tensor) -> Tensor:
@@ -225,7 +225,7 @@ def _define(name: str, run: Runner, composed: Composed) -> Operator:
             out = registered(x, key, params, shape, part)
         elif (
             is_compiling() or functionalize_active()
-        ):  # no derivative of an operator's own goes with torch.func's there
+        ):  # an operator's own derivative cannot be combined with torch.func's there
             out = composed(lambda ones, params: registered(ones, key, params, shape, part), x, params)
         else:
             out = transformed(x, key, params, shape, part)

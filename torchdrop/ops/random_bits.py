@@ -1,4 +1,4 @@
-"""The registered operators that give numbers themselves, where a mask is not simply applied to a tensor.
+"""The registered operators that return numbers themselves, for masks that are not simply applied to a tensor.
 
 ``torchdrop::keep_mask``, ``torchdrop::random_bits`` and ``torchdrop::standard_normal`` are functions of a key and a
 shape, as their namesakes in `torchdrop.kernels` are. They have no derivative.
@@ -39,10 +39,10 @@ def _define(name: str, dtype: torch.dtype, run: Callable[..., Tensor]) -> Number
     def batched(
         info: Any, in_dims: Sequence[int | None], key: Tensor, shape: Sequence[int], params: Tensor | None = None
     ) -> tuple[Tensor, int]:
-        """One call with the batch as the first dimension of the keys; the parameters' dimensions follow them and the
-        mask's.
+        """Makes one call with the batch as the first dimension of the keys; the parameters' dimensions follow them and
+        the mask's.
 
-        A key that is not batched, under sets of parameters that are, is repeated: it is one draw under each of them.
+        A key that is not batched is repeated if sets of parameters are batched: it is one draw under each of them.
         """
         key_dim, params_dim = in_dims[0], in_dims[2] if len(in_dims) > 2 else None
         key = key.expand(info.batch_size, *key.shape) if key_dim is None else key.movedim(key_dim, 0)

@@ -1,4 +1,4 @@
-"""Training one model after another: for models that cannot be vectorized, and what the others are compared with."""
+"""Training one model after another: for models that cannot be vectorized, and as a reference for the others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .training import Fold, Masks, Training, first_stream, mixed
 
 
 def with_rates(model: nn.Module, rates: Sequence[Probability]) -> nn.Module:
-    """A copy of the model with these rates, in train mode."""
+    """Returns a copy of the model with these rates, in train mode."""
     model = copy.deepcopy(model).train()
     for site, rate in zip(rate_sites(model), rates, strict=True):
         site.set(rate)
@@ -24,7 +24,7 @@ def with_rates(model: nn.Module, rates: Sequence[Probability]) -> nn.Module:
 def train_alone(
     fold: Fold, rates: Sequence[Probability], training: Training, after_epoch: Callable[[], None]
 ) -> tuple[nn.Module, bool]:
-    """The trained model of one fold and setting, and whether its loss was finite throughout."""
+    """Returns the trained model of one fold and setting, and whether its loss was finite throughout."""
     model = with_rates(fold.model, rates)
     torch.manual_seed(mixed(training.seed, "other", fold.number))
     parameters: list[torch.Tensor] = [p for p in model.parameters() if p.requires_grad]

@@ -22,19 +22,19 @@ def optuna_search(
 ) -> list[SearchResult]:
     """Lets an Optuna study choose the settings, and tells it their mean scores.
 
-    A batch of trials is asked for, their settings are trained together, and all are told. Within a batch the sampler
-    does not know the others' scores, so a larger `at_once` is faster for each trial and makes a little less of it. A
-    setting that diverges is told as a failed trial.
+    The study proposes a batch of trials, their settings are trained together, and the study is told all their scores.
+    Within a batch the sampler does not have the others' scores, so a larger `at_once` makes each trial faster, but its
+    proposal a little worse. A setting that diverges is reported to the study as a failed trial.
 
     Args:
         study: an ``optuna.Study`` that maximizes one value: ``optuna.create_study(direction="maximize")``.
-        suggest: gives the setting of a trial, ``lambda trial: {"fc*": trial.suggest_float("fc", 0.3, 1.0)}``.
+        suggest: returns the setting of a trial, ``lambda trial: {"fc*": trial.suggest_float("fc", 0.3, 1.0)}``.
         evaluate: cross-validates settings, ``lambda settings: cross_validate(build, x, y, settings, epochs=50)``.
-        trials: how many.
-        at_once: how many are asked for before any is told.
+        trials: the number of trials.
+        at_once: the number of trials in a batch.
 
     Returns:
-        The results, batch by batch; ``study.best_params`` and the like have the rest.
+        The results, batch by batch. The rest is in ``study.best_params`` and similar attributes.
 
     Raises:
         ImportError: Optuna is not installed.

@@ -1,4 +1,4 @@
-"""How the rows of the data are divided: the training and test part of each fold."""
+"""The division of the data's rows into the training and test part of each fold."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from .training import mixed
 
 
 def divide(rows: int, folds: Any, seed: int) -> list[tuple[Tensor, Tensor]]:
-    """The training and test rows of each fold.
+    """Returns the training and test rows of each fold.
 
     Args:
-        rows: how many there are.
-        folds: how many parts of about equal size, drawn at random, or pairs of indices (train, test).
-        seed: of the draw.
+        rows: the number of rows.
+        folds: a number of parts of about equal size, drawn at random, or pairs of indices (train, test).
+        seed: the seed of the draw.
 
     Raises:
-        TypeError: neither, or indices that are no integers.
+        TypeError: `folds` is neither, or has indices that are no integers.
         ValueError: fewer than 2 folds, more folds than rows; a part that is empty or not within the rows, or a row that
             a fold both trains and tests on.
 

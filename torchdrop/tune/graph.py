@@ -1,4 +1,4 @@
-"""A traced step made leaner: without operations that change nothing, and with memory of its own for what it returns."""
+"""A traced step made leaner: without operations that change nothing, and with memory of its own for its results."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _SAME = {
     _aten.view.default, _aten._unsafe_view.default, _aten.reshape.default, _aten.expand.default, _aten.permute.default,
     _aten.detach.default, _aten.alias.default,
 }  # fmt: skip
-"""Give their input again where shape and strides are the same."""
+"""Operations that return their input if shape and strides are the same."""
 
 _VIEWS = {_aten.view.default, _aten._unsafe_view.default, _aten.permute.default, _aten.transpose.int}
 
 
 def lean(graph: GraphModule) -> GraphModule:
-    """The same function, changed in place. A graph that writes to its inputs is left alone."""
+    """Makes the graph leaner in place, with the same function. One that writes to its inputs is left alone."""
     nodes = list(graph.graph.nodes)
     if any(isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable for n in nodes):
         return graph
@@ -52,7 +52,7 @@ def _alike(node: Node) -> bool:
 
 
 def _keep_results(graph: GraphModule) -> None:
-    """Lets the products that are returned be written where they were in the last step: new memory costs page faults."""
+    """Makes products that are returned go to their memory from the last step: new memory costs page faults."""
     (output,) = (node for node in graph.graph.nodes if node.op == "output")
     for number, node in enumerate(_returned(output.args)):
         while node.target in _VIEWS and isinstance(node.args[0], Node):

@@ -1,4 +1,4 @@
-"""The result of a search: means and standard errors as a table and a plot, the best and the one-standard-error
+"""The result of a search: means and standard errors as a table and a plot, the best choice and the one-standard-error
 choice."""
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from .settings import Setting
 
 @dataclass(frozen=True, eq=False)
 class SearchResult:
-    """The scores of every setting in every fold. Prints as a table, the best setting first.
+    """The scores of every setting in every fold. It prints as a table, the best setting first.
 
     The standard error of a mean is ``sd / sqrt(K)`` over the K folds, as is usual. The folds' scores are not
     independent, since their training parts overlap, so it is too small rather than too large (Bengio and Grandvalet,
     JMLR 5, 2004).
 
     Args:
-        settings: as they were given.
+        settings: the settings as they were given.
         scores: float64, (settings, folds), higher is better; NaN where training diverged.
-        mean_keep_probs: of each setting, over the model's layers that have a rate.
-        at_once: how many models were trained at once, at the most; 1 if one after another.
-        reason: why one after another, "" if that was asked for or not so.
+        mean_keep_probs: the mean of each setting over the model's layers that have a rate.
+        at_once: the largest number of models that were trained at once; 1 if one after another.
+        reason: the reason for one after another; "" if the user asked for it, or if it is not so.
 
     Example:
         >>> import torch
@@ -52,7 +52,7 @@ class SearchResult:
 
     @property
     def means(self) -> Tensor:
-        """Each setting's mean over folds; NaN where one diverged."""
+        """Each setting's mean over folds; NaN if one diverged."""
         return self.scores.mean(1)
 
     @property
@@ -62,13 +62,13 @@ class SearchResult:
 
     @property
     def order(self) -> list[int]:
-        """The settings' numbers, highest mean first; those that diverged last, and otherwise as given."""
+        """The settings' numbers, the highest mean first, and those that diverged last; ties are in the order given."""
         means = self.means.tolist()
         return sorted(range(len(means)), key=lambda i: math.inf if math.isnan(means[i]) else -means[i])
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """A plain dict for each setting, in the order given."""
+        """Returns a plain dict for each setting, in the order given."""
         columns = {
             "setting": self.settings,
             "scores": self.scores.tolist(),
@@ -140,7 +140,7 @@ class SearchResult:
         return ", ".join(name for name, index in marks.items() if index == i)
 
     def plot(self, ax: Any = None) -> Any:
-        """Means with standard errors against keep_prob: the pattern's if there is one, else the mean over the layers.
+        """Plots means with standard errors against keep_prob: the pattern's if there is one, else the layers' mean.
 
         Args:
             ax: the matplotlib Axes to draw on; new ones if None (``pip install 'torchdrop[tune]'``).
@@ -182,6 +182,6 @@ def _value(value: Any) -> str:
 
 
 def _places(errors: Sequence[float]) -> int:
-    """Enough decimals to show the smallest standard error with one digit, and two of most."""
+    """Returns enough decimals to show the smallest standard error with one digit, and two of most."""
     sizes = [error for error in errors if error > 0 and math.isfinite(error)]
     return min(8, max(3, 1 - math.floor(math.log10(sorted(sizes)[len(sizes) // 2])))) if sizes else 3

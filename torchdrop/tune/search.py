@@ -1,4 +1,4 @@
-"""`cross_validate`: every fold and setting trained, at once where that can be done."""
+"""`cross_validate`: trains every fold and setting, at once if that is possible."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from .training import (
 )
 
 PARAMETERS, BYTES = 5 * 2**20, 2**28
-"""How many parameters are trained at once, over all models, and how many bytes may be saved for backward: on a CPU more
-models at once were measured to be no faster."""
+"""The number of parameters that are trained at once, over all models, and the bytes that may be saved for backward: on
+a CPU more models at once were measured to be no faster."""
 
 Folds = int | Iterable[tuple[Any, Any]]
 
@@ -61,33 +61,33 @@ def cross_validate(
 
     Each setting is trained on the training part of every fold and scored, in eval mode, on its test part. All settings
     of a fold start from the same parameters and see the same batches and the same draws for their masks, so that their
-    scores are paired. A setting's scores depend on `seed` and on nothing that is trained beside it; up to rounding they
-    do not depend on `at_once` either.
+    scores are paired. A setting's scores depend on `seed`, but not on the models that are trained with it; up to
+    rounding they do not depend on `at_once` either.
 
     Small networks gain most: their steps are dominated by the cost of calling operations, which is paid once for all
     models. A model that cannot be vectorized (torch.func's rules: nn.LSTM, control flow that depends on data, random
-    numbers other than torchdrop's, attributes that a forward changes) is trained one after another. So it is where
-    settings differ in rates that are no layers, and with an optimizer that is not known to work element by element.
+    numbers other than torchdrop's, attributes that a forward changes) is trained one after another. The same holds if
+    settings differ in rates that are no layers, or if the optimizer is not known to work element by element.
 
     Args:
-        build: gives a fresh model, which maps rows of `inputs` to what `loss` takes. Called once for each fold, under a
-            seed of its own. Dropout layers of torch.nn in it are replaced by torchdrop's.
+        build: returns a fresh model, which maps rows of `inputs` to the input of `loss`. It is called once for each
+            fold, under a seed of its own. Dropout layers of torch.nn in it are replaced by torchdrop's.
         inputs, targets: the data, rows first.
         settings: for each a mapping from patterns of layer names to keep_prob, as `torchdrop.set_keep_prob` takes;
             see `grid` and `draws`. A pattern that matches several layers gives them one shared number.
-        folds: how many, drawn at random from the seed; or pairs of indices (train, test), as scikit-learn's splitters
-            yield.
-        epochs: how many passes over the training part.
-        batch_size: rows in a batch. All batches are full: what is left over in an epoch is other rows in each.
-        loss: of (output, target), the mean over the batch. Default: cross-entropy for integer targets, the mean squared
-            error otherwise.
-        score: of (output, target) for the whole test part; higher is better. Default: accuracy for integer targets,
-            minus the mean squared error otherwise.
+        folds: the number of folds, drawn at random from the seed; or pairs of indices (train, test), as scikit-learn's
+            splitters yield.
+        epochs: the number of passes over the training part.
+        batch_size: the number of rows in a batch. All batches are full: other rows are left over in each epoch.
+        loss: a function of (output, target), the mean over the batch. Default: cross-entropy for integer targets, the
+            mean squared error otherwise.
+        score: a function of (output, target) for the whole test part; higher is better. Default: accuracy for integer
+            targets, minus the mean squared error otherwise.
         optimizer: makes a torch.optim.Optimizer from a list of parameters. When models are trained at once, the
             parameters of all are stacked, and their dimensions may be permuted: Adam, AdamW, SGD, RMSprop and others of
             torch.optim that update each element by itself. Default: Adam with learning rate 0.001.
-        seed: of parameters, folds, batches and masks. PyTorch's random state is left as it was.
-        at_once: how many models at a time; 1 is one after another in the ordinary way. Default: by their size.
+        seed: the seed of parameters, folds, batches and masks. PyTorch's random state is left as it was.
+        at_once: the number of models at a time; 1 is one after another in the ordinary way. Default: by their size.
         progress: whether to show a progress bar (``pip install tqdm``).
 
     Returns:
@@ -99,7 +99,7 @@ def cross_validate(
             trained.
 
     Warns:
-        UserWarning: models are trained one after another, and why.
+        UserWarning: models are trained one after another; it says why.
 
     References:
         Stone, "Cross-validatory choice and assessment of statistical predictions", JRSS B 36, 1974.
@@ -184,7 +184,7 @@ def _check_alike(folds: Sequence[Fold]) -> None:
 
 
 def _examined(fold: Fold, rates: Sequence[Probability], training: Training) -> int:
-    """How many such models are trained at once; tries the model and the loss on a batch.
+    """Returns the number of such models that are trained at once; tries the model and the loss on a batch.
 
     Raises:
         ValueError: the loss is not one number, or has no gradient.
@@ -215,7 +215,7 @@ Advance = Callable[[int], Any]
 def _all_scores(
     folds: Sequence[Fold], rates: Sequence[Sequence[Probability]], training: Training, limit: int, advance: Advance
 ) -> tuple[Tensor, int, str]:
-    """Scores (settings, folds), how many models were trained at once at the most, and why not more than one."""
+    """Returns the scores (settings, folds), the largest number of models trained at once, and the reason if it is 1."""
     scores = torch.full((len(rates), len(folds)), torch.nan, dtype=torch.float64)
     reason, used = "", 1
     for chunk in _chunks(folds, len(rates), training, limit):
@@ -236,7 +236,7 @@ def _all_scores(
 
 
 def _chunks(folds: Sequence[Fold], settings: int, training: Training, limit: int) -> Iterable[list[tuple[int, int]]]:
-    """Pairs of fold and setting that are trained together: equal numbers of steps, and parts of about equal size."""
+    """Yields pairs of fold and setting to train together: equal numbers of steps, and parts of about equal size."""
     groups: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
     for at, fold in enumerate(folds):
         groups[training.steps(fold)] += [(at, setting) for setting in range(settings)]
@@ -247,12 +247,12 @@ def _chunks(folds: Sequence[Fold], settings: int, training: Training, limit: int
 
 
 def _stack(jobs: Sequence[Job], training: Training) -> tuple[Stack | None, str]:
-    """The models stacked, or why they cannot be."""
+    """Returns the models stacked, or the reason why they cannot be."""
     try:
         return Stack(jobs, training), ""
     except NotStackableError as error:
         return None, str(error)
-    except Exception as error:  # whatever vmap or the model says
+    except Exception as error:  # vmap or the model may raise anything
         lines = str(error).strip().splitlines() or [""]
         return None, f"the model cannot be vectorized ({type(error).__name__}: {lines[0]})"
 

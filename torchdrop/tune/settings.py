@@ -1,4 +1,4 @@
-"""The settings of a search, `grid` and `draws`, and what they make of the rates in a model."""
+"""The settings of a search, `grid` and `draws`, and the rates of a model under each of them."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from ..core.checks import check_integer
 from ..core.rate import Probability
 
 Setting = Mapping[str, RateOrRule]
-"""For each pattern of layer names a keep_prob, as `torchdrop.set_keep_prob` takes them."""
+"""A keep_prob for each pattern of layer names, as `torchdrop.set_keep_prob` takes them."""
 
 
 def grid(values: Mapping[str, Sequence[float]]) -> list[dict[str, float]]:
-    """Every combination of the values, the last pattern's changing fastest.
+    """Returns every combination of the values, the last pattern's changing fastest.
 
     Args:
         values: for each pattern the keep_probs to try. Layers that share a pattern share one number.
 
     Raises:
-        TypeError: no mapping, or a value that is no sequence.
+        TypeError: `values` is no mapping, or has a value that is no sequence.
         ValueError: no pattern, or a pattern without values.
 
     Example:
@@ -42,17 +42,17 @@ def grid(values: Mapping[str, Sequence[float]]) -> list[dict[str, float]]:
 
 
 def draws(ranges: Mapping[str, tuple[float, float]], n: int, seed: int = 0) -> list[dict[str, float]]:
-    """Settings drawn at random: ``keep_prob ~ Uniform(low, high)``, independently for each pattern.
+    """Returns settings drawn at random: ``keep_prob ~ Uniform(low, high)``, independently for each pattern.
 
     The first settings of a longer list are those of a shorter one.
 
     Args:
         ranges: for each pattern (low, high). Layers that share a pattern share one number.
-        n: how many settings.
-        seed: of the draws.
+        n: the number of settings.
+        seed: the seed of the draws.
 
     Raises:
-        TypeError: no mapping, or `n` or `seed` no integer.
+        TypeError: `ranges` is no mapping, or `n` or `seed` is no integer.
         ValueError: no pattern, no setting, or a range that is not ``0 <= low <= high <= 1``.
 
     References:
@@ -83,10 +83,10 @@ def _check_patterns(name: str, given: Any, values: str) -> None:
 
 
 def rates_of(model: nn.Module, settings: Sequence[Setting]) -> list[list[Probability]]:
-    """The rates of all places in the model that hold one, under each setting; the model is left as it was.
+    """Returns the rates of all places in the model that hold one, under each setting. The model is left as it was.
 
     Raises:
-        TypeError, ValueError: a setting that `set_keep_prob` refuses; says which.
+        TypeError, ValueError: `set_keep_prob` refuses a setting. The message says which.
     """
     found = rate_sites(model)
     states = [site.state() for site in found]

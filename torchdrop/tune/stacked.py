@@ -1,7 +1,7 @@
 """Training many models at once: parameters and buffers are stacked, and the models' dimension is mapped over.
 
-A step costs as many calls of operations for all models as it would for one. What vmap and autograd add to each call
-is paid once: the step is traced to a graph of plain operations, and the graph is run.
+A step costs as many calls of operations for all models as it would for one. The cost that vmap and autograd add to each
+call is paid once: the step is traced to a graph of plain operations, and the graph is run.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from .training import Fold, Masks, Training, first_stream
 ELEMENTWISE = (
     "ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD",
 )  # fmt: skip
-"""The optimizers of torch.optim that update each element by itself: on stacked parameters they do what they do for
-each model."""
+"""The optimizers of torch.optim that update each element by itself: on stacked parameters they do the same as on those
+of each model."""
 
 _STEPS = 32
-"""After how many steps what would soon be denormal is dropped."""
+"""The number of steps after which values that would soon be denormal are dropped."""
 
 Named = dict[str, Tensor]
 Gradients = Callable[[list[Tensor], Named, Tensor, Tensor, Tensor], tuple[Tensor, Sequence[Tensor | None]]]
 
 
 class NotStackableError(Exception):
-    """Why the models cannot be trained at once."""
+    """The reason why the models cannot be trained at once."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ class Stack:
     """Models that are trained at once.
 
     Args:
-        jobs: the models; their folds have as many steps in an epoch.
-        training: how they are trained.
+        jobs: the models; their folds have equal numbers of steps in an epoch.
+        training: the settings of the training.
 
     Attributes:
         finite: for each model, whether its loss was finite in every step so far.
 
     Raises:
-        NotStackableError, or whatever torch.func raises: they cannot be.
+        NotStackableError, or an error of torch.func: they cannot be trained at once.
     """
 
     def __init__(self, jobs: Sequence[Job], training: Training) -> None:
@@ -87,7 +87,7 @@ class Stack:
         _check_optimizer(self._optimizer)
 
     def train(self, after_epoch: Callable[[], None]) -> None:
-        """All epochs."""
+        """Trains for all epochs."""
         steps = self._training.steps(self._jobs[0].fold)
         for number, rows in enumerate(self._batches(), 1):
             losses, gradients = self._run(self._step, rows, self._buffers)
@@ -105,7 +105,7 @@ class Stack:
                 after_epoch()
 
     def models(self) -> Iterator[nn.Module]:
-        """Each model by itself."""
+        """Yields each model by itself."""
         own = {**self._named(self._values), **self._frozen, **self._buffers}
         for index, job in enumerate(self._jobs):
             model = with_rates(job.fold.model, job.rates)
@@ -115,7 +115,7 @@ class Stack:
             yield model
 
     def _batches(self) -> Iterator[Tensor]:
-        """The rows of every model in each step, (models, batch size)."""
+        """Yields the rows of every model in each step, (models, batch size)."""
         folds = {job.fold.number: job.fold for job in self._jobs}
         own = [list(folds).index(job.fold.number) for job in self._jobs]
         for orders in zip(*(self._training.batches(fold) for fold in folds.values()), strict=True):
@@ -131,7 +131,7 @@ class Stack:
     def _gradients(
         self, values: list[Tensor], buffers: Named, x: Tensor, y: Tensor, streams: Tensor
     ) -> tuple[Tensor, Sequence[Tensor | None]]:
-        """Every model's loss, and the gradients of their sum, which are each model's own."""
+        """Returns every model's loss, and the gradients of their sum, which are each model's own."""
         losses = vmap(self._loss)(self._named(values), self._frozen, buffers, self._rates, x, y, streams)
         return losses.detach(), torch.autograd.grad(losses.sum(), values, allow_unused=True)
 
@@ -139,21 +139,21 @@ class Stack:
         self, own: Named, frozen: Named, buffers: Named, rates: list[list[Tensor]], x: Tensor, y: Tensor, stream: Tensor
     ) -> Tensor:
         for layer, (keep, params) in zip(self._layers, rates, strict=True):
-            # What a layer derives from its rate is given to it, so that it is not worked out in every step.
+            # Values that a layer derives from its rate are given to it, so that not every step computes them.
             layer.rate = Rate(keep, 1.0 - keep, layer._formula, params)
         with self._masks.at(stream):
             output = functional_call(self._model, {**own, **frozen, **buffers}, (x,))
         return self._training.loss(output, y)
 
     def _named(self, values: Sequence[Tensor]) -> Named:
-        """The parameters in their own order of dimensions."""
+        """Returns the parameters in their own order of dimensions."""
         return {
             name: value.permute([order.index(dim) for dim in range(value.dim())])
             for name, value, order in zip(self._names, values, self._orders, strict=True)
         }
 
     def _arrange(self, rows: Tensor) -> None:
-        """Lays the parameters out in memory as their gradients come, so that no gradient has to be copied."""
+        """Lays out the parameters in memory as their gradients are, so that no gradient has to be copied."""
         _, gradients = self._run(self._gradients, rows, _copied(self._buffers))
         self._orders = [
             _outermost_first(value if gradient is None else gradient)
@@ -165,14 +165,14 @@ class Stack:
         ]
 
     def _traced(self, first: Tensor, second: Tensor) -> Gradients:
-        """`_gradients` as a graph, or itself where a graph cannot be made or does something else.
+        """Returns `_gradients` as a graph, or itself if a graph cannot be made or computes something else.
 
         Raises:
-            NotStackableError: a forward changes what the model does in the next.
+            NotStackableError: a forward changes the model's behavior in the next one.
         """
 
         def plain(values: list[Tensor], buffers: Named, x: Tensor, y: Tensor, streams: Tensor) -> Any:
-            return self._gradients(values, buffers, x, y, streams)  # tracing wants a function without self
+            return self._gradients(values, buffers, x, y, streams)  # tracing needs a function without self
 
         before = _attributes(self._model)
         expected = self._found(self._gradients, second)
@@ -189,7 +189,7 @@ class Stack:
         return graph if same else self._gradients
 
     def _found(self, step: Gradients, rows: Tensor) -> list[Tensor]:
-        """What a step gives and leaves in the buffers, of which it has copies."""
+        """Returns a step's results and the buffers after it. The step works on copies of the buffers."""
         buffers = _copied(self._buffers)
         losses, gradients = self._run(step, rows, buffers)
         return [losses, *(g for g in gradients if g is not None), *buffers.values()]
@@ -201,7 +201,7 @@ def _stacked(models: Iterable[Mapping[str, Tensor]]) -> Named:
 
 
 def _outermost_first(tensor: Tensor) -> list[int]:
-    """Its dimensions in the order in which they lie in memory."""
+    """Returns a tensor's dimensions in the order of its memory."""
     return sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
 
 
@@ -210,7 +210,7 @@ def _copied(tensors: Named) -> Named:
 
 
 def _attributes(model: nn.Module) -> dict[tuple[str, str], Any]:
-    """The plain values that modules hold: a forward that changes them is not the same in every step."""
+    """Returns the plain values that modules hold: a forward that changes them is not the same in every step."""
     return {
         (name, attribute): value
         for name, module in model.named_modules()
@@ -230,7 +230,7 @@ def _check_rates(jobs: Sequence[Job]) -> None:
 
 
 def _stacked_rates(model: nn.Module, jobs: Sequence[Job]) -> list[list[Tensor]]:
-    """For each layer of torchdrop the keep_prob and the parameters of every model."""
+    """Returns, for each layer of torchdrop, the keep_prob and the parameters of every model."""
     result = []
     for at, site in enumerate(rate_sites(model)):
         if isinstance(site.module, Rated):
@@ -240,7 +240,7 @@ def _stacked_rates(model: nn.Module, jobs: Sequence[Job]) -> list[list[Tensor]]:
 
 
 def _drop_denormals(optimizer: torch.optim.Optimizer) -> None:
-    """Sets what is left of momenta long without a gradient to 0, before it becomes denormal and slow.
+    """Sets momenta that have had no gradient for long to 0, before they become denormal and slow.
 
     Units that no longer fire have such momenta. They are some 2**40 times too small to move a parameter by a rounding.
     """

@@ -27,9 +27,9 @@ class Fold:
     """One division of the rows, with the model that all its trainings start from.
 
     Args:
-        number: of the fold.
+        number: the number of the fold.
         train, test: indices of rows.
-        model: with torchdrop's layers.
+        model: the model, with torchdrop's layers.
     """
 
     number: int
@@ -40,7 +40,7 @@ class Fold:
 
 @dataclass(frozen=True)
 class Training:
-    """How every model of the search is trained; `torchdrop.tune.cross_validate` explains each."""
+    """The settings of the training of every model of the search. `torchdrop.tune.cross_validate` explains each."""
 
     inputs: Tensor
     targets: Tensor
@@ -52,11 +52,11 @@ class Training:
     seed: int
 
     def steps(self, fold: Fold) -> int:
-        """Batches in an epoch; rows that are left over are others in every epoch."""
+        """Returns the number of batches in an epoch. Other rows are left over in every epoch."""
         return len(fold.train) // self.batch_size
 
     def batches(self, fold: Fold) -> Iterator[Tensor]:
-        """For each epoch the rows of its batches, (steps, batch size): the same however the fold is trained."""
+        """Yields for each epoch the rows of its batches, (steps, batch size): the same for all trainings of a fold."""
         generator = torch.Generator().manual_seed(mixed(self.seed, "batches", fold.number))
         steps = self.steps(fold)
         for _ in range(self.epochs):
@@ -64,7 +64,7 @@ class Training:
             yield fold.train[order].view(steps, self.batch_size).to(self.inputs.device)
 
     def evaluate(self, model: nn.Module, fold: Fold) -> float:
-        """The score on the fold's test rows; NaN if the outputs are not finite."""
+        """Returns the score on the fold's test rows; NaN if the outputs are not finite."""
         model.eval()
         rows = fold.test.to(self.inputs.device)
         with torch.no_grad():
@@ -75,7 +75,7 @@ class Training:
 
 
 def mixed(seed: int, *name: object) -> int:
-    """63 bits that follow from the seed and a name."""
+    """Returns 63 bits that follow from the seed and a name."""
     return int.from_bytes(hash_of("tune", seed, *name), "little") >> 1
 
 
@@ -83,11 +83,11 @@ class Masks(Handler):
     """Gives every layer of torchdrop its key: the seed from the number of its call in the forward, the stream from
     fold and step.
 
-    So the mask of a layer in a step does not depend on what is trained beside it. All settings of a fold meet the same
-    draws: with the higher keep_prob an element is kept wherever it is with the lower one.
+    So the mask of a layer in a step does not depend on the models that are trained with it. All settings of a fold get
+    the same draws: an element that is kept with the lower keep_prob is kept with the higher one too.
 
     Args:
-        seed: of the search.
+        seed: the seed of the search.
     """
 
     def __init__(self, seed: int) -> None:
@@ -133,12 +133,12 @@ class Masks(Handler):
 
 
 def first_stream(fold: Fold) -> int:
-    """The stream of the fold's first step; those of other steps follow, at most 2**32 of them."""
+    """Returns the stream of the fold's first step; those of other steps follow, at most 2**32 of them."""
     return fold.number << 32
 
 
 def default_loss(output: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy for integer targets, the mean squared error otherwise."""
+    """Returns the cross-entropy for integer targets, the mean squared error otherwise."""
     if not target.is_floating_point():
         return F.cross_entropy(output, target)
     _check_shapes(output, target)
@@ -146,7 +146,7 @@ def default_loss(output: Tensor, target: Tensor) -> Tensor:
 
 
 def default_score(output: Tensor, target: Tensor) -> float:
-    """Accuracy for integer targets, minus the mean squared error otherwise."""
+    """Returns the accuracy for integer targets, minus the mean squared error otherwise."""
     if not target.is_floating_point():
         return (output.argmax(1) == target).double().mean().item()
     _check_shapes(output, target)
@@ -162,5 +162,5 @@ def _check_shapes(output: Tensor, target: Tensor) -> None:
 
 
 def default_optimizer(parameters: list[Tensor]) -> torch.optim.Optimizer:
-    """Adam with a learning rate of 0.001."""
+    """Returns Adam with a learning rate of 0.001."""
     return torch.optim.Adam(parameters, lr=1e-3, fused=all(p.device.type in ("cpu", "cuda") for p in parameters))

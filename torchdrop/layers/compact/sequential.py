@@ -5,8 +5,8 @@ probability,
 
     y = (x m / k) W' + b = (x[:, K] / k) W[:, K]' + b
 
-so what is dropped need not be computed: neither these columns of W nor, in the layer before, the rows that give the
-dropped units. At k = 1/2 the products between two hidden layers shrink to a quarter, forward and backward.
+so dropped units need not be computed: neither their columns of W are used nor, in the layer before, the rows that make
+them. At k = 1/2 the products between two hidden layers shrink to a quarter, forward and backward.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ _ELSEWHERE = (nn.Hardsigmoid, nn.Hardtanh, nn.LogSigmoid, nn.Sigmoid, nn.Softplu
 
 
 _ALIGNED, _WIDE = 8, 128
-"""Layers of `_WIDE` units and more keep a multiple of `_ALIGNED`: where the rows of a product begin anywhere, it was
-measured at up to 1.5 times the time."""
+"""Layers of `_WIDE` units and more keep a multiple of `_ALIGNED`: without alignment of its rows, a product was measured
+to take up to 1.5 times as long."""
 
 _Named = Sequence[tuple[str, Any]]
 """Modules by name, in order."""
@@ -60,7 +60,7 @@ def _is_elementwise(module: nn.Module) -> bool:
 class _Feed(NamedTuple):
     """Dropouts whose mask is over the inputs of one Linear; by positions.
 
-    `start` is where the units begin to be cut: the Linear that gives them if only elementwise modules lie between, else
+    `start` is the first module with cut units: the Linear that makes them if only elementwise modules are between, else
     the first of the dropouts.
     """
 
@@ -70,7 +70,7 @@ class _Feed(NamedTuple):
 
 
 def _feeds(modules: _Named) -> list[_Feed]:
-    """What can be cut.
+    """Finds the dropouts that can be cut.
 
     Raises:
         ValueError: a Dropout that comes before a Linear and cannot be cut.
@@ -118,7 +118,7 @@ def _check_feed(modules: _Named, source: int, dropouts: Sequence[int], linear: i
 
 
 def _is_watched(module: nn.Module) -> bool:
-    """Whether a hook wants whole tensors: to see or change (`insert`), or to make the weight (pruning, weight_norm)."""
+    """Whether a hook needs whole tensors: to see or change (`insert`), or to make the weight (pruning, weight_norm)."""
     return any(
         not is_observer(hook)
         for hooks in (
@@ -133,7 +133,7 @@ def _is_plain(tensor: Any) -> bool:
 
 
 def _must_mask(input: Any, modules: _Named) -> bool:
-    """Whether sizes must not depend on the masks, or something has to see the whole layers: masks are applied then."""
+    """Whether masks must be applied: sizes must not depend on them, or something has to see the whole layers."""
     return (
         is_compiling()
         or transforms_active()
@@ -149,15 +149,15 @@ def _must_mask(input: Any, modules: _Named) -> bool:
 
 
 def _factors(dropout: nn.Module, x: Tensor, units: int) -> Tensor | None:
-    """m / k of every unit, as this layer makes it of ones; None where it leaves them alone."""
+    """Returns m / k of every unit, which is this layer's output for ones; None if it leaves them alone."""
     ones = torch.ones((1, units), dtype=COMPUTE_DTYPE[x.dtype], device=x.device)
     out = dropout(ones)
     return None if out is ones and not getattr(dropout, "inplace", False) else out.squeeze(0)
 
 
-def _kept(factors: Iterable[Tensor | None], units: int) -> Tensor | None:
-    """The units that stay in the products: those that all masks keep, and in wide layers some more, so that rows begin
-    at multiples of 32 bytes. None if these are all."""
+def _kept_units(factors: Iterable[Tensor | None], units: int) -> Tensor | None:
+    """Returns the units that stay in the products: those that all masks keep, and in wide layers some more, so that
+    rows begin at multiples of 32 bytes. None if these are all."""
     mask = None
     for one in factors:
         if one is not None:
@@ -193,28 +193,28 @@ def _check_units(x: Tensor, linear: nn.Module) -> None:
 class CompactSequential(nn.Sequential):
     """nn.Sequential in which dropout between Linear layers makes a training step cheaper: dropped units are cut out.
 
-    A Dropout before a Linear draws one mask over the units for the whole batch, and instead of multiplying by it,
-    the rows of the Linear before and the columns of the Linear behind are cut (see the module's docstring for the
-    formula). Output and gradients are those of the whole network with that mask and scale, up to rounding; the
-    gradient of what is cut out is exactly 0. E[y] = x holds for each Dropout, but the rows of a batch share a mask, so
+    A Dropout before a Linear draws one mask over the units for the whole batch. Instead of multiplying by it, it cuts
+    the rows of the Linear before and the columns of the Linear after (see the module's docstring for the formula).
+    Output and gradients are those of the whole network with that mask and scale, up to rounding; the gradient of rows
+    and columns that are cut out is exactly 0. E[y] = x holds for each Dropout, but the rows of a batch share a mask, so
     the noise of a batch's mean gradient is larger than with a mask for each row.
 
-    The children are called as ever in eval mode; the Dropout layers hold the rates. What is made of each child:
+    In eval mode the children are called as in nn.Sequential; the Dropout layers hold the rates. In training:
 
-    - Linear: of torch.nn; a subclass with a forward of its own is left as it is.
-    - Dropout: torchdrop.Dropout or torch.nn.Dropout. One that no Linear follows drops element by element, as ever. All
-      that makes these layers draw or not (train mode, schedules, `set_keep_prob`, `disabled`, `frozen_masks`,
+    - Linear: torch.nn.Linear is cut; a subclass with a forward of its own is left as it is.
+    - Dropout: torchdrop.Dropout or torch.nn.Dropout. If no Linear follows, it drops element by element, as usual. All
+      that decides whether these layers draw (train mode, schedules, `set_keep_prob`, `disabled`, `frozen_masks`,
       generators, Monte Carlo inference) holds as it does for the layers alone. keep_prob may be a tensor over units.
-    - elementwise activations, which may lie between a Linear and the Dropout behind it: CELU, ELU, GELU, Hardshrink,
+    - elementwise activations, which may be between a Linear and the Dropout after it: CELU, ELU, GELU, Hardshrink,
       Hardsigmoid, Hardswish, Hardtanh, Identity, LeakyReLU, LogSigmoid, Mish, PReLU with one parameter, ReLU, ReLU6,
       SELU, SiLU, Sigmoid, Softplus, Softshrink, Softsign, Tanh, Tanhshrink, Threshold, and modules with a
-      true attribute `elementwise`. Those with f(0) = 0 may also lie between the Dropout and the next Linear.
-    - anything else (LayerNorm, say) works and sees all units: behind it only the columns are cut.
+      true attribute `elementwise`. Those with f(0) = 0 may also be between the Dropout and the next Linear.
+    - anything else (for example LayerNorm) works and sees all units: after it only the columns are cut.
 
     Masks are applied instead of cut, with the same result, where sizes must not depend on them: in compiled code, under
     torch.func transforms and forward-mode AD (so mc_predict prefers "loop", whose samples are cut); for tensor
-    subclasses; and where a child other than a Dropout has hooks, those of `insert` among them, which see whole tensors.
-    On a GPU cutting waits for the mask's size. Where all units are dropped the next Linear gives its bias. In layers of
+    subclasses; and if a child other than a Dropout has hooks, such as those of `insert`, which see whole tensors. On a
+    GPU cutting waits for the mask's size. If all units are dropped, the next Linear returns its bias. In layers of
     128 units and more up to 7 dropped ones stay in the products, as zeros, since these are faster in multiples of 8.
 
     Args:
@@ -226,7 +226,7 @@ class CompactSequential(nn.Sequential):
         nn.Sequential.
 
     Raises:
-        ValueError: a Dropout before a Linear that cannot be cut, since something else lies between; one with
+        ValueError: a Dropout before a Linear that cannot be cut, since something else is between; one with
             `shared_axes`, `noise_shape` or `shard`; two Linear layers that do not fit; one that is not initialized.
 
     References:
@@ -272,7 +272,7 @@ def _run(x: Tensor, named: _Named, feeds: Mapping[int, _Feed], masking: bool) ->
             if columns is None:
                 _check_units(x, named[feed.linear][1] if feed.start in feed.dropouts else module)
             factors = {d: _factors(named[d][1], x, units) for d in feed.dropouts}
-            kept = None if masking else _kept(factors.values(), units)
+            kept = None if masking else _kept_units(factors.values(), units)
         if not masking and _is_linear(module):
             rows = kept if feed is not None else None
             bias = module.bias if module.bias is None or rows is None else module.bias.index_select(0, rows)
@@ -295,7 +295,7 @@ def compact(
     keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
 ) -> CompactSequential:
-    """A `CompactSequential` of modules that exist: the same children and parameters, under the same state_dict keys.
+    """Makes a `CompactSequential` of existing modules: the same children and parameters, with the same state_dict keys.
 
     Dropout layers among them hold the rates, each its own. If there are none, a rate must be given, and a
     torchdrop.Dropout with it comes before every Linear but the first, as child "dropout0", "dropout1", ... For the
@@ -305,9 +305,9 @@ def compact(
 
     Args:
         modules: an nn.Sequential, modules by the names that they get, or modules in order.
-        p: probability of dropping a hidden unit, in [0, 1], where no Dropout is among the modules.
+        p: probability of dropping a hidden unit, in [0, 1], if no Dropout is among the modules.
         keep_prob: probability of keeping it, in place of `p`.
-        generator: where the masks' keys are drawn from, for the Dropout layers that are put in.
+        generator: the source of the masks' keys, for the Dropout layers that are put in.
 
     Returns:
         The CompactSequential, in train mode if the nn.Sequential is (else if the first module is). Hooks of the
@@ -316,7 +316,7 @@ def compact(
     Raises:
         TypeError: no module, an nn.Sequential with a forward of its own, or both names of the rate.
         ValueError: a rate for modules that have Dropout layers, or none for modules without; nothing that can be cut;
-            and what `CompactSequential` refuses.
+            or an error of `CompactSequential`.
 
     Example:
         >>> import torch, torchdrop
@@ -328,7 +328,7 @@ def compact(
         >>> torch.equal(cheaper.eval()(torch.ones(2, 8)), model.eval()(torch.ones(2, 8)))
         True
     """
-    named = _named(modules)
+    named = _named_modules(modules)
     dropouts = [name for name, module in named if isinstance(module, nn.Dropout)]
     given = p is not None or keep_prob is not None
     if given and dropouts:
@@ -350,7 +350,7 @@ def compact(
     return made
 
 
-def _named(modules: Any) -> _Named:
+def _named_modules(modules: Any) -> _Named:
     if isinstance(modules, nn.Sequential):
         if type(modules).forward not in (nn.Sequential.forward, CompactSequential.forward):
             raise TypeError(f"modules must be an nn.Sequential, got {type(modules).__name__} with a forward of its own")

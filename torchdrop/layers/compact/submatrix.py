@@ -1,4 +1,4 @@
-"""The rows and columns of a matrix that a mask keeps, and the map back: a matrix in the midst of zeros.
+"""The rows and columns of a matrix that a mask keeps, and the map back: a matrix with zeros in the other places.
 
     cut(W, R, C)_ij = W_{R_i, C_j}        spread(G, R, C)_{R_i, C_j} = G_ij, 0 elsewhere
 
@@ -49,7 +49,7 @@ def _taken(matrix: Tensor, rows: Index, columns: Index) -> Tensor:
 
 
 def _placed(part: Tensor, rows: Index, columns: Index, shape: Sequence[int]) -> Tensor:
-    """Rows are copied as a whole: on the CPU in blocks, which stay in a cache between the two steps."""
+    """Places the part among zeros. Rows are copied as a whole: on the CPU in blocks, which stay in a cache."""
     whole = part.new_zeros(shape)
     if columns is None:
         assert rows is not None
@@ -66,5 +66,5 @@ def _placed(part: Tensor, rows: Index, columns: Index, shape: Sequence[int]) -> 
 
 
 def cut(matrix: Tensor, rows: Index, columns: Index) -> Tensor:
-    """These rows and columns of a matrix. Its gradient is the whole matrix's, exactly 0 elsewhere."""
+    """Returns these rows and columns of a matrix. Its gradient is the whole matrix's, exactly 0 elsewhere."""
     return matrix if rows is None and columns is None else _Cut.apply(matrix, rows, columns)

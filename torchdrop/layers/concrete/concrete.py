@@ -4,8 +4,9 @@ A mask has no gradient in its rate p. With u uniform on (0, 1), k = 1 - p and a 
 
     y = x (1 - z) / k,   z = sigmoid((logit p + logit u) / t)
 
-has one (Gal, Hron and Kendall, NeurIPS 2017). As t falls to 0, z becomes the indicator of u > k and y dropout with keep
-probability k. The wrapper `ConcreteLayer` adds the regularizer without which p would follow the training data alone.
+has one (Gal, Hron and Kendall, NeurIPS 2017). As t falls to 0, z becomes the indicator of u > k and y becomes dropout
+with keep probability k. The wrapper `ConcreteLayer` adds the regularizer, without which p would follow only the
+training data.
 
 The relaxation has a bias: E[1 - z] is not k, but
 
@@ -48,7 +49,7 @@ def _check_temperature(temperature: Any) -> None:
 
 
 def _checked_logit(logit_p: Any, like: Tensor, shape: Sequence[int]) -> Tensor:
-    """The logit in the dtype that `like` is computed in.
+    """Returns the logit in the dtype that `like` is computed in.
 
     Raises:
         TypeError: it is neither a number nor a tensor.
@@ -85,23 +86,23 @@ def concrete_dropout(
     """Multiplies by a relaxed dropout mask that is differentiable in the logit of its rate.
 
     ``y = x (1 - z) / k`` with ``z = sigmoid((logit p + logit u) / t)``, u uniform on (0, 1) and k = 1 - p. For t -> 0
-    this is `dropout` with keep_prob k, with the very mask that `dropout` has under the same seed. E[y] is
+    this is `dropout` with keep_prob k, with the same mask that `dropout` has under the same seed. E[y] is
     ``x E[1 - z] / k``, which is x at p = 1/2 and for t -> 0 only (0.9455 x at t = 2/3 and p = 0.3), unless `unbiased`
-    asks for a division by E[1 - z]: then E[y] = x at every rate and temperature. The rate comes as a logit, so 0 and 1
-    are out of its reach; for a logit of large magnitude the output stays finite. In eval mode the input itself is
-    returned. Backward keeps two numbers for each element of the mask, in float32 or float64.
+    asks for a division by E[1 - z]: then E[y] = x at every rate and temperature. The rate is given as a logit, so it
+    cannot be 0 or 1; for a logit of large magnitude the output stays finite. In eval mode the input itself is returned.
+    Backward keeps two numbers for each element of the mask, in float32 or float64.
 
     Args:
         input: float16, bfloat16, float32 or float64, of any shape, strides and memory format.
         logit_p: ln(p / (1 - p)) of the probability p of dropping: a number, or a tensor that broadcasts against the
-            mask and may want a gradient.
+            mask and may require a gradient.
         training: whether dropout is applied.
         temperature: t, in (0, 1]. Default: 0.1.
         shared_axes: the axes over which the mask is the same, for example those of an image.
-        noise_shape: the mask's shape, with 1 where it is shared (None stands for the input's size).
-        unbiased: whether the expectation is kept, by dividing by E[1 - z], an integral taken to machine precision, in
-            place of k.
-        generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
+        noise_shape: the mask's shape, with 1 where it is shared (None means the input's size).
+        unbiased: whether the expectation is kept, by dividing by E[1 - z], an integral computed to machine precision,
+            in place of k.
+        generator: the source of the mask's key; PyTorch's default generator of the device if None.
 
     Returns:
         A tensor of the input's shape, dtype and memory format; the input itself in eval mode.
@@ -134,7 +135,7 @@ def concrete_dropout(
     logit = _checked_logit(logit_p, input, shape)
     noise = torch.logit(sites.uniform(input, shape, generator))
     log_mean = _log_mean(logit, temperature) if unbiased else logsigmoid(-logit)
-    log_gate = -softplus((logit + noise) / temperature)  # logsigmoid would keep one number more for backward
+    log_gate = -softplus((logit + noise) / temperature)  # logsigmoid would keep one more number for backward
     gate = torch.exp(log_gate - log_mean)
     return (input.to(gate.dtype) * gate).to(input.dtype)
 
@@ -143,7 +144,7 @@ _STEP, _NODES = 0.5, 120
 
 
 def _log_mean(logit: Tensor, temperature: float) -> Tensor:
-    """ln E[1 - z], the logarithm of ``int sigmoid(t s - logit p) sigmoid'(s) ds`` over all real s.
+    """Returns ln E[1 - z], the logarithm of ``int sigmoid(t s - logit p) sigmoid'(s) ds`` over all real s.
 
     The trapezoidal rule is exact to rounding here: the integrand is analytic in a strip of half-width pi, which makes
     its error at this step about exp(-4 pi^2), and falls like exp(-|s|) at least beyond |logit p|.
@@ -154,7 +155,7 @@ def _log_mean(logit: Tensor, temperature: float) -> Tensor:
 
 
 def _logit(p: Probability | None, keep_prob: Probability | None) -> Tensor:
-    """The logit of a rate strictly between 0 and 1; of p = 0.1 if none is given.
+    """Returns the logit of a rate strictly between 0 and 1; of p = 0.1 if none is given.
 
     Raises:
         TypeError, ValueError: as `read_rate`, or a rate of 0 or 1.
@@ -173,22 +174,22 @@ def _logit(p: Probability | None, keep_prob: Probability | None) -> Tensor:
 class ConcreteDropout(nn.Module):
     """Module of `concrete_dropout`: dropout with a rate that is learned; the input itself in eval mode.
 
-    The rate is the parameter `logit_p`. Nothing here keeps a loss from teaching it to drop less and less: wrap the
-    layer that follows in `ConcreteLayer` instead, which has the regularizer, or add one of your own in `p`.
+    The rate is the parameter `logit_p`. Without a regularizer, training makes it drop less and less: wrap the layer
+    that follows in `ConcreteLayer` instead, which has the regularizer, or add one of your own in `p`.
 
     `p` and `keep_prob` are two views of the rate, differentiable tensors; setting one sets `logit_p`. As the rate is
-    learned, `keep_probs`, `set_keep_prob` and schedules pass it by. `mc_dropout` and `mc_predict` turn the layer on,
+    learned, `keep_probs`, `set_keep_prob` and schedules leave it out. `mc_dropout` and `mc_predict` turn the layer on,
     with relaxed masks as in training, and `disabled` turns it off.
 
     Args:
-        p: probability of dropping at first, strictly between 0 and 1: a number, or a tensor that broadcasts against
+        p: initial probability of dropping, strictly between 0 and 1: a number, or a tensor that broadcasts against
             the mask and gives every part of it a rate of its own. Default: 0.1.
-        keep_prob: probability of keeping at first, in place of `p`.
+        keep_prob: initial probability of keeping, in place of `p`.
         temperature: t, in (0, 1]. Default: 0.1.
         shared_axes: the axes over which the mask is the same.
-        noise_shape: the mask's shape, with 1 where it is shared (None stands for the input's size).
+        noise_shape: the mask's shape, with 1 where it is shared (None means the input's size).
         unbiased: whether to divide by E[1 - z] in place of k.
-        generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the masks' keys; PyTorch's default generator of the device if None.
 
     Shape:
         Input and output: any shape. The state_dict has ``logit_p``, of shape () or that of `p`.
@@ -243,7 +244,7 @@ class ConcreteDropout(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Starts anew from the rate that the layer was constructed with."""
+        """Resets the rate to the one that the layer was constructed with."""
         self.logit_p.copy_(_logit(*self._first))
 
     @property

@@ -4,9 +4,8 @@ For a layer with weights W and K inputs, a rate p of dropping and k = 1 - p, the
 
     lambda_w ||W||^2 / k + lambda_d K (p ln p + k ln k)
 
-the divergence of the weights' approximate posterior from a prior N(0, 1 / l^2), up to a constant and a factor. Its
-entropy holds p up where there are few examples; the likelihood of many pushes p down (Gal, Hron and Kendall, NeurIPS
-2017).
+the divergence of the weights' approximate posterior from a prior N(0, 1 / l^2), up to a constant and a factor. With few
+examples its entropy keeps p large; the likelihood of many examples makes p small (Gal, Hron and Kendall, NeurIPS 2017).
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ Loss = Literal["squared", "cross_entropy"]
 
 
 class Regularizers(NamedTuple):
-    """The factors of `ConcreteLayer`'s regularizer: lambda_w of the weights, lambda_d of the entropy."""
+    """The factors of `ConcreteLayer`'s regularizer: lambda_w for the weights, lambda_d for the entropy."""
 
     weight: float
     dropout: float
@@ -40,16 +39,16 @@ class Regularizers(NamedTuple):
 def concrete_regularizers(
     examples: float, *, length_scale: float = 1e-2, precision: float = 1.0, loss: Loss = "squared"
 ) -> Regularizers:
-    """The factors lambda_w and lambda_d of concrete dropout's regularizer, for a loss that is a mean over examples.
+    """Returns the factors lambda_w and lambda_d of concrete dropout's regularizer, for a loss averaged over examples.
 
     ``lambda_w = l^2 / (tau N)``, and ``lambda_d = 2 / (tau N)`` or, for cross-entropy, ``1 / (tau N)``. The first pair
     goes with a squared error whose noise has precision tau and, at tau = 1, with twice a negative log-likelihood, such
-    as ``(y - f)^2 / s^2 + ln s^2``. The second is the published one for cross-entropy; it stands for a prior length
+    as ``(y - f)^2 / s^2 + ln s^2``. The second is the published one for cross-entropy; it corresponds to a prior length
     scale of l sqrt(2).
 
     Args:
         examples: N, the number of training examples.
-        length_scale: l of the prior of the weights, N(0, 1 / l^2). Default: 0.01.
+        length_scale: l in the prior of the weights, N(0, 1 / l^2). Default: 0.01.
         precision: tau, the inverse variance of the observations' noise. Default: 1.
         loss: "squared" or "cross_entropy".
 
@@ -77,7 +76,7 @@ def concrete_regularizers(
 
 
 class ConcreteLayer(nn.Module):
-    """A linear or convolutional layer with concrete dropout of its input, and the regularizer that goes with it.
+    """A linear or convolutional layer with concrete dropout of its input, and the regularizer that belongs to it.
 
     ``layer(concrete_dropout(x))``, element by element before nn.Linear and by whole channels of a sample before a
     convolution. The regularizer ``lambda_w ||W||^2 / k + lambda_d K (p ln p + k ln k)``, with W the layer's weight
@@ -86,12 +85,12 @@ class ConcreteLayer(nn.Module):
 
     Args:
         layer: an nn.Linear, nn.Conv1d to nn.Conv3d or their transposed forms; it is held, not copied.
-        p: probability of dropping at first, a number strictly between 0 and 1. Default: 0.1.
-        keep_prob: probability of keeping at first, in place of `p`.
+        p: initial probability of dropping, a number strictly between 0 and 1. Default: 0.1.
+        keep_prob: initial probability of keeping, in place of `p`.
         regularizers: (lambda_w, lambda_d), from `concrete_regularizers` or any two numbers that are not negative.
         temperature: t, in (0, 1]. Default: 0.1.
         unbiased: whether the noise divides by E[1 - z] in place of k.
-        generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the masks' keys; PyTorch's default generator of the device if None.
 
     Attributes:
         layer: the wrapped layer.
@@ -157,7 +156,7 @@ class ConcreteLayer(nn.Module):
         return self.layer(self.dropout(input))
 
     def regularizer(self) -> Tensor:
-        """``lambda_w ||W||^2 / k + lambda_d K (p ln p + k ln k)`` as it stands, a scalar in float32 at least."""
+        """Returns ``lambda_w ||W||^2 / k + lambda_d K (p ln p + k ln k)`` at this moment, in float32 at least."""
         weight = self.layer.weight
         wide = torch.promote_types(weight.dtype, torch.float32)
         logit = self.dropout.logit_p.to(wide)

@@ -1,13 +1,13 @@
 """DropBlock: `drop_block1d`, `drop_block2d`, `drop_block3d` and their modules.
 
-Blocks of side b start at random places of each map, wholly inside it, and what they cover is dropped (Ghiasi et al.,
-NeurIPS 2018). With c the elements that no block covers and P(c) their probability,
+Blocks of side b start at random places of each map, wholly inside it, and the elements that they cover are dropped
+(Ghiasi et al., NeurIPS 2018). With c the elements that no block covers and P(c) their probability,
 
     y = x c / mean(P(c))       scaling "mean": the expectation over a map's positions is right, E[c] has the mean k
     y = x c / P(c)             scaling "marginal": E[y] = x at every position
 
-How often blocks start is solved for, so that the mean of P(c) over positions is k (see `_geometry`). Both scales follow
-from the rate and the shape alone, never from the mask that was drawn, which would couple samples.
+The probability that a block starts is solved for, so that the mean of P(c) over positions is k (see `geometry`). Both
+scales follow only from the rate and the shape, never from the mask that was drawn, which would couple samples.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ def _check_form(block_size: Any, scaling: Any, inplace: Any) -> None:
     check_bool("inplace", inplace)  # timm's third argument is a number, gamma_scale
 
 
-def _named(p: Any, keep_prob: Any) -> Any:
-    """`rate_named`, where no rate at all is for `as_rate` to refuse."""
+def _rate_or_none(p: Any, keep_prob: Any) -> Any:
+    """Does what `rate_named` does, but lets `as_rate` refuse a call without a rate."""
     return None if p is None else rate_named("p", p, keep_prob)
 
 
 def _mask_shape(input: Tensor, spatial: int, block_size: int, shared_axes: Axes) -> tuple[int, ...]:
-    """The input's shape, with ones on the shared axes, none of which may be the map's."""
+    """Returns the input's shape, with ones on the shared axes, none of which may be the map's."""
     dims, name = input.dim(), f"drop_block{spatial}d"
     axes = ", ".join("DHW"[3 - spatial :] if spatial > 1 else "L")
     if dims not in (spatial + 1, spatial + 2):
@@ -70,7 +70,7 @@ _UNSCALED = MaskParams(ONE, 1.0)
 
 
 class _Blocked(torch.autograd.Function):
-    """The mask stays for backward, at a byte for each of its elements."""
+    """Multiplication by a mask that backward keeps, at a byte for each of its elements."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, kept: Tensor, params: MaskParams) -> Tensor:
@@ -84,32 +84,32 @@ class _Blocked(torch.autograd.Function):
         return _masked(operators.fitting(grad, ctx.shape, kept.device), kept, ctx.params), None, None
 
 
-def _recorded(x: Tensor, kept: Tensor, params: MaskParams) -> Tensor:
+def _select(x: Tensor, kept: Tensor, params: MaskParams) -> Tensor:
     if x.requires_grad and torch.is_grad_enabled():
         return _Blocked.apply(x, kept, params)
     return kernels.select(x, kept, params)
 
 
-def _selected(x: Tensor, kept: Tensor, params: MaskParams) -> Tensor:
-    """By the kernel, whose results are contiguous: dimensions are put in the order of x's memory, and back."""
+def _select_in_memory_order(x: Tensor, kept: Tensor, params: MaskParams) -> Tensor:
+    """Applies the kernel, whose results are contiguous: dimensions are put in the order of x's memory, and back."""
     if x.is_contiguous():
-        return _recorded(x, kept, params)
+        return _select(x, kept, params)
     strides = x.stride()
     order = sorted(range(x.dim()), key=lambda d: -strides[d])
     back = [order.index(d) for d in range(x.dim())]
-    return _recorded(x.permute(order), kept.expand(x.shape).permute(order), params).permute(back)
+    return _select(x.permute(order), kept.expand(x.shape).permute(order), params).permute(back)
 
 
 def _masked(x: Tensor, kept: Tensor, scale: MaskParams | Tensor) -> Tensor:
-    """``x * scale`` where kept and 0 elsewhere, differentiable in x."""
+    """Returns ``x * scale`` where kept and 0 elsewhere, differentiable in x."""
     dtype = COMPUTE_DTYPE[x.dtype]
     if not is_compiling() and is_plain(x):
         if isinstance(scale, MaskParams):
-            return _selected(x, kept, scale)
-        return (_selected(x, kept, _UNSCALED).to(dtype) * scale.to(x.device, dtype)).to(x.dtype)
+            return _select_in_memory_order(x, kept, scale)
+        return (_select_in_memory_order(x, kept, _UNSCALED).to(dtype) * scale.to(x.device, dtype)).to(x.dtype)
     factor = scale.scale if isinstance(scale, MaskParams) else scale.to(x.device, dtype)
     if not x.is_contiguous():
-        kept = torch.ones_like(x, dtype=torch.bool) & kept  # x's strides come first, and where() takes them over
+        kept = torch.ones_like(x, dtype=torch.bool) & kept  # the result has x's strides, and where() copies them
     return torch.where(kept, x.to(dtype) * factor, 0.0).to(x.dtype)
 
 
@@ -125,8 +125,8 @@ def _drop_block(
     shared_axes: Axes,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """The three forms, which differ in the number of the map's dimensions."""
-    rate = as_rate(_named(p, keep_prob), keep_prob)
+    """Drops blocks, for all three forms. These differ in the number of the map's dimensions."""
+    rate = as_rate(_rate_or_none(p, keep_prob), keep_prob)
     _check_form(block_size, scaling, inplace)
     if not sites.is_on(training):
         return input
@@ -159,9 +159,9 @@ def drop_block1d(
     shared_axes: Axes = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """`drop_block2d` of (N, C, L) or (C, L): blocks of `block_size` neighbors, for each channel of each sample.
+    """Applies `drop_block2d` to (N, C, L) or (C, L): blocks of `block_size` neighbors in each channel of each sample.
 
-    The definition, what it preserves and the arguments are those of `drop_block2d`.
+    The definition, the expectation and the arguments are those of `drop_block2d`.
 
     Example:
         >>> import torch, torchdrop
@@ -187,14 +187,14 @@ def drop_block2d(
     shared_axes: Axes = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Drops square blocks of each channel's map, so that a share k of the positions is kept in the mean.
+    """Drops square blocks of each channel's map, so that a share k of the positions is kept on average.
 
     Blocks of side b start with probability 1 - q, independently, at each of the (H - b + 1)(W - b + 1) places where
     they fit. Position (i, j) is kept with probability ``q**(r(i) r(j))``, r counting the places on its axis whose
     blocks cover it, so it is higher at the edges; q is solved for such that its mean over positions is k = keep_prob
-    = 1 - p, within ``block_size**2 / 2**33``. What is kept is multiplied, in training, by
+    = 1 - p, within ``block_size**2 / 2**33``. In training, kept elements are multiplied by
 
-    - ``scaling="mean"``: 1 over that mean, one number. E[y] = x in the mean over a map's positions.
+    - ``scaling="mean"``: 1 over that mean, one number. E[y] = x on average over a map's positions.
     - ``scaling="marginal"``: 1 over the position's own probability. E[y] = x everywhere. The center's probability is
       below k, so its scale is above 1/k; above 10 it is refused (below k = 0.54 for blocks of 7 on maps of 14 x 14).
 
@@ -212,7 +212,7 @@ def drop_block2d(
         keep_prob: k, in place of `p`: a number, or a tensor that broadcasts against (N, C, 1, 1).
         scaling: "mean" or "marginal".
         shared_axes: axes over which the mask is the same, such as 1 for all channels; never those of the map.
-        generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the mask's key; PyTorch's default generator of the device if None.
 
     Returns:
         A tensor of the input's shape, dtype and memory format; the input itself in eval mode, with k = 1 and in place.
@@ -224,8 +224,8 @@ def drop_block2d(
         RuntimeError: an integer tensor, or one that must not be written to.
 
     References:
-        Ghiasi, Lin and Le, NeurIPS 2018 (arXiv:1810.12890). Its equation (1) for the rate of blocks leaves out that
-        they overlap, and its algorithm 1 scales by the count of the mask that was drawn.
+        Ghiasi, Lin and Le, NeurIPS 2018 (arXiv:1810.12890). Its equation (1) for the rate of blocks ignores that they
+        overlap, and its algorithm 1 scales by the count of the mask that was drawn.
 
     Example:
         >>> import torch, torchdrop
@@ -252,9 +252,9 @@ def drop_block3d(
     shared_axes: Axes = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """`drop_block2d` of (N, C, D, H, W) or (C, D, H, W): cubes of side `block_size`, for each channel of each sample.
+    """Applies `drop_block2d` to (N, C, D, H, W) or (C, D, H, W): cubes of side `block_size`, in each channel.
 
-    The definition, what it preserves and the arguments are those of `drop_block2d`.
+    The definition, the expectation and the arguments are those of `drop_block2d`.
 
     Example:
         >>> import torch, torchdrop
@@ -280,7 +280,7 @@ class _DropBlock(InplaceRated):
         shared_axes: Axes = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(_named(p, keep_prob), inplace, keep_prob=keep_prob, generator=generator)
+        super().__init__(_rate_or_none(p, keep_prob), inplace, keep_prob=keep_prob, generator=generator)
         _check_form(block_size, scaling, inplace)
         self.block_size = block_size
         self.scaling = scaling
@@ -315,10 +315,10 @@ class DropBlock1d(_DropBlock):
 
 
 class DropBlock2d(_DropBlock):
-    """Module of `drop_block2d`: squares of each channel's map are dropped, so that a share k is kept in the mean.
+    """Module of `drop_block2d`: squares of each channel's map are dropped, so that a share k is kept on average.
 
     In training ``y = x c / mean(P(c))`` or ``x c / P(c)``, c the elements that no block covers; in eval mode the input
-    itself. Calls written for torchvision.ops.DropBlock2d mean the same here, with the rate that they ask for.
+    itself. Calls written for torchvision.ops.DropBlock2d mean the same here, but get the exact rate that they ask for.
 
     Args:
         p: the mean share that is dropped, in [0, 1].
@@ -328,7 +328,7 @@ class DropBlock2d(_DropBlock):
         keep_prob: k, in place of `p`: a number, or a tensor that broadcasts against (N, C, 1, 1).
         scaling: "mean" or "marginal".
         shared_axes: axes over which the mask is the same, such as 1 for all channels.
-        generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the masks' keys; PyTorch's default generator of the device if None.
 
     Shape:
         Input and output: (N, C, H, W) or (C, H, W). No parameters, no buffers, nothing in the state_dict.

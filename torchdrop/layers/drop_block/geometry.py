@@ -1,12 +1,12 @@
-"""The places where DropBlock's blocks can lie, and the probability that a position is kept.
+"""The possible places of DropBlock's blocks, and the probability that a position is kept.
 
-Blocks of side b lie wholly inside the map, so an axis of length L has L - b + 1 anchors, of which
+Blocks of side b are wholly inside the map, so an axis of length L has L - b + 1 anchors, and
 
     r(i) = min(i, L - b) - max(0, i - b + 1) + 1
 
-cover position i. If no block starts at an anchor with probability q, independently, position (i, j) is kept with
-probability q**(r(i) r(j)), and the mean over positions is a polynomial in q with positive coefficients: it rises from 0
-to 1, and exactly one q gives it the value k.
+of them cover position i. If no block starts at an anchor with probability q, independently, position (i, j) is kept
+with probability q**(r(i) r(j)), and the mean over positions is a polynomial in q with positive coefficients: it rises
+from 0 to 1, and exactly one q gives it the value k.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from ...ops.arguments import check_blocks
 Sizes = tuple[int, ...]
 
 LARGEST_SCALE = 10.0
-"""What scaling by each position's own keep probability may multiply by, at most."""
+"""The largest factor for scaling by each position's own keep probability."""
 
 
 def covers(length: int, block: int) -> list[int]:
-    """How many of an axis's anchors cover each position.
+    """Counts, for each position of an axis, the anchors whose blocks cover it.
 
     >>> covers(7, 3)
     [1, 2, 3, 3, 3, 2, 1]
@@ -40,7 +40,7 @@ def covers(length: int, block: int) -> list[int]:
 
 @functools.lru_cache(maxsize=1024)
 def _terms(sizes: Sizes, block: int) -> tuple[tuple[int, float], ...]:
-    """The mean keep probability as a polynomial: exponents, and the share of the positions that have each."""
+    """Returns the mean keep probability as a polynomial: exponents, and the share of the positions that have each."""
     counts = Counter({1: 1})
     for length in sizes:
         axis, product = Counter(covers(length, block)), Counter[int]()
@@ -52,7 +52,7 @@ def _terms(sizes: Sizes, block: int) -> tuple[tuple[int, float], ...]:
 
 
 def mean_keep(q: float, sizes: Sizes, block: int) -> float:
-    """The mean over positions of the probability that a position is kept.
+    """Returns the mean over positions of the probability that a position is kept.
 
     >>> mean_keep(0.5, (2, 2), 2)
     0.5
@@ -61,10 +61,10 @@ def mean_keep(q: float, sizes: Sizes, block: int) -> float:
 
 
 def solve(keep_prob: float, sizes: Sizes, block: int) -> float:
-    """The q with ``mean_keep(q) == keep_prob``, for a keep_prob strictly between 0 and 1.
+    """Returns the q with ``mean_keep(q) == keep_prob``, for a keep_prob strictly between 0 and 1.
 
-    Newton's method from q = 1: on a convex, rising function it comes down to the root from above, so the first step
-    that does not go down is where double precision ends.
+    Newton's method starts from q = 1: on a convex, rising function it comes down to the root from above, so it has
+    reached double precision at the first step that does not go down.
     """
     terms, q = _terms(sizes, block), 1.0
     while True:
@@ -77,7 +77,7 @@ def solve(keep_prob: float, sizes: Sizes, block: int) -> float:
 
 @functools.lru_cache(maxsize=4096)
 def _anchor_params(kept: int, sizes: Sizes, block: int) -> MaskParams:
-    """For a keep probability of ``kept / 2**32``: the threshold of q, and the reciprocal of the mean that it gives."""
+    """Returns, for a keep probability of ``kept / 2**32``, the threshold of q and the reciprocal of its mean."""
     if kept in (0, ONE):
         return MaskParams(kept, 1.0)
     below = threshold(solve(kept / ONE, sizes, block))
@@ -109,8 +109,8 @@ def _position_scales(params: Tensor, sizes: Sizes, block: int) -> Tensor:
 def _define(
     name: str, run: Callable[[Tensor, Sizes, int], Tensor], shape_of: Callable[[Tensor, Sequence[int]], Sequence[int]]
 ) -> Any:
-    """An operator of mask parameters: the same double precision in eager and in compiled code, which can not see the
-    parameters."""
+    """Defines an operator of mask parameters, with the same double precision in eager and in compiled code, which
+    cannot see the parameters."""
     qualified, scales = f"torchdrop::{name}", name == "block_scales"
     torch.library.define(qualified, "(Tensor params, SymInt[] sizes, SymInt block) -> Tensor")
     registered = getattr(torch.ops.torchdrop, name).default
@@ -142,9 +142,9 @@ _block_scales = _define(
 
 
 def anchor_params(params: MaskParams | Tensor, sizes: Sequence[int], block: int) -> MaskParams | Tensor:
-    """From the parameters of a keep probability to that of the anchors: no block starts at one below its threshold.
+    """Converts the parameters of a keep probability to those of the anchors: no block starts below their threshold.
 
-    Its scale is the reciprocal of the mean keep probability that this threshold gives.
+    Their scale is the reciprocal of the mean keep probability under this threshold.
     """
     if isinstance(params, MaskParams):
         return _anchor_params(params.threshold, tuple(sizes), block)
@@ -152,7 +152,7 @@ def anchor_params(params: MaskParams | Tensor, sizes: Sequence[int], block: int)
 
 
 def position_scales(params: MaskParams | Tensor, sizes: Sequence[int], block: int) -> Tensor:
-    """The reciprocal of each position's own keep probability under the mask parameters of the anchors, as float64.
+    """Returns the reciprocal of each position's own keep probability under the parameters of the anchors, as float64.
 
     Raises:
         ValueError: one is larger than `LARGEST_SCALE`.
@@ -161,14 +161,14 @@ def position_scales(params: MaskParams | Tensor, sizes: Sequence[int], block: in
 
 
 def free(unstarted: Tensor, sizes: Sequence[int], block: int) -> Tensor:
-    """Where no block lies, from where none starts: bools of any shape whose last dimensions are the map's.
+    """Computes the positions that no block covers from the places where none starts, as bools.
 
-    A block starts at its corner of lowest indices. What `unstarted` says of places that are no anchors, where a block
-    would not fit, is not looked at.
+    The last dimensions are the map's. A block starts at its corner of lowest indices. The values of `unstarted` at
+    places that are no anchors, where a block would not fit, have no effect.
 
-    Position i is free if the b places up to it start no block, on each axis. Places that are no anchors end each row,
-    and rows of them each map, so the whole tensor can be taken as one row: a window that reaches back over an edge
-    meets only them. A window of b comes from log2(b) windows of half the size.
+    Position i is free if the b places up to it start no block, on each axis. Each row ends with places that are no
+    anchors, and each map with rows of them, so the whole tensor can be taken as one row: a window that reaches back
+    over an edge contains only them. A window of b is made from log2(b) windows of half the size.
     """
     beyond = torch.ones(tuple(sizes), dtype=torch.bool, device=unstarted.device)
     beyond[tuple(slice(0, length - block + 1) for length in sizes)] = False

@@ -1,4 +1,4 @@
-"""Edges of a graph as a tensor of two rows: what is checked of them, and a draw for each pair of nodes."""
+"""Edges of a graph as a tensor of two rows: their checks, and a draw for each pair of nodes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def check_edges(edge_index: Any, edge_weight: Any, num_nodes: int | None) -> Non
     """Refuses edges that are no pairs of nodes' numbers, and weights that are not one for each of them.
 
     Raises:
-        TypeError, ValueError: they are not.
+        TypeError, ValueError: edges or weights are refused.
     """
     if not isinstance(edge_index, Tensor):
         raise TypeError(f"edge_index must be a tensor of shape (2, edges), got {type(edge_index).__name__}")
@@ -46,8 +46,8 @@ def check_edges(edge_index: Any, edge_weight: Any, num_nodes: int | None) -> Non
 
 
 def bits_of_pairs(edge_index: Tensor, generator: torch.Generator | None) -> Tensor:
-    """An integer in [0, 2**32) for each edge, the same for (i, j) and (j, i): 128 bits are drawn and are the key, in
-    which each pair has a stream of its own."""
+    """Draws an integer in [0, 2**32) for each edge, the same for (i, j) and (j, i): 128 bits are drawn and are the key,
+    under which each pair has a stream of its own."""
     high, low, top, bottom = sites.random_bits(edge_index, (4,), generator).unbind(-1)
     source, target = edge_index.to(torch.int64).unbind(0)
     pair = torch.minimum(source, target) << 32 ^ torch.maximum(source, target)

@@ -8,8 +8,8 @@ the sum without dropout:
     drop_node      x_j m_j / k          one m for each node
     drop_message   (A_ij x_j) m_ij / k  one m for each element of the message matrix
 
-What a layer computes from the edges that are there, such as the degrees that GCN divides by, changes with them: then
-the expectation is kept of the sum, not of what it is divided by.
+Numbers that a layer computes from the edges, such as the degrees that GCN divides by, change with the kept edges: then
+only the sum keeps its expectation, not the divisor.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _drop_edges(
     keep_self_loops: bool,
     generator: torch.Generator | None,
 ) -> tuple[Tensor | None, Tensor]:
-    """Which edges are kept (None for all), and the weights of all edges, 0 where they are dropped."""
+    """Returns bools of the edges that are kept (None for all), and the weights of all edges, 0 where dropped."""
     check_edges(edge_index, edge_weight, num_nodes)
     shape = (edge_index.shape[1],)
     weight = torch.ones(shape, device=edge_index.device) if edge_weight is None else edge_weight
@@ -72,7 +72,7 @@ def _kept_edges(
     return None if every else bits < unpack_params(params, edge_index.device)[0]
 
 
-def _without(edge_index: Tensor, kept: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _remove_edges(edge_index: Tensor, kept: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
     return (edge_index, weight) if kept is None else (edge_index[:, kept], weight[kept])
 
 
@@ -88,7 +88,7 @@ def drop_edge_weight(
     num_nodes: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """`drop_edge` that leaves the edges where they are, with the weight 0 where they are dropped.
+    """Does what `drop_edge` does, but leaves dropped edges in the graph, with the weight 0.
 
     The number of edges does not change, so that it works under torch.compile(fullgraph=True) and torch.func.vmap. With
     equal seeds the same edges are dropped as by `drop_edge`, whose arguments and exceptions these are.
@@ -126,20 +126,20 @@ def drop_edge(
     """Removes edges of a graph, each with probability p, and divides the weights of the others by k = 1 - p.
 
     ``w_ij -> w_ij m_ij / k``: the expectation of a sum over neighbors, weighted by w, is the sum over all of them.
-    Take the first output alone for the published form: a layer that normalizes by the edges that are left, as
-    torch_geometric's GCNConv does. Edges are neither added nor put into another order: self-loops come once.
+    The published form takes only the first output: a layer that normalizes by the edges that are left, as
+    torch_geometric's GCNConv does. Edges are neither added nor reordered, and each self-loop occurs once.
 
     Args:
-        edge_index: (2, edges), int64 or int32: from which node to which.
+        edge_index: (2, edges), int64 or int32: the source and the target node of each edge.
         edge_weight: (edges,) or (edges, ...); ones if None.
         p: probability of dropping an edge, in [0, 1]. Default: 0.5.
         training: whether edges are dropped.
         keep_prob: probability of keeping, in place of `p`: a number, or a tensor with one for each edge.
-        undirected: whether (i, j) and (j, i), and repeated edges, are dropped together. What becomes of an edge then
-            follows from its nodes, not from its place in the list.
+        undirected: whether (i, j) and (j, i), and repeated edges, are dropped together. An edge's mask then follows
+            from its nodes, not from its place in the list.
         keep_self_loops: whether the edges (i, i) always stay, with the weight they have.
         num_nodes: if given, the nodes' numbers are compared with it (on the CPU, and not in compiled code).
-        generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the mask's key; PyTorch's default generator of the device if None.
 
     Returns:
         The edges that are left and their weights. In eval mode and with k = 1, `edge_index` itself, and `edge_weight`
@@ -164,21 +164,21 @@ def drop_edge(
     if holds_proxy(edge_index, edge_weight):
         return recorded(drop_edge, locals())
     rate = as_rate(p, keep_prob)
-    return _without(
+    return _remove_edges(
         edge_index,
         *_drop_edges(edge_index, edge_weight, num_nodes, training, rate, undirected, keep_self_loops, generator),
     )
 
 
 class DropEdge(Rated):
-    """Module of `drop_edge`: the edges that are left and their weights; `edge_weight` gives `drop_edge_weight`.
+    """Module of `drop_edge`: the edges that are left and their weights; `edge_weight` is for `drop_edge_weight`.
 
     Args:
         p: probability of dropping an edge, in [0, 1]. Default: 0.5.
         keep_prob: probability of keeping, in place of `p`.
         undirected: whether (i, j) and (j, i) are dropped together.
         keep_self_loops: whether the edges (i, i) always stay.
-        generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the masks' keys; PyTorch's default generator of the device if None.
 
     Example:
         >>> import torch, torchdrop
@@ -215,8 +215,8 @@ class DropEdge(Rated):
         )  # fmt: skip
 
     def edge_weight(self, edge_index: Tensor, edge_weight: Tensor | None = None) -> Tensor:
-        """What `drop_edge_weight` gives, at this layer's rate and mode: all edges, with the weight 0 where dropped. In
-        Monte Carlo inference the draw belongs to the module that calls this."""
+        """Returns `drop_edge_weight` at this layer's rate and mode: weights of all edges, 0 where dropped. In Monte
+        Carlo inference the draw belongs to the module that calls this."""
         return drop_edge_weight(
             edge_index, edge_weight, self.rate, self.training, undirected=self.undirected,
             keep_self_loops=self.keep_self_loops, generator=self.generator,
@@ -261,7 +261,7 @@ def drop_node(
         training: whether nodes are dropped.
         inplace: whether the result is written into `input`.
         keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against (nodes, 1).
-        generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the mask's key; PyTorch's default generator of the device if None.
 
     Returns:
         A tensor of the input's shape and dtype; the input itself in eval mode, with k = 1 and in place.
@@ -292,7 +292,7 @@ class DropNode(InplaceRated):
         p: probability of dropping a node, in [0, 1]. Default: 0.5.
         inplace: whether the result is written into the input.
         keep_prob: probability of keeping, in place of `p`.
-        generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the masks' keys; PyTorch's default generator of the device if None.
 
     Example:
         >>> import torch, torchdrop
@@ -316,7 +316,7 @@ def drop_message(
     keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Drops elements of the message matrix: what each edge carries, before it is added up at the node it leads to.
+    """Drops elements of the message matrix: the messages of edges before they are summed at their target nodes.
 
     ``y = x m / k`` element by element, k = 1 - p: inverted dropout of messages instead of features, so that a node
     sends different parts of its features to different neighbors. E[y] = x, so the expectation of the sum over
@@ -328,7 +328,7 @@ def drop_message(
         training: whether elements are dropped.
         inplace: whether the result is written into `input`.
         keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against the input.
-        generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the mask's key; PyTorch's default generator of the device if None.
 
     Returns:
         A tensor of the input's shape and dtype; the input itself in eval mode, with k = 1 and in place.
@@ -355,7 +355,7 @@ def drop_message(
 class DropMessage(InplaceRated):
     """Module of `drop_message`: messages m / k in training, the input itself in eval mode.
 
-    In a layer of torch_geometric it is called from a hook; as a part of the model it has a name and a mode:
+    A layer of torch_geometric calls it from a hook; as a part of the model it has a name and a mode:
 
         model.drop = DropMessage(0.2)
         conv.register_message_forward_hook(lambda conv, inputs, messages: model.drop(messages))
@@ -364,7 +364,7 @@ class DropMessage(InplaceRated):
         p: probability of dropping an element, in [0, 1]. Default: 0.5.
         inplace: whether the result is written into the input.
         keep_prob: probability of keeping, in place of `p`.
-        generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the masks' keys; PyTorch's default generator of the device if None.
 
     Example:
         >>> import torch, torchdrop

@@ -26,7 +26,7 @@ Hidden = Tensor | tuple[Tensor, Tensor] | None
 
 @contextmanager
 def named(argument: str) -> Iterator[None]:
-    """Says of which argument a message about a rate is."""
+    """Adds the name of the argument to a message about a rate."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -34,15 +34,15 @@ def named(argument: str) -> Iterator[None]:
 
 
 class Unrolled(nn.RNNBase):
-    """The interface of nn.LSTM or nn.GRU, run step by step with the noise that `_noise` draws.
+    """A layer with the interface of nn.LSTM or nn.GRU, run step by step with the noise that `_noise` draws.
 
-    No subclass of nn.LSTM: torch.compile refuses to enter those.
+    It is no subclass of nn.LSTM, because torch.compile refuses to enter those.
     """
 
     __prepare_scriptable__ = refuse_script
 
     layer_dropout: Dropout
-    """There only where it can act: between layers, and once it has had a rate."""
+    """The dropout between layers. It exists only if there are several layers and it has been given a rate."""
     _dropout: Probability
 
     def __init__(
@@ -71,7 +71,7 @@ class Unrolled(nn.RNNBase):
 
     @property  # type: ignore[override]
     def dropout(self) -> Probability:
-        """The rate of dropout between layers: that of `layer_dropout` where there is one."""
+        """The rate of dropout between layers: that of `layer_dropout` if there is one."""
         return self.layer_dropout.p if "layer_dropout" in self._modules else self._dropout
 
     @dropout.setter
@@ -87,7 +87,7 @@ class Unrolled(nn.RNNBase):
             self._dropout = p
 
     def _noise(self, like: Tensor, batch: int, steps: int) -> Noise:
-        """The noise of one layer in one direction, with dimensions (batch, time, units), for the dtype of `like`."""
+        """Draws the noise of one layer in one direction, with dimensions (batch, time, units), for `like`'s dtype."""
         raise NotImplementedError
 
     @leaf
@@ -115,7 +115,7 @@ class Unrolled(nn.RNNBase):
             state = tuple(part.index_select(1, order) for part in state)
 
         finals: list[State] = []
-        like = data.new_empty(0)  # not the data, from which the noise does not drop
+        like = data.new_empty(0)  # not the data, to which the noise is not applied
         drop = getattr(self, "layer_dropout", None)
         directions = 2 if self.bidirectional else 1
         for layer in range(self.num_layers):
@@ -145,17 +145,17 @@ class Unrolled(nn.RNNBase):
         return data, last if len(last) > 1 else last[0]
 
     def _weights(self, layer: int, direction: int) -> Weights:
-        """Read anew: they may be parametrized."""
+        """Reads the weights anew, since they may be parametrized."""
         suffix = f"_l{layer}{'_reverse' * direction}"
         names = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if self.bias else [])]
         names += ["weight_hr"] if self.proj_size else []
         return Weights(**{name: getattr(self, name + suffix) for name in names})
 
     def _initial(self, data: Tensor, hx: Hidden, batch: int, batched: bool) -> State:
-        """h, and for an LSTM c, of shapes (layers * directions, B, units): zeros, or what was given.
+        """Returns h, and for an LSTM c, of shapes (layers * directions, B, units): those given, or zeros.
 
         Raises:
-            TypeError: not a tensor, or not two of them for an LSTM.
+            TypeError: `hx` is no tensor, or no pair of them for an LSTM.
             RuntimeError: another rank or size, in torch.nn's words; another dtype, outside of autocast.
         """
         layers = self.num_layers * (2 if self.bidirectional else 1)

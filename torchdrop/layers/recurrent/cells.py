@@ -20,20 +20,20 @@ from torch import Tensor
 from ...kernels.masking import scaled_where
 
 Update = Tensor | float | None
-"""Which units of a state are updated, as bools; the weight of the update, in expectation; or None: all are."""
+"""The units of a state that are updated, as bools; or the weight of the update, in expectation; None for all units."""
 
 State = tuple[Tensor, ...]
-"""(h,) of a GRU, (h, c) of an LSTM."""
+"""The state: (h,) of a GRU, (h, c) of an LSTM."""
 
 
 class Noise(NamedTuple):
     """The noise of one step, or with dimensions (batch, time, units) of all steps.
 
     Attributes:
-        hidden: what of h is updated.
-        cell: what of c is updated.
-        kept: what of the candidate g is kept, as bools; None for all.
-        scale: the factor of what is kept.
+        hidden: the update of h.
+        cell: the update of c.
+        kept: the units of the candidate g that are kept, as bools; None for all.
+        scale: the factor of kept units.
     """
 
     hidden: Update = None
@@ -42,16 +42,16 @@ class Noise(NamedTuple):
     scale: Tensor | float = 1.0
 
     def rows(self, order: Tensor) -> Noise:
-        """With the batch in this order."""
+        """Returns the noise with the batch in this order."""
         values: list[Any] = [v.index_select(0, order) if isinstance(v, Tensor) and v.dim() == 3 else v for v in self]
         return Noise(*values)
 
     def steps(self, count: int) -> list[Noise]:
-        """One for each time step."""
+        """Returns the noise of each time step."""
         return [Noise(*values) for values in zip(*(_unbound(value, count) for value in self), strict=True)]
 
     def first(self, rows: int) -> Noise:
-        """The noise of one step, for so many rows."""
+        """Returns the noise of one step for so many rows."""
         values: list[Any] = [v[:rows] if isinstance(v, Tensor) and v.dim() > 0 else v for v in self]
         return Noise(*values)
 
@@ -61,7 +61,7 @@ def _unbound(value: Any, count: int) -> Sequence[Any]:
 
 
 def updated(new: Tensor, old: Tensor, update: Update) -> Tensor:
-    """`new` where a unit is updated and `old` elsewhere, or the expectation of that; half types are rounded once."""
+    """Returns `new` where a unit is updated and `old` elsewhere, or the expectation. Half types are rounded once."""
     if update is None:
         return new
     if isinstance(update, float):
@@ -73,12 +73,12 @@ def updated(new: Tensor, old: Tensor, update: Update) -> Tensor:
 
 
 def lstm(x: Tensor, state: State, noise: Noise, weight: Tensor, projection: Tensor | None) -> State:
-    """One step of an LSTM.
+    """Makes one step of an LSTM.
 
     Args:
         x: (B, 4 H), the projected input with both biases.
         state: h and c.
-        noise: of this step.
+        noise: the noise of this step.
         weight: (4 H, H), or (4 H, P) with a projection.
         projection: (P, H) from o tanh(c) to h, if there is one.
     """
@@ -95,14 +95,14 @@ def lstm(x: Tensor, state: State, noise: Noise, weight: Tensor, projection: Tens
 
 
 def gru(x: Tensor, state: State, noise: Noise, weight: Tensor, bias: Tensor | None) -> State:
-    """One step of a GRU.
+    """Makes one step of a GRU.
 
     Args:
         x: (B, 3 H), the projected input with the input's bias.
-        state: h alone.
-        noise: of this step.
+        state: only h.
+        noise: the noise of this step.
         weight: (3 H, H).
-        bias: (3 H) of the hidden state's projection; the reset gate works on its last third.
+        bias: (3 H), the bias of the hidden state's projection; the reset gate multiplies its last third.
     """
     (before,) = state
     size = before.shape[1]
@@ -133,12 +133,12 @@ def unroll(
     """Runs a cell through time.
 
     Args:
-        step: of the cell.
-        inputs: for each time step the projected inputs of the sequences that last until then: a sequence is in the rows
-            of the batch that it has in the first step, and those that end are the last ones.
-        state: initial, of all sequences.
-        noise: of all steps.
-        backwards: from the last time step to the first.
+        step: makes one step of the cell.
+        inputs: for each time step the projected inputs of the sequences that last until then: a sequence has the same
+            row of the batch in all steps, and those that end are the last ones.
+        state: the initial state of all sequences.
+        noise: the noise of all steps.
+        backwards: whether time runs from the last step to the first.
 
     Returns:
         h at each time step, and the state after each sequence's own last step.
@@ -171,8 +171,8 @@ def run(
 
     Args:
         data: (N, F), the inputs of the first time step, then those of the second and so on.
-        sizes: how many rows each time step has, which never grows.
-        weights, state, noise, backwards: of the layer.
+        sizes: the number of rows of each time step, which never grows.
+        weights, state, noise, backwards: those of the layer.
 
     Returns:
         h of each row of `data`, and the final state.

@@ -3,7 +3,7 @@
 Zoneout (Krueger et al., ICLR 2017) lets each unit of the states keep its old value with probability p at each step: see
 `torchdrop.layers.recurrent.zoneout`.
 
-Recurrent dropout (Semeniuta et al., COLING 2016) drops from what is added to the memory, never from the memory itself:
+Recurrent dropout (Semeniuta et al., COLING 2016) drops units of the update of the memory, never of the memory itself:
 
     c = f c' + i d(g) in an LSTM,    h = z h' + (1 - z) d(g) in a GRU,    d inverted dropout.
 """
@@ -40,7 +40,7 @@ class RecurrentDropoutSteps(Rated):
         self.per_step = per_step
 
     def forward(self, like: Tensor, shape: Sequence[int]) -> tuple[Tensor | None, Tensor | float]:
-        """What of the candidates is kept, and its scale."""
+        """Returns bools of the candidates' units that are kept, and their scale."""
         if not sites.is_on(self.training):
             return None, 1.0
         batch, steps, units = shape
@@ -63,27 +63,27 @@ class RecurrentDropoutSteps(Rated):
 class ZoneoutLSTM(Unrolled):
     """nn.LSTM with zoneout of the hidden state and of the memory cell.
 
-    With c~ and h~ what an LSTM computes from the states before, c' and h', for each unit and time step
+    With c~ and h~ the results of an LSTM from the states before, c' and h', for each unit and time step
 
         c = zc c' + (1 - zc) c~,    h = zh h' + (1 - zh) h~
 
     with zc ~ Bernoulli(zoneout_cell) and zh ~ Bernoulli(zoneout_hidden), and in eval mode the rates in their place: the
-    expectation for given c' and h'. With both rates 0 it computes what nn.LSTM does.
+    expectation for given c' and h'. With both rates 0 it computes the same as nn.LSTM.
 
     Interface, parameters, their names and their initial values are nn.LSTM's: tensors (T, B, F), (B, T, F) and (T, F),
     PackedSequence, initial states, several layers, both directions, projections; state_dicts load both ways. The rates
-    lie in child modules, `zoneout_hidden` and `zoneout_cell`, under whose names `keep_probs` lists them; there
+    are in child modules, `zoneout_hidden` and `zoneout_cell`, under whose names `keep_probs` lists them; their
     keep_prob is the probability that a unit is updated. A stack of layers that is given a rate for `dropout`, here or
-    later as ``layer.dropout = 0.3``, has it in a third, `layer_dropout`. The masks of a sequence's states follow from
-    its place in the batch and the number of time steps, whatever the size of the batch, packed or padded; those between
-    the layers do not. torch.compile unrolls the loop over time, and has its graph broken by packed sequences.
+    later as ``layer.dropout = 0.3``, has it in a third one, `layer_dropout`. The masks of a sequence's states follow
+    from its place in the batch and the number of time steps, whatever the size of the batch, packed or padded; those
+    between the layers do not. torch.compile unrolls the loop over time; packed sequences break its graph.
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype: as for
             nn.LSTM. `dropout`, between the layers, is torchdrop's.
         zoneout_hidden: probability that a unit of h keeps its old value. Default: 0.05.
         zoneout_cell: probability that a unit of c keeps its old value. Default: 0.5.
-        generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the masks' keys; PyTorch's default generator of the device if None.
 
     Returns:
         ``(output, (h_n, c_n))``, as nn.LSTM.
@@ -136,12 +136,12 @@ class ZoneoutLSTM(Unrolled):
 
 
 class ZoneoutGRU(Unrolled):
-    """nn.GRU with zoneout of the hidden state: see `ZoneoutLSTM`, all of which holds for it.
+    """nn.GRU with zoneout of the hidden state. All that `ZoneoutLSTM` says holds for it.
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as for nn.GRU.
         zoneout_hidden: probability that a unit of h keeps its old value. Default: 0.05.
-        generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the masks' keys; PyTorch's default generator of the device if None.
 
     Returns:
         ``(output, h_n)``, as nn.GRU.
@@ -183,18 +183,18 @@ class ZoneoutGRU(Unrolled):
 
 
 class RecurrentDropoutLSTM(Unrolled):
-    """nn.LSTM with dropout of what is written to its memory, never of the memory: ``c = f c' + i d(g)``.
+    """nn.LSTM with dropout of the update of its memory, never of the memory itself: ``c = f c' + i d(g)``.
 
     d is inverted dropout, so E[c] = f c' + i g for one step from given states; in eval mode it is left out, and the
-    layer computes what nn.LSTM does. All that is said of interface, parameters and names at `ZoneoutLSTM` holds; the
-    rate lies in the child module `recurrent_dropout`.
+    layer computes the same as nn.LSTM. All that `ZoneoutLSTM` says of interface, parameters and names holds; the rate
+    is in the child module `recurrent_dropout`.
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype: as for
             nn.LSTM. `dropout`, between the layers, is torchdrop's.
         recurrent_dropout: probability that a unit's candidate is dropped. Default: 0.25.
         per_step: whether each time step has a mask of its own; False for one mask for a whole sequence.
-        generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the masks' keys; PyTorch's default generator of the device if None.
 
     Returns:
         ``(output, (h_n, c_n))``, as nn.LSTM.
@@ -239,13 +239,13 @@ class RecurrentDropoutLSTM(Unrolled):
 
 
 class RecurrentDropoutGRU(Unrolled):
-    """nn.GRU with dropout of the candidate state alone: ``h = z h' + (1 - z) d(g)``. See `RecurrentDropoutLSTM`.
+    """nn.GRU with dropout of only the candidate state: ``h = z h' + (1 - z) d(g)``. See `RecurrentDropoutLSTM`.
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as for nn.GRU.
         recurrent_dropout: probability that a unit's candidate is dropped. Default: 0.25.
         per_step: whether each time step has a mask of its own; False for one mask for a whole sequence.
-        generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the masks' keys; PyTorch's default generator of the device if None.
 
     Returns:
         ``(output, h_n)``, as nn.GRU.

@@ -1,11 +1,11 @@
-"""Zoneout of recurrent states: `zoneout` and `Zoneout`, for cells of one's own.
+"""Zoneout of recurrent states: `zoneout` and `Zoneout`, for cells that users write.
 
 Each unit of a state keeps its old value with probability p at each time step:
 
     h = z h' + (1 - z) h~,    z ~ Bernoulli(p),    in training;    h = p h' + (1 - p) h~    in eval mode
 
-with h' the state before and h~ what a cell computes from it (Krueger et al., ICLR 2017). Eval mode has the expectation
-of training, so nothing is scaled.
+with h' the state before and h~ the cell's result from it (Krueger et al., ICLR 2017). Eval mode has the expectation of
+training, so nothing is scaled.
 """
 
 from __future__ import annotations
@@ -65,11 +65,11 @@ def zoneout(
     keep_prob: Probability | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Lets each unit of a recurrent state keep its old value with probability p. For a cell of one's own.
+    """Lets each unit of a recurrent state keep its old value with probability p, in a cell that a user writes.
 
     ``z old + (1 - z) new`` with z ~ Bernoulli(p) in training, ``p old + (1 - p) new`` in eval mode, which is the
     expectation of the former: nothing is scaled. k = keep_prob = 1 - p is the probability that a unit is updated. With
-    k = 1 `new` itself is returned; with k = 0 the state never changes. Gradients go to the state that was taken.
+    k = 1 `new` itself is returned; with k = 0 the state never changes. Gradients go to the state that a unit has.
 
     Args:
         new: the state that the cell has computed.
@@ -77,10 +77,10 @@ def zoneout(
         p: the zoneout rate: probability that a unit keeps its old value, in [0, 1]. Default: 0.5.
         training: whether units are chosen at random.
         keep_prob: probability that a unit is updated, in place of `p`: a number, or a tensor that broadcasts.
-        generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the mask's key; PyTorch's default generator of the device if None.
 
     Returns:
-        The state to go on with, of the same shape and dtype; `new` itself with k = 1.
+        The next state, of the same shape and dtype; `new` itself with k = 1.
 
     Raises:
         ValueError: a rate outside [0, 1]; states of different shapes or dtypes.
@@ -109,7 +109,7 @@ class Zoneout(Rated):
     Args:
         p: the zoneout rate: probability that a unit keeps its old value, in [0, 1]. Default: 0.5.
         keep_prob: probability that a unit is updated, in place of `p`: a number, or a tensor that broadcasts.
-        generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the masks' keys; PyTorch's default generator of the device if None.
 
     Raises:
         ValueError: a rate outside [0, 1].

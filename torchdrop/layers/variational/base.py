@@ -1,4 +1,4 @@
-"""The base of variational layers: noise on outputs instead of weights, and the way from and to plain layers.
+"""The base of variational layers: noise on outputs instead of weights, and conversion from and to plain layers.
 
 With independent Gaussian weights w_ij ~ N(W_ij, V_ij) a linear map has, given its input, outputs
 
@@ -33,16 +33,16 @@ def local_reparameterization(
     """Draws outputs from their mean and variance: the local reparameterization trick.
 
     ``y = mean + sqrt(variance) z`` with z ~ N(0, 1), independent in all elements. For a map that is linear in weights
-    with means W and variances V, hand in its outputs for (x, W) and, without a bias, for (x**2, V). Where the variance
-    is 0 the output is the mean, and the gradient with respect to the variance is 0 there, not infinite. In eval mode
-    the mean itself is returned.
+    with means W and variances V, pass its outputs for (x, W) and, without a bias, for (x**2, V). Where the variance is
+    0 the output is the mean, and the gradient with respect to the variance is 0 there, not infinite. In eval mode the
+    mean itself is returned.
 
     Args:
         mean: float16, bfloat16, float32 or float64, of any shape.
-        variance: of the same shape; its dtype may be wider, as the square of a half number needs. What is not positive
-            counts as 0.
+        variance: a tensor of the same shape; its dtype may be wider, as the square of a half number needs. Values that
+            are not positive count as 0.
         training: whether noise is added.
-        generator: where the noise's key is drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the noise's key; PyTorch's default generator of the device if None.
 
     Returns:
         A new tensor of the mean's shape and dtype; the mean itself in eval mode.
@@ -75,7 +75,7 @@ def local_reparameterization(
 
 
 def with_noise(mean: Tensor, variance: Tensor, generator: torch.Generator | None) -> Tensor:
-    """`local_reparameterization` of what is checked, where it is on."""
+    """Does what `local_reparameterization` does in training, for checked arguments."""
     z = sites.standard_normal(mean, mean.shape, generator)
     none = variance <= 0  # fast convolutions may round a sum of squares to below 0
     deviation = torch.where(none, 1.0, variance).sqrt()
@@ -83,7 +83,7 @@ def with_noise(mean: Tensor, variance: Tensor, generator: torch.Generator | None
 
 
 def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Squares overflow in float16, so autocast has to let them be."""
+    """Returns a context in which autocast leaves squares alone, since they overflow in float16."""
     kind = device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
@@ -124,20 +124,19 @@ class Variational(nn.Module):
         return torch.sigmoid(self.log_alpha.detach())
 
     def regularizer(self) -> Tensor:
-        """The Kullback-Leibler divergence of the weights' distribution from the log-uniform prior, up to a constant.
+        """Returns the Kullback-Leibler divergence of the weights from the log-uniform prior, up to a constant.
 
-        A scalar in nats, summed over weights: what `regularization` collects. Added to the negative log-likelihood of
-        all N data it gives the negative evidence lower bound, so to a loss that is a mean over data add it divided by
-        N (and, in the first epochs, times a factor that rises from 0 to 1, lest it prune before anything is learned).
+        It is a scalar in nats, summed over weights, which `regularization` collects. Added to the negative
+        log-likelihood of all N data it gives the negative evidence lower bound. The classes of the layers say more.
         """
         raise NotImplementedError
 
     def eval_weight(self) -> Tensor:
-        """The weights with which the layer computes in eval mode."""
+        """Returns the weights with which the layer computes in eval mode."""
         return self.weight
 
     def _weight_variance(self) -> Tensor:
-        """The variance of each weight, in the dtype that it is computed in."""
+        """Returns the variance of each weight, in the dtype that it is computed in."""
         raise NotImplementedError
 
     def _map(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -159,14 +158,14 @@ class Variational(nn.Module):
         return self.weight.to(COMPUTE_DTYPE[self.weight.dtype])
 
     def _first_noise(self) -> Tensor:
-        """What the noise's parameter starts from, beside the weight as it is."""
+        """Returns the initial value of the noise's parameter, given the present weight."""
         raise NotImplementedError
 
     def _add_noise(self) -> None:
         setattr(self, self.learned, nn.Parameter(self._first_noise()))
 
     def reset_parameters(self) -> None:
-        """Starts anew: weight and bias as torch.nn does, and the noise as the constructor does."""
+        """Resets weight and bias as torch.nn does, and the noise as the constructor does."""
         super().reset_parameters()  # type: ignore[misc]
         noise = self._parameters.get(self.learned)
         if noise is not None:  # there is none yet while torch.nn's constructor runs
@@ -180,7 +179,7 @@ class Variational(nn.Module):
         return self.train(module.training)
 
     def to_module(self) -> nn.Module:
-        """The plain layer of torch.nn that computes what this one does in eval mode, with copies of its parameters."""
+        """Makes the plain layer of torch.nn that computes the same as this one in eval mode, from copied parameters."""
         plain = self.plain(*arguments_of(self), device="meta", dtype=self.weight.dtype)
         _copy_parameters(plain, self.eval_weight(), self.bias)
         return plain.train(self.training)
@@ -193,7 +192,7 @@ def _copy_parameters(module: nn.Module, weight: Any, bias: Any) -> None:
 
 
 def arguments_of(module: nn.Module) -> tuple[Any, ...]:
-    """What nn.Linear or nn.ConvNd was constructed with, by position."""
+    """Returns the arguments with which nn.Linear or nn.ConvNd was constructed, by position."""
     has_bias = module.bias is not None
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features, has_bias
@@ -202,7 +201,7 @@ def arguments_of(module: nn.Module) -> tuple[Any, ...]:
 
 
 def check_plain(kind: type[Variational], module: Any) -> None:
-    """Refuses what a variational layer of this kind cannot be made from.
+    """Refuses a module from which a variational layer of this kind cannot be made.
 
     Raises:
         TypeError: the module is not of the class of torch.nn that the layer extends.

@@ -1,12 +1,12 @@
 """Sparse variational dropout: `SparseVariationalLinear` and `SparseVariationalConv1d`, 2d, 3d.
 
-Variational Gaussian dropout with a rate of its own for each weight, that may grow without bound,
+This is variational Gaussian dropout with a rate of its own for each weight, which may grow without bound,
 
     w_ij ~ N(W_ij, s_ij^2),   alpha_ij = s_ij^2 / W_ij^2,   y ~ N(x W, x^2 s^2)
 
-parametrized by W and ln s^2, which leaves the noise out of W's gradient. Where the data do not hold a weight, alpha
-grows, its noise drowns it, and it can be left out: those with ln alpha above a threshold are 0 in eval mode (Molchanov,
-Ashukha and Vetrov, ICML 2017).
+parametrized by W and ln s^2, which leaves the noise out of W's gradient. If the data do not determine a weight, its
+alpha grows until the noise dominates, and it can be left out: weights with ln alpha above a threshold are 0 in eval
+mode (Molchanov, Ashukha and Vetrov, ICML 2017).
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from .base import Variational, arguments_of, check_plain
 SIGMOID = (0.63576, 1.87320, 1.48695)
 
 EPSILON = 1e-16
-"""What is added to a squared weight before its logarithm: a weight of 0 then has an alpha, and a gradient of 0."""
+"""This is added to a squared weight before its logarithm: a weight of 0 then has an alpha, and a gradient of 0."""
 
 S = TypeVar("S", bound="Sparse")
 
 
 def sparse_variational_kl(log_alpha: Tensor) -> Tensor:
-    """The divergence of N(w, alpha w**2) from the log-uniform prior, for any alpha.
+    """Returns the divergence of N(w, alpha w**2) from the log-uniform prior, for any alpha.
 
     ``KL = k1 - k1 sigmoid(k2 + k3 ln alpha) + 1/2 ln(1 + 1 / alpha)``, k1 = 0.63576, k2 = 1.87320, k3 = 1.48695: within
     0.009 of the integral. The prior is improper, so that the divergence has a constant that is free; here it is such
@@ -67,7 +67,7 @@ def sparse_variational_kl(log_alpha: Tensor) -> Tensor:
 
 
 class Sparse(Variational):
-    """What `SparseVariationalLinear` and the convolutions share: ln s^2 of each weight, and the threshold."""
+    """The base of `SparseVariationalLinear` and the convolutions, with ln s^2 of each weight, and the threshold."""
 
     threshold: float
     log_sigma2: Tensor
@@ -82,11 +82,11 @@ class Sparse(Variational):
         log_sigma2: float = -10.0,
         generator: torch.Generator | None = None,
     ) -> S:
-        """A layer that starts from copies of the parameters of a plain one of torch.nn, in the same mode.
+        """Makes a layer that starts from copies of the parameters of a plain one of torch.nn, in the same mode.
 
         Raises:
             TypeError: `module` is not of the class of torch.nn that the layer extends.
-            ValueError: it is lazy and has no weights yet. And what the constructor raises.
+            ValueError: it is lazy and has no weights yet. The constructor may raise its own errors, too.
         """
         check_plain(cls, module)
         layer = cls(
@@ -118,15 +118,16 @@ class Sparse(Variational):
         return self.log_sigma2.to(COMPUTE_DTYPE[self.log_sigma2.dtype]).exp()
 
     def eval_weight(self) -> Tensor:
-        """The weights with which the layer computes in eval mode: 0 where ln alpha is above the threshold."""
+        """Returns the weights with which the layer computes in eval mode: 0 where ln alpha is above the threshold."""
         return torch.where(self.log_alpha > self.threshold, 0.0, self.weight)
 
     def regularizer(self) -> Tensor:
-        """The divergence of the weights' distribution from the log-uniform prior: `sparse_variational_kl`, summed.
+        """Returns the divergence of the weights from the log-uniform prior: `sparse_variational_kl`, summed.
 
-        A scalar in nats: what `regularization` collects. Added to the negative log-likelihood of all N data it gives
-        the negative evidence lower bound, so to a loss that is a mean over data add it divided by N, and, in the first
-        epochs, times a factor that rises from 0 to 1, lest weights be pruned before they have learned anything.
+        It is a scalar in nats, which `regularization` collects. Added to the negative log-likelihood of all N data it
+        gives the negative evidence lower bound, so divide it by N before adding it to a loss that is a mean over data,
+        and multiply it in the first epochs by a factor that rises from 0 to 1, so that weights are not pruned before
+        they have learned anything.
         """
         return sparse_variational_kl(self.log_alpha).sum()
 
@@ -145,33 +146,33 @@ def _check(threshold: Any, log_sigma2: Any, generator: Any) -> None:
 
 
 class SparseVariationalLinear(Sparse, nn.Linear):
-    """torch.nn.Linear with sparse variational dropout: it learns which of its weights it can do without.
+    """torch.nn.Linear with sparse variational dropout: it learns which of its weights are not needed.
 
     ``y = x W + b + sqrt(x**2 s**2) z`` in training, with z ~ N(0, 1) drawn for every output by the local
     reparameterization trick, so that E[y] = x W + b and Var[y] = x**2 s**2 = x**2 (alpha W**2). In eval mode
     ``y = x W + b`` with the weights set to 0 whose ln alpha is above the threshold: noise with alpha is that of dropout
-    with ``keep_prob = 1 / (1 + alpha)``, and ln alpha = 3 is a keep_prob of 0.047. `sparsity` tells how many there are,
-    and `to_module` gives a torch.nn.Linear with these zeros. ln s**2 is a parameter, `log_sigma2`. Add the divergence
-    from the prior to the loss::
+    with ``keep_prob = 1 / (1 + alpha)``, and ln alpha = 3 is a keep_prob of 0.047. `sparsity` counts these zeros, and
+    `to_module` returns a torch.nn.Linear with them. ln s**2 is a parameter, `log_sigma2`. Add the divergence from the
+    prior to the loss::
 
         loss = F.cross_entropy(model(x), y) + warmup * torchdrop.regularization(model) / N
 
     with N the size of the training set and a warm-up factor that rises from 0 to 1 over the first epochs, or to less on
-    a small training set, where 1 may prune more than accuracy allows. Sum the terms of these layers apart from those
-    that are scaled otherwise, such as concrete dropout's.
+    a small training set, where 1 may prune too much for good accuracy. Sum the terms of these layers separately from
+    those that are scaled otherwise, such as concrete dropout's.
 
     Under Monte Carlo inference no weight is set to 0, and each row of a sample has its own weights: the moments of a
     row are those of a Bayesian network, and different rows are independent.
 
     Args:
         in_features, out_features, bias, device, dtype: as torch.nn.Linear.
-        threshold: of ln alpha, above which a weight is 0 in eval mode. Default: 3. It can be set at any time.
-        log_sigma2: ln s**2 of all weights at first. Default: -10, little noise, which puts only weights below 0.0015
-            above the threshold from the start.
-        generator: where the noise's keys are drawn from; PyTorch's default generator of the device if None.
+        threshold: the ln alpha above which a weight is 0 in eval mode. Default: 3. It can be set at any time.
+        log_sigma2: the initial ln s**2 of all weights. Default: -10, little noise: only weights below 0.0015 are above
+            the threshold from the start.
+        generator: the source of the noise's keys; PyTorch's default generator of the device if None.
 
     Shape:
-        As torch.nn.Linear. The state_dict has `log_sigma2` beside weight and bias.
+        As torch.nn.Linear. The state_dict has weight, bias and `log_sigma2`.
 
     Raises:
         TypeError: threshold or log_sigma2 is no number.

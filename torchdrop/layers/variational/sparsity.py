@@ -1,4 +1,4 @@
-"""How many weights of a model are zero, layer by layer: `sparsity`."""
+"""The number of weights of a model that are zero, layer by layer: `sparsity`."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Sparsity(Mapping[str, float]):
 
     Attributes:
         rows: the same, with the share of zeros.
-        weights: how many there are in all layers.
-        zeros: how many of them are zero.
-        share: zeros / weights, 0 if there are none.
+        weights: the number of weights in all layers.
+        zeros: the number of them that are zero.
+        share: zeros / weights, 0 if there are no weights.
     """
 
     def __init__(self, rows: list[dict[str, Any]]) -> None:
@@ -72,10 +72,10 @@ def _share(zeros: int, weights: int) -> float:
 
 
 def sparsity(model: nn.Module) -> Sparsity:
-    """How many weights of each linear and convolutional layer are zero in eval mode.
+    """Returns the share of weights of each linear and convolutional layer that are zero in eval mode.
 
-    A sparse variational layer counts those that it prunes, a parametrized weight what its parametrizations make of it
-    in eval mode. Biases do not count. A layer that is reached under several names counts once.
+    The pruned weights of a sparse variational layer count as zero, and a parametrized weight counts with its value
+    after its parametrizations in eval mode. Biases do not count. A layer that has several names counts once.
 
     Args:
         model: any module; a compiled one has the names of its original.

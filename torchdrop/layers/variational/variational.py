@@ -5,8 +5,8 @@ Gaussian dropout with noise N(1, alpha), seen as a distribution of the weights,
     w_ij ~ N(W_ij, alpha W_ij^2),   y ~ N(x W, alpha x^2 W^2)
 
 whose alpha is learned with the weights: the divergence from the prior p(|w|) ~ 1 / |w|, which does not depend on W,
-draws it up, the data draw it down (Kingma, Salimans and Welling, NeurIPS 2015). With alpha at most 1 this is dropout at
-rates up to 1/2. `sparse_variational` has the form in which alpha is unbounded and weights are pruned.
+makes it larger, and the data make it smaller (Kingma, Salimans and Welling, NeurIPS 2015). With alpha at most 1 this is
+dropout at rates up to 1/2. `sparse` has the form in which alpha is unbounded and weights are pruned.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .base import Variational, arguments_of, check_plain
 CUBIC = (1.16145124, -1.50204118, 0.58629921)
 
 CONSTANT = 0.63576
-"""With it the divergence vanishes as alpha grows without bound: the constant of Molchanov et al."""
+"""The constant of Molchanov et al., with which the divergence vanishes as alpha grows without bound."""
 
 RATES = ("layer", "unit", "weight")
 
@@ -37,7 +37,7 @@ G = TypeVar("G", bound="Gaussian")
 
 
 def variational_kl(log_alpha: Tensor) -> Tensor:
-    """The divergence of N(w, alpha w**2) from the log-uniform prior, for alpha at most 1.
+    """Returns the divergence of N(w, alpha w**2) from the log-uniform prior, for alpha at most 1.
 
     ``KL = c0 - 1/2 ln alpha - (c1 alpha + c2 alpha**2 + c3 alpha**3)``, c1 = 1.16145124, c2 = -1.50204118, c3 =
     0.58629921. The prior is improper, so that the divergence has a constant that is free; c0 = 0.63576 is that of
@@ -71,8 +71,8 @@ def variational_kl(log_alpha: Tensor) -> Tensor:
 
 
 class Gaussian(Variational):
-    """What `VariationalLinear` and the convolutions share: alpha = sigmoid(logit_alpha), for the layer, its inputs or
-    its weights."""
+    """The base of `VariationalLinear` and the convolutions, with alpha = sigmoid(logit_alpha) for the layer, its inputs
+    or its weights."""
 
     rates: str
     logit_alpha: Tensor
@@ -87,11 +87,11 @@ class Gaussian(Variational):
         rates: str = "layer",
         generator: torch.Generator | None = None,
     ) -> G:
-        """A layer that starts from copies of the parameters of a plain one of torch.nn, in the same mode.
+        """Makes a layer that starts from copies of the parameters of a plain one of torch.nn, in the same mode.
 
         Raises:
             TypeError: `module` is not of the class of torch.nn that the layer extends.
-            ValueError: it is lazy and has no weights yet. And what the constructor raises.
+            ValueError: it is lazy and has no weights yet. The constructor may raise its own errors, too.
         """
         check_plain(cls, module)
         layer = cls(
@@ -130,11 +130,11 @@ class Gaussian(Variational):
         return alpha * self._wide_weight().square()
 
     def regularizer(self) -> Tensor:
-        """The divergence of the weights' distribution from the log-uniform prior (`variational_kl`), up to a constant.
+        """Returns the divergence of the weights from the log-uniform prior (`variational_kl`), up to a constant.
 
-        A scalar in nats, summed over weights, each of which counts where they share an alpha: what `regularization`
-        collects. Added to the negative log-likelihood of all N data it gives the negative evidence lower bound, so to a
-        loss that is a mean over data add it divided by N.
+        It is a scalar in nats, which `regularization` collects, summed over all weights, also where they share an
+        alpha. Added to the negative log-likelihood of all N data it gives the negative evidence lower bound, so divide
+        it by N before adding it to a loss that is a mean over data.
         """
         shared = self.weight.numel() / max(1, self.logit_alpha.numel())
         return variational_kl(self.log_alpha).sum() * shared
@@ -172,12 +172,12 @@ class VariationalLinear(Gaussian, nn.Linear):
 
     Args:
         in_features, out_features, bias, device, dtype: as torch.nn.Linear.
-        keep_prob: the initial one, in (1/2, 1), which gives alpha = (1 - k) / k. Default: 0.8, alpha = 0.25.
+        keep_prob: the initial keep_prob k, in (1/2, 1), for alpha = (1 - k) / k. Default: 0.8, alpha = 0.25.
         rates: "layer" for one alpha, "unit" for one an input, "weight" for one a weight.
-        generator: where the noise's keys are drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the noise's keys; PyTorch's default generator of the device if None.
 
     Shape:
-        As torch.nn.Linear. The state_dict has `logit_alpha` beside weight and bias.
+        As torch.nn.Linear. The state_dict has weight, bias and `logit_alpha`.
 
     Raises:
         ValueError: keep_prob outside (1/2, 1), or another word for `rates`.

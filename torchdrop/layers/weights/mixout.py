@@ -1,4 +1,4 @@
-"""Mixout, dropout of what fine-tuning has changed: `mixout`, `Mixout`, and `apply_mixout` for existing layers.
+"""Mixout, dropout of the changes by fine-tuning: `mixout`, `Mixout`, and `apply_mixout` for existing layers.
 
 With k the keep probability, p = 1 - k, W0 the weights to which dropped ones go back, and M a mask whose elements are 1
 with probability k, independently,
@@ -8,7 +8,7 @@ with probability k, independently,
 
 (Lee et al., ICLR 2020): W0 where dropped, W0 + (W - W0) / k where kept. With W0 = 0 this is dropout of W. Each element
 has a draw of its own here unless axes are shared; with axis 0 shared all weights of an input unit are replaced
-together, as if a dropout layer stood before the linear one, which is what the authors' experiments do.
+together, as if a dropout layer came before the linear one, as in the authors' experiments.
 """
 
 from __future__ import annotations
@@ -59,16 +59,16 @@ def mixout(
     ``y = (m x + (1 - m) u - p u) / k`` with m ~ Bernoulli(k), k = keep_prob = 1 - p, u the target: u where dropped,
     u + (x - u) / k where kept. E[y] = x exactly, Var[y] = (x - u)**2 p / k, and x = u is a fixed point, bit for bit.
     With k = 1 and in eval mode the input itself is returned; with k = 0 the result is the target. The mask is not
-    stored. Gradients reach the target too, if it wants them.
+    stored. The target gets a gradient too, if it requires one.
 
     Args:
-        input: float16, bfloat16, float32 or float64, of any shape: what is being trained.
-        target: of the same shape, dtype and device: what dropped elements go back to.
+        input: the tensor that is trained: float16, bfloat16, float32 or float64, of any shape.
+        target: the values of dropped elements, of the same shape, dtype and device.
         p: probability of dropping, in [0, 1]. Default: 0.5.
         training: whether mixout is applied.
         keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against the mask.
         shared_axes: the axes over which the mask is the same: 0 replaces all weights of an input unit together.
-        generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the mask's key; PyTorch's default generator of the device if None.
 
     Returns:
         A tensor of the input's shape and dtype; the input itself in eval mode and with k = 1.
@@ -98,7 +98,7 @@ def mixout(
     params, wide = rate.params_for(shape), COMPUTE_DTYPE[input.dtype]
     base = target.to(wide)
     out = (base + sites.apply(operators.masked, input.to(wide) - base, params, shape, False, generator)).to(input.dtype)
-    # The sum rounds: where nothing is dropped the input is what it was, bit for bit.
+    # The sum rounds, so the input itself is returned, bit for bit, if nothing is dropped.
     if isinstance(params, MaskParams):
         return input if params.threshold == ONE else out
     return torch.where((params[..., 0] >= ONE).to(input.device), input, out)
@@ -107,14 +107,14 @@ def mixout(
 class Mixout(OfWeight):
     """The parametrization that `apply_mixout` registers: W' = (M W + (1 - M) W0 - p W0) / k in training, else W.
 
-    W0 is a persistent buffer, `target`: what training started from has to be known when it goes on.
+    W0 is a persistent buffer, `target`: training that is resumed needs the weights that it started from.
 
     Args:
         target: W0, which is copied.
         p: probability of dropping an element, in [0, 1]. Default: 0.5.
         keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against the mask.
         shared_axes: the axes over which the mask is the same.
-        generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the masks' keys; PyTorch's default generator of the device if None.
 
     Raises:
         ValueError: a rate outside [0, 1].
@@ -165,21 +165,21 @@ def apply_mixout(
 
     From here on the layer computes with ``W' = (M W + (1 - M) W0 - p W0) / k`` in training, W0 being the weight at this
     moment, a new mask for each time that it reads it, and with W itself in eval mode; E[W'] = W. For fine-tuning, load
-    the pretrained model first, then apply mixout to what is to stay near it, and leave out a head that starts anew.
+    the pretrained model first, then apply mixout to the layers that are to stay near it, but not to a new head.
 
     In the state dict W is ``parametrizations.weight.original`` in place of ``weight``, and W0
-    ``parametrizations.weight.0.target``, so the weight's value is held twice. A checkpoint without W0 is refused, as it
-    would leave that of before: load it first. All else is as with `apply_weight_dropout`.
+    ``parametrizations.weight.0.target``, so the weight's value is stored twice. A checkpoint without W0 is refused, as
+    the present W0 would stay: load it before applying mixout. Everything else is as with `apply_weight_dropout`.
 
     Args:
         module: a layer or a model.
-        names: which parameters: a glob, or several, of the names that ``module.named_parameters()`` has, for example
-            "weight", "encoder.*.weight"; ``*`` stands for dots too.
+        names: a glob, or several, of the names that ``module.named_parameters()`` has, for example
+            "weight", "encoder.*.weight"; ``*`` matches dots too.
         p: probability of dropping an element, in [0, 1]. Default: 0.5; Lee et al. fine-tune with 0.7 to 0.9.
         keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against the masks.
         shared_axes: the axes over which a mask is the same: 0 replaces all weights of an input unit together.
-        generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
-        layers: a class, or several, of the layers whose parameters are meant: ``nn.Linear``, say.
+        generator: the source of the masks' keys; PyTorch's default generator of the device if None.
+        layers: a class, or several, of the layers whose parameters are meant, such as ``nn.Linear``.
 
     Returns:
         The module itself.
@@ -215,20 +215,20 @@ def apply_mixout(
 
 
 def remove_mixout(module: ModuleT, names: Names = "*") -> ModuleT:
-    """Undoes `apply_mixout`: the parameters are there again, the same objects, as they have been trained.
+    """Undoes `apply_mixout`. The layers have their parameters again, the same objects, as they have been trained.
 
     Other parametrizations of the same parameters stay.
 
     Args:
         module: the layer or model.
-        names: which parameters, as in `apply_mixout`: all that are under mixout by default.
+        names: names of parameters, as in `apply_mixout`: all that are under mixout by default.
 
     Returns:
         The module itself.
 
     Raises:
         TypeError: an argument of another type.
-        ValueError: a name of nothing that is under mixout. Nothing is changed then.
+        ValueError: a name that no parameter under mixout has. Nothing is changed then.
 
     Example:
         >>> import torch

@@ -1,6 +1,6 @@
-"""Parametrizations that drop: which parameters are meant, registering, removing, and nn.LSTM and its kin.
+"""Parametrizations that drop: selecting parameters, registering, removing, and nn.LSTM, nn.GRU and nn.RNN.
 
-torch.nn.utils.parametrize does the work. Three things are added to it, as methods of the class that it makes for each
+torch.nn.utils.parametrize does the work. This file adds three things, as methods of the class that it makes for each
 parametrized module:
 
 - A checkpoint saved before the parametrization can be loaded: its ``weight`` is ``parametrizations.weight.original``.
@@ -33,7 +33,7 @@ _ORDER = "_order_of_parameters"
 
 
 class OfWeight(Rated):
-    """What the parametrizations of this package share."""
+    """The base of the parametrizations of this package."""
 
     undone_by: str
 
@@ -49,11 +49,11 @@ class OfWeight(Rated):
         self.shared_axes = shared_axes
 
     def check_weight(self, weight: Tensor) -> None:
-        """Raises ValueError where the rate does not broadcast against a weight's mask."""
+        """Raises ValueError if the rate does not broadcast against a weight's mask."""
         self.rate.params_for(mask_shape(weight, self.shared_axes, None))
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """What is stored when a weight is assigned."""
+        """Returns the tensor to store when a weight is assigned."""
         return weight
 
     def extra_repr(self) -> str:
@@ -69,11 +69,11 @@ class Place(NamedTuple):
     name: str
 
     def rated(self) -> OfWeight | None:
-        """The parametrization of this package that it is under, if any."""
+        """Returns the parametrization of this package that the parameter is under, or None."""
         return _rated(self.module, self.name)
 
     def value(self) -> Tensor:
-        """What its layer works with. Draws nothing unless a parametrization of another package does."""
+        """Returns the value that its layer uses. Draws nothing unless a parametrization of another package does."""
         with torch.no_grad():
             return getattr(self.module, self.name)
 
@@ -97,7 +97,7 @@ def _own_names(module: nn.Module) -> Iterator[str]:
 
 
 def _all_places(module: nn.Module) -> list[Place]:
-    """Every parameter of a model under the name that it has where nothing is parametrized."""
+    """Returns every parameter of a model under the name that it has without parametrizations."""
     stacks = [one for one in module.modules() if isinstance(one, parametrize.ParametrizationList)]
     inner = {part for stack in stacks for part in stack.modules()}
     return [
@@ -119,7 +119,7 @@ def _patterns(module: Any, names: Any) -> Sequence[str]:
 
 
 def _chosen(module: nn.Module, patterns: Sequence[str], found: list[Place], what: str) -> list[Place]:
-    """The places that a pattern names; each pattern must name one."""
+    """Returns the places that a pattern matches; each pattern must match one."""
     kind = _original_class(module).__name__
     for pattern in patterns:
         if any(fits(pattern, place.path) for place in found):
@@ -139,12 +139,12 @@ def register(module: Any, names: Any, layers: Layers, make: Callable[[Tensor], O
 
     Args:
         module: a layer or a model.
-        names: globs of the names that ``module.named_parameters()`` has; ``*`` stands for dots too.
+        names: globs of the names that ``module.named_parameters()`` has; ``*`` matches dots too.
         layers: the classes of layers whose parameters are meant.
-        make: a parametrization for each, from what its layer works with.
+        make: makes a parametrization for each parameter from the value that its layer uses.
 
     Raises:
-        TypeError, ValueError: as `apply_weight_dropout`, and what `make` raises. Nothing is changed then.
+        TypeError, ValueError: as `apply_weight_dropout`, or raised by `make`. Nothing is changed then.
     """
     patterns = _patterns(module, names)
     classes = layers if isinstance(layers, tuple) else (layers,)
@@ -187,11 +187,11 @@ def _made(place: Place, make: Callable[[Tensor], OfWeight]) -> OfWeight:
 
 
 def remove(module: Any, names: Any, kind: type[OfWeight]) -> None:
-    """Undoes `register`: the parameters are there again, the same objects, as they have been trained.
+    """Undoes `register`. The layers have their parameters again, the same objects, as they have been trained.
 
     Raises:
         TypeError: an argument of another type.
-        ValueError: a name of nothing that is under a parametrization of this kind. Nothing is changed then.
+        ValueError: a name that no parameter under such a parametrization has. Nothing is changed then.
     """
     patterns = _patterns(module, names)
     found = [place for place in _all_places(module) if isinstance(place.rated(), kind)]
@@ -218,7 +218,7 @@ def _give_own_class(module: nn.Module) -> None:
 
 
 def _order(module: nn.Module) -> tuple[str, ...]:
-    """The parameters in the order that they have without parametrizations, which optimizers number them by."""
+    """Returns the parameters in their order without parametrizations, by which optimizers number them."""
     return vars(type(module)).get(_ORDER) or tuple(module._parameters)
 
 
@@ -251,7 +251,7 @@ def _original_class(module: nn.Module) -> type[nn.Module]:
 
 
 def _stored(rnn: nn.RNNBase) -> list[Any]:
-    """The parameters themselves; None for what is made from several."""
+    """Returns the parameters themselves; None for a weight that is made from several."""
     return [
         getattr(_stack(rnn, name), "original", None)
         if parametrize.is_parametrized(rnn, name)
@@ -267,12 +267,12 @@ def _init_flat_weights(self: nn.RNNBase) -> None:
 
 
 def _update_flat_weights(self: nn.RNNBase) -> None:
-    """Nothing: `_forward` has done it."""
+    """Does nothing, since `_forward` has done it."""
 
 
 def _forward(self: nn.RNNBase, *args: Any, **kwargs: Any) -> Any:
     stored = _stored(self)
-    own = all(one is None or isinstance(one, nn.Parameter) for one in stored)  # not lent, as by functional_call
+    own = all(one is None or isinstance(one, nn.Parameter) for one in stored)  # not replaced, as by functional_call
     if own and any(now is not held for now, held in zip(stored, self._flat_weights, strict=True)):
         self._init_flat_weights()
     held = self._flat_weights
@@ -289,7 +289,8 @@ def _on_cuda(weight: Tensor) -> bool:
 
 
 def _flatten(rnn: nn.RNNBase, stored: list[Any]) -> None:
-    """On CUDA, gives the weights of one forward a chunk of memory, as cuDNN wants it; the parameters stay in theirs."""
+    """On CUDA, puts the weights of one forward into one chunk of memory, as cuDNN needs it. The parameters stay where
+    they are."""
     weights: list[Any] = rnn._flat_weights
     if not _on_cuda(weights[0]) or all(weight is own for weight, own in zip(weights, stored, strict=True)):
         return

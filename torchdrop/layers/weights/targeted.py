@@ -1,11 +1,11 @@
 """Targeted dropout of weights: `targeted_dropout`, `TargetedDropout`, and `apply_targeted_dropout` for existing layers.
 
-Training that makes a network robust to being pruned: of each output unit's n weights the floor(gamma n) smallest are
-the targets, and each of them is dropped with rate p; the others are never touched (Gomez et al., 2019).
+It makes a network robust to pruning: of each output unit's n weights the floor(gamma n) smallest are the targets, and
+each of them is dropped with rate p; the others are never changed (Gomez et al., 2019).
 
     W' = W m,   m_i ~ Bernoulli(1 - p) where |W_i| is among the floor(gamma n) smallest, 1 elsewhere
 
-What is kept is not rescaled, as in the paper: the targets shrink, and at last they can be pruned.
+Kept weights are not rescaled, as in the paper: the targets shrink, and finally they can be pruned.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ def _without(weight: Tensor, dropped: Tensor) -> Tensor:
 
 
 def _check_fraction(fraction: Any) -> Any:
-    """The fraction as a float; a layer in compiled code, which has checked its own, gives a tensor."""
+    """Returns the fraction as a float, or the tensor of a layer in compiled code, which has checked its own."""
     if isinstance(fraction, Tensor) and is_compiling():
         return fraction
     return check_probability("target_fraction", fraction)
 
 
 def _check_leaves_some(fraction: float, keep_prob: Probability, pruned: bool) -> None:
-    """Refuses what would leave no weight."""
+    """Refuses a fraction and a rate that would leave no weight."""
     if fraction == 1.0 and not isinstance(keep_prob, Tensor) and keep_prob == 0.0:
         raise ValueError(
             "target_fraction 1 and p 1 would drop every weight: target_fraction must be below 1 where p is 1"
@@ -91,9 +91,9 @@ def targeted_dropout(
     """Drops, with rate p, weights among the smallest of each output unit, and never any of the others.
 
     ``W' = W m`` with m ~ Bernoulli(1 - p) for the floor(gamma n) weights of the smallest magnitude among the n weights
-    of a unit, and m = 1 for the others. Where magnitudes are equal those that come first count as smaller. Nothing is
+    of a unit, and m = 1 for the others. If magnitudes are equal, those that come first count as smaller. Nothing is
     rescaled: E[W'] = (1 - p) W for targets, W for the others. A dropped weight gets no gradient. With p = 0, in eval
-    mode and with nothing targeted, W' = W; with p = 1 all targets are 0.
+    mode and without targets, W' = W; with p = 1 all targets are 0.
 
     Args:
         weight: float16, bfloat16, float32 or float64, of two dimensions or more.
@@ -105,7 +105,7 @@ def targeted_dropout(
         units: True to choose among whole units, by the Euclidean norm of their weights, and drop all of a unit.
         dim: the weight's axis of output units: 0 for linear layers and convolutions, 1 for transposed ones.
         pruned: True for the eval mode of a network that is to be pruned: all targets are 0.
-        generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the mask's key; PyTorch's default generator of the device if None.
 
     Returns:
         A tensor of the weight's shape and dtype; the weight itself in eval mode, unless `pruned`.
@@ -158,7 +158,7 @@ class TargetedDropout(OfWeight):
         units: True to choose among whole units.
         dim: the weight's axis of output units.
         pruned: True to have all targets 0 in eval mode; it can be set at any time.
-        generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the masks' keys; PyTorch's default generator of the device if None.
 
     Raises:
         ValueError: a rate or fraction outside [0, 1], or both 1, which would drop every weight.
@@ -236,7 +236,7 @@ class TargetedDropout(OfWeight):
         return Choice(self._given_fraction(), self.units, self.dim)
 
     def without_targets(self, weight: Tensor) -> Tensor:
-        """The weight with all targets 0."""
+        """Returns the weight with all targets 0."""
         _check_weight(weight)
         _check_shape(weight.shape, self.dim)
         return _without(weight, self._choice().targets(weight))
@@ -274,12 +274,12 @@ def apply_targeted_dropout(
     From here on the layer computes in training with W' of `targeted_dropout`, a new mask and a new choice of targets
     for each time that it reads the weight; in eval mode with W itself, or, if `pruned`, without the targets. W stays
     the same Parameter; in the state dict it is ``parametrizations.weight.original``. The module
-    ``parametrizations.weight.0`` has the rate and the fraction. When training is done, `prune_targeted_dropout` leaves
-    the pruned layer, `remove_targeted_dropout` the whole one.
+    ``parametrizations.weight.0`` has the rate and the fraction. After training, `prune_targeted_dropout` leaves the
+    pruned layer, and `remove_targeted_dropout` leaves the whole one.
 
     Args:
         module: a layer or a model.
-        names: which parameters: a glob, or several, of the names that ``module.named_parameters()`` has: "weight", or
+        names: a glob, or several, of the names that ``module.named_parameters()`` has: "weight", or
             "*.weight" for a model.
         p: the rate with which a target is dropped. Default: 0.5.
         target_fraction: gamma, in [0, 1]. Default: 0.5.
@@ -287,8 +287,8 @@ def apply_targeted_dropout(
         units: True to choose among whole units.
         dim: the weights' axis of output units: 0 for linear layers and convolutions, 1 for transposed ones.
         pruned: True to have all targets 0 in eval mode.
-        generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
-        layers: a class, or several, of the layers whose parameters are meant: ``nn.Linear``, say.
+        generator: the source of the masks' keys; PyTorch's default generator of the device if None.
+        layers: a class, or several, of the layers whose parameters are meant, such as ``nn.Linear``.
 
     Returns:
         The module itself.
@@ -296,7 +296,7 @@ def apply_targeted_dropout(
     Raises:
         TypeError: an argument of another type.
         ValueError: a name that no parameter has; a parameter that is under a dropout of this package already, or has
-            fewer than two dimensions; what `TargetedDropout` refuses. Nothing is changed then.
+            fewer than two dimensions; an argument that `TargetedDropout` refuses. Nothing is changed then.
 
     References:
         Gomez et al., "Learning Sparse Networks Using Targeted Dropout", 2019 (arXiv:1905.13678).
@@ -326,18 +326,18 @@ def apply_targeted_dropout(
 
 
 def remove_targeted_dropout(module: ModuleT, names: Names = "*") -> ModuleT:
-    """Undoes `apply_targeted_dropout`: the parameters are there again, whole, as they have been trained.
+    """Undoes `apply_targeted_dropout`. The layers have their parameters again, whole, as they have been trained.
 
     Args:
         module: the layer or model.
-        names: which parameters: all that are under targeted dropout by default.
+        names: names of parameters: all that are under targeted dropout by default.
 
     Returns:
         The module itself.
 
     Raises:
         TypeError: an argument of another type.
-        ValueError: a name of nothing that is under targeted dropout. Nothing is changed then.
+        ValueError: a name that no parameter under targeted dropout has. Nothing is changed then.
 
     Example:
         >>> import torch, torchdrop
@@ -353,7 +353,7 @@ def remove_targeted_dropout(module: ModuleT, names: Names = "*") -> ModuleT:
 def prune_targeted_dropout(module: ModuleT) -> ModuleT:
     """Makes the pruning permanent: sets the targets of all weights under targeted dropout to 0 and ends it.
 
-    The layers then compute what they did in eval mode with ``pruned=True``. The parameters are the same objects; an
+    The layers then compute the same as in eval mode with ``pruned=True``. The parameters are the same objects; an
     optimizer that goes on with them makes zeros grow again.
 
     Args:

@@ -13,7 +13,7 @@ from ...kernels.masking import COMPUTE_DTYPE
 
 
 class Choice(NamedTuple):
-    """Which weights are targets: a fraction of each unit's smallest ones, or of the units themselves.
+    """The choice of targets: a fraction of each unit's smallest weights, or of the units themselves.
 
     Args:
         fraction: gamma; a tensor of shape (1,) in compiled code, which is then not compiled again for another.
@@ -26,13 +26,13 @@ class Choice(NamedTuple):
     dim: int
 
     def mask_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """The shape of a mask: the weight's, with ones on all axes but that of units where whole units are dropped."""
+        """Returns a mask's shape: the weight's, with ones on all axes but that of units if whole units are dropped."""
         if not self.units:
             return tuple(shape)
         return tuple(size if axis == self.dim % len(shape) else 1 for axis, size in enumerate(shape))
 
     def targets(self, weight: Tensor) -> Tensor:
-        """Bools of the mask's shape. Where magnitudes are equal the first ones count as smaller, so the number is
+        """Returns bools of the mask's shape. If magnitudes are equal, the first ones count as smaller, so the number is
         exact."""
         rows = weight.detach().movedim(self.dim, 0)
         if self.units:
@@ -47,6 +47,6 @@ class Choice(NamedTuple):
         return chosen.reshape(shape).movedim(0, self.dim)
 
     def _count(self, order: Tensor) -> int | Tensor:
-        """floor(gamma n) for the gamma that was written: 29 of 100 at 0.29, whose product is 28.999999999999996."""
+        """Returns floor(gamma n) for the decimal gamma: 29 of 100 at 0.29, whose product is 28.999999999999996."""
         count = self.fraction * order.shape[-1] + 1e-9
         return count.floor().to(torch.int64).to(order.device) if isinstance(count, Tensor) else math.floor(count)

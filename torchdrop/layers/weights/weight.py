@@ -6,7 +6,7 @@ With k the keep probability and M a mask of the weight's shape whose elements ar
     W' = W             in eval mode
 
 (Wan et al., ICML 2013). On the recurrent matrices of an LSTM, with one mask for all time steps, it is the weight
-dropout of Merity et al., ICLR 2018. What is trained is W: its gradient is that of W' times M / k.
+dropout of Merity et al., ICLR 2018. W is trained: its gradient is that of W' times M / k.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def weight_dropout(
     shared_axes: Axes = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Keeps each element of a weight with probability k and divides it by k: the weight of one forward.
+    """Keeps each element of a weight with probability k and divides it by k, for one forward.
 
     ``W' = W M / k`` with M ~ Bernoulli(k), k = keep_prob = 1 - p. E[W'] = W exactly, so the expectation of a linear
     layer's output is its output with W. With k = 1 and in eval mode the weight itself is returned; with k = 0 the
@@ -49,7 +49,7 @@ def weight_dropout(
         training: whether dropout is applied.
         keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against the mask.
         shared_axes: the axes over which the mask is the same: 0 drops whole input units of a linear layer.
-        generator: where the mask's key is drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the mask's key; PyTorch's default generator of the device if None.
 
     Returns:
         A tensor of the weight's shape and dtype; the weight itself in eval mode and with k = 1.
@@ -91,7 +91,7 @@ class WeightDropout(OfWeight):
         p: probability of dropping an element, in [0, 1]. Default: 0.5.
         keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against the mask.
         shared_axes: the axes over which the mask is the same.
-        generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
+        generator: the source of the masks' keys; PyTorch's default generator of the device if None.
 
     Raises:
         ValueError: a rate outside [0, 1].
@@ -124,31 +124,31 @@ def apply_weight_dropout(
 
     From here on the layer computes with ``W' = W M / k`` in training, a new mask for each time that it reads the
     weight, and with W itself in eval mode; E[W'] = W. nn.LSTM, nn.GRU and nn.RNN read their weights once a forward: a
-    recurrent matrix keeps its mask over all time steps. nn.LSTMCell and its kin read theirs at every step: within
-    ``torch.nn.utils.parametrize.cached()`` they keep one mask. W is changed by the optimizer alone, and it is the same
-    Parameter as before, so an optimizer that knows it goes on. In ``parameters()`` it comes after those of its layer
+    recurrent matrix keeps its mask over all time steps. nn.LSTMCell, nn.GRUCell and nn.RNNCell read theirs at every
+    step: within ``torch.nn.utils.parametrize.cached()`` they keep one mask. Only the optimizer changes W, and it is the
+    same Parameter as before, so an optimizer that has it goes on. In ``parameters()`` it comes after those of its layer
     that are not dropped: an optimizer made from now on numbers it so in its state dict.
 
     In the state dict W is ``parametrizations.weight.original`` in place of ``weight``, and there is nothing else. A
-    checkpoint with the plain name can be loaded all the same; `remove_weight_dropout` before saving gives one.
+    checkpoint with the plain name can be loaded, too; `remove_weight_dropout` before saving makes one.
     ``layer.parametrizations.weight.original`` is W itself at any time, whereas ``layer.weight`` draws a mask in
-    training: what is then written into it in place, as ``layer.reset_parameters()`` does, is lost. For `set_keep_prob`
-    and schedules the rate is that of the module ``parametrizations.weight.0`` in the layer; "rnn.parametrizations"
-    names all of a layer rnn, whereas "rnn" names nn.LSTM's own rate as well.
+    training: writing to that in place, as ``layer.reset_parameters()`` does, has no effect. For `set_keep_prob` and
+    schedules the rate is that of the module ``parametrizations.weight.0`` in the layer; "rnn.parametrizations" matches
+    all of a layer rnn, whereas "rnn" matches nn.LSTM's own rate as well.
 
     Modules with parametrizations can be copied but, by PyTorch's rule, not pickled: save their state dict.
-    torch.compile takes them, except that it leaves nn.LSTM and its kin to eager code. On CUDA the weights of a forward
-    with dropped ones are copied into one chunk for cuDNN.
+    torch.compile takes them, except that it leaves nn.LSTM, nn.GRU and nn.RNN to eager code. On CUDA the weights of a
+    forward with dropped ones are copied into one chunk for cuDNN.
 
     Args:
         module: a layer or a model.
-        names: which parameters: a glob, or several, of the names that ``module.named_parameters()`` has, for example
-            "weight", "weight_hh_*" for an LSTM, "rnn.weight_hh_*" or "*.weight" for a model; ``*`` stands for dots too.
+        names: a glob, or several, of the names that ``module.named_parameters()`` has, for example
+            "weight", "weight_hh_*" for an LSTM, "rnn.weight_hh_*" or "*.weight" for a model; ``*`` matches dots too.
         p: probability of dropping an element, in [0, 1]. Default: 0.5.
         keep_prob: probability of keeping, in place of `p`: a number, or a tensor that broadcasts against the masks.
         shared_axes: the axes over which a mask is the same: 0 drops whole input units of a linear layer.
-        generator: where the masks' keys are drawn from; PyTorch's default generator of the device if None.
-        layers: a class, or several, of the layers whose parameters are meant: ``nn.Linear``, say.
+        generator: the source of the masks' keys; PyTorch's default generator of the device if None.
+        layers: a class, or several, of the layers whose parameters are meant, such as ``nn.Linear``.
 
     Returns:
         The module itself.
@@ -183,22 +183,22 @@ def apply_weight_dropout(
 
 
 def remove_weight_dropout(module: ModuleT, names: Names = "*") -> ModuleT:
-    """Undoes `apply_weight_dropout`: the parameters are there again, the same objects, as they have been trained, in
-    the order of before.
+    """Undoes `apply_weight_dropout`. The layers have their parameters again, the same objects, as they have been
+    trained, in their former order.
 
     Other parametrizations of the same parameters stay. (torch.nn.utils.parametrize.remove_parametrizations would, in
     train mode, leave the weight with one mask applied for good.)
 
     Args:
         module: the layer or model.
-        names: which parameters, as in `apply_weight_dropout`: all that are under weight dropout by default.
+        names: names of parameters, as in `apply_weight_dropout`: all that are under weight dropout by default.
 
     Returns:
         The module itself.
 
     Raises:
         TypeError: an argument of another type.
-        ValueError: a name of nothing that is under weight dropout. Nothing is changed then.
+        ValueError: a name that no parameter under weight dropout has. Nothing is changed then.
 
     Example:
         >>> import torch
