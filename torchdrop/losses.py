@@ -5,8 +5,8 @@ With P1, P2 the distributions that the two passes predict and l1, l2 their logit
     R-Drop      (CE(P1, y) + CE(P2, y)) / 2 + alpha (KL(P1 || P2) + KL(P2 || P1)) / 2
     fraternal   kappa |l1 - l2|^2
 
-Both ask that a model predicts the same under any mask. The symmetric divergence is the sum over classes of
-(P1 - P2) (log P1 - log P2): one product, never negative, and 0 if and only if the two agree.
+Both ask that a model predicts the same under any mask. The symmetric divergence is the sum over classes of the product
+(P1 - P2) (log P1 - log P2), which is never negative, and 0 if and only if the two agree.
 """
 
 from __future__ import annotations
@@ -272,8 +272,7 @@ def two_passes(model: nn.Module, inputs: Any, *, batch_dim: int = 0, batched: bo
         TypeError: inputs of another kind, or a `batch_dim` that is no integer.
 
     Warns:
-        UserWarning: both passes returned the same, as without dropout, in eval mode, or with masks that the batch
-            shares.
+        UserWarning: both passes returned the same: without dropout, in eval mode, or as the batch shares its masks.
 
     Example:
         >>> import torch
