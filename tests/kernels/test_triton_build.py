@@ -25,6 +25,7 @@ from torchdrop.kernels.mask_params import MaskParams, alpha, mask_params, params
 from torchdrop.kernels.masking import WHOLE, MaskSlice
 
 KEY = torch.tensor([1, 2])
+NEWEST = 90
 
 missing = (
     "the package triton is not installed"
@@ -121,7 +122,7 @@ def facts(kernel: Any) -> dict[str, Any]:
     code = [line.split("//")[0].strip() for line in kernel.asm["ptx"].splitlines()]
     doubles = [line for line in code if re.search(r"\.f64\b", line)]
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    binary = Path(os.environ["TRITON_CACHE_DIR"]) / "kernel.cubin"
+    binary = Path(os.environ["TRITON_CACHE_DIR"]) / f"{os.getpid()}.cubin"
     binary.write_bytes(kernel.asm["cubin"])
     usage = subprocess.run([tool, "-res-usage", binary], check=True, capture_output=True, text=True).stdout
     return {
@@ -138,7 +139,11 @@ def facts(kernel: Any) -> dict[str, Any]:
 
 
 def main(architecture: int) -> None:
-    """In the child: compiles every case, and counts what sets of parameters, sizes and places compile."""
+    """In the child: compiles every case, and counts what sets of parameters, sizes and places compile.
+
+    An older architecture differs in its instructions, not in what the Python beside the kernels does, so one element
+    type is enough for it.
+    """
     from triton.runtime.driver import driver
 
     driver.set_active(Driver(architecture))
@@ -146,13 +151,14 @@ def main(architecture: int) -> None:
     compiled: list[Any] = []
     kernels.starter = lambda kernel, index: (compiled.append(kernel), starter(kernel, index))[1]
     found: dict[str, Any] = {}
-    for dtype in DTYPES:
+    for dtype in DTYPES if architecture == NEWEST else (torch.bfloat16,):
         for name, call in cases(dtype).items():
             forget()
             compiled.clear()
             call()
             found[f"{name} {str(dtype).removeprefix('torch.')}"] = [facts(kernel) for kernel in compiled]
-    print(json.dumps({"cases": found, "variants": variants(), "paths": both_paths()}))
+    launching = {"variants": variants(), "paths": both_paths()} if architecture == NEWEST else {}
+    print(json.dumps({"cases": found, **launching}))
 
 
 def variants() -> dict[str, int]:
@@ -212,11 +218,30 @@ def apart(module: str, cache: Path, *arguments: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.fixture(scope="module", params=[80, 90], ids=["sm_80", "sm_90"])
-def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    found: dict[str, Any] = apart(
-        "tests.kernels.test_triton_build", tmp_path_factory.mktemp("triton"), str(request.param)
-    )
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Triton's cache, which all processes of a test run share: a kernel is compiled once."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "triton"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def newest(cache: Path) -> dict[str, Any]:
+    found: dict[str, Any] = apart("tests.kernels.test_triton_build", cache, str(NEWEST))
+    return found
+
+
+@pytest.fixture(scope="module")
+def older(cache: Path) -> dict[str, Any]:
+    found: dict[str, Any] = apart("tests.kernels.test_triton_build", cache, "80")
+    return found
+
+
+@pytest.fixture(params=["older", "newest"], ids=["sm_80", "sm_90"])
+def built(request: pytest.FixtureRequest) -> dict[str, Any]:
+    found: dict[str, Any] = request.getfixturevalue(request.param)
     return found
 
 
@@ -233,7 +258,7 @@ def named(built: dict[str, Any], *dtypes: torch.dtype, without: tuple[str, ...] 
 
 def test_every_kernel_compiles_and_spills_nothing(built: dict[str, Any]) -> None:
     kernels = named(built, *DTYPES)
-    assert len(kernels) == 4 * 11 + 9
+    assert len(kernels) in (11 + 9, 4 * 11 + 9)
     for name, kernel in kernels.items():
         assert kernel["local"] == [], name
         assert kernel["stack"] == 0, name
@@ -280,13 +305,13 @@ def test_bfloat16_is_rounded_two_at_a_time(built: dict[str, Any]) -> None:
         assert kernel["to bfloat16"] > 0, name
 
 
-def test_other_parameters_sizes_or_places_compile_nothing(built: dict[str, Any]) -> None:
-    assert built["variants"] == {"sets of parameters": 1, "sizes": 1, "rows": 1}
+def test_other_parameters_sizes_or_places_compile_nothing(newest: dict[str, Any]) -> None:
+    assert newest["variants"] == {"sets of parameters": 1, "sizes": 1, "rows": 1}
 
 
-def test_a_known_kernel_is_launched_as_triton_launches_it(built: dict[str, Any]) -> None:
-    assert len(built["paths"]) == 20
-    assert all(built["paths"])
+def test_a_known_kernel_is_launched_as_triton_launches_it(newest: dict[str, Any]) -> None:
+    assert len(newest["paths"]) == 20
+    assert all(newest["paths"])
 
 
 def test_registers_leave_room_for_several_programs(built: dict[str, Any]) -> None:

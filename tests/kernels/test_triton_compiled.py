@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels import ptx
-from tests.kernels.test_triton_build import Driver, apart, missing
+from tests.kernels.test_triton_build import Driver, apart, cache, missing  # noqa: F401 (a fixture)
 from tests.kernels.triton_kernels import KEY, added, identical
 from torchdrop.kernels import reference
 from torchdrop.kernels import triton as backend
@@ -211,8 +211,8 @@ def main(architecture: int, dtypes: list[torch.dtype]) -> None:
 
 
 @pytest.mark.parametrize(("dtypes", "count"), [(("bfloat16", "float16"), 35), (("float32", "float64"), 50)])
-def test_compiled_kernels_give_the_references_bits(dtypes: tuple[str, ...], count: int, tmp_path: Path) -> None:
-    found = apart("tests.kernels.test_triton_compiled", tmp_path, "90", *dtypes)
+def test_compiled_kernels_give_the_references_bits(dtypes: tuple[str, ...], count: int, cache: Path) -> None:  # noqa: F811
+    found = apart("tests.kernels.test_triton_compiled", cache, "90", *dtypes)
     assert len(found) == count
     assert {name: why for name, why in found.items() if why} == {}
 
