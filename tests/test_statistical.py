@@ -8,6 +8,7 @@ import torch
 from tests.statistical import FALSE_ALARM, MISS, band, check_rate, draws_for
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [0.01, 0.5, 0.8, 0.999])
 def test_a_right_sampler_passes_and_a_wrong_one_fails(rate: float) -> None:
     error = 0.2 * min(rate, 1 - rate)

@@ -70,6 +70,7 @@ class TestNumbers:
         assert np.array_equal(found.counts.numpy(), counts)
         assert np.allclose(found.edges.numpy(), edges)
 
+    @pytest.mark.slow
     @given(
         st.integers(2, 40),
         st.integers(1, 9),
@@ -128,6 +129,7 @@ class TestNumbers:
         assert math.isnan(single.correlation)
         assert single.effective_features == pytest.approx(1)
 
+    @pytest.mark.slow
     def test_parts_make_the_whole(self) -> None:
         """More data than are looked at at once."""
         units = 1 << 11
@@ -140,6 +142,7 @@ class TestNumbers:
         total = np.trace(np.cov(rows.numpy().T)) ** 2 / np.square(np.cov(rows.numpy().T)).sum()
         assert found.effective_features == pytest.approx(total, rel=1e-6)
 
+    @pytest.mark.slow
     def test_memory(self) -> None:
         """A covariance and a part of the data, not copies of all of it."""
         rows = torch.randn(20_000, 512)

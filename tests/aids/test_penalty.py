@@ -228,6 +228,7 @@ class TestGeneralizedLinearModels:
         one = equivalent_l2(difference, x, loss="bernoulli", keep_prob=0.6).total
         assert both.item() == pytest.approx(one.item(), rel=1e-12)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("loss", GLMS)
     def test_approaches_the_sum_over_all_masks(self, loss: str) -> None:
         """At keep_prob 0.5 gates are symmetric: the remainder is two orders in the weights above the penalty."""

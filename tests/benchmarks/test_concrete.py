@@ -146,6 +146,7 @@ def test_protocols() -> None:
     assert concrete.PUBLISHED.rate_learning_rate == concrete.LEARNING_RATE
 
 
+@pytest.mark.slow
 def test_the_program_writes_a_report_and_renders_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -167,6 +168,7 @@ def test_the_program_writes_a_report_and_renders_it(
     assert "over the seeds 0, 5" in rendered
 
 
+@pytest.mark.slow
 def test_a_training_can_be_repeated() -> None:
     first, second = (concrete.measure(TINY, 10, 3, iter) | {"seconds": 0} for _ in range(2))
     assert first == second

@@ -39,6 +39,7 @@ def test_the_data_are_all_the_digits_and_the_settings_contain_the_shared_one() -
     assert tried[:3] == bench_search.settings(3)
 
 
+@pytest.mark.slow
 def test_both_ways_learn_with_keep_prob_1_and_nothing_with_0() -> None:
     x, y = part()
     tried = [{"*": 0.0}, {"*": 1.0}]

@@ -139,6 +139,7 @@ def test_large_tensors_cut_evenly(
     assert torch.equal(torch.cat(ours, dim), y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["native", "triton", "aten", "reference"])
 @pytest.mark.parametrize("dim", [0, 1, 2])
 def test_every_backend(name: str, dim: int) -> None:

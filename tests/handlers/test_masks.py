@@ -191,6 +191,7 @@ class TestHypercube:
         strata = (Hypercube(size).offsets(torch.arange(size)) * size + ONE // 2) >> 32
         assert torch.equal(strata.sort(0).values, torch.arange(size).unsqueeze(1).expand_as(strata))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("size", [10, 20, 50, 100])
     def test_pairs_of_samples_are_nearly_uncorrelated(self, size: int) -> None:
         """Averaged over the family, the correlation of one unit's masks in two samples is that of sampling strata

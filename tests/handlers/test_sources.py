@@ -274,6 +274,7 @@ def test_rrelu(inplace: bool) -> None:
     check_rate(int((slopes > 0.5).sum()), slopes.numel(), 0.25, 0.05)
 
 
+@pytest.mark.slow
 def test_dense_network() -> None:
     """Functional dropout in each of 100 blocks, with batch normalization."""
 

@@ -52,6 +52,7 @@ def test_draws_and_masks_are_those_of_the_reference(key: Tensor, n: int, k: floa
     assert torch.equal(got.cpu(), reference.keep_mask((n,), key, mask_params(k)))
 
 
+@pytest.mark.slow
 @needs_kernels
 @settings(max_examples=15)
 @given(keys(), st.integers(0, 2**62), st.integers(0, 4), st.integers(1, 300), st.integers(0, 2**50), st.booleans())
@@ -116,6 +117,7 @@ def test_ties_at_the_smallest_and_the_largest_upper_half() -> None:
                 assert torch.equal(got, drawn[place - 4 : place + 5] < threshold)
 
 
+@pytest.mark.slow
 @needs_kernels
 @settings(max_examples=25)
 @given(st.data(), small_tensors, keep_probs, st.sampled_from([inverted, original, alpha]), st.booleans())
@@ -213,6 +215,7 @@ def test_groups_that_are_dropped_are_not_read(monkeypatch: pytest.MonkeyPatch) -
     assert read & set(places.flatten().tolist()) == set(places[kept].tolist())
 
 
+@pytest.mark.slow
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_half_value_is_rounded_to_the_nearest_even(dtype: torch.dtype) -> None:

@@ -190,6 +190,7 @@ def learned(p: float, examples: int) -> float:
     return model.dropout.p.item()
 
 
+@pytest.mark.slow
 def test_more_data_teach_a_smaller_rate_whatever_the_start() -> None:
     few, many = ([learned(p, examples) for p in (0.1, 0.5)] for examples in (5, 500))
     assert max(many) < 0.5 * min(few)
