@@ -217,7 +217,7 @@ QUESTIONS = {
 
 
 def memory_cells(device: torch.device, quick: bool) -> list[dict[str, Any]]:
-    """Bytes kept for backward at sizes of both of torchdrop's roads, and the peaks of the largest."""
+    """Bytes kept for backward at sizes of both of torchdrop's paths, and the peaks of the largest."""
     results = []
     makers: dict[str, Callable[[str], Map]] = {
         OURS: lambda module: getattr(torchdrop, module)(0.5),

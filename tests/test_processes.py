@@ -111,7 +111,7 @@ fork_is_there = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_m
 
 
 class Noisy(torch.utils.data.Dataset[Tensor]):
-    """Augments each item with dropout, on the short and the general road."""
+    """Augments each item with dropout, on the fast and the general path."""
 
     def __init__(self, size: int = 8) -> None:
         self.size, self.layer = size, torchdrop.Dropout()

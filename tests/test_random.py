@@ -57,14 +57,14 @@ class TestManualSeed:
         assert torch.equal(torch.get_rng_state(), state)
 
     @small_and_large
-    @pytest.mark.parametrize("road", ["_DropoutBackward", "RecordedBackward"])
-    def test_backward_replays_the_mask_on_both_roads(self, road: str, large: bool) -> None:
-        """The road is short for contiguous inputs whose mask is not shared."""
-        if road == "_DropoutBackward" and native.library is None:
+    @pytest.mark.parametrize("path", ["_DropoutBackward", "RecordedBackward"])
+    def test_backward_replays_the_mask_on_both_paths(self, path: str, large: bool) -> None:
+        """The path is fast for contiguous inputs whose mask is not shared."""
+        if path == "_DropoutBackward" and native.library is None:
             pytest.skip("no native kernels")
         x = torch.randn(shape_of("dropout", large), dtype=torch.float64, requires_grad=True)
-        y = seeded(7, torchdrop.Dropout(shared_axes=None if road == "_DropoutBackward" else ()), x)
-        assert type(y.grad_fn).__name__ == road
+        y = seeded(7, torchdrop.Dropout(shared_axes=None if path == "_DropoutBackward" else ()), x)
+        assert type(y.grad_fn).__name__ == path
         y.backward(torch.full_like(y, 3.0))
         m = multiplier(7, tuple(x.shape))
         assert torch.equal(y, x * m)

@@ -161,7 +161,7 @@ def of_last(x: Tensor) -> Tensor:
     return x[..., 2:5]
 
 
-class TestRoads:
+class TestPaths:
     def test_the_module_does_what_the_function_does(self) -> None:
         x = torch.randn(6, 8)
         y = of_last(drop(x))

@@ -67,7 +67,7 @@ def run_tests(library: Path) -> int:
     native.library, fast_path._row, fast_path._fused = built, built.row, built.fused
     fast_path._groups = built.groups
     chosen = (
-        "(native or reference or threads or half or philox or part_of or short or in_place or kernels_take "
+        "(native or reference or threads or half or philox or part_of or fast_path or in_place or kernels_take "
         "or stratified or fused or fuzzed or by_hand) and not aten and not pytorchs_operations and not [reference"
     )
     tests = [str(ROOT / "tests" / name) for name in TESTS]

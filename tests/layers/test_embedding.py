@@ -1,4 +1,4 @@
-"""Dropout of word types: one fate for each word of the vocabulary, and all that torch.nn.Embedding does."""
+"""Dropout of word types: one draw for each word of the vocabulary, and all that torch.nn.Embedding does."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from torchdrop.layers.weights.weight import apply_weight_dropout
 WORDS = torch.tensor([[1, 4, 1], [0, 2, 4]])
 
 
-def fates(words: Tensor, rows: int = 50, **options: Any) -> Tensor:
+def kept_places(words: Tensor, rows: int = 50, **options: Any) -> Tensor:
     """Which places are kept."""
     return embedding_dropout(words, torch.ones(rows, 2), 0.5, **options)[..., 0] != 0
 
@@ -52,15 +52,15 @@ class TestDefinition:
 
     def test_all_occurrences_of_a_word_share_one_fate(self) -> None:
         words = torch.randint(50, (40, 30))
-        kept = fates(words)
+        kept = kept_places(words)
         by_word = [kept[words == word] for word in range(50)]
-        assert all((fate == fate[0]).all() for fate in by_word)
-        assert 10 < sum(bool(fate[0]) for fate in by_word) < 40
+        assert all((places == places[0]).all() for places in by_word)
+        assert 10 < sum(bool(places[0]) for places in by_word) < 40
 
     @pytest.mark.parametrize("batch_dim", [0, 1])
     def test_samples_can_have_fates_of_their_own(self, batch_dim: int) -> None:
         words = torch.randint(50, (40, 40))
-        kept = fates(words, batch_dim=batch_dim).movedim(batch_dim, 0)
+        kept = kept_places(words, batch_dim=batch_dim).movedim(batch_dim, 0)
         words = words.movedim(batch_dim, 0)
         for sample in range(40):
             assert all(kept[sample][words[sample] == word].unique().numel() == 1 for word in words[sample].unique())
@@ -262,7 +262,7 @@ class TestModule:
         with torchdrop.frozen_masks(layer):
             assert torch.equal(layer(words), layer(words))
         assert not torch.equal(layer(words), layer(words))
-        own = [fates(words, generator=torch.Generator().manual_seed(5)) for _ in range(2)]
+        own = [kept_places(words, generator=torch.Generator().manual_seed(5)) for _ in range(2)]
         assert torch.equal(*own)
 
     @pytest.mark.parametrize("batch_dim", [None, 0])

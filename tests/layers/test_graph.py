@@ -97,11 +97,11 @@ def random_graph(nodes: int, edges: int, first: int = 0) -> Tensor:
 def test_undirected_pairs_share_one_fate_and_others_have_their_own(first: int) -> None:
     edges = random_graph(50, 3000, first)
     kept = drop_edge_weight(edges, p=0.5, undirected=True) != 0
-    fates: dict[frozenset[int], set[bool]] = {}
-    for source, target, fate in zip(*edges.tolist(), kept.tolist(), strict=True):
-        fates.setdefault(frozenset((source, target)), set()).add(fate)
-    assert all(len(fate) == 1 for fate in fates.values())
-    share = sum(fate == {True} for fate in fates.values()) / len(fates)
+    outcomes: dict[frozenset[int], set[bool]] = {}
+    for source, target, outcome in zip(*edges.tolist(), kept.tolist(), strict=True):
+        outcomes.setdefault(frozenset((source, target)), set()).add(outcome)
+    assert all(len(outcome) == 1 for outcome in outcomes.values())
+    share = sum(outcome == {True} for outcome in outcomes.values()) / len(outcomes)
     assert 0.4 < share < 0.6
     order = torch.randperm(edges.shape[1])
     first_order, second = (

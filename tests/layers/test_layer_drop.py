@@ -67,13 +67,15 @@ def test_iteration_skips_in_training_and_nothing_else_does() -> None:
 
 
 def test_number_of_skipped_layers_is_binomial_by_enumeration(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every combination of fates is as probable as independent layers have it."""
+    """Every combination of skipped layers is as probable as independent layers have it."""
     stack, k = LayerDrop(linears(3), keep_prob=0.75), 0.75
-    fates = list(itertools.product((True, False), repeat=3))
+    outcomes = list(itertools.product((True, False), repeat=3))
     seen: Counter[int] = Counter()
-    for fate in fates:
-        monkeypatch.setattr(sites, "keep_mask", lambda like, params, shape, generator, fate=fate: torch.tensor(fate))
-        assert skipped(stack) == tuple(not kept for kept in fate)
+    for outcome in outcomes:
+        monkeypatch.setattr(
+            sites, "keep_mask", lambda like, params, shape, generator, outcome=outcome: torch.tensor(outcome)
+        )
+        assert skipped(stack) == tuple(not kept for kept in outcome)
         seen[sum(skipped(stack))] += 1
     assert [seen[n] * k ** (3 - n) * (1 - k) ** n for n in range(4)] == [27 / 64, 27 / 64, 9 / 64, 1 / 64]
 
@@ -263,9 +265,9 @@ def test_ranks_agree_under_a_shared_seed() -> None:
     first, second = (LayerDrop(linears(12), 0.5, generator=torch.Generator().manual_seed(7)) for _ in range(2))
     for step in range(30):
         torch.manual_seed(step)
-        fate = skipped(first)
+        outcome = skipped(first)
         torch.manual_seed(100 + step)
-        assert skipped(second) == fate
+        assert skipped(second) == outcome
     stack = LayerDrop(linears(12), 0.5)
     assert seeded(3, skipped, stack) == seeded(3, skipped, LayerDrop(linears(12), 0.5))
 
@@ -279,12 +281,12 @@ def _train(rank: int, store: str, folder: str) -> None:
     model = Stack(4, keep_graph=True, generator=torch.Generator().manual_seed(5))
     parallel = DistributedDataParallel(model)
     torch.manual_seed(rank + 1)
-    fates = []
+    outcomes = []
     for _ in range(6):
         parallel(torch.randn(2, 3)).square().sum().backward()
-        fates.append([bool((layer.weight.grad == 0).all()) for layer in model.layers.children()])
+        outcomes.append([bool((layer.weight.grad == 0).all()) for layer in model.layers.children()])
         parallel.zero_grad()
-    torch.save(fates, Path(folder) / f"{rank}.pt")
+    torch.save(outcomes, Path(folder) / f"{rank}.pt")
     del parallel  # its end, if it comes last, holds the interpreter and waits for a thread of the group that wants it
     dist.destroy_process_group()
 

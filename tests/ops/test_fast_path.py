@@ -1,4 +1,4 @@
-"""The short roads of channel masks, and under modes: which of them have to see the call."""
+"""The fast paths of channel masks, and under modes: which of them have to see the call."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Seen(TorchFunctionMode):
         (lambda x: torchdrop.functional.dropout_add(x, x, 0.5), (30, 7)),
     ],
 )
-def test_a_default_device_leads_to_the_short_road_and_other_modes_see_the_call(
+def test_a_default_device_leads_to_the_fast_path_and_other_modes_see_the_call(
     layer: Callable[[Tensor], Tensor], shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, drawn = torch.randn(shape, requires_grad=True), []
@@ -83,7 +83,7 @@ def test_a_default_device_leads_to_the_short_road_and_other_modes_see_the_call(
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("twice", [False, True])
-def test_the_short_road_of_channels_gives_what_the_general_one_gives(
+def test_the_fast_path_of_channels_gives_what_the_general_one_gives(
     kind: str,
     shape: tuple[int, ...],
     spatial: tuple[int, ...],

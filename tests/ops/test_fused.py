@@ -190,7 +190,7 @@ def test_derivatives_of_every_order_by_finite_differences(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", functions())
-def test_all_roads_give_the_same(name: str, dtype: torch.dtype) -> None:
+def test_all_paths_give_the_same(name: str, dtype: torch.dtype) -> None:
     f, count = functions()[name]
     given_ = operands(count, dtype)
     y = f(*given_)
@@ -333,7 +333,7 @@ def test_the_kernel_ran(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(native.library is None, reason="the C kernels are not built")
 @given(st.integers(1, 3000) | st.just(native.SERIAL + 77), st.sampled_from([0.1, 0.5, 0.9, 1.0]), st.booleans())
-def test_the_short_roads_give_what_the_general_ones_give(n: int, k: float, twice: bool) -> None:
+def test_the_fast_paths_give_what_the_general_ones_give(n: int, k: float, twice: bool) -> None:
     given_ = [torch.randn(2, n, requires_grad=True), torch.randn(n, requires_grad=True)]
     given_.append(torch.randn(2, n, requires_grad=True))
     x, bias, residual = given_
@@ -369,7 +369,7 @@ def test_the_short_roads_give_what_the_general_ones_give(n: int, k: float, twice
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_the_short_roads_are_not_taken_where_something_watches() -> None:
+def test_the_fast_paths_are_not_taken_where_something_watches() -> None:
     x, bias, half = torch.ones(8, 8), torch.ones(8), mask_params(0.5)
     paths = [
         lambda x: fast_path.fast_dropout_add(x, None, x, half),

@@ -62,7 +62,7 @@ def test_derivatives_of_every_order_by_finite_differences(operator: Any, formula
 
 @pytest.mark.slow
 @given(st.data(), tensors())
-def test_all_roads_give_the_same(data: st.DataObject, x: Tensor) -> None:
+def test_all_paths_give_the_same(data: st.DataObject, x: Tensor) -> None:
     key, shape = data.draw(keys()), data.draw(shared(tuple(x.shape)))
     for operator, formula in CASES:
         drawn = mask_params(0.7, formula)
@@ -83,7 +83,7 @@ def test_all_roads_give_the_same(data: st.DataObject, x: Tensor) -> None:
 
 @pytest.mark.skipif(native.library is None, reason="the C kernels are not built")
 @given(st.integers(1, 3000) | st.just(native.SERIAL + 77), st.sampled_from([0.1, 0.5, 0.9, 1.0]), st.booleans())
-def test_the_short_road_gives_what_the_general_one_gives(n: int, k: float, twice: bool) -> None:
+def test_the_fast_path_gives_what_the_general_one_gives(n: int, k: float, twice: bool) -> None:
     x = torch.randn(n, requires_grad=True)
     taken: list[Tensor | None] = []
 
@@ -103,7 +103,7 @@ def test_the_short_road_gives_what_the_general_one_gives(n: int, k: float, twice
         assert torch.equal(a, b)
 
 
-def test_the_short_road_is_not_taken_where_something_watches() -> None:
+def test_the_fast_path_is_not_taken_where_something_watches() -> None:
     x, half = torch.ones(8), mask_params(0.5)
     assert fast_path.fast_dropout(x, half) is not None
     assert fast_path.fast_dropout(torch.ones(8, 8).t()[1:], half) is None

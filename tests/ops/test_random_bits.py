@@ -1,4 +1,4 @@
-"""Masks and numbers for layers with masks of their own: one set of numbers on every road, seen by every mode."""
+"""Masks and numbers for layers with masks of their own: one set of numbers on every path, seen by every mode."""
 
 from __future__ import annotations
 

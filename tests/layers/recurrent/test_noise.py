@@ -34,7 +34,7 @@ LAYERS: dict[str, Callable[..., Any]] = {
 }
 
 every = pytest.mark.parametrize("name", LAYERS)
-roads = pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "plain"])  # with gradients, and without
+paths = pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "plain"])  # with gradients, and without
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def enumerated(layer: Any, units: int, kept: list[float], monkeypatch: pytest.Mo
     return means, flat(layer.eval()(x, hx)[1])
 
 
-@roads
+@paths
 @pytest.mark.parametrize("kind", [ZoneoutLSTM, ZoneoutGRU])
 def test_eval_is_the_expectation_of_training_by_enumeration(
     kind: Any, recorded: bool, monkeypatch: pytest.MonkeyPatch
@@ -148,7 +148,7 @@ def test_eval_is_the_expectation_of_training_by_enumeration(
         torch.testing.assert_close(mean, part, rtol=1e-12, atol=1e-13)
 
 
-@roads
+@paths
 @pytest.mark.parametrize("kind", [RecurrentDropoutLSTM, RecurrentDropoutGRU])
 def test_expectation_of_the_memory_is_that_without_dropout_by_enumeration(
     kind: Any, recorded: bool, monkeypatch: pytest.MonkeyPatch
@@ -159,7 +159,7 @@ def test_expectation_of_the_memory_is_that_without_dropout_by_enumeration(
     torch.testing.assert_close(means[-1], evaluated[-1], rtol=1e-9, atol=1e-10)  # c, or a GRU's h
 
 
-@roads
+@paths
 def test_memory_is_never_masked(recorded: bool) -> None:
     """With every candidate dropped what remains is f c' in an LSTM and z h' in a GRU, in every unit."""
     x = torch.randn(1, B, F)

@@ -53,7 +53,7 @@ def test_outputs_and_gradients_are_those_of_autograd(
 ) -> None:
     data, weights, state = case(kind, sizes, bias)
     noise = noise_of(name, len(sizes))
-    fast, plain = (road(data, sizes, weights, state, noise, backwards) for road in (run_fast, run))
+    fast, plain = (path(data, sizes, weights, state, noise, backwards) for path in (run_fast, run))
     assert "Recorded" in fast[0].grad_fn.name()
     assert "Recorded" not in plain[0].grad_fn.name()
     for a, b in zip([fast[0], *fast[1]], [plain[0], *plain[1]], strict=True):
@@ -69,9 +69,9 @@ def test_outputs_and_gradients_are_those_of_autograd(
 def test_second_derivatives_are_those_of_autograd(kind: str, sizes: list[int]) -> None:
     data, weights, state = case(kind, sizes)
     noise, found = noise_of("all", len(sizes)), []
-    for road in (run_fast, run):
+    for path in (run_fast, run):
         leaves = [data, weights.weight_hh, *state]
-        first = torch.autograd.grad(loss(*road(data, sizes, weights, state, noise, False)), leaves, create_graph=True)
+        first = torch.autograd.grad(loss(*path(data, sizes, weights, state, noise, False)), leaves, create_graph=True)
         found.append(torch.autograd.grad(sum((one**2).sum() for one in first), leaves))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
@@ -97,8 +97,8 @@ def test_frozen_weights_and_unused_results(kind: str) -> None:
     for fixed in (weights, frozen):
         start = data.detach() if fixed is weights else data
         found = []
-        for road in (run_fast, run):
-            final = road(start, SIZES["padded"], fixed, state, noise, False)[1]
+        for path in (run_fast, run):
+            final = path(start, SIZES["padded"], fixed, state, noise, False)[1]
             leaf = weights.weight_ih if fixed is weights else data
             found.append(torch.autograd.grad(final[-1].sum(), leaf)[0])
         torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
