@@ -170,7 +170,8 @@ class TestImports:
         assert run.returncode == 0, run.stderr
         loaded = set(json.loads(run.stdout))
         assert {"torchdrop.layers.dropout", "torchdrop.kernels.native"} <= loaded
-        assert not loaded & {"sklearn", "matplotlib", "scipy", "tqdm", "torchdrop.demo", "torch._inductor.compile_fx"}
+        heavy = {"sklearn", "matplotlib", "scipy", "tqdm", "transformers", "triton", "torch._dynamo", "torch._inductor"}
+        assert not loaded & {*heavy, "torchdrop.demo"}
         assert run.stderr == ""
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .core.torch_state import (
+    constant_when_compiled,
     is_compiling,
     is_exporting,
     recomputing_setting,
@@ -144,7 +145,7 @@ def _never_merged(device: torch.device) -> Tensor:
     return torch.randperm(0, device=device) if is_exporting() else torch.empty((2,), dtype=torch.int64, device=device)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _refuse_recomputation() -> None:
     """Refuses the settings under which the partitioner may recompute anything, our draws included.
 

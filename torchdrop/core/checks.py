@@ -1,6 +1,6 @@
 """Arguments that are refused: the same words for the same mistake everywhere.
 
-This file imports nothing of torchdrop, so every other file may import it.
+This file imports nothing of torchdrop but `torch_state`, so every other file may import it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+
+from .torch_state import constant_when_compiled
 
 
 def shown(value: Any) -> str:
@@ -97,7 +99,7 @@ def check_choice(name: str, value: Any, known: Iterable[Any]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {shown(value)}")
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def warn(message: str, stacklevel: int) -> None:
     """Warns as `warnings.warn` does. Compiled code warns once, when it is compiled: Dynamo does not enter that call."""
     warnings.warn(message, UserWarning, stacklevel=stacklevel + 1)

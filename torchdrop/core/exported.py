@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.mask_params import ONE, Formula
-from .torch_state import is_exporting
+from .torch_state import constant_when_compiled, is_exporting
 
 
 def trains(device: torch.device) -> Tensor:
@@ -45,7 +45,7 @@ def warn_stays_on() -> None:
         _warn()
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _warn() -> None:
     warnings.warn(
         "an exported program keeps this layer's noise after move_exported_model_to_eval, which turns off only what "

@@ -17,7 +17,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from ..kernels.mask_params import ONE, MaskParams, has_float64
 from ..kernels.masking import COMPUTE_DTYPE, unpack_params
 from ..ops import operators, random_bits
-from .torch_state import is_compiling, tracing_state
+from .torch_state import constant_when_compiled, is_compiling, tracing_state
 
 
 def is_wanted(compiling: bool) -> bool:
@@ -25,7 +25,7 @@ def is_wanted(compiling: bool) -> bool:
     return is_in_onnx_export() if compiling else tracing_state() is not None
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def is_in_onnx_export() -> bool:
     """Whether the code that is compiled now is for ONNX."""
     flags = sys.modules.get("torch.onnx._internal.exporter._flags")  # not imported: no export

@@ -7,7 +7,7 @@ file may import it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten as tree_flatten
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 is_compiling: Callable[[], bool] = torch.compiler.is_compiling
 """Whether Dynamo traces this call. It is a constant in compiled code."""
@@ -78,7 +80,16 @@ def _transforms() -> list[Any]:
     return [interpreter.key() for interpreter in torch._C._functorch.get_interpreter_stack() or []]
 
 
-@torch.compiler.assume_constant_result
+def constant_when_compiled(function: Function) -> Function:
+    """Marks a function whose result compiled code takes as a constant: Dynamo calls it and does not enter it.
+
+    `torch.compiler.assume_constant_result` sets the same mark, but imports all of Dynamo first, which takes seconds.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_when_compiled
 def vmap_active() -> bool:
     """Whether one of the active transforms is vmap, which has modes for randomness."""
     return torch._C._functorch.TransformType.Vmap in _transforms()
