@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import torchdrop
+from tests.seeding import seeded
 from tests.statistical import FALSE_ALARM, check_rate, deviation, draws_for
 from torchdrop import functional as TF
 
@@ -395,3 +396,18 @@ def test_channels_of_a_transposed_tensor_have_masks_of_their_own(device: torch.d
     check_independent(y != 0)
     torch.manual_seed(5)
     assert torch.equal(model(x), y)
+
+
+def test_more_kinds_of_layers_than_dynamo_compiles_of_one_function_are_each_compiled_alone() -> None:
+    """Their wrappers for torch.fx are one piece of source, of which each layer needs a code object of its own."""
+    kinds = (
+        torchdrop.Dropout2d, torchdrop.DropPath, torchdrop.GaussianDropout, torchdrop.ReLUDropout,
+        torchdrop.GELUDropout, torchdrop.AlphaDropout, torchdrop.FeatureAlphaDropout, torchdrop.DropHead,
+        torchdrop.DropBlock2d, torchdrop.StochasticDepth, torchdrop.DropMessage,
+    )  # fmt: skip
+    assert len(kinds) > torch._dynamo.config.recompile_limit
+    for kind in kinds:
+        layer, x = kind(0.3), torch.randn(4, 6, 8, 8)
+        x = x[0, 0] if kind is torchdrop.DropMessage else x
+        compiled = torch.compile(layer, fullgraph=True, backend="eager")
+        assert torch.equal(seeded(3, compiled, x), seeded(3, layer, x))
