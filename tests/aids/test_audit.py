@@ -346,7 +346,7 @@ LAYERS: dict[str, tuple[Callable[[float], nn.Module], tuple[int, ...]]] = {
 def test_right_layers_are_measured_and_raise_no_alarm(name: str, p: float) -> None:
     make, shape = LAYERS[name]
     model = Of(lambda m, x: m.layer(x.clone()).sum(-1), layer=make(p))
-    for seed in range(10):
+    for seed in range(4):
         torch.manual_seed(seed)
         result = torchdrop.audit(model, rows(*shape))
         assert {finding.code for finding in result.findings} <= ({"rate 1"} if p == 1 else set())

@@ -304,8 +304,8 @@ def test_fuzzed_arguments_are_taken_by_kernels_and_fakes_alike() -> None:
 
 
 @pytest.mark.slow
-def test_ten_thousand_fuzzed_arguments_in_a_process_of_their_own() -> None:
-    code = "from tests.ops.test_arguments import fuzz; n = fuzz(10_000, 2); assert sum(n) == 10_000 < 4 * min(n)"
+def test_thousands_of_fuzzed_arguments_in_a_process_of_their_own() -> None:
+    code = "from tests.ops.test_arguments import fuzz; n = fuzz(3_000, 2); assert sum(n) == 3_000 < 4 * min(n)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
 
