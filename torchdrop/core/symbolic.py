@@ -84,10 +84,10 @@ def leaf(forward: Forward) -> Forward:
 
     # A wrapper of one argument takes half the time of one that passes on any arguments.
     alone = tuple(inspect.signature(forward).parameters) == ("self", "input")
-    looking = functools.wraps(forward)(one if alone else several)
+    looking: Any = functools.wraps(forward)(one if alone else several)
     # Dynamo counts compilations by code object, up to 8 of one, so each layer has its own.
     looking.__code__ = looking.__code__.replace(co_name=forward.__qualname__.replace(".", "_"))
-    return looking  # type: ignore[return-value]
+    return looking
 
 
 def _tracer(values: Any) -> Any:
