@@ -6,6 +6,7 @@ import gc
 import os
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import numpy  # noqa: F401  (before torch, which warns once where it is missing)
@@ -55,6 +56,13 @@ def _two_threads() -> Iterator[None]:
 def one_thread(_two_threads: None) -> None:
     """One thread, for models that are too small for two, which would wait for each other."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of a test run share, for what is expensive to make. `made_once` makes it."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 @pytest.fixture(params=DEVICES, scope="session")

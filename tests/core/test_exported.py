@@ -17,7 +17,7 @@ from torch.fx.passes.dialect.common.cse_pass import CSEPass, get_CSE_banned_ops
 from torch.utils.checkpoint import checkpoint
 
 import torchdrop
-from tests import ROOT
+from tests import ROOT, made_once
 from tests.statistical import check_rate, draws_for
 from torchdrop import functional as TF
 
@@ -71,22 +71,17 @@ def save_programs(folder: str, name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved(shared_folder: Path) -> Path:
     """A folder with the programs of two processes."""
-    folder = tmp_path_factory.mktemp("programs")
-    started = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                f"from tests.core.test_exported import save_programs as s; s({str(folder)!r}, {name!r})",
-            ],
-            cwd=ROOT,
-        )
-        for name in "ab"
-    ]
-    assert [process.wait(240) for process in started] == [0, 0]
-    return folder
+
+    def make(folder: Path) -> None:
+        started = []
+        for name in "ab":
+            code = f"from tests.core.test_exported import save_programs as s; s({str(folder)!r}, {name!r})"
+            started.append(subprocess.Popen([sys.executable, "-c", code], cwd=ROOT))
+        assert [process.wait(240) for process in started] == [0, 0]
+
+    return made_once(shared_folder / "programs", make)
 
 
 def kept(y: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import warnings
 from collections import OrderedDict
@@ -293,6 +294,13 @@ class TestPrefix:
         assert samples.isfinite().all()
 
 
+@functools.cache
+def repeated(sampling: str) -> list[Any]:
+    """Predictions of one model under 60 seeds."""
+    model, x = mlp().eval(), data(40)
+    return [torchdrop.mc_predict(model, x, 20, sampling=sampling, seed=seed) for seed in range(60)]
+
+
 class TestLatin:
     def test_linear_mean_is_the_deterministic_pass(self) -> None:
         model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3)).double().eval()
@@ -307,18 +315,14 @@ class TestLatin:
 
     @pytest.mark.slow
     def test_lowers_the_variance_of_the_mean(self) -> None:
-        model, x = mlp().eval(), data(40)
-
         def spread(sampling: str) -> float:
-            means = [torchdrop.mc_predict(model, x, 20, sampling=sampling, seed=seed).mean for seed in range(60)]
-            return float(torch.stack(means).var(0).mean())
+            return float(torch.stack([result.mean for result in repeated(sampling)]).var(0).mean())
 
         assert spread("latin") < 0.6 * spread("iid")
 
     @pytest.mark.slow
     def test_standard_error_is_no_less_than_the_truth(self) -> None:
-        model, x = mlp().eval(), data(40)
-        results = [torchdrop.mc_predict(model, x, 20, sampling="latin", seed=seed) for seed in range(60)]
+        results = repeated("latin")
         truth = torch.stack([r.mean for r in results]).var(0).mean().sqrt()
         assert torch.stack([r.standard_error for r in results]).square().mean().sqrt() > truth
 
