@@ -175,3 +175,17 @@ def test_quantization_aware_training_keeps_dropout(training: bool) -> None:
     assert isinstance(prepared.get_submodule("1"), torchdrop.Dropout)
     prepared.train(training)
     assert torch.equal(seeded(1, prepared, x), seeded(2, prepared, x)) == (not training)
+
+
+def test_a_layer_that_gets_its_tensors_by_name_is_a_leaf_too() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = torchdrop.ReLUDropout(0.5), torchdrop.DropoutAdd(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.two(input=self.one(input=x), residual=x)
+
+    traced = symbolic_trace(Named())
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["one", "two"]
+    assert torch.equal(traced.eval()(torch.ones(3)), torch.full((3,), 2.0))
