@@ -8,6 +8,10 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+# Threads that wait leave their core to the other process of `pytest -n 2`, and to those that tests start. OpenMP reads
+# this when it is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import hypothesis
 import numpy  # noqa: F401  (before torch, which warns once where it is missing)
 import pytest
