@@ -82,17 +82,12 @@ TD_TARGET static void TD_TYPED(dropout)(char *out, const char *in, uint64_t inde
     uint16_t bits[TD_CHUNK];
     while (n > 0) {
         const int64_t skip = (int64_t)(index % 8), take = td_min(TD_CHUNK - skip, n);
-        if (take == TD_CHUNK && !shifted) {
-            TD_TYPED(prefetch)(out, in);
-            const uint16_t limit = TD_NAME(decide)(index / 8, key, params, bits, TD_CHUNK);
-            TD_TYPED(scale)(out, in, bits, limit, params, TD_CHUNK);
-        } else {
-            const uint16_t limit = TD_NAME(decide)(index / 8, key, params, bits, skip + take);
-            if (shifted)
-                TD_TYPED(scale_and_shift)(out, in, bits + skip, limit, params, take);
-            else
-                TD_TYPED(scale)(out, in, bits + skip, limit, params, take);
-        }
+        if (take == TD_CHUNK) TD_TYPED(prefetch)(out, in);
+        const uint16_t limit = TD_NAME(decide)(index / 8, key, params, bits, skip + take);
+        if (shifted)
+            TD_TYPED(scale_and_shift)(out, in, bits + skip, limit, params, take);
+        else
+            TD_TYPED(scale)(out, in, bits + skip, limit, params, take);
         out += take * TD_SIZE;
         in += take * TD_SIZE;
         index += (uint64_t)take;

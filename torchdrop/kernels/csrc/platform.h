@@ -16,9 +16,11 @@
 
 #if defined(__GNUC__)
 #define TD_INLINE __attribute__((always_inline))
+#define TD_NOINLINE __attribute__((noinline))
 #define TD_PREFETCH(address, write) __builtin_prefetch(address, write)
 #else
 #define TD_INLINE
+#define TD_NOINLINE
 #define TD_PREFETCH(address, write) ((void)0)
 #endif
 

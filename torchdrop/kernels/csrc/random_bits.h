@@ -15,6 +15,17 @@ TD_TARGET static inline TD_INLINE void TD_NAME(fill_bits)(uint64_t block, td_key
     }
 }
 
+/* Decides a chunk in which bits of plane 0 are equal to the upper half of the threshold, and returns the limit of the bits
+ * that it leaves. That is rare, so its code is there once and not in every kernel. */
+TD_TARGET static TD_NOINLINE uint16_t TD_NAME(decide_ties)(uint64_t block, td_key key, uint16_t upper, uint16_t lower,
+                                                           uint16_t *bits, int64_t n) {
+    uint16_t second[TD_CHUNK];
+    TD_NAME(fill_bits)(block + TD_PLANE, key, second, n);
+    for (int64_t j = 0; j < n; j++)
+        bits[j] = (uint16_t)-(uint16_t)!(bits[j] < upper || (bits[j] == upper && second[j] < lower));
+    return 1;
+}
+
 /* Fills `bits` for the first n elements of a chunk, and returns a limit. An element is kept where its bits are below
  * the limit. */
 TD_TARGET static inline TD_INLINE uint16_t TD_NAME(decide)(uint64_t block, td_key key, const td_params *params,
@@ -28,12 +39,7 @@ TD_TARGET static inline TD_INLINE uint16_t TD_NAME(decide)(uint64_t block, td_ke
     if (lower == 0) return upper;
     uint16_t tie = 0;
     for (int64_t j = 0; j < n; j++) tie |= (uint16_t)(bits[j] == upper);
-    if (!tie) return upper;
-    uint16_t second[TD_CHUNK];
-    TD_NAME(fill_bits)(block + TD_PLANE, key, second, n);
-    for (int64_t j = 0; j < n; j++)
-        bits[j] = (uint16_t)-(uint16_t)!(bits[j] < upper || (bits[j] == upper && second[j] < lower));
-    return 1;
+    return tie ? TD_NAME(decide_ties)(block, key, upper, lower, bits, n) : upper;
 }
 
 /* TD_KEEP_MASK: the byte is 1 where the element is kept, and 0 where it is dropped. */
