@@ -79,7 +79,7 @@ def _parts(value: Any) -> Iterable[Any]:
     """What a Python object holds, without its class, its module or a function's globals."""
     if isinstance(value, dict):
         return value.values()
-    if isinstance(value, list | tuple | set | frozenset):
+    if isinstance(value, (list, tuple, set, frozenset)):
         return value
     if isinstance(value, types.FunctionType):
         return [*map(_content, value.__closure__ or ()), *(value.__defaults__ or ())]

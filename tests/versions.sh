@@ -31,6 +31,10 @@ def install(*requirements):
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", *requirements], check=True)
 
 wanted = [r.partition(";")[0].strip() for r in importlib.metadata.requires("torch") or [] if "extra ==" not in r]
+# A package that only names others by its extras is taken apart.
+for whole in [r for r in wanted if r.startswith("cuda-toolkit[")]:
+    name, extras, version = re.match(r"(.*)\[(.*)\](.*)", whole).groups()
+    wanted = [r for r in wanted if r != whole] + [f"{name}[{extra}]{version}" for extra in extras.split(",")]
 cuda = [r for r in wanted if re.match("nvidia|cuda", r)]
 install(*[r for r in wanted if r not in cuda and not r.startswith("triton")])
 while True:
@@ -43,11 +47,11 @@ while True:
     packages = {"cudart": "cuda-runtime", "nvrtc": "cuda-nvrtc", "cupti": "cuda-cupti", "nvToolsExt": "nvtx",
                 "cusparseLt": "cusparselt", "cublasLt": "cublas", "nvJitLink": "nvjitlink", "nvshmem_host": "nvshmem"}
     name = packages.get(missing[1], missing[1])
-    found = [r for r in cuda if name in r.lower().replace("_", "-")]
+    found = [r for r in cuda if f"[{missing[1].lower()}]" in r] or [r for r in cuda if name in r.replace("_", "-")]
     if not found:
         sys.exit(f"nothing in {cuda} has {missing[0]}")
     cuda = [r for r in cuda if r not in found[:1]]
-    install("--no-deps", found[0])
+    install(*["--no-deps"] * ("[" not in found[0]), found[0])
 PYTHON
   "$1/bin/pip" install -q "hypothesis>=6.100" "numpy>=1.26" "pytest>=8" "pytest-xdist>=3.6" "randomgen>=2" "scipy>=1.11"
   "$1/bin/pip" install -q --no-deps --no-build-isolation -e .

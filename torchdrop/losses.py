@@ -305,7 +305,7 @@ def two_passes(model: nn.Module, inputs: Any, *, batch_dim: int = 0, batched: bo
 
 
 def _rows(inputs: Any, dim: int) -> int:
-    if not isinstance(inputs, Tensor | tuple | list | dict):
+    if not isinstance(inputs, (Tensor, tuple, list, dict)):
         raise TypeError(f"inputs must be a tensor, a tuple or a mapping, got {type(inputs).__name__}")
     first = next((leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)), None)
     if first is None:

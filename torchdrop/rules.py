@@ -174,7 +174,7 @@ def _interpolate(keep_prob: float, fraction: float, end: float = 1.0) -> float:
 
 
 def _checked(layers: Any) -> list[LayerSize]:
-    if isinstance(layers, str | LayerSize) or not isinstance(layers, Iterable):
+    if isinstance(layers, (str, LayerSize)) or not isinstance(layers, Iterable):
         raise TypeError(f"layers must be a sequence of LayerSize, got {layers!r}")
     layers = list(layers)
     if not layers:

@@ -327,7 +327,7 @@ def same(a: Any, b: Any) -> bool:
     """Whether two states are equal to the bit."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
+    if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return torch.equal(a, b) and a.dtype == b.dtype if isinstance(a, Tensor) else bool(a == b)
 

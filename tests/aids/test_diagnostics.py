@@ -151,7 +151,7 @@ class TestNumbers:
         class Sizes(TorchDispatchMode):
             def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
                 out = func(*args, **(kwargs or {}))
-                outs = out if isinstance(out, tuple | list) else [out]
+                outs = out if isinstance(out, (tuple, list)) else [out]
                 seen.extend(one.numel() for one in outs if isinstance(one, Tensor) and one._base is None)
                 return out
 
@@ -303,7 +303,7 @@ class TestTable:
         found = feature_statistics(mlp(), torch.randn(30, 5))
         rows = found.rows()
         assert [row["name"] for row in rows] == ["1", "4"]
-        assert all(isinstance(value, int | float | str) for row in rows for value in row.values())
+        assert all(isinstance(value, (int, float, str)) for row in rows for value in row.values())
         assert set(rows[0]) == {
             "name", "units", "data", "mean_activation", "zeros", "dead", "sparseness", "correlation", "constant",
             "effective_features",

@@ -217,7 +217,7 @@ def _find_calls_on_in_eval(calls: Iterable[Call], noisy: bool) -> Iterator[Findi
 
 def _find_rates_of_0_and_1(found: Iterable[RateSite]) -> Iterator[Finding]:
     for site in found:
-        if site.attribute and not isinstance(site.module, nn.RNNBase | nn.MultiheadAttention):
+        if site.attribute and not isinstance(site.module, (nn.RNNBase, nn.MultiheadAttention)):
             continue
         keep_prob = torch.as_tensor(site.keep_prob, dtype=torch.float64)
         if bool((keep_prob == 1).all()) and not site.attribute:

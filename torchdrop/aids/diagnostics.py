@@ -208,7 +208,7 @@ def feature_statistics(
           1          4     0.75    50 %     0 %       0.658          0.333         1.5 of 4
     """
     check_module("model", model)
-    if not isinstance(inputs, Tensor | tuple | Mapping):
+    if not isinstance(inputs, (Tensor, tuple, Mapping)):
         raise TypeError(
             "inputs must be a tensor, a tuple of positional arguments or a mapping of named ones, got "
             f"{type(inputs).__name__}"
@@ -257,7 +257,7 @@ def _observed(
 
     def place(module: nn.Module, _: Any, output: Any) -> None:
         nonlocal spatial
-        spatial = len(module.kernel_size) if isinstance(module, _ConvNd | _ConvTransposeNd) else 0
+        spatial = len(module.kernel_size) if isinstance(module, (_ConvNd, _ConvTransposeNd)) else 0
 
     def measure(name: str, output: Any) -> None:
         calls[name] += 1
@@ -274,7 +274,7 @@ def _observed(
         for one in model.modules():
             undo.callback(setattr, one, "training", one.training)
             one.training = False
-            if isinstance(one, _ConvNd | nn.Linear | nn.Embedding | nn.RNNBase | nn.MultiheadAttention):
+            if isinstance(one, (_ConvNd, nn.Linear, nn.Embedding, nn.RNNBase, nn.MultiheadAttention)):
                 undo.callback(one.register_forward_hook(observer(place)).remove)
         for name, one in chosen.items():
             hook = one.register_forward_hook(observer(lambda _, __, output, name=name: measure(name, output)))

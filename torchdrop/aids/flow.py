@@ -137,7 +137,7 @@ class Flow(Handler):
         name = self._tracker.next(draw.kind).module
         input, args, kwargs = _first(self._args, self._kwargs), self._args, self._kwargs
         before = self._trace(input)
-        rate = float(draw.rate) if isinstance(draw.rate, float | int) else None
+        rate = float(draw.rate) if isinstance(draw.rate, (float, int)) else None
         after = before.dropout if before is not None and not before.through else None
         call = Call(name, draw.kind, name in self._layers, rate, draw.on, draw.flagged, after)
         self.calls.append(call)
@@ -202,7 +202,7 @@ def leaves(output: Any) -> Iterator[Tensor]:
     elif isinstance(output, Mapping):
         for value in output.values():
             yield from leaves(value)
-    elif isinstance(output, tuple | list):
+    elif isinstance(output, (tuple, list)):
         for value in output:
             yield from leaves(value)
     elif dataclasses.is_dataclass(output):

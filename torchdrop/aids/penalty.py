@@ -145,7 +145,7 @@ def _checked(module: Any, inputs: Any, loss: Any, keep_prob: Any) -> tuple[nn.Mo
     """
     check_module("module", module)
     check_choice("loss", loss, get_args(Loss))
-    if not isinstance(inputs, Tensor | tuple | Mapping):
+    if not isinstance(inputs, (Tensor, tuple, Mapping)):
         raise TypeError(
             "inputs must be a tensor, a tuple of positional arguments or a mapping of named ones, got "
             f"{type(inputs).__name__}"
@@ -187,7 +187,7 @@ _SERVED = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, GaussianDropout
 
 
 def _check_layer(name: str, layer: _DropoutNd) -> None:
-    if isinstance(layer, nn.AlphaDropout | nn.FeatureAlphaDropout):
+    if isinstance(layer, (nn.AlphaDropout, nn.FeatureAlphaDropout)):
         raise ValueError(
             f"{name} is {type(layer).__name__}, which changes the mean of an element, so that it amounts to no penalty "
             "of this form: put Dropout in its place"
@@ -352,7 +352,7 @@ def _left_out(module: nn.Module) -> tuple[str, ...]:
     names = tuple(
         name or "(model)"
         for name, one in module.named_modules()
-        if (isinstance(one, nn.MultiheadAttention | nn.RNNBase) and one.dropout > 0) or isinstance(one, nn.RReLU)
+        if (isinstance(one, (nn.MultiheadAttention, nn.RNNBase)) and one.dropout > 0) or isinstance(one, nn.RReLU)
     )
     if names:
         warnings.warn(f"dropout inside {', '.join(names)} is not in the penalty: no layer stands for it", stacklevel=3)

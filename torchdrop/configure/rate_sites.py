@@ -182,7 +182,7 @@ def rate_sites(model: nn.Module) -> list[RateSite]:
 
 def _is_own(module: nn.Module, attribute: str) -> bool:
     """Whether the attribute is the rate that torch.nn gives a module of this kind."""
-    return attribute == "dropout" and isinstance(module, nn.RNNBase | nn.MultiheadAttention)
+    return attribute == "dropout" and isinstance(module, (nn.RNNBase, nn.MultiheadAttention))
 
 
 def _attributes(module: nn.Module) -> list[str]:
@@ -215,7 +215,7 @@ def sizes(model: nn.Module, chosen: list[RateSite]) -> list[LayerSize]:
 
 def _weights(module: nn.Module) -> int:
     """Counts the elements of the weight matrices of a module; an embedding's rows are inputs."""
-    if isinstance(module, nn.Embedding | parametrize.ParametrizationList):
+    if isinstance(module, (nn.Embedding, parametrize.ParametrizationList)):
         return 0
     own = [*module.parameters(recurse=False)]
     if parametrize.is_parametrized(module):

@@ -175,12 +175,12 @@ def set_keep_prob(model: nn.Module, rates: Mapping[str, RateOrRule]) -> None:
 
 def _values(model: nn.Module, pattern: str, value: Any, of_pattern: list[RateSite]) -> Sequence[Any]:
     """Returns the values of a pattern's layers."""
-    if isinstance(value, Schedule | Scaled):
+    if isinstance(value, (Schedule, Scaled)):
         raise TypeError(
             f"{pattern!r} has a schedule, {value!r}, which changes with the step: "
             "use torchdrop.KeepProbScheduler(model, rates)"
         )
-    if not callable(value) or isinstance(value, nn.Module | Tensor):
+    if not callable(value) or isinstance(value, (nn.Module, Tensor)):
         if not of_pattern:  # other patterns are more specific, but the value must be right all the same
             check_keep_prob(value)
         return [value] * len(of_pattern)

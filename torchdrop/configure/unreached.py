@@ -61,7 +61,7 @@ def unreached(model: nn.Module) -> list[Unreached]:
     advice = "its masks stay PyTorch's; call torchdrop.functional there to have ours"
     for module, names in names_of(model).items():
         calls = functional_calls(type(module))
-        if calls and not isinstance(module, _DropoutNd | nn.MultiheadAttention):
+        if calls and not isinstance(module, (_DropoutNd, nn.MultiheadAttention)):
             what = f"calls {', '.join(calls)} in its forward"
             found.append(Unreached(names[0], type(module).__name__, what, advice))
     return found
@@ -125,10 +125,10 @@ def _calls_in(function: types.FunctionType, seen: set[Any]) -> Iterator[str]:
         return
     package = (function.__module__ or "").partition(".")[0]
     for node in ast.walk(tree):
-        if not isinstance(node, ast.Name | ast.Attribute):
+        if not isinstance(node, (ast.Name, ast.Attribute)):
             continue
         value = _resolved(node, function.__globals__)
-        if isinstance(value, types.FunctionType | types.BuiltinFunctionType) and value in _CALLS:
+        if isinstance(value, (types.FunctionType, types.BuiltinFunctionType)) and value in _CALLS:
             yield ast.unparse(node)
         elif isinstance(value, types.FunctionType) and package != "torch" and _is_of_package(value, package):
             yield from _calls_in(value, seen)

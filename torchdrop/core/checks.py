@@ -22,7 +22,7 @@ def shown(value: Any) -> str:
     >>> shown(2.5), shown("a"), shown(torch.ones(2))
     ('2.5', "'a'", 'Tensor')
     """
-    short = value is None or isinstance(value, bool | int | float | complex | str)
+    short = value is None or isinstance(value, (bool, int, float, complex, str))
     return repr(value) if short and len(repr(value)) <= 60 else type(value).__name__
 
 

@@ -213,7 +213,7 @@ def rate_named(name: str, p: Any, keep_prob: Any) -> Any:
                 f"give the rate as {name} or as keep_prob, not both: got {name}={p} and keep_prob={keep_prob}"
             )
         return None
-    if not isinstance(p, numbers.Real | Tensor):
+    if not isinstance(p, (numbers.Real, Tensor)):
         raise TypeError(f"{name} must be a number or a tensor, got {type(p).__name__}")
     if isinstance(p, numbers.Real) and not 0.0 <= p <= 1.0:  # type: ignore[operator]
         raise ValueError(f"drop probability has to be between 0 and 1, but got {p}")

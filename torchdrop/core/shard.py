@@ -59,7 +59,7 @@ class Shard:
     def __post_init__(self) -> None:
         for name in ("dim", "offset", "size"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+            if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
                 raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
             if name != "dim" and value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
@@ -78,7 +78,7 @@ def shards(given: Any) -> tuple[Shard, ...]:
     """
     if given is None:
         return ()
-    found = given if isinstance(given, list | tuple) else [given]
+    found = given if isinstance(given, (list, tuple)) else [given]
     for one in found:
         if not isinstance(one, Shard):
             kind = type(one)
@@ -229,7 +229,7 @@ def apply_to_dtensor(
     from torch.distributed.tensor import Shard as Sharded
 
     mesh, placements = input.device_mesh, input.placements
-    if not all(isinstance(placement, Replicate | Sharded) for placement in placements):
+    if not all(isinstance(placement, (Replicate, Sharded)) for placement in placements):
         raise ValueError(
             f"dropout of a DTensor needs placements that are Shard or Replicate, got {tuple(placements)}: call "
             "redistribute(placements=...) first"

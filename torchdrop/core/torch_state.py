@@ -28,10 +28,6 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 is_compiling: Callable[[], bool] = torch.compiler.is_compiling
 """Whether Dynamo traces this call. It is a constant in compiled code."""
 
-is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
-"""Whether torch.export traces this call. PyTorch before 2.7 does not have it; an exported program's dropout stays there
-as it was exported."""
-
 transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 """Whether a transform of torch.func is active. There is no public function for it; Dynamo can trace this one."""
 
@@ -87,6 +83,19 @@ def constant_when_compiled(function: Function) -> Function:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+
+
+@constant_when_compiled
+def is_exporting() -> bool:
+    """Whether torch.export traces this call. PyTorch before 2.7 does not have it; an exported program's dropout stays
+    there as it was exported.
+
+    Dynamo of PyTorch 2.8 takes the public function for true in all compiled code. It calls this one.
+    """
+    return _is_exporting()
 
 
 @constant_when_compiled

@@ -168,7 +168,7 @@ def _recurrent(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> RandomCall:
     (input, hx, weights, biases, layers, p, train, bidirectional, batch_first), or, for packed sequences,
     (data, batch_sizes, hx, weights, biases, layers, p, train, bidirectional).
     """
-    packed = isinstance(args[3], tuple | list)
+    packed = isinstance(args[3], (tuple, list))
     head, (hx, weights, biases, layers, p, _, bidirectional, *rest) = args[: 1 + packed], args[1 + packed :]
     at = 6 + packed
 
@@ -176,14 +176,14 @@ def _recurrent(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> RandomCall:
         return func(*args[:at], train, *args[at + 1 :], **kwargs)
 
     def served(slot: MaskSlot, rate: float) -> Any:
-        states = hx if isinstance(hx, tuple | list) else (hx,)
+        states = hx if isinstance(hx, (tuple, list)) else (hx,)
         directions, per_layer = 1 + bool(bidirectional), len(weights) // layers
         data, finals = head[0], []
         for layer in range(layers):
             if layer:
                 data = slot.another(layer - 1).apply(operators.masked, data, mask_params(1.0 - rate), data.shape, False)
             start = [h[layer * directions : (layer + 1) * directions] for h in states]
-            first = type(hx)(start) if isinstance(hx, tuple | list) else start[0]
+            first = type(hx)(start) if isinstance(hx, (tuple, list)) else start[0]
             own = weights[layer * per_layer : (layer + 1) * per_layer]
             data, *final = func(data, *head[1:], first, own, biases, 1, 0.0, False, bidirectional, *rest)
             finals.append(final)

@@ -56,7 +56,7 @@ class Source:
     @classmethod
     def of_call(cls, site: Site, call: RandomCall) -> Source:
         """Returns the source of one call, as far as the call describes it."""
-        rate = float(call.rate) if isinstance(call.rate, float | int) else None
+        rate = float(call.rate) if isinstance(call.rate, (float, int)) else None
         return cls(*site, rate, call.on, replayable=not call.loose, reason=call.loose, draws=call.draws)
 
     @property

@@ -43,7 +43,7 @@ class Inputs:
         ones)."""
         if isinstance(inputs, Mapping):
             return cls((), inputs, dim)
-        if isinstance(inputs, tuple | list):
+        if isinstance(inputs, (tuple, list)):
             return cls(tuple(inputs), {}, dim)
         return cls((inputs,), {}, dim)
 
@@ -89,7 +89,7 @@ def batches(inputs: Any, select: Callable[[Any], Any] | None, dim: int | None, m
         ValueError: a tensor on another device than the model's.
     """
     home = next((t.device for t in (*model.parameters(), *model.buffers())), None)
-    if isinstance(inputs, Tensor | tuple | Mapping):
+    if isinstance(inputs, (Tensor, tuple, Mapping)):
         one = Inputs.of(inputs if select is None else select(inputs), dim)
         if home is not None and one.tensors and one.device != home:
             raise ValueError(
@@ -98,7 +98,7 @@ def batches(inputs: Any, select: Callable[[Any], Any] | None, dim: int | None, m
             )
         yield one
         return
-    if isinstance(inputs, list | str) or hasattr(inputs, "__array__") or not isinstance(inputs, Iterable):
+    if isinstance(inputs, (list, str)) or hasattr(inputs, "__array__") or not isinstance(inputs, Iterable):
         raise TypeError(
             "inputs must be a tensor, a tuple of positional arguments, a mapping of named ones, or an iterable of "
             f"batches such as a DataLoader, got {type(inputs).__name__}"
@@ -110,11 +110,11 @@ def batches(inputs: Any, select: Callable[[Any], Any] | None, dim: int | None, m
 
 def _selected(batch: Any) -> Any:
     """Returns the inputs in a batch, by the convention that a pair is (inputs, targets)."""
-    if isinstance(batch, Tensor | Mapping):
+    if isinstance(batch, (Tensor, Mapping)):
         return batch
-    if isinstance(batch, tuple | list) and len(batch) in (1, 2) and isinstance(batch[0], Tensor | Mapping | tuple):
+    if isinstance(batch, (tuple, list)) and len(batch) in (1, 2) and isinstance(batch[0], (Tensor, Mapping, tuple)):
         return batch[0]
-    what = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, tuple | list) else type(batch).__name__
+    what = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, (tuple, list)) else type(batch).__name__
     raise TypeError(
         f"a batch must be a tensor, a mapping, or a pair (inputs, targets), got a {what}: give select=, a function "
         "that gets the inputs out of a batch"
@@ -131,7 +131,7 @@ def picker(select_output: Callable[[Any], Any] | None, pair: bool) -> Callable[[
 
     def pick(returned: Any) -> tuple[Tensor, ...]:
         chosen = _usual(returned, pair) if select_output is None else select_output(returned)
-        parts = tuple(chosen) if isinstance(chosen, tuple | list) else (chosen,)
+        parts = tuple(chosen) if isinstance(chosen, (tuple, list)) else (chosen,)
         if not all(isinstance(part, Tensor) for part in parts) or len(parts) not in ((1, 2) if pair else (1,)):
             named = ", ".join(type(part).__name__ for part in parts)
             raise TypeError(

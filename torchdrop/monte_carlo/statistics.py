@@ -130,7 +130,7 @@ def raw(outputs: Any) -> Outputs:
         TypeError: something that is no tensor.
         ValueError: a tensor that has no dimension for the rows, or is not floating-point.
     """
-    parts = tuple(outputs) if isinstance(outputs, tuple | list) else (outputs,)
+    parts = tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
     for part in parts:
         if not isinstance(part, Tensor):
             raise TypeError(f"outputs must be tensors, got {type(part).__name__}: pick them with select_output=")

@@ -45,7 +45,7 @@ def divide(rows: int, folds: Any, seed: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def _pair(number: int, pair: Any, rows: int) -> tuple[Tensor, Tensor]:
-    if not isinstance(pair, tuple | list) or len(pair) != 2:
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise TypeError(f"folds[{number}] must be a pair of indices (train, test), got {type(pair).__name__}")
     train, test = (_indices(f"folds[{number}]", part, rows) for part in pair)
     both = set(train.tolist()) & set(test.tolist())

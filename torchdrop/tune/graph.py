@@ -38,7 +38,7 @@ def lean(graph: GraphModule) -> GraphModule:
 def _changes_nothing(node: Node) -> bool:
     if node.target is _aten.mul.Scalar:
         factor = node.args[1]
-        return isinstance(factor, int | float) and factor == 1 and _alike(node)
+        return isinstance(factor, (int, float)) and factor == 1 and _alike(node)
     return node.target in _SAME and _alike(node)
 
 
@@ -70,6 +70,6 @@ def _keep_results(graph: GraphModule) -> None:
 def _returned(value: Any) -> Iterator[Node]:
     if isinstance(value, Node):
         yield value
-    elif isinstance(value, tuple | list):
+    elif isinstance(value, (tuple, list)):
         for one in value:
             yield from _returned(one)

@@ -150,7 +150,7 @@ class SearchResult:
         """
         ax = axes_or_new(ax, "tune")
         patterns = {pattern for setting in self.settings for pattern in setting}
-        numbers = all(isinstance(value, float | int) for setting in self.settings for value in setting.values())
+        numbers = all(isinstance(value, (float, int)) for setting in self.settings for value in setting.values())
         shared = next(iter(patterns)) if len(patterns) == 1 and numbers else None
         at = (
             self.mean_keep_probs
@@ -178,7 +178,7 @@ class SearchResult:
 
 
 def _value(value: Any) -> str:
-    return shown(value) if isinstance(value, Tensor | float | int) else str(value)
+    return shown(value) if isinstance(value, (Tensor, float, int)) else str(value)
 
 
 def _places(errors: Sequence[float]) -> int:

@@ -154,7 +154,7 @@ def _check_arguments(
             "inputs and targets must have the same number of rows, "
             f"got the shapes {tuple(inputs.shape)} and {tuple(targets.shape)}"
         )
-    if isinstance(settings, dict | str) or not isinstance(settings, Sequence):
+    if isinstance(settings, (dict, str)) or not isinstance(settings, Sequence):
         raise TypeError(f"settings must be a list of mappings from pattern to keep_prob, got {type(settings).__name__}")
     if not settings:
         raise ValueError("settings must have at least one setting, got none")

@@ -215,7 +215,7 @@ def _attributes(model: nn.Module) -> dict[tuple[str, str], Any]:
         (name, attribute): value
         for name, module in model.named_modules()
         for attribute, value in vars(module).items()
-        if isinstance(value, bool | int | float | str)
+        if isinstance(value, (bool, int, float, str))
     }
 
 

@@ -79,14 +79,14 @@ def reference(layer: Any, x: Tensor, hx: Any, masks: list[Tensor]) -> tuple[Tens
         else:
             r, z = (xs[0] + hs[0]).sigmoid(), (xs[1] + hs[1]).sigmoid()
             g = (xs[2] + r * hs[2]).tanh()
-        if isinstance(layer, RecurrentDropoutLSTM | RecurrentDropoutGRU):
+        if isinstance(layer, (RecurrentDropoutLSTM, RecurrentDropoutGRU)):
             g = g * step[0] / (1 - layer.recurrent_dropout.p)
         if layer.mode == "LSTM":
             new = f.sigmoid() * c + i.sigmoid() * g
             state = o.sigmoid() * new.tanh()
         else:
             state = z * h + (1 - z) * g
-        if isinstance(layer, ZoneoutLSTM | ZoneoutGRU):
+        if isinstance(layer, (ZoneoutLSTM, ZoneoutGRU)):
             state = step[0] * state + ~step[0] * h
         if isinstance(layer, ZoneoutLSTM):
             new = step[1] * new + ~step[1] * c

@@ -355,7 +355,7 @@ def _named_modules(modules: Any) -> _Named:
         if type(modules).forward not in (nn.Sequential.forward, CompactSequential.forward):
             raise TypeError(f"modules must be an nn.Sequential, got {type(modules).__name__} with a forward of its own")
         named = list(modules._modules.items())
-    elif isinstance(modules, Mapping | nn.ModuleDict):
+    elif isinstance(modules, (Mapping, nn.ModuleDict)):
         named = list(modules.items())
     elif isinstance(modules, Iterable):
         named = [(str(number), module) for number, module in enumerate(modules)]

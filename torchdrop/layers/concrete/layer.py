@@ -136,7 +136,7 @@ class ConcreteLayer(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(layer, nn.Linear | _ConvNd):
+        if not isinstance(layer, (nn.Linear, _ConvNd)):
             raise TypeError(
                 f"layer must be an nn.Linear or a convolution of torch.nn, got {type(layer).__name__}: put "
                 "ConcreteDropout before other layers, and give them a method regularizer()"

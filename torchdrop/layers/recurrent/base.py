@@ -163,7 +163,7 @@ class Unrolled(nn.RNNBase):
         is_lstm = self.mode == "LSTM"
         if hx is None:
             return tuple(data.new_zeros(shape) for shape in shapes[: 1 + is_lstm])
-        given: tuple[Any, ...] = tuple(hx) if is_lstm and isinstance(hx, tuple | list) else (hx,)
+        given: tuple[Any, ...] = tuple(hx) if is_lstm and isinstance(hx, (tuple, list)) else (hx,)
         if len(given) != 1 + is_lstm or not all(isinstance(part, Tensor) for part in given):
             what = "a tuple (h_0, c_0) of tensors" if is_lstm else "a tensor h_0"
             raise TypeError(f"hx must be {what}, got {type(hx).__name__}")

@@ -104,7 +104,7 @@ def sparsity(model: nn.Module) -> Sparsity:
     check_module("model", model)
     rows = []
     for name, module in getattr(model, "_orig_mod", model).named_modules():
-        if isinstance(module, nn.Linear | _ConvNd):
+        if isinstance(module, (nn.Linear, _ConvNd)):
             if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
                 raise ValueError(f"{name or 'the model'} has no weights yet, it is lazy: run the model once first")
             weight = _eval_weight(module)
