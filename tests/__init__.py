@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from filelock import FileLock
+
+TORCH = tuple(int(number) for number in torch.__version__.split(".")[:2])
+"""The version of PyTorch: (2, 13)."""
 
 ROOT = Path(__file__).resolve().parents[1]
 """The top of the repository."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import torchdrop
+from tests import TORCH
 from torchdrop.core.rate import DEFAULT_P
 from torchdrop.layers.drop_path import NO_DROP
 
@@ -68,11 +69,19 @@ BUILT: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+NEEDS = {"another rate": (2, 7), "edge": (2, 9)}
+"""The PyTorch whose Dynamo follows setters of properties, and selections whose size follows from data."""
+
+
 @pytest.mark.parametrize("name", BUILT)
 def test_a_layer_is_built_and_called_in_compiled_code(name: str) -> None:
     torch.compiler.reset()
     x = torch.randn(4, 6, 8)
     compiled = torch.compile(BUILT[name], fullgraph=True, backend="aot_eager")
+    if name in NEEDS and TORCH < NEEDS[name]:
+        with pytest.raises(Exception, match="fset|[Dd]ynamic shape"):
+            compiled(x)
+        return
     for seed in (1, 2):
         torch.manual_seed(seed)
         y = compiled(x)
@@ -103,7 +112,7 @@ def test_both_names_of_the_rate_are_refused_there_too() -> None:
     for build in (lambda: torchdrop.Dropout(0.5, keep_prob=0.5), lambda: torchdrop.DropPath(0.0, keep_prob=0.5)):
         with pytest.raises(TypeError, match="not both"):
             build()
-        with pytest.raises(Exception, match="not both"):
+        with pytest.raises(Exception, match="not both" if TORCH >= (2, 9) else "TypeError|[Oo]bserved exception"):
             torch.compile(lambda x, build=build: build()(x), fullgraph=True, backend="aot_eager")(torch.ones(3))
 
 

@@ -17,7 +17,7 @@ from torch.fx.passes.dialect.common.cse_pass import CSEPass, get_CSE_banned_ops
 from torch.utils.checkpoint import checkpoint
 
 import torchdrop
-from tests import ROOT, made_once
+from tests import ROOT, TORCH, made_once
 from tests.statistical import check_rate, draws_for
 from torchdrop import functional as TF
 
@@ -32,6 +32,7 @@ TAKES_MORE = ("aot_eager", "fallback_random")
 """Where dropout with p = 1, by which an exported program knows its mode, takes a number from the generator."""
 
 compilers = pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+compiles_programs = pytest.mark.skipif(TORCH < (2, 9), reason="PyTorch 2.8 does not compile exported modules whole")
 
 
 @pytest.fixture(autouse=True)
@@ -106,6 +107,7 @@ def test_the_check_sees_masks_under_one_key() -> None:
             check_masks_of_their_own([draws < p, draws < q], [p, q])
 
 
+@compiles_programs
 @pytest.mark.parametrize(("compiler", "gradients"), [("inductor", True), ("inductor", False), ("aot_eager", False)])
 def test_programs_of_two_processes_have_masks_of_their_own(saved: Path, compiler: str, gradients: bool) -> None:
     """All pairs of 16 programs in one compiled function: 120 pairs of programs, each with all its draws."""
@@ -132,6 +134,7 @@ def test_programs_of_two_processes_have_masks_of_their_own(saved: Path, compiler
         assert compiler in TAKES_MORE or all(torch.equal(y, z) for y, z in zip(ys, model(inputs), strict=True))
 
 
+@compiles_programs
 @compilers
 @pytest.mark.parametrize("strict", [True, False])
 def test_calls_of_one_program_have_masks_of_their_own(device: torch.device, compiler: str, strict: bool) -> None:
@@ -168,6 +171,7 @@ def test_no_pass_takes_two_draws_for_one() -> None:
         check_masks_of_their_own([kept(y) for y in ys], [0.5] * 4)
 
 
+@compiles_programs
 @pytest.mark.parametrize("setting", ["freezing", "fallback_random", "deterministic"])
 def test_settings_of_inductor_leave_every_draw(setting: str) -> None:
     g, x = exported(torchdrop.Dropout(0.5), torch.ones(SIZE)), torch.ones(SIZE)
@@ -203,6 +207,8 @@ def test_checkpoints_repeat_the_masks_of_a_program(device: torch.device, compile
     def recomputed(x: Tensor) -> Tensor:
         return checkpoint(model, x, use_reentrant=False)
 
+    if TORCH < (2, 9) and compiler != "eager":
+        pytest.skip(compiles_programs.kwargs["reason"])
     inner = recomputed if where == "inside" else model
     call = inner if compiler == "eager" else torch.compile(inner, fullgraph=True, backend=compiler)
     torch.manual_seed(1)
@@ -216,6 +222,8 @@ def test_checkpoints_repeat_the_masks_of_a_program(device: torch.device, compile
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
 @pytest.mark.parametrize(("randomness", "different"), [("different", 6), ("same", 1)])
 def test_vmap_over_a_program_obeys_its_randomness(compiler: str, randomness: str, different: int) -> None:
+    if TORCH < (2, 9) and compiler != "eager" and randomness == "same":
+        pytest.skip("Dynamo of PyTorch 2.8 enters the kernel beyond the program, and fails there")
     g = exported(torchdrop.Dropout(0.5), torch.ones(SIZE))
     batched = torch.func.vmap(g, randomness=randomness)
     rows = (batched if compiler == "eager" else torch.compile(batched, backend=compiler))(torch.ones(6, SIZE))

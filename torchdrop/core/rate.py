@@ -146,7 +146,12 @@ class Rate:
     """
 
     def __init__(
-        self, keep_prob: Probability, p: Probability, formula: Formula, given: MaskParams | Tensor | None = None
+        self,
+        keep_prob: Probability,
+        p: Probability,
+        formula: Formula,
+        given: MaskParams | Tensor | None = None,
+        given_as_p: bool = False,
     ) -> None:
         self.keep_prob = keep_prob
         self.p = p
@@ -155,6 +160,7 @@ class Rate:
         if given is None and not (isinstance(keep_prob, Tensor) or is_compiling()):
             self.params = mask_params(keep_prob, formula)
         self._compiled: Tensor | None = None
+        self._given_as_p = given_as_p
 
     def held(self) -> Rate:
         """Returns the rate as a layer holds it: with parameters as a tensor, which compiled code takes as an input."""
@@ -172,8 +178,15 @@ class Rate:
         if not is_compiling():
             return params_for(self.keep_prob, self.formula, shape) if self.params is None else self.params
         if self._compiled is None:
-            return params_for(self.keep_prob, self.formula, shape)
+            return params_for(self._exact(), self.formula, shape)
         return switched(self._compiled, self.formula)
+
+    def _exact(self) -> Probability:
+        """Returns `keep_prob`, as a tensor where it is a difference: of Python's numbers the compiler of PyTorch before
+        2.13 would make a constant."""
+        if not self._given_as_p or isinstance(self.p, Tensor):
+            return self.keep_prob
+        return 1.0 - torch.ones((), dtype=torch.float64, device="cpu") * self.p
 
 
 Check = Callable[[Probability], None]
@@ -192,10 +205,11 @@ def as_rate(p: Any, keep_prob: Any, formula: Formula = inverted, check: Check | 
     """
     if isinstance(p, Rate):
         return p
+    as_p = keep_prob is None
     keep_prob, p = read_rate(p, keep_prob)
     if check is not None:
         check(keep_prob)
-    return Rate(keep_prob, p, formula)
+    return Rate(keep_prob, p, formula, given_as_p=as_p)
 
 
 def rate_named(name: str, p: Any, keep_prob: Any) -> Any:
@@ -207,6 +221,8 @@ def rate_named(name: str, p: Any, keep_prob: Any) -> Any:
     """
     if isinstance(p, Rate):
         return p
+    if p is Default.NO_DROP and keep_prob is None:
+        return 0.0
     if keep_prob is not None:
         if p is not None and not isinstance(p, Default):
             raise TypeError(
@@ -217,7 +233,7 @@ def rate_named(name: str, p: Any, keep_prob: Any) -> Any:
         raise TypeError(f"{name} must be a number or a tensor, got {type(p).__name__}")
     if isinstance(p, numbers.Real) and not 0.0 <= p <= 1.0:  # type: ignore[operator]
         raise ValueError(f"drop probability has to be between 0 and 1, but got {p}")
-    return 0.0 if p is Default.NO_DROP else p
+    return p
 
 
 def check_count(keep_prob: Probability, name: str) -> None:
@@ -287,6 +303,15 @@ class Rated(_DropoutNd):
         check_generator(generator)
         self.generator = generator
         self._set(p, keep_prob)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Dynamo of PyTorch before 2.13 does not call the setter of a module's property, but it enters this. That of 2.6
+        # says that it cannot go on.
+        setter = getattr(getattr(type(self), name, None), "fset", None)
+        if setter is None:
+            super().__setattr__(name, value)
+        else:
+            setter(self, value)
 
     def _set(self, p: Any, keep_prob: Any) -> None:
         self.rate: Any = as_rate(p, keep_prob, self._formula, self._check_rate).held()

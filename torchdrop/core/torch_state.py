@@ -6,6 +6,7 @@ file may import it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -85,17 +86,28 @@ def constant_when_compiled(function: Function) -> Function:
     return function
 
 
-_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+def _exporting_in_torch_2_6() -> bool:
+    """Whether torch.export traces: by itself, which sets the flag of compilation, or by a Dynamo that is told so."""
+    tracer = getattr(sys.modules.get("torch._dynamo.symbolic_convert"), "tls", None)
+    return torch.compiler._is_compiling_flag or getattr(getattr(tracer, "current_tx", None), "export", False)
+
+
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", _exporting_in_torch_2_6)
 
 
 @constant_when_compiled
 def is_exporting() -> bool:
-    """Whether torch.export traces this call. PyTorch before 2.7 does not have it; an exported program's dropout stays
-    there as it was exported.
+    """Whether torch.export traces this call.
 
     Dynamo of PyTorch 2.8 takes the public function for true in all compiled code. It calls this one.
     """
     return _is_exporting()
+
+
+@constant_when_compiled
+def autocast_available(kind: str) -> bool:
+    """Whether there is autocast for a kind of device. Dynamo of PyTorch 2.8 does not enter the public function."""
+    return torch.amp.is_autocast_available(kind)
 
 
 @constant_when_compiled

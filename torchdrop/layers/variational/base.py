@@ -22,6 +22,7 @@ from ...core import sites
 from ...core.inputs import check_input
 from ...core.portable import refuse_script
 from ...core.symbolic import holds_proxy, leaf, recorded
+from ...core.torch_state import autocast_available
 from ...kernels.masking import COMPUTE_DTYPE
 
 V = TypeVar("V", bound="Variational")
@@ -85,7 +86,7 @@ def with_noise(mean: Tensor, variance: Tensor, generator: torch.Generator | None
 def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """Returns a context in which autocast leaves squares alone, since they overflow in float16."""
     kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return nullcontext()
 
