@@ -4,6 +4,7 @@
 #   tests/versions.sh                     every version of the matrix
 #   tests/versions.sh 2.6.0 2.8.0         these versions
 #   tests/versions.sh 2.6.0 -- tests/ops  these tests with this version
+#   tests/versions.sh --record            also measures dropout's speed, and writes both into the table of versions
 #
 # The environments stay in ${VERSIONS_DIR:-.versions}, so that a second run installs nothing. PYTHON names the interpreter.
 # PyTorch's wheels for Linux name CUDA's libraries as requirements. Only those without which `import torch` fails are
@@ -12,7 +13,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=$(realpath -m "${VERSIONS_DIR:-.versions}")
 python=${PYTHON:-python3}
-versions=() tests=()
+versions=() tests=() record=
+[ "${1:-}" != --record ] || { record=yes; shift; }
 while [ $# -gt 0 ] && [ "$1" != -- ]; do versions+=("$1"); shift; done
 [ $# -gt 0 ] && shift
 tests=("$@")
@@ -61,6 +63,8 @@ for version in "${versions[@]}"; do
   environment=$folder/$("$python" -c 'import sys; print("py%d.%d" % sys.version_info[:2])')-torch-$version
   [ -e "$environment/ready" ] || { prepare "$environment" "$version" && touch "$environment/ready"; }
   echo "== torch $version, $("$environment/bin/python" --version)"
-  "$environment/bin/python" -m pytest -q -n 2 --dist worksteal -p no:cacheprovider "${tests[@]}" || failed+=" $version"
+  "$environment/bin/python" -m pytest -q -n 2 --dist worksteal -p no:cacheprovider --junitxml="$environment/tests.xml" \
+    "${tests[@]}" || failed+=" $version"
+  [ -z "$record" ] || "$environment/bin/python" benchmarks/versions.py --tests "$environment/tests.xml"
 done
 [ -z "${failed:-}" ] || { echo "failed:$failed" >&2; exit 1; }
