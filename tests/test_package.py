@@ -492,7 +492,7 @@ class TestBuild:
             *guides(),
             *(PACKAGE / "kernels" / "csrc").iterdir(),
             PACKAGE / "py.typed",
-            ROOT / "setup.py",
+            *(ROOT / name for name in ("setup.py", "LICENSE", "CITATION.cff")),
         ]
         missing = [str(p.relative_to(ROOT)) for p in needed if not (tree / p.relative_to(ROOT)).exists()]
         assert missing == []
