@@ -10,6 +10,11 @@
 #include <stdlib.h>
 #include <string.h>
 
+#ifdef _WIN32
+#include <fcntl.h>
+#include <io.h>
+#endif
+
 #include "entry_points.h"
 
 #define NUMBERS 9
@@ -26,6 +31,10 @@ static int64_t read_number(void) {
 
 int main(void) {
     int64_t function;
+#ifdef _WIN32
+    _setmode(_fileno(stdin), _O_BINARY);
+    _setmode(_fileno(stdout), _O_BINARY);
+#endif
     while (fread(&function, sizeof function, 1, stdin) == 1) {
         int64_t n[NUMBERS], sizes[BUFFERS], result = 0;
         char *memory[BUFFERS];

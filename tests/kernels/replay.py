@@ -270,7 +270,7 @@ def build(compiler: str, folder: Path) -> Path:
     """Compiles with the flags of setup.py, and everything that is needed into one file."""
     setup = ast.parse((ROOT / "setup.py").read_text())
     (flags,) = (n.value for n in setup.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "FLAGS")
-    program = folder / "replay"
+    program = folder / "replay.exe"  # Windows asks for the suffix
     command = [compiler, *ast.literal_eval(flags), "-fopenmp", "-static", "-Wall", "-Wextra", "-Werror"]
     command += [f"-I{SOURCES[1].parent}", *map(str, SOURCES), "-o", str(program), "-lm"]
     subprocess.run(command, check=True)
