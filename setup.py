@@ -28,8 +28,8 @@ def attempts(compiler_type):
         yield ["/std:c11"], [], [str(SOURCES / "dropout.c")], []
         return
     for plain, openmp, module in itertools.product((False, True), (True, False), (True, False)):
-        if module and (sys.platform == "win32" or sysconfig.get_config_var("Py_GIL_DISABLED")):  # which has no limited API
-            continue
+        if module and (sys.platform == "win32" or sysconfig.get_config_var("Py_GIL_DISABLED")):
+            continue  # Python without its lock has no limited API
         compile_flags = FLAGS + ["-DTD_PLAIN"] * plain + ["-fopenmp"] * openmp
         link_flags = ["-fopenmp"] * openmp
         sources = [str(SOURCES / "dropout.c")] + [str(SOURCES / "module.c")] * module
