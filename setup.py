@@ -18,14 +18,18 @@ SOURCES = Path("torchdrop/kernels/csrc")
 FLAGS = ["-O3", "-g0", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"]
 
 
-def attempts(windows):
+def attempts(compiler_type):
     """Compiler flags, linker flags and sources, the most complete first.
 
     OpenMP, the module for CPython and the vector kernels are each left out where the compiler cannot make them.
     """
+    if compiler_type == "msvc":
+        # Its OpenMP would be a second pool of threads beside that of PyTorch, in a library that a wheel has to bring.
+        yield ["/std:c11"], [], [str(SOURCES / "dropout.c")], []
+        return
     for plain, openmp, module in itertools.product((False, True), (True, False), (True, False)):
-        if module and (windows or sysconfig.get_config_var("Py_GIL_DISABLED")):  # which has no limited API
-            continue
+        if module and (sys.platform == "win32" or sysconfig.get_config_var("Py_GIL_DISABLED")):
+            continue  # Python without its lock has no limited API
         compile_flags = FLAGS + ["-DTD_PLAIN"] * plain + ["-fopenmp"] * openmp
         link_flags = ["-fopenmp"] * openmp
         sources = [str(SOURCES / "dropout.c")] + [str(SOURCES / "module.c")] * module
@@ -40,7 +44,7 @@ class BuildKernels(build_ext):
     def build_extension(self, ext):
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        for compile_flags, link_flags, sources, include in attempts(sys.platform == "win32"):
+        for compile_flags, link_flags, sources, include in attempts(self.compiler.compiler_type):
             with tempfile.TemporaryDirectory() as scratch:
                 try:
                     objects = self.compiler.compile(
@@ -50,6 +54,7 @@ class BuildKernels(build_ext):
                         objects,
                         str(target),
                         libraries=[] if sys.platform == "win32" else ["m"],
+                        export_symbols=[] if self.compiler.compiler_type == "msvc" else None,  # keeps _native.lib away
                         extra_postargs=link_flags + self._undefined(),
                     )
                 except Exception as error:

@@ -292,6 +292,14 @@ class TestPublicNames:
     def test_version_is_the_installed_one(self) -> None:
         assert torchdrop.__version__ == importlib.metadata.version("torchdrop")
 
+    @needs_tree
+    def test_version_is_the_one_in_the_citation_and_the_newest_change(self) -> None:
+        cited = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.M)
+        newest = re.search(r"^## (\S+) - ", (PACKAGE / "CHANGELOG.md").read_text(), re.M)
+        assert cited is not None
+        assert newest is not None
+        assert cited[1] == newest[1] == torchdrop.__version__
+
     def test_is_typed(self) -> None:
         assert Path(torchdrop.__file__).with_name("py.typed").is_file()
 
@@ -425,7 +433,7 @@ def build(tree: Path, *command: str, **environment: str) -> Path:
     """Runs a build of a copy of the source tree; the one file that it makes."""
     pytest.importorskip("setuptools", "77", reason="building needs setuptools")
     tree.mkdir()
-    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "CITATION.cff"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, tree)
     unwanted = shutil.ignore_patterns("_native.*", "__pycache__")
@@ -484,7 +492,7 @@ class TestBuild:
             *guides(),
             *(PACKAGE / "kernels" / "csrc").iterdir(),
             PACKAGE / "py.typed",
-            ROOT / "setup.py",
+            *(ROOT / name for name in ("setup.py", "LICENSE", "CITATION.cff")),
         ]
         missing = [str(p.relative_to(ROOT)) for p in needed if not (tree / p.relative_to(ROOT)).exists()]
         assert missing == []

@@ -6,6 +6,7 @@ headers were found, the library is also a module for CPython (csrc/module.c) wit
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import os
@@ -138,12 +139,27 @@ def entry_points_by_ctypes(lib: ctypes.CDLL) -> EntryPoints:
     return row, fused
 
 
+def _share_openmp(torch_folder: Path) -> None:
+    """Lets the library's calls of OpenMP go to the runtime that PyTorch has loaded, whatever its file is called.
+
+    In PyTorch's wheels for Linux on x86-64 the runtime is called libgomp.so.1, as in the library, and the loader takes
+    it for both. On aarch64 its name contains a hash. The library would get a runtime of its own, and idle threads of
+    each runtime would keep the cores from threads of the other.
+    """
+    if sys.platform != "linux":
+        return
+    for runtime in [*torch_folder.glob("lib/libgomp*"), *torch_folder.parent.glob("torch.libs/libgomp*")]:
+        with contextlib.suppress(OSError):  # PyTorch has not loaded it
+            ctypes.CDLL(str(runtime), os.RTLD_GLOBAL | os.RTLD_NOLOAD)
+
+
 _REINSTALL = "`pip install --no-cache-dir --force-reinstall --no-deps torchdrop` (pip keeps the wheel it has built)"
 
 
 def _load() -> tuple[Library | None, str]:
     if not _LIBRARY.exists():
         return None, f"its C kernels were not built: install a C compiler (gcc or clang), then run {_REINSTALL}"
+    _share_openmp(Path(torch.__file__).parent)
     try:
         return Library(_LIBRARY), ""
     except (OSError, AttributeError) as error:

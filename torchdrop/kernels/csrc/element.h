@@ -70,7 +70,8 @@ TD_TARGET static inline TD_INLINE void TD_TYPED(scale_and_shift)(char *out, cons
     for (int64_t j = 0; j < n; j++) {
         TD_STORED value, mask = TD_MASK(bits[j] < limit);
         memcpy(&value, in + j * TD_SIZE, sizeof value);
-        value = (TD_STORED)((TD_ROUND(TD_LOAD(value) * scale + shift) & mask) | (fill & (TD_STORED)~mask));
+        const TD_REAL scaled = TD_LOAD(value) * scale; /* a name, because an expression may have excess precision */
+        value = (TD_STORED)((TD_ROUND(scaled + shift) & mask) | (fill & (TD_STORED)~mask));
         memcpy(out + j * TD_SIZE, &value, sizeof value);
     }
 }
@@ -116,7 +117,8 @@ TD_TARGET static void TD_TYPED(select)(char *out, const char *in, const uint8_t 
         for (int64_t j = 0; j < n; j++) {
             TD_STORED value, mask = TD_MASK(kept[j * kept_stride]);
             memcpy(&value, in + j * in_stride * TD_SIZE, sizeof value);
-            value = shifted ? TD_ROUND(TD_LOAD(value) * scale + shift) : TD_ROUND(TD_LOAD(value) * scale);
+            const TD_REAL scaled = TD_LOAD(value) * scale;
+            value = shifted ? TD_ROUND(scaled + shift) : TD_ROUND(scaled);
             value = (TD_STORED)((value & mask) | (fill & (TD_STORED)~mask));
             memcpy(out + j * out_stride * TD_SIZE, &value, sizeof value);
         }
