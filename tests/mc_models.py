@@ -144,7 +144,7 @@ def state(model: nn.Module) -> dict[str, Any]:
             if value is not None:
                 found[f"{name}.{label}"] = (id(value), value.detach().clone().numpy().tobytes())
         for label, value in vars(module).items():
-            if isinstance(value, (bool, int, float, str, None)):
+            if isinstance(value, (bool, int, float, str, type(None))):
                 found[f"{name}:{label}"] = value
             elif "hooks" in label:
                 found[f"{name}:{label}"] = list(value)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchdrop
+from tests import TORCH
 from tests.configure.surgery import drawn, real, refused, shape_of
 from tests.mc_models import Of, call, equal, tensors
 from torchdrop import Dropout, GaussianDropout, insert, keep_probs
@@ -249,17 +250,28 @@ class TestInsert:
             def forward(self, x: Tensor) -> Tensor:
                 return self.fc(x)
 
+        torch.compiler.reset()
         model, x = Net(), torch.randn(50, 4)
         compiled = torch.compile(model, backend="aot_eager")
         if first != "nothing":
             (compiled if first == "the model" else torch.compile(Net(), backend="aot_eager"))(x)
+        if TORCH < (2, 9) and first != "nothing":
+            with pytest.raises(RuntimeError, match=r"before anything compiled is called, or use PyTorch 2\.9"):
+                insert(model, {"fc": Dropout(0.5)})
+            assert dropped(model(x)) == 0.0
+            return
         put = insert(model if first.endswith("later") else compiled, {"fc": Dropout(0.5)})
         assert 0.3 < dropped(compiled(x)) < 0.7
+        if TORCH < (2, 9):
+            with pytest.raises(RuntimeError, match=r"PyTorch 2\.9"):
+                put.undo()
+            return
         put.undo()
         assert dropped(compiled(x)) == 0.0
 
     @pytest.mark.slow
     def test_at_a_compiled_part(self) -> None:
+        torch.compiler.reset()
         model = nn.ModuleDict({"part": torch.compile(nn.Linear(4, 4), backend="aot_eager")})
         insert(model, {"part": Dropout(0.5)})
         assert dropped(model["part"](torch.randn(2000, 4))) == pytest.approx(0.5, abs=0.05)

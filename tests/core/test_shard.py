@@ -19,6 +19,7 @@ from torch.func import vmap
 
 import torchdrop
 import torchdrop.functional as F
+from tests import TORCH
 from tests.seeding import seeded
 from tests.strategies import on, tensors
 from torchdrop import Shard, kernels
@@ -265,6 +266,7 @@ class TestPaths:
             assert torch.equal(ours == 0, expected == 0)
             torch.testing.assert_close(ours, expected)
 
+    @pytest.mark.skipif(TORCH < (2, 9), reason="PyTorch 2.8 makes the dimension of a shard an unknown")
     @pytest.mark.slow
     def test_compiled_for_parts_of_any_size(self) -> None:
         torch.compiler.reset()

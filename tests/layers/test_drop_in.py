@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchdrop
+from tests import TORCH
 from torchdrop import functional as TF
 from torchdrop.core.inputs import check_inplace
 
@@ -48,6 +49,7 @@ def given(f: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Any, ...]:
     return y.dtype, y.tolist(), y.data_ptr() == x.data_ptr(), x.tolist()
 
 
+@pytest.mark.skipif(TORCH < (2, 7), reason="PyTorch 2.6 raises a base class of the error")
 @pytest.mark.parametrize("dtype", UNUSUAL)
 @pytest.mark.parametrize("name", SHAPES)
 def test_element_types_without_a_kernel_are_torchs_where_nothing_is_drawn(name: str, dtype: torch.dtype) -> None:

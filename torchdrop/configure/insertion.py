@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..core.names import check_patterns, matches_itself, winner
+from ..core.torch_state import check_compiled_code_is_replaceable, forget_compiled_code
 from .rate_sites import names_of
 from .surgery import Undoable, listed
 
@@ -48,6 +47,7 @@ class Insertion(Undoable):
         self._places, self._where, self._handles = places, where, handles
 
     def _undo(self) -> None:
+        check_compiled_code_is_replaceable()
         for handle in self._handles:
             handle.remove()
         for module in self._places.values():
@@ -56,7 +56,7 @@ class Insertion(Undoable):
             del held._modules[self._where]
             if not held._modules:
                 del module._modules[CHILD]
-        _recompile()
+        forget_compiled_code()
 
     def __repr__(self) -> str:
         return f"inserted {listed(self.done)}"
@@ -84,6 +84,7 @@ def insert(model: nn.Module, layers: Mapping[str, nn.Module], where: str = "afte
         ValueError: a pattern that matches no module; a module that has such a layer already, that is a dropout layer,
             or that is never called (containers, and the projection inside nn.MultiheadAttention); a layer with a
             state. Nothing is changed.
+        RuntimeError: code was compiled by a PyTorch before 2.9, which cannot compile it again.
 
     Example:
         >>> import torch, torchdrop
@@ -115,6 +116,7 @@ def insert(model: nn.Module, layers: Mapping[str, nn.Module], where: str = "afte
             _check_place(modules, module, where)
             places.append((names[0], module, _copy_sharing_generator(layers[best]) if best in used else layers[best]))
             used.add(best)
+    check_compiled_code_is_replaceable()  # it does not look at hooks again
     inserted, handles = {}, []
     for name, module, layer in places:
         if CHILD not in module._modules:
@@ -125,14 +127,8 @@ def insert(model: nn.Module, layers: Mapping[str, nn.Module], where: str = "afte
         hook = module.register_forward_hook(_after) if where == "after" else module.register_forward_pre_hook(_before)
         handles.append(hook)
         inserted[f"{name}.{CHILD}.{where}"] = module
-    _recompile()
+    forget_compiled_code()
     return Insertion(inserted, where, handles)
-
-
-def _recompile() -> None:
-    """Makes torch.compile forget the code that it has compiled: it does not look at hooks again."""
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()
 
 
 def _can_be_named(name: str) -> bool:

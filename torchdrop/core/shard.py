@@ -242,7 +242,9 @@ def apply_to_dtensor(
     for axis, placement in enumerate(placements):
         if isinstance(placement, Sharded):
             dim = placement.dim
-            sizes[dim], at = Sharded.local_shard_size_and_offset(sizes[dim], mesh.size(axis), place[axis])
+            chunk = -(-sizes[dim] // mesh.size(axis))  # as torch.chunk cuts
+            at = min(chunk * place[axis], sizes[dim])
+            sizes[dim] = min(chunk, sizes[dim] - at)
             offsets[dim] += at
     own = tuple(size if full != 1 else 1 for size, full in zip(sizes, shape, strict=True))
     first = tuple(at if full != 1 else 0 for at, full in zip(offsets, shape, strict=True))

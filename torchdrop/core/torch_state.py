@@ -104,6 +104,23 @@ def is_exporting() -> bool:
     return _is_exporting()
 
 
+def check_compiled_code_is_replaceable() -> None:
+    """Raises RuntimeError if there is compiled code that `forget_compiled_code` cannot replace."""
+    frames = sys.modules.get("torch._dynamo.convert_frame")
+    if frames is not None and torch.__version__ < (2, 9) and any(code() for code in frames.input_codes.seen):
+        raise RuntimeError(
+            f"torch.compile has compiled code that does not know of this change, and PyTorch {torch.__version__} "
+            "crashes when code is compiled again after torch.compiler.reset() (PyTorch issue 155057): make the change before "
+            "anything compiled is called, or use PyTorch 2.9 or newer"
+        )
+
+
+def forget_compiled_code() -> None:
+    """Makes torch.compile forget the code that it has compiled, for changes that it does not look at again."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
 @constant_when_compiled
 def autocast_available(kind: str) -> bool:
     """Whether there is autocast for a kind of device. Dynamo of PyTorch 2.8 does not enter the public function."""
