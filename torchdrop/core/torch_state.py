@@ -110,8 +110,8 @@ def check_compiled_code_is_replaceable() -> None:
     if frames is not None and torch.__version__ < (2, 9) and any(code() for code in frames.input_codes.seen):
         raise RuntimeError(
             f"torch.compile has compiled code that does not know of this change, and PyTorch {torch.__version__} "
-            "crashes when code is compiled again after torch.compiler.reset() (PyTorch issue 155057): make the change before "
-            "anything compiled is called, or use PyTorch 2.9 or newer"
+            "crashes when code is compiled again after torch.compiler.reset() (PyTorch issue 155057): make the change "
+            "before anything compiled is called, or use PyTorch 2.9 or newer"
         )
 
 
