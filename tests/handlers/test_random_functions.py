@@ -104,7 +104,8 @@ def test_layer_drop() -> None:
             assert report.draws == drawn[-1]
     assert set(drawn) == {3, 4, 5, 6}
     assert report.expected == 6
-    assert [s.module for s in report.active if s.kind == "dropout"] == ["layers.0.1", "layers.1.1", "layers.2.1"]
+    found = [s.module for s in report.active if s.kind == "dropout"]  # in the order of their first draws
+    assert sorted(found) == ["layers.0.1", "layers.1.1", "layers.2.1"]
     assert torch.equal(outputs[drawn.index(3)], x)
     result = torchdrop.mc_predict(model, x, samples=60, seed=0, keep_samples=True)
     assert result.report.strategy == "loop"
