@@ -112,6 +112,16 @@ def table(report: dict[str, Any]) -> str:
     return markdown_table(header, rows)
 
 
+def tested(report: dict[str, Any]) -> str:
+    """What the project's README shows: which versions were tried, with how many tests, and when."""
+    header = ["torch", "Python", "tests passed", "failed", "date"]
+    rows = []
+    for run in report["runs"]:
+        facts = run["machine"]
+        rows.append([facts["torch"].partition("+")[0], facts["python"], *_tests(run)[:2], facts["date"]])
+    return markdown_table(header, rows)
+
+
 def render(report: dict[str, Any]) -> str:
     """The machine of the newest run, what must hold, and the versions."""
     return "\n\n".join(

@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import cuda_summary
 import overview
 import pytest
+import versions
 from harness import digits, duration
 from overview import Report, dropout_cells, load, one
 from summary import BACKWARD, BOTH, FORWARD, LIMIT, OURS, STOCK
@@ -32,6 +33,7 @@ TABLES = [
     ("sparsity", "sparsity.json", "sparsity.py"),
     ("language", "language.json", "language.py"),
     ("uci", "uci.json", "uci.py"),
+    ("versions", "versions.json", "versions.py"),
 ]
 
 
@@ -51,6 +53,12 @@ def test_tables_are_the_committed_runs(
 def test_all_runs_are_shown() -> None:
     committed = {path.name for path in (ROOT / "benchmarks" / "results").glob("*.json")}
     assert committed <= {result for _, result, _ in TABLES} | {"cuda.json"}
+
+
+def test_the_readme_says_which_versions_were_tried() -> None:
+    shown = README.partition("<!-- versions -->")[2].partition("<!-- end of versions -->")[0]
+    report = json.loads((ROOT / "benchmarks" / "results" / "versions.json").read_text(encoding="utf-8"))
+    assert shown.strip() == versions.tested(report)
 
 
 def test_the_cuda_table_is_the_committed_run_or_says_why_there_is_none() -> None:

@@ -7,6 +7,7 @@ file may import it.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -17,9 +18,9 @@ from torch.autograd import forward_ad
 from torch.fx import _symbolic_trace
 from torch.nn import Parameter
 from torch.overrides import _get_current_function_mode_stack, _pop_mode_temporarily
+from torch.utils import _python_dispatch
 from torch.utils._device import DeviceContext
-from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten as tree_flatten
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
@@ -61,6 +62,35 @@ current_cuda_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", to
 
 _creation_meta = torch._C._autograd._get_creation_meta
 _MADE_AS_USUAL = torch._C._autograd.CreationMeta.DEFAULT
+
+
+class DispatchMode(TorchDispatchMode):
+    """The base of dispatch modes.
+
+    PyTorch before 2.11 holds in variables that all threads share whether one is on. Threads that enter and leave modes at
+    the same time would leave them true, and torch.compile would compile nothing any more. So the last mode that is left
+    puts them back.
+    """
+
+    _lock = threading.Lock()
+    _inside = 0
+    _before: dict[str, bool] = {}
+
+    def __enter__(self) -> Any:
+        with DispatchMode._lock:
+            if not DispatchMode._inside:
+                DispatchMode._before = {
+                    name: on for name, on in vars(_python_dispatch).items() if on is True or on is False
+                }
+            DispatchMode._inside += 1
+            return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        with DispatchMode._lock:
+            super().__exit__(*exception)
+            DispatchMode._inside -= 1
+            if not DispatchMode._inside and torch.__version__ < (2, 11):
+                vars(_python_dispatch).update(DispatchMode._before)
 
 
 def forward_mode_active() -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.torch_state import TorchDispatchMode
+from ..core.torch_state import DispatchMode
 from .base import Handler
 from .calls import RandomCall
 from .random_functions import describe_other
@@ -16,7 +16,7 @@ from .sources import Seen, Source
 from .tracker import Tracker
 
 
-class DrawCount(TorchDispatchMode):
+class DrawCount(DispatchMode):
     """Counts the calls of operators that draw from PyTorch's generators.
 
     Attention is left out: it is described on its own, and its kernels are tagged whether or not they draw.

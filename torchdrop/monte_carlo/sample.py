@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.torch_state import TorchDispatchMode, tree_flatten
+from ..core.torch_state import DispatchMode, tree_flatten
 from ..handlers.masks import Hypercube, Pass, find_layout
 from ..handlers.prefix import Prefix
 from .activate import Activation
@@ -205,7 +205,7 @@ def _agree(values: Tensor, reference: Tensor, samples: Tensor) -> bool:
     return bool(difference <= 1e-2 * spread + max(1e-5, 8 * epsilon) * size) or not bool(size.isfinite())
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(DispatchMode):
     """The most bytes that tensors made within the context hold at once.
 
     Args:
