@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from filelock import FileLock
 
-TORCH = tuple(int(number) for number in torch.__version__.split(".")[:2])
+TORCH = tuple(int(number) for number in importlib.metadata.version("torch").split(".")[:2])
 """The version of PyTorch: (2, 13)."""
 
 ROOT = Path(__file__).resolve().parents[1]

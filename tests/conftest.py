@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ import hypothesis
 import numpy  # noqa: F401  (before torch, which warns once where it is missing)
 import pytest
 import torch
+
+from tests import TORCH
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 """Where tests run that hold on any device."""
@@ -54,6 +57,8 @@ def _two_threads() -> Iterator[None]:
         torch.manual_seed(0)
         yield
     torch.set_num_threads(threads)
+    if TORCH < (2, 9) and "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # there dropout cannot be inserted into a model once something was compiled
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+VERSION: tuple[int, ...] = tuple(int(number) for number in torch.__version__.split(".")[:2])
+"""The version of PyTorch: (2, 13)."""
 
 is_compiling: Callable[[], bool] = torch.compiler.is_compiling
 """Whether Dynamo traces this call. It is a constant in compiled code."""
@@ -67,21 +70,20 @@ _MADE_AS_USUAL = torch._C._autograd.CreationMeta.DEFAULT
 class DispatchMode(TorchDispatchMode):
     """The base of dispatch modes.
 
-    PyTorch before 2.11 holds in variables that all threads share whether one is on. Threads that enter and leave modes at
-    the same time would leave them true, and torch.compile would compile nothing any more. So the last mode that is left
+    PyTorch before 2.11 holds in variables of all threads whether one is on. Threads that enter and leave modes at the
+    same time would leave them true, and torch.compile would compile nothing any more. So the last mode that is left
     puts them back.
     """
 
     _lock = threading.Lock()
     _inside = 0
-    _before: dict[str, bool] = {}
+    _before: ClassVar[dict[str, bool]] = {}
 
     def __enter__(self) -> Any:
         with DispatchMode._lock:
             if not DispatchMode._inside:
-                DispatchMode._before = {
-                    name: on for name, on in vars(_python_dispatch).items() if on is True or on is False
-                }
+                flags = {name: flag for name, flag in vars(_python_dispatch).items() if isinstance(flag, bool)}
+                DispatchMode._before = flags
             DispatchMode._inside += 1
             return super().__enter__()
 
@@ -89,7 +91,7 @@ class DispatchMode(TorchDispatchMode):
         with DispatchMode._lock:
             super().__exit__(*exception)
             DispatchMode._inside -= 1
-            if not DispatchMode._inside and torch.__version__ < (2, 11):
+            if not DispatchMode._inside and VERSION < (2, 11):
                 vars(_python_dispatch).update(DispatchMode._before)
 
 
@@ -137,7 +139,7 @@ def is_exporting() -> bool:
 def check_compiled_code_is_replaceable() -> None:
     """Raises RuntimeError if there is compiled code that `forget_compiled_code` cannot replace."""
     frames = sys.modules.get("torch._dynamo.convert_frame")
-    if frames is not None and torch.__version__ < (2, 9) and any(code() for code in frames.input_codes.seen):
+    if frames is not None and VERSION < (2, 9) and any(code() for code in frames.input_codes.seen):
         raise RuntimeError(
             f"torch.compile has compiled code that does not know of this change, and PyTorch {torch.__version__} "
             "crashes when code is compiled again after torch.compiler.reset() (PyTorch issue 155057): make the change "
