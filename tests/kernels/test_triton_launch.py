@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -256,13 +257,30 @@ def test_profilers_hear_of_launches_and_without_them_triton_is_passed_by(monkeyp
             start(5, 1, "a")
             patch.setattr(knobs.runtime, hook, print)
             start(5, 1, "a")
+    watched = ((5, 1, 1), 1, "a")
+    assert calls == [straight, *[straight, watched] * 2]
+    calls.clear()
+    for hook in ("launch_enter_hook", "launch_exit_hook"):
         chain = getattr(knobs.runtime, hook)
+        if chain is None:
+            continue  # Triton 3.4 has no chains of hooks
         chain.add(print)
         start(5, 1, "a")
         chain.remove(print)
         start(5, 1, "a")
-    watched = ((5, 1, 1), 1, "a")
-    assert calls == [straight, *[straight, watched, watched, straight] * 2]
+    assert calls in ([watched, straight] * 2, [])
+
+
+@needs_kernels
+def test_an_older_triton_is_refused_with_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+
+    from torchdrop.kernels import triton_kernels
+
+    monkeypatch.delattr(triton, "knobs")
+    monkeypatch.setitem(sys.modules, "triton.knobs", None)
+    with pytest.raises(ImportError, match=f"need Triton 3.4 or newer, .* PyTorch 2.8, got {triton.__version__}"):
+        importlib.reload(triton_kernels)
 
 
 @pytest.mark.slow

@@ -89,7 +89,16 @@ def random_bits(vector, seed, stream, lanes: tl.constexpr):
 
 
 @triton.jit
-def read_params(mask_params, high, low, scale, shift, fill, wide: tl.constexpr):
+def computed(number, pointer):
+    """Returns a number in the type in which the elements behind a pointer are computed."""
+    if pointer.dtype.element_ty == tl.float64:
+        return tl.full([], number, tl.float64)
+    else:  # noqa: RET505 (Triton reads on after a return)
+        return tl.full([], number, tl.float32)
+
+
+@triton.jit
+def read_params(mask_params, high, low, scale, shift, fill, pointer):
     """Reads the parameters: the threshold in two halves, and the other numbers in the type that is computed in.
 
     A shift of 0 becomes -0, because the addition of -0 changes nothing, not even the sign of a zero.
@@ -101,13 +110,7 @@ def read_params(mask_params, high, low, scale, shift, fill, wide: tl.constexpr):
         scale, shift, fill = tl.load(mask_params + 1), tl.load(mask_params + 2), tl.load(mask_params + 3)
         negative_zero = tl.full([], _SIGN, tl.int64).to(tl.float64, bitcast=True)  # a -0.0 would be taken for 0
         shift = tl.where((shift == 0.0) & (fill == 0.0), negative_zero, shift)
-    return high, low, tl.full([], scale, wide), tl.full([], shift, wide), tl.full([], fill, wide)
-
-
-@triton.constexpr_function
-def compute_type(pointer):
-    """Returns the type in which the elements behind a pointer are computed."""
-    return tl.float64 if pointer.dtype.element_ty == tl.float64 else tl.float32
+    return high, low, computed(scale, pointer), computed(shift, pointer), computed(fill, pointer)
 
 
 @triton.jit

@@ -20,11 +20,16 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from triton import knobs
 from triton.runtime.driver import driver
 
+try:
+    from triton import knobs
+except ImportError as error:
+    needed = "these kernels need Triton 3.4 or newer, which comes with PyTorch 2.8"
+    raise ImportError(f"{needed}, got {triton.__version__}") from error
+
 from .triton_functions import (
-    compute_type,
+    computed,
     element_offsets,
     keep_mask,
     narrow,
@@ -86,7 +91,7 @@ def rows(
         x += place + column
     vector = index // lanes + chunk * vectors + tl.arange(0, vectors)
     each = element_offsets(vectors, lanes)
-    high, low, scale, shift, fill = read_params(mask_params, high, low, scale, shift, fill, compute_type(out))
+    high, low, scale, shift, fill = read_params(mask_params, high, low, scale, shift, fill, out)
     if (column >= 0) & (column + vectors * lanes <= length):
         _rows_body(out, x, each, None, vector, seed, stream, high, low, scale, shift, fill, makes, affine, lanes)
     else:
@@ -114,7 +119,7 @@ def groups(
     seed, stream = tl.load(key + 2 * of_key), tl.load(key + 2 * of_key + 1)
     index = tile * tile_groups + start
     group = tile * tile_groups - index % 8 + tl.arange(0, tile_groups)
-    high, low, scale, shift, fill = read_params(mask_params, high, low, scale, shift, fill, compute_type(out))
+    high, low, scale, shift, fill = read_params(mask_params, high, low, scale, shift, fill, out)
     vector = index // 8 + tl.arange(0, tile_groups // 8)
     kept = tl.reshape(keep_mask(vector, seed, stream, high, low, 8), [tile_groups, 1])
     if aligned:
@@ -163,7 +168,7 @@ def add(
             column = (of_row % period.to(tl.int32) * lanes)[:, None] + tl.arange(0, lanes)[None, :]
         else:
             column = ((first % width).to(tl.int32) + each) % width.to(tl.int32)
-    high, low, scale, shift, fill = read_params(mask_params, high, low, scale, shift, fill, compute_type(out))
+    high, low, scale, shift, fill = read_params(mask_params, high, low, scale, shift, fill, out)
     if first + vectors * lanes <= length:
         _add_body(
             out, x, bias, residual, each, None, column, vector, seed, stream, high, low, scale, shift, fill, affine,
@@ -229,7 +234,7 @@ def activation(
         grad += first
     vector = chunk * vectors + tl.arange(0, vectors)
     each = element_offsets(vectors, lanes)
-    high, low, scale, shift, fill = read_params(mask_params, high, low, scale, shift, fill, compute_type(out))
+    high, low, scale, shift, fill = read_params(mask_params, high, low, scale, shift, fill, out)
     if first + vectors * lanes <= length:
         _activation_body(
             out, x, grad, each, None, vector, seed, stream, high, low, scale, shift, fill, affine, function, lanes
@@ -258,7 +263,7 @@ def relu_backward(
     if mask_params is not None:
         scale, fill = tl.load(mask_params + 1), tl.load(mask_params + 3)
     each = tl.arange(0, elements)
-    scale, fill = tl.full([], scale, compute_type(out)), tl.full([], fill, compute_type(out))
+    scale, fill = computed(scale, out), computed(fill, out)
     if first + elements <= length:
         _relu_backward_body(out, grad, kept, each, None, scale, fill)
     else:
