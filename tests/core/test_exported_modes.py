@@ -13,16 +13,12 @@ from torch.fx import GraphModule
 from torch.fx.subgraph_rewriter import replace_pattern_with_filters
 
 import torchdrop
+from tests import TORCH
 from tests.family import VARIANTS, built, inputs
 from tests.seeding import seeded
 from torchdrop.core import exported as _exported
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not hasattr(torch.compiler, "is_exporting"), reason="before PyTorch 2.7 no layer can tell that it is exported"
-    ),
-]
+pytestmark = pytest.mark.slow
 
 EXPORTED = [name for name, variant in VARIANTS.items() if variant.compiles and variant.draws]
 
@@ -74,6 +70,8 @@ def test_the_move_moves_torchs_dropout() -> None:
     ],
 )
 def test_a_moved_program_drops_in_train_mode_alone(name: str, strict: bool) -> None:
+    if strict and TORCH < (2, 9) and name in ("zoneout_lstm", "recurrent_gru", "layer_drop_in_graph"):
+        pytest.skip("Dynamo of PyTorch 2.8 does not export it")
     model, x = built(name), inputs(VARIANTS[name])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
