@@ -7,12 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from enum import IntEnum
+from pathlib import Path
 
 import pytest
 
 from tests import ROOT
-from tests.kernels.native_build import SOURCE, VARIANTS
+from tests.kernels.native_build import COMMON, SOURCE, VARIANTS
 from torchdrop.kernels import native
 
 
@@ -64,3 +66,37 @@ print("through ctypes")
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout == "through ctypes\n", done.stderr[-3000:]
+
+
+NEWER_HEADERS = """
+#include_next <Python.h>
+#undef Py_RETURN_NONE
+#define Py_RETURN_NONE return Py_None
+"""
+COUNT = """
+import ctypes, importlib.machinery, importlib.util, sys
+spec = importlib.util.spec_from_loader("_native", importlib.machinery.ExtensionFileLoader("_native", sys.argv[1]))
+native = importlib.util.module_from_spec(spec)
+x, params = (ctypes.c_float * 8)(), (ctypes.c_double * 4)(2.0**31, 2.0, 0.0, 0.0)
+at, key = ctypes.addressof(x), bytes(16)
+before = sys.getrefcount(None)
+for _ in range(10_000):
+    native.row(0, 0, at, at, 8, key, ctypes.addressof(params), 1)
+    native.fused(5, 0, at, at, None, 1, at, 8, key, ctypes.addressof(params), 1, -1)
+print(sys.getrefcount(None) - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt" or shutil.which(os.environ.get("CC", "cc")) is None, reason="no C compiler")
+def test_a_module_compiled_with_newer_headers_takes_no_reference_of_none_away(tmp_path: Path) -> None:
+    """None is immortal from Python 3.12 on, and its headers no longer count it. A wheel is for older ones, too."""
+    (tmp_path / "Python.h").write_text(NEWER_HEADERS)
+    sources = [str(SOURCE), str(SOURCE.with_name("module.c"))]
+    include = [f"-I{tmp_path}", f"-I{sysconfig.get_paths()['include']}"]
+    library = tmp_path / "_native.so"
+    command = [os.environ.get("CC", "cc"), *COMMON, "-O0", "-DTD_PLAIN", *include, *sources, "-o", str(library), "-lm"]
+    subprocess.run(command, check=True)
+    done = subprocess.run([sys.executable, "-c", COUNT, str(library)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert abs(int(done.stdout)) < 100

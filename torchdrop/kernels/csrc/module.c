@@ -12,6 +12,13 @@
 /* Python's lock is given back during a call from this many elements on. */
 #define TD_LONG 32768
 
+/* Headers of 3.12 and 3.13 let Py_RETURN_NONE take no reference, because None is immortal there. It is not in 3.11, which
+ * may load what was compiled with them. */
+static PyObject *none(void) {
+    Py_IncRef(Py_None);
+    return Py_None;
+}
+
 static PyObject *row(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     (void)self;
     if (count != 8) {
@@ -40,7 +47,7 @@ static PyObject *row(PyObject *self, PyObject *const *args, Py_ssize_t count) {
         td_row((int)operation, (int)element_type, out, in, length, key, params, (int)threads);
         PyEval_RestoreThread(state);
     }
-    Py_RETURN_NONE;
+    return none();
 }
 
 static PyObject *fused(PyObject *self, PyObject *const *args, Py_ssize_t count) {
@@ -77,7 +84,7 @@ static PyObject *fused(PyObject *self, PyObject *const *args, Py_ssize_t count) 
                  (int)width);
         PyEval_RestoreThread(state);
     }
-    Py_RETURN_NONE;
+    return none();
 }
 
 static PyMethodDef methods[] = {
