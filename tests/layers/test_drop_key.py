@@ -308,6 +308,7 @@ class Attention(nn.Module):
         return self.drop_key(q @ k.mT / 2).softmax(-1) @ v
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented:UserWarning")
 @pytest.mark.parametrize("by_mask", [False, True])
 def test_monte_carlo_fires_with_masks_that_do_not_depend_on_the_batch(by_mask: bool) -> None:
     model, x = Attention(by_mask).eval(), torch.randn(7, 5, 4)

@@ -180,9 +180,16 @@ def is_usual_view(x: Tensor) -> bool:
     return _creation_meta(x) == _MADE_AS_USUAL
 
 
+def _fx_tracing_in_torch_2_8() -> bool:
+    return _symbolic_trace._is_fx_tracing_flag and not is_compiling()
+
+
+_fx_tracing: Callable[[], bool] = getattr(_symbolic_trace, "is_fx_symbolic_tracing", _fx_tracing_in_torch_2_8)
+
+
 def fx_tracing() -> bool:
     """Whether torch.fx traces a forward symbolically, as opposed to make_fx and the compiler, which run it."""
-    return getattr(_symbolic_trace, "_is_fx_tracing_flag", False) and not is_compiling() and not dispatch_modes()
+    return _fx_tracing() and not dispatch_modes()
 
 
 def recomputing_setting() -> tuple[str, str] | None:
