@@ -34,7 +34,8 @@ LAYERS = {
     "alpha_dropout": "AlphaDropout",
     "feature_alpha_dropout": "FeatureAlphaDropout",
 }
-UNUSUAL = (torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn)
+UNUSUAL = (torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn)
+COMPLEX = (torch.complex64, torch.complex128)
 
 
 def given(f: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Any, ...]:
@@ -63,6 +64,84 @@ def test_element_types_without_a_kernel_are_torchs_where_nothing_is_drawn(name: 
             if "alpha" not in name:  # torch.nn's layers ignore `inplace` there
                 expected = given(lambda x, a=(p, inplace, training): stock_layer(*a[:2]).train(a[2])(x), x)
             assert given(lambda x, a=(p, inplace, training): layer(*a[:2]).train(a[2])(x), x) == expected
+
+
+# Complex numbers.
+
+
+@pytest.mark.parametrize("dtype", COMPLEX)
+@pytest.mark.parametrize("name", [name for name in SHAPES if "alpha" not in name])
+def test_complex_numbers_are_kept_or_dropped_as_one_under_the_mask_of_real_numbers(
+    name: str, dtype: torch.dtype
+) -> None:
+    f = getattr(TF, name)
+    x = torch.randn(SHAPES[name], dtype=dtype, generator=torch.Generator().manual_seed(1)).mT.requires_grad_()
+
+    def drawn(x: Tensor, **kwargs: Any) -> Tensor:
+        with torchdrop.seeded(3):
+            return f(x, 0.5, **kwargs)
+
+    mask = drawn(torch.ones(x.shape, dtype=x.real.dtype))
+    assert mask.unique().tolist() == [0.0, 2.0]
+    y = drawn(x)
+    assert torch.equal(y, x * mask)
+    assert y.dtype == dtype
+    assert torch.equal(drawn(x.detach().conj()), x.detach().conj() * mask)
+    assert torch.equal(drawn(x, inverted=False), x * (mask / 2))
+    g = torch.randn(x.shape, dtype=dtype, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(*torch.autograd.grad(y, x, g), g * mask)
+    for own in (x.detach().clone(), x.detach().conj()):
+        assert drawn(own, inplace=True) is own
+        assert torch.equal(own.abs(), y.abs())
+    leaf = x.detach().requires_grad_()
+    before = leaf.detach().clone()
+    with pytest.raises(RuntimeError, match="a leaf Variable that requires grad is being used in an in-place"):
+        f(leaf, 0.5, inplace=True)
+    assert torch.equal(leaf, before)
+    z = x * 1
+    assert torch.equal(*torch.autograd.grad(drawn(z, inplace=True), x, g), g * mask)
+    k = torch.tensor(1.0, dtype=torch.float64)
+    assert f(x, keep_prob=k) is x
+    stack = torch.stack([x.detach()] * 3)
+    with torchdrop.seeded(3):
+        stacked = torch.func.vmap(lambda x: f(x, 0.5), randomness="same")(stack)
+    assert torch.equal(stacked, stack * mask)
+
+
+def test_complex_numbers_have_rates_axes_and_shards_as_real_ones() -> None:
+    x, ones = torch.full((3, 4, 5), 1 + 1j), torch.ones(3, 4, 5)
+    rates = torch.tensor([0.0, 0.25, 0.5, 1.0], dtype=torch.float64)[:, None]
+    for kwargs in (
+        {"keep_prob": rates},
+        {"keep_prob": 0.5, "shared_axes": -1},
+        {"keep_prob": 0.5, "noise_shape": (3, 1, None)},
+        {"keep_prob": 0.5, "shard": torchdrop.Shard(-1, 2, 9)},
+    ):
+        results = []
+        for input in (x, ones):
+            with torchdrop.seeded(3):
+                results.append(TF.dropout(input, **kwargs))
+        assert torch.equal(results[0], x * results[1]), kwargs
+        assert 0 < results[1].count_nonzero() < 60, kwargs
+
+
+@pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex")
+def test_compiled_code_drops_complex_numbers_as_eager_code() -> None:
+    x = torch.ones(8, 5, dtype=torch.complex64, requires_grad=True)
+    layer = torchdrop.Dropout(0.5)
+    results = []
+    for f in (layer, torch.compile(layer, fullgraph=True)):
+        with torchdrop.seeded(3):
+            y = f(x)
+        results.append((y, *torch.autograd.grad(y.real.sum(), x)))
+    assert all(map(torch.equal, *results))
+    assert 0 < results[0][0].count_nonzero() < 40
+
+
+def test_functions_that_are_defined_for_real_numbers_alone_refuse_complex_ones() -> None:
+    for f in (TF.alpha_dropout, TF.feature_alpha_dropout, TF.drop_path):
+        with pytest.raises(NotImplementedError, match=r"is not implemented for torch\.complex64"):
+            f(torch.ones(2, 3, 4, dtype=torch.complex64), 0.5, training=True)
 
 
 def test_complex_zeros_have_a_gradient_as_torchs() -> None:

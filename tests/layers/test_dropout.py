@@ -396,9 +396,9 @@ INPUTS: list[tuple[Any, type[Exception], str]] = [
         "tensors; convert the input with .float() first",
     ),
     (
-        torch.ones(2, 3, dtype=torch.complex64),
+        torch.ones(2, 3).to(torch.float8_e5m2),
         NotImplementedError,
-        "{} is not implemented for torch.complex64: it takes float16, bfloat16, float32, float64 tensors",
+        "{} is not implemented for torch.float8_e5m2: it takes float16, bfloat16, float32, float64 tensors",
     ),
     ([1.0, 2.0], TypeError, "{}(): argument 'input' (position 1) must be Tensor, not list"),
     (

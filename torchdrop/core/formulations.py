@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..ops import operators
 from .exported import or_eval
+from .inputs import check_inplace
 from .rate import DEFAULT_P, InplaceRated, Probability, Rate, formula_of, realized
 from .shard import Cut
 from .sites import apply
@@ -38,11 +39,41 @@ def masked(
 ) -> Tensor:
     """Returns a checked input under a mask of this shape. In an exported program, the original formulation comes with
     its eval mode."""
+    if input.is_complex():
+        return _masked_pairs(input, rate, inverted, shape, inplace, generator, cut)
     params = rate.params_for(shape)
     if inverted or not is_exporting():
         return apply(operators.masked, input, params, shape, inplace, generator, cut)
     in_eval = eval_form(input, rate, False, False)
     out = or_eval(apply(operators.masked, input, params, shape, False, generator, cut), lambda: in_eval)
+    return input.copy_(out) if inplace else out
+
+
+def _masked_pairs(
+    input: Tensor,
+    rate: Rate,
+    inverted: bool,
+    shape: Sequence[int],
+    inplace: bool,
+    generator: torch.Generator | None,
+    cut: Cut | None,
+) -> Tensor:
+    """Masks complex numbers, whose real and imaginary parts share a draw: the mask is that of a real tensor of this
+    shape."""
+    if inplace:
+        check_inplace(input)
+    pairs = torch.view_as_real(input.resolve_conj())
+    params = rate.params_for(shape)
+    if isinstance(params, Tensor) and params.dim() > 1:
+        params = params.unsqueeze(-2)
+    if cut is not None:
+        cut = Cut((*cut.whole, 1), (*cut.first, 0), cut.part)
+    kept = apply(operators.masked, pairs, params, (*shape, 1), False, generator, cut)
+    if kept is pairs:
+        return input
+    out = torch.view_as_complex(kept)
+    if not inverted:
+        out = or_eval(out, lambda: eval_form(input, rate, False, False))
     return input.copy_(out) if inplace else out
 
 

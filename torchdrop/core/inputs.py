@@ -8,12 +8,17 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..kernels.masking import COMPUTE_DTYPE, SERVED
+from ..kernels.masking import COMPUTE_DTYPE, SERVED, SERVED_COMPLEX
 from .torch_state import is_compiling, is_usual_view
 
 
-def check_input(input: Any, name: str) -> None:
+def check_input(input: Any, name: str, complex_too: bool = False) -> None:
     """Refuses, before anything is drawn, an input that no kernel takes, or that the forced backend does not.
+
+    Args:
+        input: what a user gave.
+        name: the name of the caller.
+        complex_too: whether the caller serves complex numbers, as pairs of floating-point ones.
 
     Raises:
         TypeError: `input` is no tensor or has another layout than strided.
@@ -23,6 +28,8 @@ def check_input(input: Any, name: str) -> None:
     if not isinstance(input, Tensor):
         raise TypeError(f"{name}(): argument 'input' (position 1) must be Tensor, not {type(input).__name__}")
     dtype = input.dtype
+    if complex_too and dtype in SERVED_COMPLEX:
+        dtype = torch.float64 if dtype is torch.complex128 else torch.float32
     if dtype not in SERVED:
         served = ", ".join(str(d).removeprefix("torch.") for d in COMPUTE_DTYPE)
         if not (dtype.is_floating_point or dtype.is_complex):

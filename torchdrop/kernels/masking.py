@@ -25,6 +25,10 @@ SERVED = frozenset(COMPUTE_DTYPE)
 """The element types that are served. Compiled regions within compiled code cannot ask a dictionary what it contains."""
 
 
+SERVED_COMPLEX = frozenset((torch.complex64, torch.complex128))
+"""The complex element types whose real and imaginary parts some layers mask together."""
+
+
 class MaskSlice(NamedTuple):
     """The elements of a larger mask that are wanted: element e has the index ``start + (e // run) * pitch + e % run``.
 

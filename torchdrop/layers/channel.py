@@ -86,7 +86,7 @@ def _drop_channels(
     training = training or sites.is_on(training)
     whole = undrawn(input, rate, inplace) if training else None
     if whole is None and (training or not isinstance(input, Tensor)):
-        check_input(input, name)
+        check_input(input, name, complex_too=True)
     shape = channel_shape(input, spatial)
     if whole is not None:
         return whole

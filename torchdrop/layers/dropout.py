@@ -68,9 +68,10 @@ def dropout(
     all ranks draw the same key, as they do within ``torchdrop.seeded(seed, rank=0)``.
 
     Args:
-        input: float16, bfloat16, float32 or float64, of any shape, strides and memory format. Or a contiguous jagged
-            nested tensor of these, without arguments that name dimensions. Tensors of integers, bools and complex
-            numbers are taken where torch.nn takes them: with p = 0, p = 1 and in eval mode.
+        input: float16, bfloat16, float32, float64, complex64 or complex128, of any shape, strides and memory format; a
+            complex number is kept or dropped as one. Or a contiguous jagged nested tensor of these, without arguments
+            that name dimensions. Tensors of integers and bools are taken where torch.nn takes them: with p = 0, p = 1
+            and in eval mode.
         p: probability of dropping, in [0, 1]. Default: 0.5.
         training: whether dropout is applied.
         inplace: whether the result is written into `input`.
@@ -119,7 +120,7 @@ def dropout(
             lambda values: dropout(values, rate, generator=generator, inverted=inverted),
             input, "dropout", inplace, shared_axes, noise_shape, shard,
         )  # fmt: skip
-    check_input(input, "dropout")
+    check_input(input, "dropout", complex_too=True)
     shape = mask_shape(input, shared_axes, noise_shape)
     cut = _cut_of_shards(shard, input, shape, shared_axes, noise_shape)
     return masked(input, rate, inverted, shape, inplace, generator, cut)
