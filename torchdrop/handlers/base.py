@@ -140,4 +140,7 @@ _entered = _Entered()
 
 def innermost() -> Handler | None:
     """Returns the last of this thread's handlers that decide and whose model is running."""
-    return next((one for one in reversed(_entered.handlers) if one.decides and one._tracker.running), None)
+    for one in reversed(_entered.handlers):
+        if one.decides and one._tracker.stack:
+            return one
+    return None

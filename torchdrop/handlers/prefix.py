@@ -62,6 +62,11 @@ class Prefix:
         """The number of calls that are kept."""
         return 0 if self._recording else len(self._calls)
 
+    @property
+    def over(self) -> bool:
+        """Whether the calls that come are neither kept nor replaced, up to the end of the pass."""
+        return not self._recording and self._position == len(self._calls)
+
     def restart(self) -> None:
         """Begins a pass."""
         if self._recording and not self._calls:

@@ -20,6 +20,9 @@ from .tracker import Tracker
 _ASKED = frozenset((sites.is_on, *OPENED))
 """Functions that do not draw themselves, but whose result decides if others do."""
 
+_SEEN = _ASKED.union(DESCRIBE)
+"""Functions whose calls matter to a pass as such; all others are made as they are, except in a prefix."""
+
 _UNPLACED = "the size of its tensor does not follow the number of rows, so its masks depend on the batch"
 
 
@@ -32,7 +35,8 @@ class Substitute(Handler):
         inner: the names of modules from which their masks follow, if they differ from the modules' own.
 
     Attributes:
-        drew: whether a call was let through that may have drawn from PyTorch's generators.
+        draws_own: is called before a call is let through that may draw from PyTorch's generators.
+        counts: whether `calls`, the number of calls that return tensors, is wanted.
         elsewhere: a function that gets the calls made while no module of a model runs; None if none are served.
     """
 
@@ -45,7 +49,8 @@ class Substitute(Handler):
         self.prefix: Prefix | None = None
         self.surveyed: bool = False
         self.differentiated: bool = False
-        self.drew: bool = False
+        self.draws_own: Callable[[], None] = lambda: None
+        self.counts: bool = False
         self.elsewhere: Callable[[Substitute, Any, Any, Any], Any] | None = None
         self._chosen, self._inner = chosen, inner
         self._seeds: dict[tuple[int, Site], int] = {}
@@ -55,6 +60,16 @@ class Substitute(Handler):
         self.run, self.draws, self.calls = run, 0, 0
         if self.prefix is not None:
             self.prefix.restart()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (
+            func not in _SEEN
+            and (self.prefix is None or self.prefix.over)
+            and not self.counts
+            and func not in self.others
+        ):  # most calls, and they are all that a pass adds to most of its time
+            return func(*args, **kwargs) if kwargs else func(*args)
+        return super().__torch_function__(func, types, args, kwargs)
 
     def _outside(self, func: Any, args: Any, kwargs: Any) -> Any:
         if self.elsewhere is None or innermost() is not None or not (func in _ASKED or func in DESCRIBE):
@@ -108,7 +123,8 @@ class Substitute(Handler):
                 source.replayable, source.reason = False, "not met before, so where its rows lie is not known"
         rate = draw.rate or source.rate
         if not source.active or (draw.rate is not None and not rate):
-            self.drew = self.drew or draw.flagged
+            if draw.flagged:
+                self.draws_own()
             return draw.plain() if draw.flagged else self._pass(func, draw.plain)
         if self.prefix is not None:
             self.prefix.end()
@@ -121,7 +137,7 @@ class Substitute(Handler):
         assert self.run is not None
         if transforms_active() or self.run.folded:
             raise NotVectorizableError(f"{draw.kind} in {site.module or 'the model'} draws torch's own numbers")
-        self.drew = True
+        self.draws_own()
         return draw.original()
 
     def _slot(self, site: Site, source: Source) -> MaskSlot:

@@ -33,7 +33,7 @@ from .inputs import Inputs
 from .redirect import Redirected, next_level
 from .report import Report
 from .shells import Shells
-from .state import GENERATORS, restored_generators
+from .state import GENERATORS, KeptStates
 from .survey import FOREIGN, Survey
 
 
@@ -90,6 +90,8 @@ class Activation:
 
     def list_sources(self) -> None:
         """Brings the report up to date with the sources that have been found."""
+        if len(self.report.sources) == len(self.server.sources):
+            return
         known = set(map(id, self.report.sources))
         self.report.sources += [
             s for s in self.server.sources.values() if (s.active or s.reason) and id(s) not in known
@@ -99,22 +101,27 @@ class Activation:
     def own_numbers(self) -> Iterator[None]:
         """Seeds PyTorch's generators for a pass that draws from them. Only one thread at a time can do so."""
         run = self.server.run
+        if FOREIGN in self.report.notes:
+            self.server.draws_own()
         if self.report.replayable or run is None:
             yield
             return
+        self.server.draws_own()
         with GENERATORS:
             if not run.folded and not transforms_active():
                 start(run.seed, f"torch {int(run.samples)}", torch.manual_seed)
             yield
 
     @contextmanager
-    def kept_states(self) -> Iterator[None]:
+    def kept_states(self) -> Iterator[KeptStates]:
         """Restores the generators' states at the end if a pass has drawn from them: other threads do so, too."""
-        self.server.drew = False
-        with restored_generators(
-            lambda: self.server.drew or not self.report.replayable or FOREIGN in self.report.notes
-        ):
-            yield
+        before = self.server.draws_own
+        try:
+            with KeptStates() as states:
+                self.server.draws_own = states.keep
+                yield states
+        finally:
+            self.server.draws_own = before
 
     def warn_of_omissions(self, caller: str, stacklevel: int) -> None:
         """Warns of sources that stay off although they draw in train mode and were not left out on purpose."""

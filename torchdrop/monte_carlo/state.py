@@ -48,19 +48,32 @@ def _put_back(before: tuple[Any, Any, Any]) -> None:
 @contextmanager
 def random_state() -> Iterator[None]:
     """Restores the states of Python's, numpy's and PyTorch's generators."""
-    with restored_generators(lambda: True):
+    with KeptStates() as states:
+        states.keep()
         yield
 
 
-@contextmanager
-def restored_generators(wanted: Callable[[], bool]) -> Iterator[None]:
-    """Restores the states of Python's, numpy's and PyTorch's generators, if that is wanted in the end."""
-    before = _states()
-    try:
-        yield
-    finally:
-        if wanted():
-            _put_back(before)
+class KeptStates:
+    """A context that restores the states of Python's, numpy's and PyTorch's generators, if `keep` is called in it.
+
+    Taking these states costs more than a pass of a small model, and most passes draw from no generator.
+    """
+
+    def __init__(self) -> None:
+        self._before: tuple[Any, Any, Any] | None = None
+
+    def keep(self) -> None:
+        """Takes the states that are restored at the end. Only the first call counts."""
+        if self._before is None:
+            self._before = _states()
+
+    def __enter__(self) -> KeptStates:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._before is not None:
+            _put_back(self._before)
+            self._before = None
 
 
 @contextmanager

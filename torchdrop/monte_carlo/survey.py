@@ -15,7 +15,7 @@ from ..handlers.sources import AUGMENTS, NOT_CHOSEN, Source
 from ..handlers.trace import Trace
 from ..layers.layer_drop import LayerDrop
 from .inputs import Inputs
-from .state import GENERATORS, foreign_states, own_generators, random_state
+from .state import GENERATORS, foreign_states, own_generators
 
 if TYPE_CHECKING:
     from .activate import Activation
@@ -74,7 +74,8 @@ class Survey:
         server = self._server
         differentiated, server.differentiated = server.differentiated, False
         try:
-            with torch.no_grad(), GENERATORS, random_state(), own_generators(self._model):
+            with torch.no_grad(), GENERATORS, self._activation.kept_states() as states, own_generators(self._model):
+                states.keep()
                 try:
                     return self._run(inputs)
                 except Exception as error:
