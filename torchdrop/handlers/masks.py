@@ -225,7 +225,8 @@ class MaskSlot:
         """Returns x with the dimensions of the keys in front; the mask's follow."""
         if self._layout is None:
             return x
-        x = x.movedim(self._layout.dim, 0)
+        if self._layout.dim:
+            x = x.movedim(self._layout.dim, 0)
         lead = self._lead
         return x.unflatten(0, lead) if len(lead) > 1 else x
 
@@ -265,7 +266,8 @@ class MaskSlot:
         run, arranged, mask_shape = self._run, self._forward(x), self._mask_shape(shape)
         params = self._law(params, x.dim())
         if run.hypercube is None:
-            out = self._back(operator(arranged, run.key(self._seed, self._own), params, mask_shape))
+            out = operator(arranged, run.key(self._seed, self._own), params, mask_shape)
+            out = out if arranged is x else self._back(out)
         elif operator is operators.masked:
             shift, choice = run.unit_keys(self._seed, self._own)
             stratified = _Stratified.folded if run.folded else _Stratified.apply

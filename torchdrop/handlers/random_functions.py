@@ -20,10 +20,16 @@ from torch import Tensor
 from .. import functional
 from ..core import sites
 from ..kernels.mask_params import ONE, MaskParams, mask_params
+from ..kernels.masking import SERVED
 from ..ops import operators, random_bits
 from . import random_tensors as tensors
 from .calls import Mode, RandomCall
 from .masks import MaskSlot, written
+
+
+def _is_plain_kind(input: Tensor) -> bool:
+    """Whether a mask is applied to it as it is, without a look at its type, layout or element type."""
+    return type(input) is Tensor and input.layout is torch.strided and input.dtype in SERVED
 
 
 def _is_on(training: bool, p: Any) -> bool:
@@ -47,6 +53,8 @@ def _dropout(kind: str, twin: Callable[..., Tensor], inplace: bool = False) -> C
         extra = {"inplace": inplace} if isinstance(func, types.FunctionType) else {}
 
         def served(slot: MaskSlot, rate: float) -> Tensor:
+            if twin is functional.dropout and not inplace and _is_plain_kind(input) and 0.0 < rate < 1.0:
+                return slot.apply(operators.masked, input, mask_params(1.0 - rate), input.shape, False)
             with mode.inside(slot):
                 return twin(input, rate, True, inplace)
 

@@ -106,11 +106,12 @@ class Substitute(Handler):
 
     def _known(self, site: Site) -> Source | None:
         """Returns the source of a call; that of the module's last one of its kind if train mode had fewer."""
-        for number in range(site.number, -1, -1):
+        source = self.sources.get(site)
+        number = site.number
+        while source is None and number:
+            number -= 1
             source = self.sources.get(site._replace(number=number))
-            if source is not None:
-                return source
-        return None
+        return source
 
     def _meet(self, func: Any, draw: RandomCall) -> Any:
         site = self._tracker.next(draw.kind)

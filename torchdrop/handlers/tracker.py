@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
@@ -28,7 +27,7 @@ class Tracker(threading.local):
         self.stack: list[str] = []
         self.entered: set[str] = set()
         self.failed: str | None = None
-        self._calls: Counter[tuple[str, str]] = Counter()
+        self._calls: dict[tuple[str, str], int] = {}
 
     def enter(self, name: str) -> None:
         """Records that a module is called."""
@@ -62,8 +61,8 @@ class Tracker(threading.local):
     def next(self, kind: str) -> Site:
         """Returns the site of the next call of this kind in the running module."""
         name = self.stack[-1]
-        number = self._calls[name, kind]
-        self._calls[name, kind] += 1
+        number = self._calls.get((name, kind), 0)
+        self._calls[name, kind] = number + 1
         return Site(name, kind, number)
 
     def again(self, site: Site) -> None:

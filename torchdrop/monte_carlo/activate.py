@@ -97,15 +97,15 @@ class Activation:
             s for s in self.server.sources.values() if (s.active or s.reason) and id(s) not in known
         ]
 
-    @contextmanager
-    def own_numbers(self) -> Iterator[None]:
+    def own_numbers(self) -> AbstractContextManager[Any]:
         """Seeds PyTorch's generators for a pass that draws from them. Only one thread at a time can do so."""
         run = self.server.run
         if FOREIGN in self.report.notes:
             self.server.draws_own()
-        if self.report.replayable or run is None:
-            yield
-            return
+        return nullcontext() if self.report.replayable or run is None else self._seeded(run)
+
+    @contextmanager
+    def _seeded(self, run: Pass) -> Iterator[None]:
         self.server.draws_own()
         with GENERATORS:
             if not run.folded and not transforms_active():

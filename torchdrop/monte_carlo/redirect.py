@@ -82,6 +82,11 @@ def beneath(call: Any, level: int | None) -> Any:
     return None if call is _MISSING else call
 
 
+def is_nested(call: Any) -> bool:
+    """Whether one context has replaced a call that another one had replaced."""
+    return isinstance(call, _Redirect) and isinstance(call.before, _Redirect)
+
+
 class Redirected:
     """A context in which the calls of a model's modules go to a handler, in this thread alone.
 

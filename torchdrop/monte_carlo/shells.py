@@ -10,12 +10,13 @@ import functools
 import types
 from collections import OrderedDict
 from collections.abc import Callable
+from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..handlers.tracker import Tracker
-from .redirect import CALLS, beneath
+from .redirect import CALLS, beneath, is_nested
 
 _TABLES = ("_modules", "_parameters", "_buffers")
 _STANDARD = frozenset((*vars(nn.Module()), *CALLS))
@@ -43,7 +44,8 @@ class Shells:
         self._model, self._tracker, self._level = model, tracker, level
         self.names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
         self._of = {module: _empty(module) for module in self.names}
-        self._before: dict[nn.Module, dict[str, Any]] = {}
+        self._known: dict[nn.Module, _Known] = {}
+        self._unwritten = False  # since the last refresh, as `write_back` has seen
         self._usual: dict[tuple[nn.Module, str], Entering] = {}
 
     def method(self, module: nn.Module, name: str) -> Callable[..., Any]:
@@ -69,37 +71,74 @@ class Shells:
             copies: whether attributes that are lists, dicts and sets are copied, so that nothing needs writing back.
             contexts: whether contexts within this one serve their calls.
         """
-        if any(child is not None and child not in self._of for m in self._of for child in m._modules.values()):
+        level, cloned = self._level if contexts else None, dict[int, Tensor]()
+        for module in self._stale(training, apart, copies, level):
+            flag, own_buffers = training(module), apart(module)
+            shell = self._rebuilt(module, flag, own_buffers, copies, level, cloned)
+            self._known[module] = _Known(module, shell, (flag, own_buffers, copies, level))
+        self._unwritten = False
+
+    def _stale(
+        self,
+        training: Callable[[nn.Module], bool],
+        apart: Callable[[nn.Module], bool],
+        copies: bool,
+        level: int | None,
+    ) -> list[nn.Module]:
+        """Returns the modules whose shells differ from what is wanted. Those that are new get a shell first."""
+        known, stale = self._known, []
+        for module, shell in self._of.items():
+            seen = known.get(module)
+            if (
+                seen is None
+                or not seen.lasting
+                or seen.wanted != (training(module), apart(module), copies, level)
+                or type(shell) is not type(module)
+                or not seen.module.are_of(module)
+                or not (self._unwritten or seen.shell.are_of(shell))
+            ):
+                stale.append(module)
+        if any(child is not None and child not in self._of for m in stale for child in m._modules.values()):
             for name, module in self._model.named_modules():
                 if module not in self._of:
                     self.names[module], self._of[module] = name, _empty(module)
-        level = self._level if contexts else None
-        cloned: dict[int, Tensor] = {}
-        for module, shell in self._of.items():
-            if type(shell) is not type(module):  # parametrizations change it
-                shell.__class__ = module.__class__
-                for attribute in CALLS:
-                    self._usual.pop((shell, attribute), None)
-            own = dict(module.__dict__)
-            for table in _TABLES:
-                own[table] = own[table].copy()
-            children, buffers = own["_modules"], own["_buffers"]
-            for name, child in children.items():
-                children[name] = self._of.get(child)
-            if buffers and apart(module):
-                for name, buffer in buffers.items():
-                    if buffer is not None:
-                        buffers[name] = cloned.setdefault(id(buffer), buffer.clone())
-            for name in own.keys() - _STANDARD:
-                if type(own[name]) in _MAPPED:
-                    own[name] = self._mapped(own[name], copies)
-            own["training"] = training(module)
+                    stale.append(module)
+        return stale
+
+    def _rebuilt(
+        self,
+        module: nn.Module,
+        training: bool,
+        apart: bool,
+        copies: bool,
+        level: int | None,
+        cloned: dict[int, Tensor],
+    ) -> nn.Module:
+        """Returns a module's shell with the attributes that the module has now."""
+        shell = self._of[module]
+        if type(shell) is not type(module):  # parametrizations change it
+            shell.__class__ = module.__class__
             for attribute in CALLS:
-                own[attribute] = self._entering(module, shell, attribute, beneath(own.get(attribute), level))
-            shell.__dict__.clear()
-            shell.__dict__.update(own)
-            if not copies:
-                self._before[module] = {**own, **{table: own[table].copy() for table in _TABLES}}
+                self._usual.pop((shell, attribute), None)
+        own = dict(module.__dict__)
+        for table in _TABLES:
+            own[table] = own[table].copy()
+        children, buffers = own["_modules"], own["_buffers"]
+        for name, child in children.items():
+            children[name] = self._of.get(child)
+        if buffers and apart:
+            for name, buffer in buffers.items():
+                if buffer is not None:
+                    buffers[name] = cloned.setdefault(id(buffer), buffer.clone())
+        for name in own.keys() - _STANDARD:
+            if type(own[name]) in _MAPPED:
+                own[name] = self._mapped(own[name], copies)
+        own["training"] = training
+        for attribute in CALLS:
+            own[attribute] = self._entering(module, shell, attribute, beneath(own.get(attribute), level))
+        shell.__dict__.clear()
+        shell.__dict__.update(own)
+        return shell
 
     def _entering(self, module: nn.Module, shell: nn.Module, attribute: str, call: Any) -> Entering:
         """Returns a shell's call: that of its class, or the one that the module has in its place."""
@@ -114,17 +153,19 @@ class Shells:
     def write_back(self, apart: Callable[[nn.Module], bool]) -> None:
         """Writes attributes and buffers that a pass has bound on the shells back to the modules, except `apart`."""
         for module, shell in self._of.items():
-            if apart(module):
+            known = self._known[module]
+            if apart(module) or known.shell.are_of(shell):
                 continue
-            own, before = shell.__dict__, self._before[module]
+            known.lasting = False
+            own = shell.__dict__
             for name, value in own.items():
-                if value is not before.get(name, own) and name not in _TABLES:
+                if value is not known.shell.own.get(name, own) and name not in _TABLES:
                     module.__dict__[name] = value
-            for table in _TABLES:
-                known = before[table]
+            for table, before in known.shell.tables.items():
                 for name, value in own[table].items():
-                    if value is not known.get(name, own):
+                    if value is not before.get(name, own):
                         module.__dict__[table][name] = value
+        self._unwritten = True
 
     def _mapped(self, value: Any, copies: bool, depth: int = 0) -> Any:
         """Returns a value with shells for modules; the value itself if there are none, and no copy is wanted."""
@@ -166,6 +207,61 @@ class Shells:
         copy = types.FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, closure)
         copy.__kwdefaults__ = value.__kwdefaults__
         return functools.update_wrapper(copy, value)
+
+
+class _Attributes:
+    """The attributes of a module at some time, to see if they are the same objects at another."""
+
+    __slots__ = ("_entries", "_names", "own", "tables")
+
+    def __init__(self, module: nn.Module) -> None:
+        self.own: dict[str, Any] = module.__dict__.copy()
+        self.tables: dict[str, dict[str, Any]] = {table: self.own[table].copy() for table in _TABLES}
+        self._names = list(self.own)
+        self._entries = [(name, len(known), list(known.values())) for name, known in self.tables.items()]
+
+    def are_of(self, module: nn.Module) -> bool:
+        """Whether the module has them still."""
+        now = module.__dict__
+        if len(now) != len(self._names) or not all(map(is_, self.own.values(), now.values())):
+            return False
+        for name, count, known in self._entries:
+            table = now[name]
+            if len(table) != count or (count and not all(map(is_, known, table.values()))):
+                return False
+        return list(now) == self._names
+
+
+class _Known:
+    """A module and its shell when the shell was last made.
+
+    Args:
+        module, shell: the module and its shell.
+        wanted: the arguments of `Shells.refresh`, as far as they concern the module.
+
+    Attributes:
+        lasting: whether the shell need not be made again while the attributes of both are the same objects.
+    """
+
+    __slots__ = ("lasting", "module", "shell", "wanted")
+
+    def __init__(self, module: nn.Module, shell: nn.Module, wanted: tuple[Any, ...]) -> None:
+        self.module, self.shell, self.wanted = _Attributes(module), _Attributes(shell), wanted
+        own_buffers = wanted[1] and bool(module._buffers)
+        self.lasting: bool = not own_buffers and not any(map(_varies, self.module.own.items()))
+
+
+def _varies(attribute: tuple[str, Any]) -> bool:
+    """Whether the content of a module's attribute, which the shell's is made from, may change by itself."""
+    name, value = attribute
+    return (name in CALLS and is_nested(value)) if name in _STANDARD else _has_content(value)
+
+
+def _has_content(value: Any) -> bool:
+    kind = type(value)
+    if kind is tuple:
+        return any(map(_has_content, value))
+    return kind in _MAPPED and not (kind is types.FunctionType and value.__closure__ is None)
 
 
 def _empty(module: nn.Module) -> nn.Module:
