@@ -79,7 +79,8 @@ class KeptStates:
 @contextmanager
 def own_generators(model: nn.Module) -> Iterator[None]:
     """Restores the states of the generators that modules hold."""
-    found = {value for m in model.modules() for value in vars(m).values() if isinstance(value, torch.Generator)}
+    attributes = (vars(m).copy() for m in model.modules())  # other threads may add to them meanwhile
+    found = {value for own in attributes for value in own.values() if isinstance(value, torch.Generator)}
     before = [(generator, generator.get_state()) for generator in found]
     try:
         yield
