@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ._extras import axes_or_new
-from .configure.rate_sites import RateSite, check_keep_prob, compiled_parts, names_of, unwrapped
+from .configure.rate_sites import RateSite, check_keep_prob, compiled_parts, names_of
 from .configure.rates import chosen, shown
-from .core.checks import check_integer
+from .core.checks import check_integer, unwrapped
 from .core.names import near
 from .core.rate import Probability, Rated
 from .rules import Rule

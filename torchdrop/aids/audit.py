@@ -111,6 +111,7 @@ def audit(model: nn.Module, example_input: Any) -> Audit:
         [('rate 0', '4'), ('before batch norm', '2')]
     """
     check_model(model)
+    _refuse_compiled(model)
     _refuse_lazy(model)
     inputs = Inputs.of(example_input, None)
     found = list(_find_modules_in_train_mode(model))
@@ -136,6 +137,16 @@ def audit(model: nn.Module, example_input: Any) -> Audit:
     found += _find_never_called(model, flow.ran | at_rest.ran, probed.calls)
     found += _find_unlikely_rates(calls)
     return Audit(list(dict.fromkeys(found)), [call for call in calls if call.on])
+
+
+def _refuse_compiled(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            where = f"the model's module {name!r}" if name else "the model"
+            raise TypeError(
+                f"{where} is compiled, so its layers cannot be followed: use the original (_orig_mod of what "
+                "torch.compile returns, or a module on which compile() was not called)"
+            )
 
 
 def _refuse_lazy(model: nn.Module) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from ..configure import disabled, keep_probs
-from ..configure.rate_sites import unwrapped
+from ..core.checks import unwrapped
 from ..core.rate import Probability, Rated
 from ..handlers.freeze import frozen_forwards
 from ..monte_carlo.activate import check_seed

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils import parametrize
 
-from ..core.checks import check_module
+from ..core.checks import unwrapped
 from ..core.rate import Probability, Rate, Rated, read_rate
 from ..rules import LayerSize
 
@@ -135,16 +135,6 @@ def check_keep_prob(keep_prob: Any) -> Probability:
         raise TypeError(f"keep_prob must be a number or a tensor, got {type(keep_prob).__name__}")
     checked, _ = read_rate(None, keep_prob)
     return checked
-
-
-def unwrapped(model: Any) -> nn.Module:
-    """Returns the module itself, or the original of a compiled one.
-
-    Raises:
-        TypeError: it is no module.
-    """
-    check_module("model", model)
-    return unwrapped(model._orig_mod) if isinstance(getattr(model, "_orig_mod", None), nn.Module) else model
 
 
 def compiled_parts(model: nn.Module) -> list[nn.Module]:

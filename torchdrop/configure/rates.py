@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..core.checks import unwrapped
 from ..core.names import check_patterns, winner
 from ..core.rate import Probability
 from ..handlers.disable import without_functional_dropout
 from ..rules import LayerSize
 from ..schedules import Scaled, Schedule
-from .rate_sites import RateSite, check_keep_prob, compiled_parts, names_of, rate_sites, sizes, unwrapped
+from .rate_sites import RateSite, check_keep_prob, compiled_parts, names_of, rate_sites, sizes
 
 RateOrRule = Probability | Callable[[Sequence[LayerSize]], Sequence[Probability]]
 """A keep_prob for all layers of a pattern, or a rule of `torchdrop.rules` that gives each of them its own."""

@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from ..core.checks import unwrapped
 from ..core.rate import Rated
 from ..layers.alpha import AlphaDropout, FeatureAlphaDropout
 from ..layers.channel import Dropout1d, Dropout2d, Dropout3d
 from ..layers.dropout import Dropout
-from .rate_sites import names_of, unwrapped
+from .rate_sites import names_of
 from .unreached import Unreached, class_forwards, has_own_forward, unreached
 
 OURS: dict[type[nn.Module], type[nn.Module]] = {

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import nn
 
 from .torch_state import constant_when_compiled
 
@@ -88,7 +89,7 @@ def check_bool(name: str, value: Any) -> None:
 
 def check_module(name: str, value: Any) -> None:
     """Raises TypeError unless a value is a module."""
-    if not isinstance(value, torch.nn.Module):
+    if not isinstance(value, nn.Module):
         raise TypeError(f"{name} must be a torch.nn.Module, got {type(value).__name__}")
 
 
@@ -103,3 +104,13 @@ def check_choice(name: str, value: Any, known: Iterable[Any]) -> None:
 def warn(message: str, stacklevel: int) -> None:
     """Warns as `warnings.warn` does. Compiled code warns once, when it is compiled: Dynamo does not enter that call."""
     warnings.warn(message, UserWarning, stacklevel=stacklevel + 1)
+
+
+def unwrapped(model: Any) -> nn.Module:
+    """Returns the module itself, or the original of a compiled one.
+
+    Raises:
+        TypeError: it is no module.
+    """
+    check_module("model", model)
+    return unwrapped(model._orig_mod) if isinstance(getattr(model, "_orig_mod", None), nn.Module) else model

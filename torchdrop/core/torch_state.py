@@ -75,9 +75,17 @@ class DispatchMode(TorchDispatchMode):
     puts them back.
     """
 
+    supports_higher_order_operators = True
+
     _lock = threading.Lock()
     _inside = 0
     _before: ClassVar[dict[str, bool]] = {}
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Lets flex_attention and torch.cond compile what they are given, which they cannot do without. What PyTorch
+        would not compile under a mode once, it would compile never more."""
+        return True
 
     def __enter__(self) -> Any:
         with DispatchMode._lock:

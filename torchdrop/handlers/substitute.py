@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..core import sites
-from ..core.torch_state import transforms_active
+from ..core.torch_state import is_compiling, transforms_active
 from .base import Handler, checkpointed, innermost, refuse_checkpoint
 from .calls import RandomCall, Site
 from .masks import Layout, MaskSlot, NotVectorizableError, Pass, find_layout, source_seed
@@ -62,6 +62,8 @@ class Substitute(Handler):
             self.prefix.restart()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if is_compiling() and func not in _SEEN:  # by flex_attention or torch.cond, which compile their arguments
+            return func(*args, **kwargs) if kwargs else func(*args)
         if (
             func not in _SEEN
             and (self.prefix is None or self.prefix.over)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..core.torch_state import DispatchMode
+from ..core.torch_state import DispatchMode, is_compiling
 from .base import Handler
 from .calls import RandomCall
-from .random_functions import describe_other
+from .random_functions import DESCRIBE, describe_other
 from .sources import Seen, Source
 from .tracker import Tracker
 
@@ -22,13 +22,19 @@ class DrawCount(DispatchMode):
     Attention is left out: it is described on its own, and its kernels are tagged whether or not they draw.
     """
 
+    _draws: ClassVar[dict[Any, bool]] = {}
+
     def __init__(self) -> None:
         super().__init__()
         self.count: int = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += torch.Tag.nondeterministic_seeded in func.tags and "scaled_dot_product" not in func.__name__
-        return func(*args, **(kwargs or {}))
+        draws = self._draws.get(func)
+        if draws is None:
+            seeded = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+            draws = self._draws[func] = seeded and "scaled_dot_product" not in func.__name__
+        self.count += draws
+        return func(*args, **kwargs) if kwargs else func(*args)
 
 
 class Trace(Handler):
@@ -54,6 +60,11 @@ class Trace(Handler):
         self.seen: int = 0
         self.branching: bool = False
         self._rows = rows
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if is_compiling() and func not in DESCRIBE:  # by flex_attention or torch.cond
+            return func(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
 
     def _pass(self, func: Any, call: Callable[[], Any]) -> Any:
         before = self.unseen.count

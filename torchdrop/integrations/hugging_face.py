@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..configure.rate_sites import unwrapped
+from ..core.checks import unwrapped
 from ..scheduler import KeepProbScheduler
 from ..schedules import Scaled, ScheduleLike
 from .every import check_every, state_key

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import sites
-from ..core.checks import check_integer, check_module
+from ..core.checks import check_integer, unwrapped
 from ..core.names import fits, matches, near
 from ..core.torch_state import transforms_active, tree_flatten
 from ..handlers.base import refuse_backward
@@ -149,22 +149,17 @@ def new_seed() -> int:
 
 
 def check_model(model: Any) -> nn.Module:
-    """Returns the module itself.
+    """Returns the module itself, or the original of a compiled one. Compiled modules in it run without compilation.
 
     Raises:
-        TypeError: it is no module, or one whose calls cannot be seen: compiled or scripted.
+        TypeError: it is no module, or one whose calls cannot be seen, which has a TorchScript module in it.
     """
-    check_module("model", model)
-    for name, module in model.named_modules():
-        where = f"the model's module {name!r}" if name else "the model"
+    original = unwrapped(model)
+    for name, module in original.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
+            where = f"the model's module {name!r}" if name else "the model"
             raise TypeError(f"{where} is a TorchScript module, whose random calls cannot be seen: use the original")
-        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
-            raise TypeError(
-                f"{where} is compiled, so its random calls cannot be seen: use the original (_orig_mod of what "
-                "torch.compile returns, or a module on which compile() was not called)"
-            )
-    return model
+    return original
 
 
 def check_masks(masks: str) -> bool:
@@ -218,7 +213,7 @@ def mc_dropout(
     be in contexts of one model at once.
 
     Args:
-        model: the model, in train or eval mode.
+        model: the model, in train or eval mode. What is compiled in it runs without compilation.
         seed: the seed of all masks; drawn from PyTorch's default generator if None.
         masks: "independent": each row of the inputs has its own mask. "shared": all rows have one, so that each call
             evaluates one function.
@@ -230,7 +225,7 @@ def mc_dropout(
         The `Report`, which is filled by the first call.
 
     Raises:
-        TypeError: `model` is no module, or a compiled or scripted one.
+        TypeError: `model` is no module, or has a scripted one in it.
         ValueError: a pattern that matches no module, or another value of `masks`.
 
     Warns:
@@ -249,10 +244,10 @@ def mc_dropout(
         >>> torch.equal(first, second), len(report.active), model.training
         (False, 1, False)
     """
-    check_model(model)
+    original = check_model(model)
     shared = check_masks(masks)
-    patterns = check_sources(model, sources)
-    context = _Context(Activation(model, patterns, batch_dim), new_seed() if seed is None else check_seed(seed), shared)
+    activation = Activation(original, check_sources(original, sources), batch_dim)
+    context = _Context(activation, model, new_seed() if seed is None else check_seed(seed), shared)
     with context:
         yield context.activation.report
     context.activation.warn_of_omissions("mc_dropout", 3)
@@ -265,12 +260,12 @@ def mc_dropout(
 class _Context:
     """The handler of calls of the model's modules, and of its methods, within `mc_dropout`."""
 
-    def __init__(self, activation: Activation, seed: int, shared: bool) -> None:
-        self.activation = activation
+    def __init__(self, activation: Activation, called: nn.Module, seed: int, shared: bool) -> None:
+        self.activation, self._called = activation, called
         self._seed, self._shared = seed, shared
         self._numbers = itertools.count()
         self._surveyed: set[tuple[nn.Module, str]] = set()
-        self._redirected = Redirected(activation.model, self._call)
+        self._redirected = Redirected(called, self._call)
         self._around: set[Any] = set()  # the frames that the block is in
         self._outermost: Any = None
 
@@ -290,7 +285,8 @@ class _Context:
         self._outermost = None
 
     def _call(self, module: nn.Module, attribute: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Serves a call of a module of the model."""
+        """Serves a call of a module of the model, or of the compiled form of it."""
+        module = self.activation.model if module is self._called else module
         activation, inputs = self.activation, Inputs(args, kwargs, self.activation.dim)
         server, shells = activation.server, activation.shells
         method = "forward" if attribute == "forward" else "__call__"

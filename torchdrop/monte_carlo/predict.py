@@ -123,7 +123,7 @@ def mc_predict(
         >>> result.mean.shape, result.mutual_information.shape, result.num_samples
         (torch.Size([5, 3]), torch.Size([5]), 50)
     """
-    check_model(model)
+    model = check_model(model)
     method = _method(model, method)
     effort = SamplePlan(_positive("samples", samples), _tolerance(tolerance), _sampling(sampling) == "latin", group)
     if strategy not in ("auto", *STRATEGIES):

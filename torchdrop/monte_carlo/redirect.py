@@ -12,10 +12,13 @@ from typing import Any
 from torch import nn
 
 Receiver = Callable[[nn.Module, str, tuple[Any, ...], dict[str, Any]], Any]
-"""It is called with the module, "_call_impl" or "forward", and the arguments."""
+"""It is called with the module, the name of the attribute that was called, and the arguments."""
 
 CALLS = ("_call_impl", "forward")
 """The attributes that are looked up on an instance when a module is called: through ``__call__``, and directly."""
+
+COMPILED = "_compiled_call_impl"
+"""The attribute that a module's `compile` sets. If it is there, `__call__` looks at nothing else."""
 
 _MISSING: Any = object()
 _lock = threading.Lock()
@@ -82,6 +85,11 @@ def beneath(call: Any, level: int | None) -> Any:
     return None if call is _MISSING else call
 
 
+def is_redirected(call: Any) -> bool:
+    """Whether a context has replaced the call."""
+    return isinstance(call, _Redirect)
+
+
 def is_nested(call: Any) -> bool:
     """Whether one context has replaced a call that another one had replaced."""
     return isinstance(call, _Redirect) and isinstance(call.before, _Redirect)
@@ -105,12 +113,14 @@ class Redirected:
             for module in self._modules:
                 for attribute in CALLS:
                     module.__dict__[attribute] = _Redirect(self, module, attribute)
+                if module.__dict__.get(COMPILED) is not None:
+                    module.__dict__[COMPILED] = _Redirect(self, module, COMPILED)
 
     def __exit__(self, *exception: Any) -> None:
         _levels.depth = self.level - 1
         with _lock:
             for module in self._modules:
-                for attribute in CALLS:
+                for attribute in (*CALLS, COMPILED):
                     self._remove(module, attribute)
 
     def _remove(self, module: nn.Module, attribute: str) -> None:

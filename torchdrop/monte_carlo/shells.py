@@ -15,11 +15,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..core.torch_state import is_compiling
 from ..handlers.tracker import Tracker
-from .redirect import CALLS, beneath, is_nested
+from .redirect import CALLS, COMPILED, beneath, is_nested, is_redirected
 
 _TABLES = ("_modules", "_parameters", "_buffers")
-_STANDARD = frozenset((*vars(nn.Module()), *CALLS))
+_STANDARD = frozenset((*vars(nn.Module()), *CALLS, COMPILED))
 """The attributes that every module has. None refers to another module, except for those that are handled separately."""
 
 _CONTAINERS = (list, tuple, set, dict, OrderedDict)
@@ -134,8 +135,12 @@ class Shells:
             if type(own[name]) in _MAPPED:
                 own[name] = self._mapped(own[name], copies)
         own["training"] = training
+        own.pop(COMPILED, None)
         for attribute in CALLS:
-            own[attribute] = self._entering(module, shell, attribute, beneath(own.get(attribute), level))
+            call = beneath(own.get(attribute), level)
+            if attribute == "forward" and "_orig_mod" in children and not is_redirected(call):
+                call = children["_orig_mod"]  # of what torch.compile returns; its forward is the compiled code
+            own[attribute] = self._entering(module, shell, attribute, call)
         shell.__dict__.clear()
         shell.__dict__.update(own)
         return shell
@@ -285,6 +290,8 @@ class Entering:
         self.__wrapped__: Callable[..., Any] = call
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if is_compiling():  # a branch of torch.cond must not have effects, and nothing is served in it
+            return self.__wrapped__(*args, **kwargs)
         stack = self._tracker.stack
         if stack and stack[-1] == self._name:  # forward, in a call that the tracker has already
             return self.__wrapped__(*args, **kwargs)
