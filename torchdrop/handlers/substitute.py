@@ -26,6 +26,10 @@ _SEEN = _ASKED.union(DESCRIBE)
 _UNPLACED = "the size of its tensor does not follow the number of rows, so its masks depend on the batch"
 
 
+class UnknownSourceError(RuntimeError):
+    """Raised at a random call of a hook: a survey without hooks has not met it."""
+
+
 class Substitute(Handler):
     """Serves the calls that are active, each with the mask of its place, and silences the others.
 
@@ -35,6 +39,7 @@ class Substitute(Handler):
         inner: the names of modules from which their masks follow, if they differ from the modules' own.
 
     Attributes:
+        strict: whether a call that is not known raises `UnknownSourceError`.
         draws_own: is called before a call is let through that may draw from PyTorch's generators.
         counts: whether `calls`, the number of calls that return tensors, is wanted.
         elsewhere: a function that gets the calls made while no module of a model runs; None if none are served.
@@ -48,6 +53,7 @@ class Substitute(Handler):
         self.calls: int = 0
         self.prefix: Prefix | None = None
         self.surveyed: bool = False
+        self.strict: bool = False
         self.differentiated: bool = False
         self.draws_own: Callable[[], None] = lambda: None
         self.counts: bool = False
@@ -119,6 +125,8 @@ class Substitute(Handler):
         site = self._tracker.next(draw.kind)
         source = self._known(site)
         if source is None:
+            if self.strict and (draw.on or draw.rate):
+                raise UnknownSourceError
             source = self.sources[site] = Source.of_call(site, draw)
             source.active = (draw.on or bool(draw.rate)) and self._chosen(site.module)
             source.known = UNCHECKED

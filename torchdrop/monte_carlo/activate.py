@@ -8,7 +8,6 @@ with the one in train mode, and the report has the result. All of it happens to 
 
 from __future__ import annotations
 
-import itertools
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -26,7 +25,7 @@ from ..handlers.base import refuse_backward
 from ..handlers.calls import RandomCall
 from ..handlers.masks import Pass
 from ..handlers.random_functions import DESCRIBE
-from ..handlers.substitute import Substitute
+from ..handlers.substitute import Substitute, UnknownSourceError
 from ..handlers.tracker import Tracker, inner_names
 from ..seeding import start
 from .inputs import Inputs
@@ -48,6 +47,11 @@ class Activation:
 
     Attributes:
         flagged: the modules whose shells have the training flag.
+        stateful: the modules that write to their own buffers and tensors, in eval mode, too.
+        complete: whether the survey has seen all calls, those that the user's hooks make, too.
+        may_differentiate: whether a model that needs autograd in its forward gets it, where the caller has switched it
+            off.
+        differentiates: whether the model needs it.
     """
 
     def __init__(
@@ -58,6 +62,10 @@ class Activation:
         self._patterns, self._method = patterns, method
         self.report: Report = Report(rows=dim)
         self.flagged: set[nn.Module] = set()
+        self.stateful: set[nn.Module] = set()
+        self.complete: bool = True
+        self.may_differentiate: bool = False
+        self.differentiates: bool = False
         self.tracker: Tracker = Tracker()
         self.shells: Shells = Shells(model, self.tracker, next_level())
         self.server: Substitute = Substitute(self.tracker, self.chosen, inner_names(model))
@@ -72,21 +80,36 @@ class Activation:
             return True
         return any(matches(pattern, name) for pattern in self._patterns)
 
-    def survey(self, inputs: Inputs, module: nn.Module | None = None, method: str | None = None) -> Any:
+    def survey(
+        self, inputs: Inputs, module: nn.Module | None = None, method: str | None = None, hooks: bool = False
+    ) -> Any:
         """Finds the randomness in a call of the model or of a part of it: see `Survey`."""
-        return Survey(self, module or self.model, method or self._method).run(inputs)
+        return Survey(self, module or self.model, method or self._method).run(inputs, hooks)
+
+    @contextmanager
+    def strict(self) -> Iterator[None]:
+        """Within it, a random call that the survey has not seen, because hooks did not run in it, raises an error."""
+        self.server.strict = not self.complete
+        try:
+            yield
+        finally:
+            self.server.strict = False
 
     def call(self, inputs: Inputs) -> Any:
         """Returns the model's output in a pass that the server has begun. Its mode is on. The model does not change."""
         self.tracker.restart()
-        self.shells.refresh(self.flagged.__contains__, self.flagged.__contains__)
-        with self.own_numbers():
+        self.shells.refresh(self.flagged.__contains__, self._is_apart)
+        with self.own_numbers(), torch.set_grad_enabled(self.differentiates):
             return inputs.call(self.shells.method(self.model, self._method))
 
     def deterministic(self, inputs: Inputs) -> Any:
         """Returns the model's output in eval mode, with nothing random."""
-        self.shells.refresh()
-        return inputs.call(self.shells.method(self.model, self._method))
+        self.shells.refresh(apart=self.stateful.__contains__)
+        with torch.set_grad_enabled(self.differentiates):
+            return inputs.call(self.shells.method(self.model, self._method))
+
+    def _is_apart(self, module: nn.Module) -> bool:
+        return module in self.flagged or module in self.stateful
 
     def list_sources(self) -> None:
         """Brings the report up to date with the sources that have been found."""
@@ -263,7 +286,7 @@ class _Context:
     def __init__(self, activation: Activation, called: nn.Module, seed: int, shared: bool) -> None:
         self.activation, self._called = activation, called
         self._seed, self._shared = seed, shared
-        self._numbers = itertools.count()
+        self._next = 0
         self._surveyed: set[tuple[nn.Module, str]] = set()
         self._redirected = Redirected(called, self._call)
         self._around: set[Any] = set()  # the frames that the block is in
@@ -297,9 +320,20 @@ class _Context:
         if (module, method) not in self._surveyed:
             activation.survey(inputs, module, method)
             self._surveyed.add((module, method))
-        self._begin(self._frames()[1], inputs.rows, inputs.device)
+        before, outermost = self._next, self._frames()[1]
+        try:
+            return self._sampled(module, method, inputs, outermost)
+        except UnknownSourceError:  # so a hook draws: it has to see the forwards of a survey, too
+            self._next, self._outermost = before, None
+            activation.survey(inputs, module, method, hooks=True)
+            return self._sampled(module, method, inputs, outermost)
+
+    def _sampled(self, module: nn.Module, method: str, inputs: Inputs, outermost: Any) -> Any:
+        """Makes a pass that is a sample, or a part of one."""
+        activation, shells = self.activation, self.activation.shells
+        self._begin(outermost, inputs.rows, inputs.device)
         apart = activation.flagged.__contains__
-        with activation.kept_states(), activation.own_numbers():
+        with activation.kept_states(), activation.own_numbers(), activation.strict():
             shells.refresh(apart, apart, copies=False)
             out = inputs.call(shells.method(module, method))
             shells.write_back(apart)
@@ -310,7 +344,8 @@ class _Context:
         """Begins the next sample, or goes on with the one that a method of the model has begun."""
         server, draws = self.activation.server, 0
         if outermost is None or outermost is not self._outermost:
-            self._number = torch.tensor(next(self._numbers), device=device)
+            self._number = torch.tensor(self._next, device=device)
+            self._next += 1
             self.activation.tracker.restart()
             self._outermost = outermost
         else:

@@ -68,6 +68,9 @@ class Inputs:
         """Returns the same values in memory of their own."""
         return self._map(Tensor.clone)
 
+    def fresh(self) -> Inputs:
+        return self
+
     @property
     def versions(self) -> list[int]:
         """Returns a count for each tensor that rises when it is written to."""

@@ -11,8 +11,9 @@ import types
 from collections import OrderedDict
 from collections.abc import Callable
 from operator import is_
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..core.torch_state import is_compiling
@@ -22,6 +23,8 @@ from .redirect import CALLS, COMPILED, beneath, is_nested, is_redirected
 _TABLES = ("_modules", "_parameters", "_buffers")
 _STANDARD = frozenset((*vars(nn.Module()), *CALLS, COMPILED))
 """The attributes that every module has. None refers to another module, except for those that are handled separately."""
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 _CONTAINERS = (list, tuple, set, dict, OrderedDict)
 _CALLABLES = (types.MethodType, functools.partial, types.FunctionType)
@@ -63,29 +66,27 @@ class Shells:
         *,
         copies: bool = True,
         contexts: bool = True,
+        hooks: bool = True,
     ) -> None:
         """Updates the shells to the present state of their modules.
 
         Args:
             training: returns the training flag of a module's shell.
-            apart: returns whether a module's shell gets buffers of its own.
+            apart: returns whether a module's shell gets buffers, and other tensors that are no parameters, of its own.
             copies: whether attributes that are lists, dicts and sets are copied, so that nothing needs writing back.
             contexts: whether contexts within this one serve their calls.
+            hooks: whether hooks run that are neither PyTorch's nor torchdrop's own.
         """
-        level, cloned = self._level if contexts else None, dict[int, Tensor]()
-        for module in self._stale(training, apart, copies, level):
-            flag, own_buffers = training(module), apart(module)
-            shell = self._rebuilt(module, flag, own_buffers, copies, level, cloned)
-            self._known[module] = _Known(module, shell, (flag, own_buffers, copies, level))
+        level, copied = self._level if contexts else None, dict[int, Any]()
+
+        def wanted(module: nn.Module) -> _Wanted:
+            return _Wanted(training(module), apart(module), copies, hooks, level)
+
+        for module in self._stale(wanted):
+            self._known[module] = _Known(module, self._rebuilt(module, wanted(module), copied), wanted(module))
         self._unwritten = False
 
-    def _stale(
-        self,
-        training: Callable[[nn.Module], bool],
-        apart: Callable[[nn.Module], bool],
-        copies: bool,
-        level: int | None,
-    ) -> list[nn.Module]:
+    def _stale(self, wanted: Callable[[nn.Module], _Wanted]) -> list[nn.Module]:
         """Returns the modules whose shells differ from what is wanted. Those that are new get a shell first."""
         known, stale = self._known, []
         for module, shell in self._of.items():
@@ -93,7 +94,7 @@ class Shells:
             if (
                 seen is None
                 or not seen.lasting
-                or seen.wanted != (training(module), apart(module), copies, level)
+                or seen.wanted != wanted(module)
                 or type(shell) is not type(module)
                 or not seen.module.are_of(module)
                 or not (self._unwritten or seen.shell.are_of(shell))
@@ -106,15 +107,7 @@ class Shells:
                     stale.append(module)
         return stale
 
-    def _rebuilt(
-        self,
-        module: nn.Module,
-        training: bool,
-        apart: bool,
-        copies: bool,
-        level: int | None,
-        cloned: dict[int, Tensor],
-    ) -> nn.Module:
+    def _rebuilt(self, module: nn.Module, wanted: _Wanted, copied: dict[int, Any]) -> nn.Module:
         """Returns a module's shell with the attributes that the module has now."""
         shell = self._of[module]
         if type(shell) is not type(module):  # parametrizations change it
@@ -124,20 +117,21 @@ class Shells:
         own = dict(module.__dict__)
         for table in _TABLES:
             own[table] = own[table].copy()
-        children, buffers = own["_modules"], own["_buffers"]
+        children = own["_modules"]
         for name, child in children.items():
             children[name] = self._of.get(child)
-        if buffers and apart:
-            for name, buffer in buffers.items():
-                if buffer is not None:
-                    buffers[name] = cloned.setdefault(id(buffer), buffer.clone())
         for name in own.keys() - _STANDARD:
             if type(own[name]) in _MAPPED:
-                own[name] = self._mapped(own[name], copies)
-        own["training"] = training
+                own[name] = self._mapped(own[name], copied if wanted.copies else None)
+        if wanted.apart:
+            _clone_tensors(own, copied)
+        if not wanted.hooks:
+            for table in _HOOKS:
+                own[table] = OrderedDict((key, hook) for key, hook in own[table].items() if _is_internal(hook))
+        own["training"] = wanted.training
         own.pop(COMPILED, None)
         for attribute in CALLS:
-            call = beneath(own.get(attribute), level)
+            call = beneath(own.get(attribute), wanted.level)
             if attribute == "forward" and "_orig_mod" in children and not is_redirected(call):
                 call = children["_orig_mod"]  # of what torch.compile returns; its forward is the compiled code
             own[attribute] = self._entering(module, shell, attribute, call)
@@ -148,12 +142,32 @@ class Shells:
     def _entering(self, module: nn.Module, shell: nn.Module, attribute: str, call: Any) -> Entering:
         """Returns a shell's call: that of its class, or the one that the module has in its place."""
         if call is not None:
-            return Entering(self._tracker, self.names[module], self._mapped(call, False))
+            return Entering(self._tracker, self.names[module], self._mapped(call))
         usual = self._usual.get((shell, attribute))
         if usual is None:
             bound = types.MethodType(getattr(type(shell), attribute), shell)
             usual = self._usual[shell, attribute] = Entering(self._tracker, self.names[module], bound)
         return usual
+
+    @property
+    def has_foreign_hooks(self) -> bool:
+        """Whether a module has a hook that is neither PyTorch's nor torchdrop's."""
+        return any(not _is_internal(hook) for m in self._of for table in _HOOKS for hook in vars(m)[table].values())
+
+    def written(self) -> set[nn.Module]:
+        """Returns the modules whose buffers, or other tensors, a pass has written to, in the copies of shells."""
+        found = set()
+        for module, shell in self._of.items():
+            known = self._known[module]
+            pairs = [(shell._buffers.get(name), buffer) for name, buffer in module._buffers.items()]
+            pairs += [
+                (vars(shell).get(name), value)
+                for name, value in known.module.own.items()
+                if _is_own_tensor((name, value))
+            ]
+            if any(copy is not None and copy is not value and _was_written(copy, value) for copy, value in pairs):
+                found.add(module)
+        return found
 
     def write_back(self, apart: Callable[[nn.Module], bool]) -> None:
         """Writes attributes and buffers that a pass has bound on the shells back to the modules, except `apart`."""
@@ -172,8 +186,14 @@ class Shells:
                         module.__dict__[table][name] = value
         self._unwritten = True
 
-    def _mapped(self, value: Any, copies: bool, depth: int = 0) -> Any:
-        """Returns a value with shells for modules; the value itself if there are none, and no copy is wanted."""
+    def _mapped(self, value: Any, copied: dict[int, Any] | None = None, depth: int = 0) -> Any:
+        """Returns a value with shells for modules; the value itself if there are none, and no copy is wanted.
+
+        Args:
+            value: an attribute of a module, or a part of one.
+            copied: the copies of containers that have been made, by the identity of the original; None for no copies.
+            depth: the number of containers around the value.
+        """
         if isinstance(value, nn.Module):
             return self._of.get(value, value)
         kind = type(value)
@@ -181,28 +201,32 @@ class Shells:
             return value
         if kind in _CALLABLES:
             return self._mapped_callable(value, depth + 1)
+        if copied is not None and id(value) in copied:
+            return copied[id(value)]
+        items: list[Any]
         if kind is dict or kind is OrderedDict:
-            pairs = [(key, self._mapped(item, False, depth + 1)) for key, item in value.items()]
-            if copies or any(item is not value[key] for key, item in pairs):
-                return kind(pairs)
-            return value
-        items = [self._mapped(item, False, depth + 1) for item in value]
-        if copies or any(item is not old for item, old in zip(items, value, strict=True)):
-            return kind(items)
-        return value
+            items = [self._mapped(item, copied, depth + 1) for item in value.values()]
+            same = all(map(is_, items, value.values()))
+            new = value if same and copied is None else kind(zip(value, items, strict=True))
+        else:
+            items = [self._mapped(item, copied, depth + 1) for item in value]
+            new = value if all(map(is_, items, value)) and (copied is None or kind is tuple) else kind(items)
+        if copied is not None:
+            copied[id(value)] = new
+        return new
 
     def _mapped_callable(self, value: Any, depth: int) -> Any:
         if isinstance(value, types.MethodType):
-            owner = self._mapped(value.__self__, False, depth)
+            owner = self._mapped(value.__self__, None, depth)
             return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
         if isinstance(value, functools.partial):
             parts = (value.func, value.args, value.keywords)
-            function, args, keywords = (self._mapped(part, False, depth) for part in parts)
+            function, args, keywords = (self._mapped(part, None, depth) for part in parts)
             if function is value.func and args is value.args and keywords is value.keywords:
                 return value
             return functools.partial(function, *args, **keywords)
         cells = [_content(cell) for cell in value.__closure__ or ()]
-        contents = [self._mapped(content, False, depth) for content in cells]
+        contents = [self._mapped(content, None, depth) for content in cells]
         if all(new is old for new, old in zip(contents, cells, strict=True)):
             return value
         closure = tuple(
@@ -212,6 +236,16 @@ class Shells:
         copy = types.FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, closure)
         copy.__kwdefaults__ = value.__kwdefaults__
         return functools.update_wrapper(copy, value)
+
+
+class _Wanted(NamedTuple):
+    """The arguments of `Shells.refresh`, as far as they concern one module."""
+
+    training: bool
+    apart: bool
+    copies: bool
+    hooks: bool
+    level: int | None
 
 
 class _Attributes:
@@ -242,7 +276,7 @@ class _Known:
 
     Args:
         module, shell: the module and its shell.
-        wanted: the arguments of `Shells.refresh`, as far as they concern the module.
+        wanted: what was wanted of the shell.
 
     Attributes:
         lasting: whether the shell need not be made again while the attributes of both are the same objects.
@@ -250,10 +284,46 @@ class _Known:
 
     __slots__ = ("lasting", "module", "shell", "wanted")
 
-    def __init__(self, module: nn.Module, shell: nn.Module, wanted: tuple[Any, ...]) -> None:
+    def __init__(self, module: nn.Module, shell: nn.Module, wanted: _Wanted) -> None:
         self.module, self.shell, self.wanted = _Attributes(module), _Attributes(shell), wanted
-        own_buffers = wanted[1] and bool(module._buffers)
-        self.lasting: bool = not own_buffers and not any(map(_varies, self.module.own.items()))
+        cloned = wanted.apart and (bool(module._buffers) or any(map(_is_own_tensor, self.module.own.items())))
+        foreign = not wanted.hooks and any(self.module.own[table] for table in _HOOKS)
+        self.lasting: bool = not cloned and not foreign and not any(map(_varies, self.module.own.items()))
+
+
+def _is_own_tensor(attribute: tuple[str, Any]) -> bool:
+    name, value = attribute
+    return isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and name not in _STANDARD
+
+
+def _clone_tensors(own: dict[str, Any], copied: dict[int, Any]) -> None:
+    """Puts copies in the place of buffers, and of tensors among the attributes. A tensor has one copy in all modules."""
+    for name, buffer in own["_buffers"].items():
+        if buffer is not None:
+            own["_buffers"][name] = _clone_of(buffer, copied)
+    for name, value in own.items():
+        if _is_own_tensor((name, value)):
+            own[name] = _clone_of(value, copied)
+
+
+def _clone_of(tensor: Tensor, copied: dict[int, Any]) -> Tensor:
+    if id(tensor) not in copied:
+        copied[id(tensor)] = tensor.detach().clone()
+    return copied[id(tensor)]
+
+
+def _was_written(copy: Tensor, original: Tensor) -> bool:
+    if copy.is_inference() or original.is_inference():
+        return copy.shape != original.shape or not torch.equal(copy, original)
+    return copy._version > 0
+
+
+def _is_internal(hook: Any) -> bool:
+    """Whether a hook is PyTorch's or torchdrop's: these compute weights, or gather parameters."""
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    module = getattr(hook, "__module__", None) or type(hook).__module__
+    return module.split(".")[0] in ("torch", "torchdrop")
 
 
 def _varies(attribute: tuple[str, Any]) -> bool:

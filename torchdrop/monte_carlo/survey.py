@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,31 +64,83 @@ class Survey:
         self._modules = dict(self._model.named_modules())
         self._failing: dict[str, str] = {}
         self._branching = False
+        self._hooks = True
 
-    def run(self, inputs: Inputs) -> Any:
+    def run(self, inputs: Inputs, hooks: bool = False) -> Any:
         """Makes the forwards; afterwards all random states are as before.
+
+        Args:
+            inputs: the arguments of the call.
+            hooks: whether the user's hooks see the forwards. They do if the forwards fail without them.
 
         Returns:
             The output of the call for the first three rows.
         """
-        server = self._server
+        server, activation = self._server, self._activation
         differentiated, server.differentiated = server.differentiated, False
         try:
-            with torch.no_grad(), GENERATORS, self._activation.kept_states() as states, own_generators(self._model):
+            with GENERATORS, activation.kept_states() as states, own_generators(self._model):
                 states.keep()
-                try:
-                    return self._run(inputs)
-                except Exception as error:
-                    if inputs.rows is None:
-                        raise
-                    self._forward(inputs.copy())  # a broken model raises an error of its own here
-                    raise RuntimeError(
-                        f"the model works with its {inputs.rows} rows, but not with the first two or three of them "
-                        f"({type(error).__name__}: {error}). Pass batch_dim=None to take the inputs as one whole"
-                    ) from error
+                returned = self._attempts(inputs, hooks)
+            activation.complete = self._hooks or not self._shells.has_foreign_hooks
+            return returned
         finally:
             server.differentiated, server.surveyed = differentiated, True
             self._tracker.restart()
+
+    def _attempts(self, inputs: Inputs, hooks: bool) -> Any:
+        """Makes the forwards without the user's hooks and without autograd, and where that fails, with them."""
+        known, failed = self._copied(), None
+        every = [True] if hooks or not self._shells.has_foreign_hooks else [False, True]
+        gradients = [False, True] if torch.is_grad_enabled() or self._activation.may_differentiate else [False]
+        for grad in gradients:
+            for self._hooks in every:
+                try:
+                    with torch.set_grad_enabled(grad):
+                        returned = self._run(inputs)
+                    self._activation.differentiates |= grad
+                    return returned
+                except Exception as error:
+                    self._restore(known)
+                    if failed is None:
+                        failed = error
+                        self._check_whole(inputs, error)
+        assert failed is not None
+        if inputs.rows is None:
+            raise failed
+        raise RuntimeError(
+            f"the model works with its {inputs.rows} rows, but not with the first two or three of them "
+            f"({type(failed).__name__}: {failed}). Pass batch_dim=None to take the inputs as one whole"
+        ) from failed
+
+    def _check_whole(self, inputs: Inputs, error: Exception) -> None:
+        """Calls the model with all of its inputs after a failure: a broken model raises an error of its own here."""
+        self._hooks = True
+        if torch.is_grad_enabled() or not self._activation.may_differentiate:
+            self._forward(inputs.copy())
+            return
+        try:
+            self._forward(inputs.copy())
+        except Exception:
+            with torch.enable_grad():
+                self._forward(inputs.copy())
+
+    def _copied(self) -> tuple[Any, ...]:
+        """Returns what attempts change."""
+        report = self._report
+        return (
+            dict(self._server.sources),
+            set(self._server.others),
+            set(self._activation.flagged),
+            list(report.notes),
+            report.expected,
+        )
+
+    def _restore(self, known: tuple[Any, ...]) -> None:
+        sources, others, flagged, notes, self._report.expected = known
+        self._server.sources, self._server.others = dict(sources), set(others)
+        self._activation.flagged, self._report.notes[:] = set(flagged), notes
+        self._failing.clear()
 
     def _run(self, inputs: Inputs) -> Any:
         if inputs.rows is None and self._activation.dim is not None:
@@ -152,7 +204,6 @@ class Survey:
                     self._call(
                         inputs,
                         lambda m: not _has_statistics(m) and self._shells.names[m] not in self._failing,
-                        apart=lambda _: True,
                     )
                 break
             except Exception as error:
@@ -189,11 +240,10 @@ class Survey:
         if note not in self._report.notes:
             self._report.notes.append(note)
 
-    def _call(self, inputs: Inputs, training: Any = None, apart: Any = None) -> Any:
-        flagged = self._activation.flagged.__contains__
+    def _call(self, inputs: Inputs, training: Callable[[nn.Module], bool] = lambda _: False) -> Any:
         self._tracker.restart()
-        self._shells.refresh(training or (lambda _: False), apart or flagged, contexts=False)
-        return inputs.call(self._shells.method(self._module, self._method))
+        self._shells.refresh(training, lambda _: True, contexts=False, hooks=self._hooks)
+        return inputs.fresh().call(self._shells.method(self._module, self._method))
 
     def _forward(self, inputs: Inputs, sample: int = 0) -> Any:
         """Makes a forward in Monte Carlo mode."""
@@ -201,6 +251,7 @@ class Survey:
         server.begin(Pass(0, torch.full((), sample, dtype=torch.int64, device=inputs.device), inputs.rows))
         with self._activation.serving():
             out = self._call(inputs, self._activation.flagged.__contains__)
+        self._activation.stateful |= self._shells.written()
         self._report.draws = server.draws
         return out
 
