@@ -432,7 +432,9 @@ class TestInputs:
         assert close(tensor, predict(model, (x, shift)))
         loader = DataLoader(TensorDataset(x, shift), batch_size=4)
         assert close(tensor, predict(model, loader, select=lambda b: {"x": b[0], "shift": b[1]}))
-        assert close(predict(model, x), predict(model, loader))  # the second of a pair is its targets
+        with pytest.warns(UserWarning, match=r"forward\(x, shift=None\) could take it as shift: give select=tuple"):
+            assert close(predict(model, x), predict(model, loader))  # the second of a pair is its targets
+        assert close(tensor, predict(model, loader, select=tuple))
 
     def test_outputs(self) -> None:
         class Many(nn.Module):

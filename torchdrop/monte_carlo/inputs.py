@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.torch_state import tree_flatten, tree_map
 
@@ -79,46 +79,6 @@ class Inputs:
 
     def to(self, device: torch.device) -> Inputs:
         return self._map(lambda t: t.to(device))
-
-
-def batches(inputs: Any, select: Callable[[Any], Any] | None, dim: int | None, model: nn.Module) -> Iterator[Inputs]:
-    """Yields the batches in the inputs of `mc_predict`. An iterable's batches are moved to the model's device.
-
-    Raises:
-        TypeError: inputs of another type, or a batch of an unexpected structure.
-        ValueError: a tensor on another device than the model's.
-    """
-    home = next((t.device for t in (*model.parameters(), *model.buffers())), None)
-    if isinstance(inputs, (Tensor, tuple, Mapping)):
-        one = Inputs.of(inputs if select is None else select(inputs), dim)
-        if home is not None and one.tensors and one.device != home:
-            raise ValueError(
-                f"inputs are on {one.device} and the model is on {home}: pass inputs.to({str(home)!r}), or a "
-                "DataLoader, whose batches are moved"
-            )
-        yield one
-        return
-    if isinstance(inputs, (list, str)) or hasattr(inputs, "__array__") or not isinstance(inputs, Iterable):
-        raise TypeError(
-            "inputs must be a tensor, a tuple of positional arguments, a mapping of named ones, or an iterable of "
-            f"batches such as a DataLoader, got {type(inputs).__name__}"
-        )
-    for batch in inputs:
-        one = Inputs.of(_selected(batch) if select is None else select(batch), dim)
-        yield one if home is None else one.to(home)
-
-
-def _selected(batch: Any) -> Any:
-    """Returns the inputs in a batch, by the convention that a pair is (inputs, targets)."""
-    if isinstance(batch, (Tensor, Mapping)):
-        return batch
-    if isinstance(batch, (tuple, list)) and len(batch) in (1, 2) and isinstance(batch[0], (Tensor, Mapping, tuple)):
-        return batch[0]
-    what = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, (tuple, list)) else type(batch).__name__
-    raise TypeError(
-        f"a batch must be a tensor, a mapping, or a pair (inputs, targets), got a {what}: give select=, a function "
-        "that gets the inputs out of a batch"
-    )
 
 
 def picker(select_output: Callable[[Any], Any] | None, pair: bool) -> Callable[[Any], tuple[Tensor, ...]]:

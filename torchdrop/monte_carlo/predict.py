@@ -15,7 +15,8 @@ from ..handlers.masks import Hypercube
 from ..handlers.prefix import Prefix
 from ..layers.compact.sequential import CompactSequential
 from .activate import ADVICE, Activation, check_masks, check_model, check_seed, check_sources, new_seed
-from .inputs import Inputs, batches, picker
+from .batches import batches
+from .inputs import Inputs, picker
 from .plan import ROUND, SamplePlan
 from .prediction import Prediction, predict_from
 from .sample import STRATEGIES, Outputs, Sampler
@@ -65,8 +66,9 @@ def mc_predict(
     Args:
         model: the model, in train or eval mode. It is never changed, so that several threads can predict with one
             model, or call it in other ways, at once.
-        inputs: a tensor, a tuple (positional arguments), a mapping (named arguments), or an iterable of batches such
-            as a DataLoader. A batch that is a pair is taken as (inputs, targets), and the targets are left out.
+        inputs: a tensor, a tuple (positional arguments), a mapping (named arguments, or the one argument of a model
+            that takes none of these names), or an iterable of batches such as a DataLoader. A batch that is a pair is
+            taken as (inputs, targets), and the targets are left out; the inputs may be several, as in ((x1, x2), y).
         samples: T, or the largest T if there is a tolerance.
         task: "classification" (outputs of shape (rows, classes, ...)), "regression", or None for plain moments.
         scores: the kind of outputs in classification: "logits", "probabilities" or "auto".
@@ -88,7 +90,7 @@ def mc_predict(
             Default: 32 MiB on the CPU, 1 GiB elsewhere. At least one sample is run.
         batch_dim: the dimension of the inputs that counts rows; None if they are one whole, as a graph is.
         method: the name of the model's method that is called, such as "encode"; the model itself if None.
-        select: takes the inputs from a batch of an iterable.
+        select: takes the inputs from a batch, such as ``tuple`` where a pair has two arguments.
         select_output: takes the tensor from the model's output. By default a tensor is taken as it is, and from a
             mapping `logits` or `last_hidden_state`.
         keep_samples: whether all samples are kept, for quantiles and the like.
@@ -109,7 +111,7 @@ def mc_predict(
 
     Warns:
         UserWarning: identical samples; a tolerance that was not met; something that is random in train mode and could
-            not be turned on.
+            not be turned on; targets that the model could take as an argument.
 
     References:
         Gal and Ghahramani, "Dropout as a Bayesian Approximation", ICML 2016. McKay, Beckman and Conover, "A Comparison
@@ -145,7 +147,7 @@ def mc_predict(
     )
     results = []
     with torch.no_grad(), activation.kept_states():
-        for batch in _shown(batches(inputs, select, batch_dim, model), progress):
+        for batch in _shown(batches(inputs, select, batch_dim, model, method), progress):
             results.append(job.run(batch, kind, weight_scaling))
             kind = job.task or kind
     activation.list_sources()
