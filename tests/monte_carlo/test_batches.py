@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -192,3 +194,64 @@ def test_a_list_could_be_arguments_or_batches() -> None:
         TypeError, match=r"got list: pass tuple\(inputs\) if they are arguments, iter\(inputs\) if they"
     ):
         predict(Plain(), [X])
+
+
+class TestArrays:
+    """Arrays of numpy and frames of pandas, which users of scikit-learn and skorch have."""
+
+    @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", ">f8"])
+    def test_get_the_models_dtype(self, dtype: str) -> None:
+        array, before = X.numpy().astype(dtype), X.numpy().astype(dtype)
+        expected = torch.from_numpy(array.astype("float32"))
+        assert agrees(predict(Plain(), array), predict(Plain(), expected).mean)
+        assert predict(Plain().double(), array).mean.dtype == torch.float64
+        assert predict(Plain().bfloat16(), array).mean.dtype == torch.float32
+        assert (array == before).all()
+
+    def test_order_in_memory(self) -> None:
+        array = X.numpy()[::-1]
+        frozen = X.numpy().copy()
+        frozen.flags.writeable = False
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert agrees(predict(Plain(), array), predict(Plain(), X.flip(0)).mean)
+            assert agrees(predict(Plain(), frozen), predict(Plain(), X).mean)
+
+    def test_integers_stay_integers(self) -> None:
+        class Embedded(Body):
+            def __init__(self) -> None:
+                super().__init__()
+                self.embedding = nn.Embedding(9, 6)
+
+            def forward(self, ids: Tensor, keep: Tensor) -> Tensor:
+                assert keep.dtype == torch.bool
+                return self.body(self.embedding(ids) * keep[:, None])
+
+        ids, keep = torch.arange(9), torch.arange(9) > 3
+        model = Embedded()
+        expected = predict(model, (ids, keep)).mean
+        assert agrees(predict(model, (ids.numpy(), keep.numpy())), expected)
+        assert agrees(predict(model, {"ids": ids.int().numpy(), "keep": keep.numpy()}), expected)
+
+    def test_frames(self) -> None:
+        pandas = pytest.importorskip("pandas")
+        frame = pandas.DataFrame(X.double().numpy()).astype({5: "float32"})
+        series = pandas.Series(SHIFT[:, 0].numpy())
+        assert agrees(predict(Plain(), frame), predict(Plain(), X).mean)
+        result = predict(Plain(), (frame,), select=lambda inputs: inputs[0] + series.mean())
+        assert agrees(result, predict(Plain(), X + SHIFT.mean()).mean)
+        with pytest.raises(TypeError, match=r"must be numbers, got a DataFrame of dtype object: .*astype\('float32'\)"):
+            predict(Plain(), frame.astype({0: str}))
+
+    def test_batches(self, shifted: Tensor) -> None:
+        parts = [(X[:4].numpy(), SHIFT[:4].numpy()), (X[4:].numpy(), SHIFT[4:].numpy())]
+        assert agrees(predict(Plain(), iter(parts)), predict(Plain(), X).mean)
+        assert agrees(predict(Plain(), (x for x, _ in parts)), predict(Plain(), X).mean)
+        assert agrees(predict(Both(), iter(parts), select=tuple), shifted)
+        assert agrees(predict(Both(), iter([(part, 0) for part in parts])), shifted)
+        with pytest.warns(UserWarning, match="could take it as shift"):
+            predict(Optional(), iter(parts))
+
+    def test_numpy_and_pandas_are_not_imported(self) -> None:
+        code = "import sys; from torchdrop.monte_carlo import batches; print('pandas' in sys.modules)"
+        assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

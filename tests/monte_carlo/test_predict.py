@@ -523,8 +523,7 @@ class TestBadInput:
         ("inputs", "error", "message"),
         [
             ([torch.ones(3, 6)], TypeError, "got list"),
-            (torch.ones(3, 6).numpy(), TypeError, "inputs must be a tensor, .* got ndarray"),
-            (3, TypeError, "inputs must be a tensor, .* got int"),
+            (3, TypeError, "inputs must be a tensor or array, .* got int"),
             (iter([]), ValueError, "at least one batch, got none"),
             (torch.ones(0, 6), ValueError, "at least one row, got none"),
             (iter([(torch.ones(2, 6),) * 3]), TypeError, r"got a tuple of 3: give select="),

@@ -7,9 +7,11 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .inputs import Inputs
+from .structures import map_leaves
 
 _TARGETS = ("y", "target", "targets", "label", "labels")
 """Names of parameters that take targets, which are left out on purpose."""
@@ -113,10 +115,58 @@ def arguments(inputs: Any, signature: Signature, dim: int | None) -> Inputs:
     )
 
 
+def is_array(value: Any) -> bool:
+    """Whether a value gives itself as a numpy array: an array, or a frame or series of pandas, but no tensor."""
+    return hasattr(value, "__array__") and not isinstance(value, (Tensor, type))
+
+
+class Conversion:
+    """Makes tensors of numpy arrays and pandas frames, with the dtype and on the device of a model's parameters.
+
+    Floating-point values get the dtype and device of the model's first floating-point parameter, others its device
+    alone: integers stay integers. Values of another dtype or order in memory are copied.
+
+    Args:
+        model: the model.
+
+    Raises:
+        TypeError: when it is called, an array of anything else than numbers and booleans.
+
+    Example:
+        >>> import numpy
+        >>> convert = Conversion(nn.Linear(2, 2))
+        >>> convert({"x": numpy.ones((1, 2)), "index": numpy.arange(2), "name": "a"})
+        {'x': tensor([[1., 1.]]), 'index': tensor([0, 1]), 'name': 'a'}
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        floating = next((one for one in model.parameters() if one.is_floating_point()), None)
+        self._dtype = torch.get_default_dtype() if floating is None else floating.dtype
+        self._device = torch.device("cpu") if floating is None else floating.device
+
+    def __call__(self, inputs: Any) -> Any:
+        return map_leaves(lambda leaf: self._tensor(leaf) if is_array(leaf) else leaf, inputs)
+
+    def _tensor(self, value: Any) -> Any:
+        array = value.__array__()
+        if array.dtype.kind not in "biufc":
+            raise TypeError(
+                f"inputs must be numbers, got a {type(value).__name__} of dtype {array.dtype}: make numbers of it, for "
+                "example by astype('float32')"
+            )
+        if array.ndim == 0:
+            return value
+        if not (array.flags.writeable and array.dtype.isnative) or min(array.strides) < 0:
+            array = array.astype(array.dtype.newbyteorder("="), order="C")
+        tensor = torch.from_numpy(array)
+        return tensor.to(self._device, self._dtype if tensor.is_floating_point() else None)
+
+
 def batches(
     inputs: Any, select: Callable[[Any], Any] | None, dim: int | None, model: nn.Module, method: str = "__call__"
 ) -> Iterator[Inputs]:
-    """Yields the batches in the inputs of `mc_predict`. An iterable's batches are moved to the model's device.
+    """Yields the batches in the inputs of `mc_predict`. An iterable's batches are moved to the model's device, and
+    arrays become tensors (see `Conversion`).
 
     Raises:
         TypeError: inputs of another type, a batch of an unexpected structure, or arguments that the model does not
@@ -128,8 +178,9 @@ def batches(
     """
     home = next((t.device for t in (*model.parameters(), *model.buffers())), None)
     signature = Signature(model, method)
-    if isinstance(inputs, (Tensor, tuple, Mapping)):
-        one = arguments(inputs if select is None else select(inputs), signature, dim)
+    convert = Conversion(model)
+    if isinstance(inputs, (Tensor, tuple, Mapping)) or is_array(inputs):
+        one = arguments(convert(inputs if select is None else select(inputs)), signature, dim)
         if home is not None and one.tensors and one.device != home:
             raise ValueError(
                 f"inputs are on {one.device} and the model is on {home}: pass inputs.to({str(home)!r}), or a "
@@ -137,16 +188,18 @@ def batches(
             )
         yield one
         return
-    if isinstance(inputs, (list, str)) or hasattr(inputs, "__array__") or not isinstance(inputs, Iterable):
-        of_several = ": pass tuple(inputs) if they are arguments, iter(inputs) if they are batches"
+    if isinstance(inputs, (list, str)) or not isinstance(inputs, Iterable):
+        kind = type(inputs).__name__
+        if isinstance(inputs, list):
+            kind += ": pass tuple(inputs) if they are arguments, iter(inputs) if they are batches"
         raise TypeError(
-            "inputs must be a tensor, a tuple of positional arguments, a mapping of named ones, or an iterable of "
-            f"batches such as a DataLoader, got {type(inputs).__name__}{of_several if type(inputs) is list else ''}"
+            "inputs must be a tensor or array, a tuple of positional arguments, a mapping of named ones, or an "
+            f"iterable of batches such as a DataLoader, got {kind}"
         )
     doubtful: set[str] = set()
     for batch in inputs:
         chosen = _without_targets(batch, signature, doubtful) if select is None else select(batch)
-        one = arguments(chosen, signature, dim)
+        one = arguments(convert(chosen), signature, dim)
         yield one if home is None else one.to(home)
 
 
@@ -158,19 +211,19 @@ def _without_targets(batch: Any, signature: Signature, doubtful: set[str]) -> An
         signature: what the model takes.
         doubtful: the parameters of which a warning has said that the second of a pair could be meant for them.
     """
-    if isinstance(batch, (Tensor, Mapping)):
+    if isinstance(batch, (Tensor, Mapping)) or is_array(batch):
         return batch
     if not isinstance(batch, (tuple, list)) or len(batch) not in (1, 2):
         what = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, (tuple, list)) else type(batch).__name__
         raise TypeError(
-            f"a batch must be a tensor, a mapping, or a pair (inputs, targets), got a {what}: give select=, a function "
-            "that gets the inputs out of a batch, such as lambda batch: batch[:2] for two positional arguments"
+            f"a batch must be a tensor or array, a mapping, or a pair (inputs, targets), got a {what}: give select=, a "
+            "function that gets the inputs out of a batch, such as lambda batch: batch[:2] for two positional arguments"
         )
     chosen = batch[0]
-    if not isinstance(chosen, (Tensor, Mapping, tuple, list)):
+    if not isinstance(chosen, (Tensor, Mapping, tuple, list)) and not is_array(chosen):
         raise TypeError(
-            f"the inputs in a batch must be a tensor, a mapping, a tuple or a list, got a {type(chosen).__name__}: "
-            "give select=, a function that gets the inputs out of a batch"
+            "the inputs in a batch must be a tensor or array, a mapping, a tuple or a list, got a "
+            f"{type(chosen).__name__}: give select=, a function that gets the inputs out of a batch"
         )
     if len(batch) == 2 and not isinstance(chosen, Mapping):
         _check_pair(len(chosen) if isinstance(chosen, (tuple, list)) else 1, batch[1], signature, doubtful)
@@ -189,7 +242,7 @@ def _check_pair(taken: int, second: Any, signature: Signature, doubtful: set[str
             f"a batch is a pair, of which the second would be left out as targets, but the model's {signature!r} needs "
             f"{len(signature.required)} arguments: give {both}, or another function that gets them out of a batch"
         )
-    name = signature.optional_tensor(taken) if isinstance(second, Tensor) else ""
+    name = signature.optional_tensor(taken) if isinstance(second, Tensor) or is_array(second) else ""
     if name and name not in doubtful:
         doubtful.add(name)
         warnings.warn(

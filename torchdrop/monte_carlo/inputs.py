@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.torch_state import tree_flatten, tree_map
+from .structures import map_leaves, walk
 
 
 class Inputs:
@@ -27,7 +27,7 @@ class Inputs:
         self.args = args
         self.kwargs: dict[str, Any] = dict(kwargs)
         self.tensors: list[Tensor] = [
-            t for t in tree_flatten((self.args, self.kwargs))[0] if isinstance(t, Tensor) and t.dim() > 0
+            t for t in walk((self.args, self.kwargs)) if isinstance(t, Tensor) and t.dim() > 0
         ]
         self.device: torch.device = self.tensors[0].device if self.tensors else torch.device("cpu")
         self.dim: int | None = None
@@ -52,7 +52,7 @@ class Inputs:
         return model(*self.args, **self.kwargs)
 
     def _map(self, function: Any) -> Inputs:
-        args, kwargs = tree_map(
+        args, kwargs = map_leaves(
             lambda t: function(t) if isinstance(t, Tensor) and t.dim() > 0 else t, (self.args, self.kwargs)
         )
         return Inputs(args, kwargs, self.dim)

@@ -69,6 +69,8 @@ def mc_predict(
         inputs: a tensor, a tuple (positional arguments), a mapping (named arguments, or the one argument of a model
             that takes none of these names), or an iterable of batches such as a DataLoader. A batch that is a pair is
             taken as (inputs, targets), and the targets are left out; the inputs may be several, as in ((x1, x2), y).
+            In the place of a tensor may be a numpy array, or a frame or series of pandas: floating-point values get
+            the dtype and device of the model's first floating-point parameter, and integers stay integers.
         samples: T, or the largest T if there is a tolerance.
         task: "classification" (outputs of shape (rows, classes, ...)), "regression", or None for plain moments.
         scores: the kind of outputs in classification: "logits", "probabilities" or "auto".
