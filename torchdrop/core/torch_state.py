@@ -68,6 +68,13 @@ _creation_meta = torch._C._autograd._get_creation_meta
 _MADE_AS_USUAL = torch._C._autograd.CreationMeta.DEFAULT
 
 
+def elements(tensor: Tensor) -> Tensor:
+    """Returns the strided tensor that has the elements of a tensor: its values if it is sparse or jagged."""
+    if tensor.layout is torch.strided:
+        return tensor
+    return tensor._values() if tensor.layout is torch.sparse_coo else tensor.values()
+
+
 class DispatchMode(TorchDispatchMode):
     """The base of dispatch modes.
 

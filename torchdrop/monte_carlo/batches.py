@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .inputs import Inputs
-from .structures import map_leaves
+from .structures import is_packed, is_record, map_leaves
 
 _TARGETS = ("y", "target", "targets", "label", "labels")
 """Names of parameters that take targets, which are left out on purpose."""
@@ -87,7 +87,8 @@ class Signature:
 
 def arguments(inputs: Any, signature: Signature, dim: int | None) -> Inputs:
     """Returns the arguments in inputs: a tuple or list has positional ones, a mapping named ones, and anything else is
-    the only one. A mapping, list or namedtuple that the model takes only as its one argument is that.
+    the only one, as a dataclass, packed sequence or graph is. A mapping, list or namedtuple that the model takes only
+    as its one argument is that.
 
     Raises:
         TypeError: the model takes them in neither way.
@@ -102,7 +103,7 @@ def arguments(inputs: Any, signature: Signature, dim: int | None) -> Inputs:
             "take these as named arguments: give select=, a function that gets those out that it takes, or all of them "
             "as one argument: lambda batch: (batch,)"
         )
-    if not isinstance(inputs, (tuple, list)):
+    if not isinstance(inputs, (tuple, list)) or is_packed(inputs):
         return Inputs((inputs,), {}, dim)
     if signature.takes(inputs):
         return Inputs(tuple(inputs), {}, dim)
@@ -179,7 +180,7 @@ def batches(
     home = next((t.device for t in (*model.parameters(), *model.buffers())), None)
     signature = Signature(model, method)
     convert = Conversion(model)
-    if isinstance(inputs, (Tensor, tuple, Mapping)) or is_array(inputs):
+    if isinstance(inputs, (Tensor, tuple, Mapping)) or is_array(inputs) or is_record(inputs):
         one = arguments(convert(inputs if select is None else select(inputs)), signature, dim)
         if home is not None and one.tensors and one.device != home:
             raise ValueError(
@@ -211,7 +212,7 @@ def _without_targets(batch: Any, signature: Signature, doubtful: set[str]) -> An
         signature: what the model takes.
         doubtful: the parameters of which a warning has said that the second of a pair could be meant for them.
     """
-    if isinstance(batch, (Tensor, Mapping)) or is_array(batch):
+    if isinstance(batch, (Tensor, Mapping)) or is_array(batch) or is_record(batch):
         return batch
     if not isinstance(batch, (tuple, list)) or len(batch) not in (1, 2):
         what = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, (tuple, list)) else type(batch).__name__
@@ -220,13 +221,14 @@ def _without_targets(batch: Any, signature: Signature, doubtful: set[str]) -> An
             "function that gets the inputs out of a batch, such as lambda batch: batch[:2] for two positional arguments"
         )
     chosen = batch[0]
-    if not isinstance(chosen, (Tensor, Mapping, tuple, list)) and not is_array(chosen):
+    if not (isinstance(chosen, (Tensor, Mapping, tuple, list)) or is_array(chosen) or is_record(chosen)):
         raise TypeError(
             "the inputs in a batch must be a tensor or array, a mapping, a tuple or a list, got a "
             f"{type(chosen).__name__}: give select=, a function that gets the inputs out of a batch"
         )
     if len(batch) == 2 and not isinstance(chosen, Mapping):
-        _check_pair(len(chosen) if isinstance(chosen, (tuple, list)) else 1, batch[1], signature, doubtful)
+        several = isinstance(chosen, (tuple, list)) and not is_packed(chosen)
+        _check_pair(len(chosen) if several else 1, batch[1], signature, doubtful)
     return chosen
 
 

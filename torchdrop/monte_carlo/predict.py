@@ -70,7 +70,9 @@ def mc_predict(
             that takes none of these names), or an iterable of batches such as a DataLoader. A batch that is a pair is
             taken as (inputs, targets), and the targets are left out; the inputs may be several, as in ((x1, x2), y).
             In the place of a tensor may be a numpy array, or a frame or series of pandas: floating-point values get
-            the dtype and device of the model's first floating-point parameter, and integers stay integers.
+            the dtype and device of the model's first floating-point parameter, and integers stay integers. Tensors may
+            be sparse or jagged, and lie in dataclasses, namedtuples, packed sequences or graphs of torch_geometric;
+            the latter two are one whole, whatever `batch_dim` is.
         samples: T, or the largest T if there is a tolerance.
         task: "classification" (outputs of shape (rows, classes, ...)), "regression", or None for plain moments.
         scores: the kind of outputs in classification: "logits", "probabilities" or "auto".

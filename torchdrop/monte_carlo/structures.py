@@ -22,7 +22,8 @@ Parts = tuple[list[Any], Callable[[list[Any]], Any]]
 def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
     """Returns a value with the function's results in the place of whatever is no container.
 
-    Containers are copied if something in them changes; dataclasses and graphs without running their constructors.
+    Lists and dicts are copied, and other containers if something in them changes: dataclasses and graphs without
+    running their constructors.
 
     Example:
         >>> map_leaves(lambda leaf: -leaf, {"a": 1, "b": (2, [3])})
@@ -33,7 +34,8 @@ def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
         return function(value)
     items, rebuild = parts
     mapped = [map_leaves(function, item) for item in items]
-    return rebuild(mapped) if any(new is not old for new, old in zip(mapped, items, strict=True)) else value
+    changed = any(new is not old for new, old in zip(mapped, items, strict=True))
+    return rebuild(mapped) if changed or type(value) in (list, dict) else value
 
 
 def walk(value: Any) -> Iterator[Any]:
@@ -49,6 +51,11 @@ def walk(value: Any) -> Iterator[Any]:
         yield from walk(item)
 
 
+def is_packed(value: Any) -> bool:
+    """Whether a value is a packed sequence."""
+    return isinstance(value, PackedSequence)
+
+
 def is_graph(value: Any) -> bool:
     """Whether a value is a graph, or a batch of graphs, of torch_geometric."""
     graphs = sys.modules.get("torch_geometric.data.data")
@@ -62,7 +69,7 @@ def is_record(value: Any) -> bool:
         >>> is_record((1, 2)), is_record(dataclasses.make_dataclass("Point", ["x"])(1))
         (False, True)
     """
-    return dataclasses.is_dataclass(value) or isinstance(value, PackedSequence) or is_graph(value)
+    return dataclasses.is_dataclass(value) or is_packed(value) or is_graph(value)
 
 
 def _take_apart(value: Any) -> Parts | None:
@@ -72,7 +79,7 @@ def _take_apart(value: Any) -> Parts | None:
     kind = type(value)
     if kind is tuple or kind is list:
         return list(value), kind
-    if isinstance(value, PackedSequence):  # its batch sizes stay on the CPU
+    if is_packed(value):  # its batch sizes stay on the CPU
         moved = ("data", "sorted_indices", "unsorted_indices")
         return [getattr(value, name) for name in moved], lambda items: value._replace(
             **dict(zip(moved, items, strict=True))
