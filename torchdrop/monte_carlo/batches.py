@@ -163,7 +163,7 @@ class Conversion:
         return tensor.to(self._device, self._dtype if tensor.is_floating_point() else None)
 
 
-def batches(
+def read_batches(
     inputs: Any, select: Callable[[Any], Any] | None, dim: int | None, model: nn.Module, method: str = "__call__"
 ) -> Iterator[Inputs]:
     """Yields the batches in the inputs of `mc_predict`. An iterable's batches are moved to the model's device, and

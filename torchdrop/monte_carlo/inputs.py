@@ -139,34 +139,3 @@ def _jagged_rows(tensor: Tensor, rows: Sequence[int], known: dict[int, Tensor]) 
     return torch.nested.nested_tensor_from_jagged(
         torch.cat(chosen), known[id(before)], min_seqlen=min(lengths), max_seqlen=max(lengths)
     )
-
-
-def picker(select_output: Callable[[Any], Any] | None, pair: bool) -> Callable[[Any], tuple[Tensor, ...]]:
-    """Returns a function that takes the tensors of interest from a model's output, as a tuple.
-
-    Args:
-        select_output: the user's own function.
-        pair: whether two tensors are expected.
-    """
-
-    def pick(returned: Any) -> tuple[Tensor, ...]:
-        chosen = _usual(returned, pair) if select_output is None else select_output(returned)
-        parts = tuple(chosen) if isinstance(chosen, (tuple, list)) else (chosen,)
-        if not all(isinstance(part, Tensor) for part in parts) or len(parts) not in ((1, 2) if pair else (1,)):
-            named = ", ".join(type(part).__name__ for part in parts)
-            raise TypeError(
-                f"the outputs must be one tensor{' or a pair of them' if pair else ''}, got {named}: give "
-                "select_output=, a function that gets it out of what the model returns, such as lambda y: y[0]"
-            )
-        return parts
-
-    return pick
-
-
-def _usual(returned: Any, pair: bool) -> Any:
-    if isinstance(returned, Mapping):
-        for name in ("logits", "last_hidden_state"):
-            if isinstance(returned.get(name), Tensor):
-                return returned[name]
-        return tuple(returned.values())
-    return returned
