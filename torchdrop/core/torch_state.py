@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_flatten as tree_flatten
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
+from torch.utils._pytree import tree_unflatten as tree_unflatten
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -65,6 +66,13 @@ current_cuda_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", to
 
 _creation_meta = torch._C._autograd._get_creation_meta
 _MADE_AS_USUAL = torch._C._autograd.CreationMeta.DEFAULT
+
+
+def elements(tensor: Tensor) -> Tensor:
+    """Returns the strided tensor that has the elements of a tensor: its values if it is sparse or jagged."""
+    if tensor.layout is torch.strided:
+        return tensor
+    return tensor._values() if tensor.layout is torch.sparse_coo else tensor.values()
 
 
 class DispatchMode(TorchDispatchMode):

@@ -6,6 +6,7 @@
 from ..handlers.sources import Source
 from .activate import mc_dropout
 from .gal import predictive_log_likelihood, tau_from_weight_decay, weight_decay_from_tau
+from .heads import Predictions
 from .predict import mc_predict
 from .prediction import ClassificationPrediction, Prediction, RegressionPrediction
 from .report import Report
@@ -13,6 +14,7 @@ from .report import Report
 __all__ = [
     "ClassificationPrediction",
     "Prediction",
+    "Predictions",
     "RegressionPrediction",
     "Report",
     "Source",

@@ -1,14 +1,21 @@
-"""The arguments of a model: the rows of data in them, some of the rows, and copies of them."""
+"""The arguments of a model: the rows of data in them, some of the rows, and copies of them.
+
+Tensors may be sparse or nested. A packed sequence and a graph of torch_geometric have no rows that could be taken out.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..core.torch_state import tree_flatten, tree_map
+from .structures import is_graph, is_packed, map_leaves, walk
+
+_BY_ELEMENTS = (torch.strided, torch.sparse_coo)
+_BY_COORDINATES = (torch.sparse_csr, torch.sparse_csc)
+"""Layouts whose rows are taken by way of the coordinates of the elements."""
 
 
 class Inputs:
@@ -18,22 +25,30 @@ class Inputs:
         args, kwargs: the arguments of a call of the model.
         dim: the dimension of the tensors that counts rows; None takes the inputs as one whole.
 
+    Raises:
+        TypeError: a nested tensor that is not jagged.
+
     Attributes:
-        rows: the number of rows; None if the inputs are one whole, as when their tensors disagree.
+        rows: the number of rows; None if the inputs are one whole, as when their tensors disagree, or there is a packed
+            sequence, a graph, or a tensor in blocks among them.
         tensors: all tensors that have a dimension.
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], dim: int | None) -> None:
         self.args = args
         self.kwargs: dict[str, Any] = dict(kwargs)
-        self.tensors: list[Tensor] = [
-            t for t in tree_flatten((self.args, self.kwargs))[0] if isinstance(t, Tensor) and t.dim() > 0
-        ]
+        values = list(walk((self.args, self.kwargs)))
+        self.tensors: list[Tensor] = [t for t in values if isinstance(t, Tensor) and t.dim() > 0]
+        if any(t.is_nested and t.layout is not torch.jagged for t in self.tensors):
+            raise TypeError(
+                "nested tensors must be jagged, which have a shape: make them by "
+                "torch.nested.nested_tensor(..., layout=torch.jagged)"
+            )
         self.device: torch.device = self.tensors[0].device if self.tensors else torch.device("cpu")
         self.dim: int | None = None
         self.rows: int | None = None
-        if dim is not None:
-            sizes = {t.shape[dim] if -t.dim() <= dim < t.dim() else None for t in self.tensors}
+        if dim is not None and not any(is_packed(value) or is_graph(value) for value in values):
+            sizes = {_size(t, dim) for t in self.tensors}
             if len(sizes) == 1 and None not in sizes:
                 self.dim, self.rows = dim, sizes.pop()
 
@@ -43,7 +58,7 @@ class Inputs:
         ones)."""
         if isinstance(inputs, Mapping):
             return cls((), inputs, dim)
-        if isinstance(inputs, (tuple, list)):
+        if isinstance(inputs, (tuple, list)) and not is_packed(inputs):
             return cls(tuple(inputs), {}, dim)
         return cls((inputs,), {}, dim)
 
@@ -52,7 +67,7 @@ class Inputs:
         return model(*self.args, **self.kwargs)
 
     def _map(self, function: Any) -> Inputs:
-        args, kwargs = tree_map(
+        args, kwargs = map_leaves(
             lambda t: function(t) if isinstance(t, Tensor) and t.dim() > 0 else t, (self.args, self.kwargs)
         )
         return Inputs(args, kwargs, self.dim)
@@ -61,8 +76,14 @@ class Inputs:
         """Returns so many rows, from the first on, and again from the first if there are fewer."""
         if not self.rows:
             return self.copy()
-        index = torch.arange(rows, device=self.device) % self.rows
-        return self._map(lambda t: t.index_select(self.dim, index.to(t.device)))
+        return self._taken([row % self.rows for row in range(rows)])
+
+    def _taken(self, rows: Sequence[int]) -> Inputs:
+        """Returns these rows."""
+        index = torch.tensor(rows, device=self.device)
+        offsets: dict[int, Tensor] = {}  # nested tensors that share their lengths do so afterwards
+        dim = self.dim or 0
+        return self._map(lambda t: _jagged_rows(t, rows, offsets) if t.is_nested else _rows(t, dim, index.to(t.device)))
 
     def copy(self) -> Inputs:
         """Returns the same values in memory of their own."""
@@ -78,78 +99,46 @@ class Inputs:
 
     def folded(self, copies: int) -> Inputs:
         """Returns all rows, then all rows again, for each copy."""
-        return self._map(lambda t: torch.cat([t] * copies, self.dim or 0))
+        if all(t.layout is torch.strided for t in self.tensors):
+            return self._map(lambda t: torch.cat([t] * copies, self.dim or 0))
+        return self._taken(list(range(self.rows or 0)) * copies)
 
     def to(self, device: torch.device) -> Inputs:
         return self._map(lambda t: t.to(device))
 
 
-def batches(inputs: Any, select: Callable[[Any], Any] | None, dim: int | None, model: nn.Module) -> Iterator[Inputs]:
-    """Yields the batches in the inputs of `mc_predict`. An iterable's batches are moved to the model's device.
-
-    Raises:
-        TypeError: inputs of another type, or a batch of an unexpected structure.
-        ValueError: a tensor on another device than the model's.
-    """
-    home = next((t.device for t in (*model.parameters(), *model.buffers())), None)
-    if isinstance(inputs, (Tensor, tuple, Mapping)):
-        one = Inputs.of(inputs if select is None else select(inputs), dim)
-        if home is not None and one.tensors and one.device != home:
-            raise ValueError(
-                f"inputs are on {one.device} and the model is on {home}: pass inputs.to({str(home)!r}), or a "
-                "DataLoader, whose batches are moved"
-            )
-        yield one
-        return
-    if isinstance(inputs, (list, str)) or hasattr(inputs, "__array__") or not isinstance(inputs, Iterable):
-        raise TypeError(
-            "inputs must be a tensor, a tuple of positional arguments, a mapping of named ones, or an iterable of "
-            f"batches such as a DataLoader, got {type(inputs).__name__}"
-        )
-    for batch in inputs:
-        one = Inputs.of(_selected(batch) if select is None else select(batch), dim)
-        yield one if home is None else one.to(home)
+def _size(tensor: Tensor, dim: int) -> int | None:
+    """Returns the number of rows along a dimension; None if there are none that could be taken out."""
+    if tensor.is_nested:
+        return tensor.size(0) if dim == 0 and _is_jagged(tensor) else None
+    served = tensor.layout in (*_BY_ELEMENTS, *_BY_COORDINATES)
+    return tensor.shape[dim] if served and -tensor.dim() <= dim < tensor.dim() else None
 
 
-def _selected(batch: Any) -> Any:
-    """Returns the inputs in a batch, by the convention that a pair is (inputs, targets)."""
-    if isinstance(batch, (Tensor, Mapping)):
-        return batch
-    if isinstance(batch, (tuple, list)) and len(batch) in (1, 2) and isinstance(batch[0], (Tensor, Mapping, tuple)):
-        return batch[0]
-    what = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, (tuple, list)) else type(batch).__name__
-    raise TypeError(
-        f"a batch must be a tensor, a mapping, or a pair (inputs, targets), got a {what}: give select=, a function "
-        "that gets the inputs out of a batch"
-    )
+def _is_jagged(tensor: Tensor) -> bool:
+    """Whether the second dimension of a nested tensor is the one of many lengths, with nothing between rows."""
+    return tensor.layout is torch.jagged and not isinstance(tensor.shape[1], int) and tensor.lengths() is None
 
 
-def picker(select_output: Callable[[Any], Any] | None, pair: bool) -> Callable[[Any], tuple[Tensor, ...]]:
-    """Returns a function that takes the tensors of interest from a model's output, as a tuple.
+def _rows(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
+    if tensor.layout in _BY_ELEMENTS:
+        return tensor.index_select(dim, index)
+    return tensor.to_sparse_coo().index_select(dim, index).to_sparse(layout=tensor.layout)
+
+
+def _jagged_rows(tensor: Tensor, rows: Sequence[int], known: dict[int, Tensor]) -> Tensor:
+    """Returns rows of a jagged tensor.
 
     Args:
-        select_output: the user's own function.
-        pair: whether two tensors are expected.
+        tensor: the tensor.
+        rows: their numbers.
+        known: the offsets of results, by the identity of those of the tensor.
     """
-
-    def pick(returned: Any) -> tuple[Tensor, ...]:
-        chosen = _usual(returned, pair) if select_output is None else select_output(returned)
-        parts = tuple(chosen) if isinstance(chosen, (tuple, list)) else (chosen,)
-        if not all(isinstance(part, Tensor) for part in parts) or len(parts) not in ((1, 2) if pair else (1,)):
-            named = ", ".join(type(part).__name__ for part in parts)
-            raise TypeError(
-                f"the outputs must be one tensor{' or a pair of them' if pair else ''}, got {named}: give "
-                "select_output=, a function that gets it out of what the model returns, such as lambda y: y[0]"
-            )
-        return parts
-
-    return pick
-
-
-def _usual(returned: Any, pair: bool) -> Any:
-    if isinstance(returned, Mapping):
-        for name in ("logits", "last_hidden_state"):
-            if isinstance(returned.get(name), Tensor):
-                return returned[name]
-        return tuple(returned.values())
-    return returned
+    parts, before = tensor.unbind(), tensor.offsets()  # type: ignore[attr-defined]
+    chosen = [parts[row] for row in rows]
+    lengths = list(map(len, chosen))
+    if id(before) not in known:
+        known[id(before)] = torch.tensor([0, *lengths], device=tensor.device).cumsum(0)
+    return torch.nested.nested_tensor_from_jagged(
+        torch.cat(chosen), known[id(before)], min_seqlen=min(lengths), max_seqlen=max(lengths)
+    )

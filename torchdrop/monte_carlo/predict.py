@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,12 +15,15 @@ from ..handlers.masks import Hypercube
 from ..handlers.prefix import Prefix
 from ..layers.compact.sequential import CompactSequential
 from .activate import ADVICE, Activation, check_masks, check_model, check_seed, check_sources, new_seed
-from .inputs import Inputs, batches, picker
+from .batches import read_batches
+from .heads import Heads, Predictions, read_tasks
+from .inputs import Inputs
+from .joining import check_mode, check_shapes
+from .outputs import Picker
 from .plan import ROUND, SamplePlan
-from .prediction import Prediction, predict_from
+from .prediction import Prediction
 from .sample import STRATEGIES, Outputs, Sampler
 from .statistics import Collector, Mean, Task
-from .tasks import read_task
 
 GROUPS = 10
 """The number of groups of samples. Standard errors come from the spread between groups."""
@@ -34,7 +37,7 @@ def mc_predict(
     inputs: Any,
     samples: int = 100,
     *,
-    task: str | None = None,
+    task: str | Mapping[str, str | None] | None = None,
     scores: str = "auto",
     tau: float | None = None,
     noise: str | None = None,
@@ -50,6 +53,7 @@ def mc_predict(
     method: str | None = None,
     select: Callable[[Any], Any] | None = None,
     select_output: Callable[[Any], Any] | None = None,
+    batches: str = "joined",
     keep_samples: bool = False,
     weight_scaling: bool = False,
     progress: bool = False,
@@ -65,10 +69,16 @@ def mc_predict(
     Args:
         model: the model, in train or eval mode. It is never changed, so that several threads can predict with one
             model, or call it in other ways, at once.
-        inputs: a tensor, a tuple (positional arguments), a mapping (named arguments), or an iterable of batches such
-            as a DataLoader. A batch that is a pair is taken as (inputs, targets), and the targets are left out.
+        inputs: a tensor, a tuple (positional arguments), a mapping (named arguments, or the one argument of a model
+            that takes none of these names), or an iterable of batches such as a DataLoader. A batch that is a pair is
+            taken as (inputs, targets), and the targets are left out; the inputs may be several, as in ((x1, x2), y).
+            In the place of a tensor may be a numpy array, or a frame or series of pandas: floating-point values get
+            the dtype and device of the model's first floating-point parameter, and integers stay integers. Tensors may
+            be sparse or jagged, and lie in dataclasses, namedtuples, packed sequences or graphs of torch_geometric;
+            the latter two are one whole, whatever `batch_dim` is.
         samples: T, or the largest T if there is a tolerance.
-        task: "classification" (outputs of shape (rows, classes, ...)), "regression", or None for plain moments.
+        task: "classification" (outputs of shape (rows, classes, ...)), "regression", or None for plain moments. A
+            mapping of names to these, for several outputs: each is taken by its name from what the model returns.
         scores: the kind of outputs in classification: "logits", "probabilities" or "auto".
         tau: for regression, the precision of the noise.
         noise: for regression, "log_variance" if the model returns it: as the second of a pair of outputs, or in the
@@ -88,16 +98,20 @@ def mc_predict(
             Default: 32 MiB on the CPU, 1 GiB elsewhere. At least one sample is run.
         batch_dim: the dimension of the inputs that counts rows; None if they are one whole, as a graph is.
         method: the name of the model's method that is called, such as "encode"; the model itself if None.
-        select: takes the inputs from a batch of an iterable.
-        select_output: takes the tensor from the model's output. By default a tensor is taken as it is, and from a
-            mapping `logits` or `last_hidden_state`.
+        select: takes the inputs from a batch, such as ``tuple`` where a pair has two arguments.
+        select_output: takes the tensor from the model's output, or several as a mapping of names to tensors. By default
+            a tensor is taken as it is, and from a mapping `logits` or `last_hidden_state`.
+        batches: "joined": the rows of all batches make up the result, one after another. "padded": outputs may differ
+            in size between batches, as where each batch is padded to its longest row. The smaller are filled with NaN,
+            and the result's `mask` says where. Either way `Prediction.batches` returns the result by batch.
         keep_samples: whether all samples are kept, for quantiles and the like.
         weight_scaling: whether the deterministic pass of eval mode is made as well, to compare with.
         progress: whether to show a progress bar (tqdm).
         group: a torch.distributed process group over whose processes the samples are split. All of them get the result.
 
     Returns:
-        A `Prediction`, `ClassificationPrediction` or `RegressionPrediction`, rows first, with `mean` and the standard
+        A `Prediction`, `ClassificationPrediction` or `RegressionPrediction`, or `Predictions` of several outputs by
+        name. They have rows first, with `mean` and the standard
         error of all it reports. Under "latin" without a tolerance these are upper bounds: a hypercube's variance is at
         most T / (T - 1) times that of independent samples (Owen, 1997).
 
@@ -109,7 +123,7 @@ def mc_predict(
 
     Warns:
         UserWarning: identical samples; a tolerance that was not met; something that is random in train mode and could
-            not be turned on.
+            not be turned on; targets that the model could take as an argument.
 
     References:
         Gal and Ghahramani, "Dropout as a Bayesian Approximation", ICML 2016. McKay, Beckman and Conover, "A Comparison
@@ -128,26 +142,29 @@ def mc_predict(
     effort = SamplePlan(_positive("samples", samples), _tolerance(tolerance), _sampling(sampling) == "latin", group)
     if strategy not in ("auto", *STRATEGIES):
         raise ValueError(f"strategy must be 'auto', {', '.join(map(repr, STRATEGIES))}, got {strategy!r}")
-    kind = read_task(task, scores=scores, tau=tau, noise=noise)
+    kinds, padded = read_tasks(task, scores=scores, tau=tau, noise=noise), check_mode(batches)
     shared, patterns = check_masks(masks), check_sources(model, sources)
     chosen_seed = _agreed_seed(new_seed() if seed is None else check_seed(seed), group)
-    pick = picker(select_output, pair=noise == "log_variance")
+    pick = Picker(select_output, noise == "log_variance", task if isinstance(task, Mapping) else None)
     activation = Activation(model, patterns, batch_dim, method)
     sampler = Sampler(activation, pick, chosen_seed, shared, effort.hypercube)
     job = _Job(
         activation,
         sampler,
+        pick,
+        kinds,
         effort,
         strategy,
         None if chunk is None else _positive("chunk", chunk),
         memory,
         keep_samples,
     )
-    results = []
+    results: list[dict[str, Prediction]] = []
     with torch.no_grad(), activation.kept_states():
-        for batch in _shown(batches(inputs, select, batch_dim, model), progress):
-            results.append(job.run(batch, kind, weight_scaling))
-            kind = job.task or kind
+        for batch in _shown(read_batches(inputs, select, batch_dim, model, method), progress):
+            results.append(job.run(batch, weight_scaling))
+            for name, prediction in results[-1].items():
+                check_shapes(results[0][name].mean.shape, prediction.mean.shape, len(results), padded)
     activation.list_sources()
     activation.warn_of_omissions("mc_predict", 2)
     if not results:
@@ -161,7 +178,8 @@ def mc_predict(
             UserWarning,
             stacklevel=2,
         )
-    return type(results[0]).concatenated(results) if len(results) > 1 else results[0]
+    joined = {name: _joined([result[name] for result in results], padded) for name in results[0]}
+    return Predictions(joined) if any(joined) else joined[""]  # type: ignore[return-value]  # see Returns
 
 
 class _Job:
@@ -171,49 +189,51 @@ class _Job:
         self,
         activation: Activation,
         sampler: Sampler,
+        pick: Picker,
+        tasks: Task | dict[str, Task],
         effort: SamplePlan,
         strategy: str,
         chunk: int | None,
         memory: int | None,
         keep_samples: bool,
     ) -> None:
-        self._activation, self._sampler, self._effort = activation, sampler, effort
+        self._activation, self._sampler, self._pick, self._effort = activation, sampler, pick, effort
+        self._tasks = tasks
         self._strategy, self._chunk, self._memory, self._keep = strategy, chunk, memory, keep_samples
         self._row_bytes: int | None = None
         self._compared = False
         self._next_row = 0
-        self.task: Task | None = None
         self.identical = True
         self.reached: float | None = None
 
-    def run(self, inputs: Inputs, task: Task, weight_scaling: bool) -> Prediction:
-        """Returns the prediction for one batch."""
+    def run(self, inputs: Inputs, weight_scaling: bool) -> dict[str, Prediction]:
+        """Returns the predictions for one batch, by the outputs' names."""
         if self._row_bytes is None:
             self._row_bytes = self._prepare(inputs)
+        self._pick.row_dims = self._sampler.row_dims if inputs.rows == 1 else None
         server, effort = self._activation.server, self._effort
         server.prefix = None if self._strategy == "repeated" or self._sampler.writes else Prefix()
         size = self._chunk or self._fitting(inputs)
         self._activation.report.chunk = size
         groups = max(GROUPS, effort.processes)
-        collector = total = self._collector(task, groups)
+        collector = total = self._heads(groups)
         done = False
         for step in effort.steps():
             for samples in effort.chunks(effort.mine(step, groups), size):
                 outputs = self._sampler.run(self._strategy, inputs, samples, self._next_row)
                 self._compare(inputs, samples, outputs)
                 collector.add(self._rows_first(outputs), samples)
-            total = self._merged(collector, task, groups, inputs.device)
+            total = self._merged(collector, groups, inputs.device)
             done = self._close_enough(total)
             if done:
                 break
         server.prefix = None
         if effort.tolerance is not None and not done:
-            self.reached = max(self.reached or 0.0, float(_mean_error(total).max()))
-        self.task, self.identical = total.task, self.identical and total.identical
+            self.reached = max(self.reached or 0.0, _largest_error(total))
+        self._tasks, self.identical = total.tasks, self.identical and total.identical
         self._next_row += inputs.rows or 0
-        return predict_from(
-            total,
-            weight_scaling=self._weight_scaling(inputs) if weight_scaling else None,
+        return total.predictions(
+            self._weight_scaling(inputs) if weight_scaling else None,
             seed=self._sampler.seed,
             strategy=self._strategy,
             report=self._activation.report,
@@ -272,6 +292,11 @@ class _Job:
             held += 8 * Hypercube(cube).family
         return max(1, min(memory // held, self._effort.samples))
 
+    def _heads(self, groups: int) -> Heads:
+        names, tasks = self._pick.names, self._tasks
+        by_name = tasks if isinstance(tasks, dict) else dict.fromkeys(names, tasks)
+        return Heads({name: self._collector(by_name[name], groups) for name in names}, self._pick.sizes)
+
     def _collector(self, task: Task, groups: int) -> Collector:
         return Collector(
             task,
@@ -281,32 +306,40 @@ class _Job:
             keep_samples=self._keep,
         )
 
-    def _rows_first(self, outputs: Outputs) -> Any:
+    def _rows_first(self, outputs: Outputs) -> Outputs:
         """Returns the outputs with samples and then rows in front."""
         dims = self._sampler.row_dims
-        moved = tuple(out if dim is None else out.movedim(dim + 1, 1) for out, dim in zip(outputs, dims, strict=True))
-        return moved[0] if len(moved) == 1 else moved
+        return tuple(out if dim is None else out.movedim(dim + 1, 1) for out, dim in zip(outputs, dims, strict=True))
 
-    def _merged(self, collector: Collector, task: Task, groups: int, device: torch.device) -> Collector:
-        """Returns a collector of the samples of all processes."""
+    def _merged(self, collector: Heads, groups: int, device: torch.device) -> Heads:
+        """Returns the statistics of the samples of all processes."""
         if self._effort.processes == 1:
             return collector
         states: list[Any] = [None] * self._effort.processes
         torch.distributed.all_gather_object(states, collector.state(), group=self._effort.group)
-        total = self._collector(task, groups)
+        total = self._heads(groups)
         total.load(states, device)
         return total
 
-    def _close_enough(self, total: Collector) -> bool:
+    def _close_enough(self, total: Heads) -> bool:
         tolerance, effort = self._effort.tolerance, self._effort
         if tolerance is None or total.count < (4 * ROUND if effort.rounds else ROUND):
             return False
-        return bool(_mean_error(total).max() <= tolerance)
+        return _largest_error(total) <= tolerance
 
-    def _weight_scaling(self, inputs: Inputs) -> Any:
+    def _weight_scaling(self, inputs: Inputs) -> Outputs:
         out = tuple(part.unsqueeze(0) for part in self._sampler.deterministic(inputs))
-        moved = self._rows_first(out)
-        return moved[0] if isinstance(moved, Tensor) else tuple(part[0] for part in moved)
+        return tuple(part[0] for part in self._rows_first(out))
+
+
+def _joined(predictions: Sequence[Prediction], padded: bool) -> Prediction:
+    one = len(predictions) == 1 and not padded
+    return predictions[0] if one else type(predictions[0]).concatenated(predictions, padded=padded)
+
+
+def _largest_error(heads: Heads) -> float:
+    """Returns the largest standard error of the mean of any output."""
+    return max(float(_mean_error(one).max()) for one in heads.collectors.values())
 
 
 def _mean_error(collector: Collector) -> Tensor:

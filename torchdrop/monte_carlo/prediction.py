@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._extras import optional
+from . import joining
 from .gal import check_targets, predictive_log_likelihood, predictive_quantile
 from .statistics import Collector, Mean, Outputs, raw
 from .tasks import Classification, Plain, Regression
@@ -37,6 +38,9 @@ class Prediction:
         seed: the seed that the samples follow from.
         strategy: the strategy by which they were run.
         report: the sources of randomness in the model; printed with the summary.
+        mask: for padded batches, of the mean's shape: True for an output, and False where the mean is NaN because its
+            batch has outputs of a smaller size. The other statistics are NaN there, too.
+        batch_shapes: the shapes of all tensors in each batch: see `batches`.
 
     Example:
         >>> collector = Collector(Plain())
@@ -59,6 +63,8 @@ class Prediction:
     seed: int | None = None
     strategy: str | None = None
     report: object = None
+    mask: Tensor | None = None
+    batch_shapes: tuple[dict[str, tuple[int, ...]], ...] = ()
 
     @property
     def standard_error(self) -> Tensor:
@@ -77,6 +83,8 @@ class Prediction:
             lines.append(f"{'':<22}{'average':>13}{'least':>12}{'most':>12}   largest standard error")
         for name, errors in self.standard_errors.items() if self.mean.numel() else ():
             values = getattr(self, name).double()
+            if self.mask is not None:
+                values, errors = values[~values.isnan()], errors[~errors.isnan()]
             aggregates = f"{values.mean():>13.4g}{values.min():>12.4g}{values.max():>12.4g}"
             lines.append(f"{name:<22}{aggregates}   {errors.max():.4g}")
         return "\n".join(lines + ([str(self.report)] if self.report is not None else []))
@@ -85,13 +93,17 @@ class Prediction:
         """Returns the same with its tensors on another device, or of another floating-point dtype."""
         if isinstance(target, torch.dtype) and not target.is_floating_point:
             raise ValueError(f"dtype must be floating-point, got {target}")
-        return self._with([self], lambda _, tensors: tensors[0].to(target))
+        keeps = isinstance(target, torch.dtype)
+        return self._with(
+            [self], lambda name, tensors: tensors[0] if keeps and name == "mask" else tensors[0].to(target)
+        )
 
     def numpy(self) -> dict[str, Any]:
-        """Returns as arrays the statistics, "<statistic>_standard_error" for each, the deterministic pass and the
-        samples."""
+        """Returns as arrays the statistics, "<statistic>_standard_error" for each, the deterministic pass, the samples
+        and the mask."""
         optional("numpy")
-        tensors = self._columns() | ({} if self.samples is None else {"samples": self.samples})
+        kept = {"samples": self.samples, "mask": self.mask}
+        tensors = self._columns() | {name: tensor for name, tensor in kept.items() if tensor is not None}
         return {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
 
     def rows(self) -> list[dict[str, Any]]:
@@ -137,16 +149,23 @@ class Prediction:
         return self.mean - half, self.mean + half
 
     @classmethod
-    def concatenated(cls: type[P], predictions: Sequence[P]) -> P:
+    def concatenated(cls: type[P], predictions: Sequence[P], *, padded: bool = False) -> P:
         """Returns the predictions of several batches as one, in their order; `num_samples` is the smallest of theirs.
 
+        Args:
+            predictions: those of the batches.
+            padded: whether their outputs may be of different sizes. Smaller ones are filled with NaN: see `mask`.
+
         Raises:
-            ValueError: none is given, they are of different kinds, or some lack what others have.
+            ValueError: none is given, they are of different kinds or sizes, or some lack what others have.
         """
         if not predictions:
             raise ValueError("predictions must hold at least one, got none")
         if len({(type(one), tuple(one.standard_errors)) for one in predictions}) > 1:
             raise ValueError(f"predictions must be of one kind, got {[type(one).__name__ for one in predictions]}")
+
+        for number, one in enumerate(predictions, 1):
+            joining.check_shapes(predictions[0].mean.shape, one.mean.shape, number, padded)
 
         def join(name: str, tensors: list[Tensor]) -> Tensor:
             if name in PER_SAMPLE and len({len(one) for one in tensors}) > 1:
@@ -154,15 +173,45 @@ class Prediction:
                     f"{name} of batches with different numbers of samples, {[len(one) for one in tensors]}, cannot be "
                     "joined: leave out keep_samples or tolerance"
                 )
-            return torch.cat(tensors, dim=1 if name in PER_SAMPLE else 0)
+            return joining.joined(tensors, 1 if name in PER_SAMPLE else 0, padded)
 
+        shapes = tuple(one._shapes() for one in predictions)
+        if padded:
+            predictions = [replace(one, mask=torch.ones_like(one.mean, dtype=torch.bool)) for one in predictions]
         joined = predictions[0]._with(predictions, join)
         strategies = dict.fromkeys(one.strategy for one in predictions if one.strategy is not None)
         return replace(
             joined,
             num_samples=min(one.num_samples for one in predictions),
             strategy=", ".join(strategies) or None,
+            batch_shapes=shapes,
         )
+
+    def batches(self: P) -> list[P]:
+        """Returns the predictions of the batches that were joined, each with its own shapes and no padding.
+
+        Example:
+            >>> collector = Collector(Plain())
+            >>> collector.add(torch.tensor([[[1.0], [4.0]], [[3.0], [4.0]]]), [0, 1])
+            >>> one = predict_from(collector)
+            >>> [len(batch) for batch in Prediction.concatenated([one, one]).batches()]
+            [2, 2]
+        """
+        parts, first = [], 0
+        for shapes in self.batch_shapes:
+
+            def cut(name: str, tensors: list[Tensor], first: int = first, shapes: dict[str, Any] = shapes) -> Tensor:
+                dim, shape = int(name in PER_SAMPLE), shapes[name]
+                return tensors[0].narrow(dim, first, shape[dim])[tuple(map(slice, shape))]
+
+            whole = replace(self, mask=None, batch_shapes=())
+            parts.append(whole._with([whole], cut))
+            first += shapes["mean"][0]
+        return parts or [self]
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tuple(value.shape) for name, value in values.items() if isinstance(value, Tensor)}
 
     def _with(self: P, several: Sequence[P], combine: Callable[[str, list[Tensor]], Tensor]) -> P:
         """Returns this prediction with each tensor replaced by the combination of those of several."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.torch_state import DispatchMode, tree_flatten
+from ..core.torch_state import DispatchMode, elements, tree_flatten
 from ..handlers.masks import Hypercube, Pass, find_layout
 from ..handlers.prefix import Prefix
 from .activate import Activation
@@ -230,7 +230,7 @@ class LiveBytes(DispatchMode):
         return out
 
     def _hold(self, tensor: Tensor) -> None:
-        pointer, size = _pointer(tensor), tensor.untyped_storage().nbytes()
+        pointer, size = _pointer(tensor), elements(tensor).untyped_storage().nbytes()
         _, rate_sites = self._live.get(pointer, (0, 0))
         if not rate_sites:
             self._total += size
@@ -247,4 +247,4 @@ class LiveBytes(DispatchMode):
 
 
 def _pointer(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    return elements(tensor).untyped_storage().data_ptr()
