@@ -28,6 +28,7 @@ from ..handlers.random_functions import DESCRIBE
 from ..handlers.substitute import Substitute, UnknownSourceError
 from ..handlers.tracker import Tracker, inner_names
 from ..seeding import start
+from .copies import UncopyableError
 from .inputs import Inputs
 from .redirect import Redirected, next_level
 from .report import Report
@@ -318,8 +319,8 @@ class _Context:
         refuse_backward()
         server.differentiated = torch.is_grad_enabled()
         if (module, method) not in self._surveyed:
-            activation.survey(inputs, module, method)
             self._surveyed.add((module, method))
+            self._survey(inputs, module, method)
         before, outermost = self._next, self._frames()[1]
         try:
             return self._sampled(module, method, inputs, outermost)
@@ -327,6 +328,21 @@ class _Context:
             self._next, self._outermost = before, None
             activation.survey(inputs, module, method, hooks=True)
             return self._sampled(module, method, inputs, outermost)
+
+    def _survey(self, inputs: Inputs, module: nn.Module, method: str) -> None:
+        """Surveys a call before it is made, if its arguments can be copied."""
+        report = self.activation.report
+        try:
+            self.activation.survey(inputs, module, method)
+        except UncopyableError as error:
+            report.called = True
+            report.notes.append(
+                f"There was no survey: {error}. What draws only in train mode stays off, and masks depend on the batch"
+            )
+        except Exception:
+            report.called = True
+            self._surveyed.discard((module, method))
+            raise
 
     def _sampled(self, module: nn.Module, method: str, inputs: Inputs, outermost: Any) -> Any:
         """Makes a pass that is a sample, or a part of one."""

@@ -11,7 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .copies import deep_copy, is_opaque
 from .structures import is_graph, is_packed, map_leaves, walk
+
+_FLAT = frozenset((Tensor, type(None), bool, int, float, str))
+"""Types of arguments in which there is nothing else."""
 
 _BY_ELEMENTS = (torch.strided, torch.sparse_coo)
 _BY_COORDINATES = (torch.sparse_csr, torch.sparse_csc)
@@ -37,7 +41,10 @@ class Inputs:
     def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], dim: int | None) -> None:
         self.args = args
         self.kwargs: dict[str, Any] = dict(kwargs)
-        values = list(walk((self.args, self.kwargs)))
+        values: list[Any] = [*self.args, *self.kwargs.values()]
+        if not all(type(value) in _FLAT for value in values):
+            values = [part for value in values for part in walk(value)]
+        self._mutable = any(type(part) not in _FLAT and type(part) is not tuple for part in values)
         self.tensors: list[Tensor] = [t for t in values if isinstance(t, Tensor) and t.dim() > 0]
         if any(t.is_nested and t.layout is not torch.jagged for t in self.tensors):
             raise TypeError(
@@ -67,9 +74,17 @@ class Inputs:
         return model(*self.args, **self.kwargs)
 
     def _map(self, function: Any) -> Inputs:
-        args, kwargs = map_leaves(
-            lambda t: function(t) if isinstance(t, Tensor) and t.dim() > 0 else t, (self.args, self.kwargs)
-        )
+        def of_leaf(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor):
+                return function(leaf) if leaf.dim() > 0 else leaf
+            return deep_copy(leaf, of_hidden) if is_opaque(leaf) else leaf
+
+        def of_hidden(tensor: Tensor) -> Tensor:
+            has_rows = self.rows is not None and tensor.dim() > 0 and _size(tensor, self.dim or 0) == self.rows
+            own = tensor.detach().clone()
+            return function(own) if has_rows else own
+
+        args, kwargs = map_leaves(of_leaf, (self.args, self.kwargs))
         return Inputs(args, kwargs, self.dim)
 
     def first(self, rows: int) -> Inputs:
@@ -90,7 +105,9 @@ class Inputs:
         return self._map(Tensor.clone)
 
     def fresh(self) -> Inputs:
-        return self
+        """Returns the same tensors in containers of their own, and copies of all other objects that a model may write
+        to."""
+        return self._map(lambda t: t) if self._mutable else self
 
     @property
     def versions(self) -> list[int]:

@@ -79,7 +79,7 @@ class Sampler:
         return None if self._hypercube is None else Hypercube(self._hypercube, first // self._hypercube)
 
     def _call(self, inputs: Inputs) -> Outputs:
-        return self._pick(self._activation.call(inputs.copy() if self.writes else inputs))
+        return self._pick(self._activation.call(inputs.copy() if self.writes else inputs.fresh()))
 
     def run(self, strategy: str, inputs: Inputs, samples: Sequence[int], first_row: int = 0) -> Outputs:
         """Returns the outputs of these samples of one hypercube, stacked in front: (samples, ...)."""
@@ -126,7 +126,7 @@ class Sampler:
 
     def deterministic(self, inputs: Inputs) -> Outputs:
         """Returns the outputs of a pass in eval mode, with nothing random."""
-        return self._pick(self._activation.deterministic(inputs.copy() if self.writes else inputs))
+        return self._pick(self._activation.deterministic(inputs.copy() if self.writes else inputs.fresh()))
 
     def measure(self, inputs: Inputs, three: Any) -> tuple[int, float]:
         """Takes two samples of two rows, one after another, as the reference for other strategies.

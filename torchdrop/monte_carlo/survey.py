@@ -14,6 +14,7 @@ from ..handlers.masks import Pass
 from ..handlers.sources import AUGMENTS, NOT_CHOSEN, Source
 from ..handlers.trace import Trace
 from ..layers.layer_drop import LayerDrop
+from .copies import UncopyableError
 from .inputs import Inputs
 from .state import GENERATORS, foreign_states, own_generators
 
@@ -100,6 +101,8 @@ class Survey:
                         returned = self._run(inputs)
                     self._activation.differentiates |= grad
                     return returned
+                except UncopyableError:
+                    raise
                 except Exception as error:
                     self._restore(known)
                     if failed is None:
