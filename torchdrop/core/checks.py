@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 
 from .torch_state import constant_when_compiled

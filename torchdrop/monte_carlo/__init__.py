@@ -4,7 +4,7 @@
 """
 
 from ..handlers.sources import Source
-from .activate import mc_dropout
+from .context import mc_dropout
 from .gal import predictive_log_likelihood, tau_from_weight_decay, weight_decay_from_tau
 from .heads import Predictions
 from .predict import mc_predict

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..core.checks import check_integer
 from ..handlers.sources import AUGMENTS, NOT_CHOSEN, Source
 
 
@@ -35,6 +38,34 @@ class Report:
     unseen: int = 0
     outside: int = 0
     called: bool = False
+    _fix: Callable[[int], AbstractContextManager[None]] | None = field(default=None, repr=False, compare=False)
+
+    def sample(self, number: int) -> AbstractContextManager[None]:
+        """Returns a context, for use within `mc_dropout`, in which every call of the model has the masks of one sample.
+
+        So all windows of an image, or all steps of a decoder, are computed by one function. Outside of it each call is
+        the next sample.
+
+        Args:
+            number: the number of the sample, from 0.
+
+        Raises:
+            TypeError, ValueError: a number that is no integer, or negative.
+            RuntimeError: the report is not that of a context that this thread is in.
+
+        Example:
+            >>> import torch, torchdrop
+            >>> model, x = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.5)).eval(), torch.randn(3, 4)
+            >>> with torchdrop.mc_dropout(model, seed=0) as report:
+            ...     with report.sample(5):
+            ...         first, again = model(x), model(x)
+            >>> torch.equal(first, again)
+            True
+        """
+        check_integer("number", number, least=0)
+        if self._fix is None:
+            raise RuntimeError("report.sample(number) is for use within `with mc_dropout(model) as report:`")
+        return self._fix(number)
 
     @property
     def active(self) -> list[Source]:

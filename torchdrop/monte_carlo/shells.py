@@ -165,7 +165,7 @@ class Shells:
                 for name, value in known.module.own.items()
                 if _is_own_tensor((name, value))
             ]
-            if any(copy is not None and copy is not value and _was_written(copy, value) for copy, value in pairs):
+            if any(_was_written(copy, value) for copy, value in pairs if copy is not value):
                 found.add(module)
         return found
 
@@ -297,7 +297,7 @@ def _is_own_tensor(attribute: tuple[str, Any]) -> bool:
 
 
 def _clone_tensors(own: dict[str, Any], copied: dict[int, Any]) -> None:
-    """Puts copies in the place of buffers, and of tensors among the attributes. A tensor has one copy in all modules."""
+    """Puts copies in the place of buffers, and of tensors among the attributes. All modules share a tensor's copy."""
     for name, buffer in own["_buffers"].items():
         if buffer is not None:
             own["_buffers"][name] = _clone_of(buffer, copied)
@@ -312,7 +312,9 @@ def _clone_of(tensor: Tensor, copied: dict[int, Any]) -> Tensor:
     return copied[id(tensor)]
 
 
-def _was_written(copy: Tensor, original: Tensor) -> bool:
+def _was_written(copy: Tensor | None, original: Tensor | None) -> bool:
+    if copy is None or original is None:
+        return False
     if copy.is_inference() or original.is_inference():
         return copy.shape != original.shape or not torch.equal(copy, original)
     return copy._version > 0
