@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,19 +11,17 @@ from torch import Tensor, nn
 
 from .._extras import optional
 from ..core.checks import check_integer
-from ..handlers.masks import Hypercube
 from ..handlers.prefix import Prefix
 from ..layers.compact.sequential import CompactSequential
 from .activate import ADVICE, Activation, check_masks, check_model, check_seed, check_sources, new_seed
 from .inputs import Inputs, batches, picker
+from .memory import GROUPS, MemoryPlan, rows_of
 from .plan import ROUND, SamplePlan
 from .prediction import Prediction, predict_from
 from .sample import STRATEGIES, Outputs, Sampler
-from .statistics import Collector, Mean, Task
-from .tasks import read_task
-
-GROUPS = 10
-"""The number of groups of samples. Standard errors come from the spread between groups."""
+from .standard_errors import Errors, error_names
+from .statistics import Collector
+from .tasks import Task, read_task
 
 _FEW = 0.2
 """The least share of the calls before the first random one that is worth running once."""
@@ -50,6 +48,7 @@ def mc_predict(
     method: str | None = None,
     select: Callable[[Any], Any] | None = None,
     select_output: Callable[[Any], Any] | None = None,
+    standard_errors: Errors = "auto",
     keep_samples: bool = False,
     weight_scaling: bool = False,
     progress: bool = False,
@@ -84,13 +83,19 @@ def mc_predict(
             everything if None.
         strategy: "vectorized", "repeated" or "loop" (see `sample`), or "auto" for the first that works.
         chunk: the number of samples that are run at a time; as many as fit into `memory` if None.
-        memory: a bound, in bytes, for the tensors that the samples of a chunk have at once, estimated from two rows.
-            Default: 32 MiB on the CPU, 1 GiB elsewhere. At least one sample is run.
+        memory: a bound, in bytes, for what the samples of a chunk and the statistics have at once, estimated from two
+            rows. Default: 32 MiB on the CPU, 1 GiB elsewhere. Where the statistics of a batch do not fit, or a single
+            sample of it does not fit into a bound that was given, its rows are run in blocks, of one row at least,
+            unless there is a tolerance or rows depend on each other. The result itself is not counted.
         batch_dim: the dimension of the inputs that counts rows; None if they are one whole, as a graph is.
         method: the name of the model's method that is called, such as "encode"; the model itself if None.
         select: takes the inputs from a batch of an iterable.
         select_output: takes the tensor from the model's output. By default a tensor is taken as it is, and from a
             mapping `logits` or `last_hidden_state`.
+        standard_errors: the statistics that get a Monte Carlo standard error: True for all, False for none, a sequence
+            of names such as ("mean", "mutual_information"), or "auto" for all where a row's output has at most 16384
+            elements, and for the mean alone where it has more, as images of classes do. All but the mean's need the
+            moments of ten groups of samples: ten times the time and memory of the statistics themselves.
         keep_samples: whether all samples are kept, for quantiles and the like.
         weight_scaling: whether the deterministic pass of eval mode is made as well, to compare with.
         progress: whether to show a progress bar (tqdm).
@@ -98,8 +103,8 @@ def mc_predict(
 
     Returns:
         A `Prediction`, `ClassificationPrediction` or `RegressionPrediction`, rows first, with `mean` and the standard
-        error of all it reports. Under "latin" without a tolerance these are upper bounds: a hypercube's variance is at
-        most T / (T - 1) times that of independent samples (Owen, 1997).
+        errors that were chosen, by the statistics' names in `standard_errors`. Under "latin" without a tolerance these
+        are upper bounds: a hypercube's variance is at most T / (T - 1) times that of independent samples (Owen, 1997).
 
     Raises:
         ValueError: an argument out of range, no random source, a NaN in a sample, outputs that change their shape or
@@ -129,6 +134,7 @@ def mc_predict(
     if strategy not in ("auto", *STRATEGIES):
         raise ValueError(f"strategy must be 'auto', {', '.join(map(repr, STRATEGIES))}, got {strategy!r}")
     kind = read_task(task, scores=scores, tau=tau, noise=noise)
+    error_names(standard_errors, kind)
     shared, patterns = check_masks(masks), check_sources(model, sources)
     chosen_seed = _agreed_seed(new_seed() if seed is None else check_seed(seed), group)
     pick = picker(select_output, pair=noise == "log_variance")
@@ -137,16 +143,17 @@ def mc_predict(
     job = _Job(
         activation,
         sampler,
+        pick,
         effort,
         strategy,
         None if chunk is None else _positive("chunk", chunk),
-        memory,
+        MemoryPlan(memory, effort, standard_errors),
         keep_samples,
     )
-    results = []
+    results: list[Prediction] = []
     with torch.no_grad(), activation.kept_states():
         for batch in _shown(batches(inputs, select, batch_dim, model), progress):
-            results.append(job.run(batch, kind, weight_scaling))
+            results += job.run(batch, kind, weight_scaling)
             kind = job.task or kind
     activation.list_sources()
     activation.warn_of_omissions("mc_predict", 2)
@@ -171,28 +178,54 @@ class _Job:
         self,
         activation: Activation,
         sampler: Sampler,
+        pick: Callable[[Any], Outputs],
         effort: SamplePlan,
         strategy: str,
         chunk: int | None,
-        memory: int | None,
+        memory: MemoryPlan,
         keep_samples: bool,
     ) -> None:
-        self._activation, self._sampler, self._effort = activation, sampler, effort
+        self._activation, self._sampler, self._pick, self._effort = activation, sampler, pick, effort
         self._strategy, self._chunk, self._memory, self._keep = strategy, chunk, memory, keep_samples
-        self._row_bytes: int | None = None
+        self._prepared = False
         self._compared = False
+        self._rows_alone = True
         self._next_row = 0
         self.task: Task | None = None
         self.identical = True
         self.reached: float | None = None
 
-    def run(self, inputs: Inputs, task: Task, weight_scaling: bool) -> Prediction:
-        """Returns the prediction for one batch."""
-        if self._row_bytes is None:
-            self._row_bytes = self._prepare(inputs)
+    def run(self, inputs: Inputs, task: Task, weight_scaling: bool) -> list[Prediction]:
+        """Returns the predictions for one batch: one, or one for each block of its rows."""
+        if not self._prepared:
+            self._memory.row_bytes, self._memory.row_elements = self._prepare(inputs)
+            self._prepared = True
+        predictions = []
+        for block in self._blocks(inputs, task):
+            predictions.append(self._run(block, self.task or task, weight_scaling))
+        return predictions
+
+    def _blocks(self, inputs: Inputs, task: Task) -> Iterator[Inputs]:
+        """Yields the batch, or blocks of its rows if its statistics, or a sample of it, do not fit into memory."""
+        height, rows = self._memory.rows(inputs, task), inputs.rows or 1
+        if height is None:
+            yield inputs
+            return
+        if not self._compared:
+            few = rows_of(inputs, 0, min(max(height, 3), rows))
+            self._activation.server.prefix = None
+            self._compare(few, (0,), self._sampler.run("loop", few, (0,), self._next_row))
+        if not self._rows_alone:
+            yield inputs
+            return
+        for first in range(0, rows, height):
+            yield rows_of(inputs, first, min(height, rows - first))
+
+    def _run(self, inputs: Inputs, task: Task, weight_scaling: bool) -> Prediction:
+        """Returns the prediction for a block of rows, or for a whole batch."""
         server, effort = self._activation.server, self._effort
         server.prefix = None if self._strategy == "repeated" or self._sampler.writes else Prefix()
-        size = self._chunk or self._fitting(inputs)
+        size = self._chunk or (1 if self._strategy == "loop" else self._memory.samples(inputs, task))
         self._activation.report.chunk = size
         groups = max(GROUPS, effort.processes)
         collector = total = self._collector(task, groups)
@@ -219,8 +252,9 @@ class _Job:
             report=self._activation.report,
         )
 
-    def _prepare(self, inputs: Inputs) -> int:
-        """Surveys the model, decides on the strategy, and returns the bytes that one row of one sample needs."""
+    def _prepare(self, inputs: Inputs) -> tuple[int, int]:
+        """Surveys the model, decides on the strategy, and returns the bytes that one row of one sample needs, and the
+        elements of its output."""
         activation, sampler, report = self._activation, self._sampler, self._activation.report
         if inputs.rows == 0:
             raise ValueError("inputs must hold at least one row, got none")
@@ -231,6 +265,8 @@ class _Job:
                 f"nothing random is active in the model, so all samples would be equal. {ADVICE}{off}{report.noted()}"
             )
         row_bytes, share = sampler.measure(inputs, three)
+        sizes = zip(self._pick(three), sampler.row_dims, strict=True)
+        elements = sum(part.numel() // (1 if dim is None else 3) for part, dim in sizes)
         order = [s for s in STRATEGIES if s != "repeated" or inputs.rows is not None]
         if not report.replayable:
             order = ["loop"]
@@ -247,30 +283,21 @@ class _Job:
                 raise RuntimeError(f"strategy={strategy!r} does not work here: {reason}. Use strategy='auto'")
             report.notes.append(f"Not {strategy}: {reason}")
         report.strategy = self._strategy
-        return row_bytes
+        return row_bytes, elements
 
     def _compare(self, inputs: Inputs, samples: Sequence[int], outputs: Outputs) -> None:
         """Checks, once, if a row's outputs are the same in any batch."""
         if self._compared or samples[0] != 0 or (inputs.rows or 0) < 2:
             return
         self._compared = True
-        if not self._sampler.rows_stand_alone(outputs):
+        self._rows_alone = self._sampler.rows_stand_alone(outputs)
+        if not self._rows_alone:
             note = (
                 "A row's outputs depend on the other rows of its batch. If that is not meant: is batch_dim="
                 f"{inputs.dim} the dimension that counts rows?"
             )
             self._activation.report.notes.append(note)
             warnings.warn(f"mc_predict: {note}", UserWarning, stacklevel=4)
-
-    def _fitting(self, inputs: Inputs) -> int:
-        memory = self._memory or (2**25 if inputs.device.type == "cpu" else 2**30)
-        if self._strategy == "loop":
-            return 1
-        held = (self._row_bytes or 1) * (inputs.rows or 1)
-        cube = self._effort.hypercube
-        if cube is not None:
-            held += 8 * Hypercube(cube).family
-        return max(1, min(memory // held, self._effort.samples))
 
     def _collector(self, task: Task, groups: int) -> Collector:
         return Collector(
@@ -279,6 +306,7 @@ class _Job:
             group_of=self._effort.group_of(groups),
             rounds=self._effort.rounds,
             keep_samples=self._keep,
+            errors=self._memory.errors,
         )
 
     def _rows_first(self, outputs: Outputs) -> Any:
@@ -310,9 +338,7 @@ class _Job:
 
 
 def _mean_error(collector: Collector) -> Tensor:
-    mean = collector.task.statistics()["mean"]
-    assert isinstance(mean, Mean)
-    return collector.standard_error(mean)
+    return collector.standard_error(collector.task.statistics()["mean"])
 
 
 def _method(model: nn.Module, method: Any) -> str:
