@@ -1,4 +1,4 @@
-"""What finds out what is random in a model leaves no trace: in its arguments, its state, its hooks, or its gradients."""
+"""The survey of a model leaves no trace: in its arguments, its state, its hooks, or its gradients."""
 
 from __future__ import annotations
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..core import sites
-from ..core.torch_state import is_compiling, transforms_active
+from ..core.torch_state import is_compiling, transforms_active, tree_flatten
 from .base import Handler, checkpointed, innermost, refuse_checkpoint
 from .calls import RandomCall, Site
 from .masks import Layout, MaskSlot, NotVectorizableError, Pass, find_layout, source_seed
@@ -22,6 +24,9 @@ _ASKED = frozenset((sites.is_on, *OPENED))
 
 _SEEN = _ASKED.union(DESCRIBE)
 """Functions whose calls matter to a pass as such; all others are made as they are, except in a prefix."""
+
+_WITHIN = 4
+"""The number of tensors of its size that a random call makes, at most: scores, weights, words, and its result."""
 
 _UNPLACED = "the size of its tensor does not follow the number of rows, so its masks depend on the batch"
 
@@ -41,7 +46,9 @@ class Substitute(Handler):
     Attributes:
         strict: whether a call that is not known raises `UnknownSourceError`.
         draws_own: is called before a call is let through that may draw from PyTorch's generators.
-        counts: whether `calls`, the number of calls that return tensors, is wanted.
+        counts: whether `calls` and `bytes` are wanted.
+        calls: the number of calls that return tensors, other than random ones, in this pass.
+        bytes: more bytes than this pass's tensors hold at once after its first draw: the sum of all.
         elsewhere: a function that gets the calls made while no module of a model runs; None if none are served.
     """
 
@@ -51,6 +58,7 @@ class Substitute(Handler):
         self.run: Pass | None = None
         self.draws: int = 0
         self.calls: int = 0
+        self.bytes: int = 0
         self.prefix: Prefix | None = None
         self.surveyed: bool = False
         self.strict: bool = False
@@ -63,7 +71,7 @@ class Substitute(Handler):
 
     def begin(self, run: Pass) -> None:
         """Begins this pass."""
-        self.run, self.draws, self.calls = run, 0, 0
+        self.run, self.draws, self.calls, self.bytes = run, 0, 0, 0
         if self.prefix is not None:
             self.prefix.restart()
 
@@ -109,7 +117,10 @@ class Substitute(Handler):
 
     def _pass(self, func: Any, call: Callable[[], Any]) -> Any:
         out = call() if self.prefix is None else self.prefix.run(func, call)
-        self.calls += isinstance(out, Tensor)
+        if self.counts:
+            self.calls += isinstance(out, Tensor)
+            if self.draws:
+                self.bytes += _bytes_of(out)
         return out
 
     def _known(self, site: Site) -> Source | None:
@@ -144,7 +155,10 @@ class Substitute(Handler):
         source.served = True
         self.draws += draw.draws
         if draw.served is not None:
-            return draw.served(self._slot(site, source), float(rate or 0.0))
+            out = draw.served(self._slot(site, source), float(rate or 0.0))
+            if self.counts:
+                self.bytes += _WITHIN * max(_bytes_of(out), 4 * math.prod(draw.shape or ()))
+            return out
         assert self.run is not None
         if transforms_active() or self.run.folded:
             raise NotVectorizableError(f"{draw.kind} in {site.module or 'the model'} draws torch's own numbers")
@@ -179,3 +193,9 @@ class Substitute(Handler):
             source.replayable, source.reason = False, _UNPLACED
             return None
         return layout
+
+
+def _bytes_of(out: Any) -> int:
+    """Returns the bytes of the tensors in a call's result, other than views."""
+    tensors = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, Tensor)]
+    return sum(tensor.nbytes for tensor in tensors if tensor.layout is torch.strided and not tensor._is_view())

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from .statistics import wide
+from .moments import wide
 
 HALVINGS = 60
 

@@ -93,6 +93,12 @@ class Inputs:
             return self.copy()
         return self._taken([row % self.rows for row in range(rows)])
 
+    def part(self, first: int, count: int) -> Inputs:
+        """Returns so many rows, from this one on. Where tensors are strided they share the memory of these."""
+        if all(t.layout is torch.strided for t in self.tensors):
+            return self._map(lambda t: t.narrow(self.dim, first, count))
+        return self._taken(range(first, first + count))
+
     def _taken(self, rows: Sequence[int]) -> Inputs:
         """Returns these rows."""
         index = torch.tensor(rows, device=self.device)

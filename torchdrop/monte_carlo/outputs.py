@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -56,6 +56,11 @@ class Picker:
             tensor if dim is None or tensor.dim() != rank - 1 else tensor.unsqueeze(dim)
             for tensor, dim, rank in zip(tensors, self.row_dims, self._ranks, strict=True)
         )
+
+    def by_name(self, numbers: Sequence[int]) -> dict[str, int]:
+        """Returns the sum, for each output, of numbers that belong to its tensors."""
+        rest = iter(numbers)
+        return {name: sum(next(rest) for _ in range(size)) for name, size in zip(self.names, self.sizes, strict=True)}
 
     def _named(self, returned: Any) -> dict[str, Any]:
         """Returns the outputs by name."""

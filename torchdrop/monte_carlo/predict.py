@@ -7,29 +7,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .._extras import optional
 from ..core.checks import check_integer
-from ..handlers.masks import Hypercube
-from ..handlers.prefix import Prefix
-from ..layers.compact.sequential import CompactSequential
 from .activate import ADVICE, Activation, check_masks, check_model, check_seed, check_sources, new_seed
 from .batches import read_batches
-from .heads import Heads, Predictions, read_tasks
+from .heads import Predictions, read_tasks
 from .inputs import Inputs
+from .job import Job
 from .joining import check_mode, check_shapes
+from .memory import MemoryPlan
 from .outputs import Picker
-from .plan import ROUND, SamplePlan
+from .plan import SamplePlan
 from .prediction import Prediction
-from .sample import STRATEGIES, Outputs, Sampler
-from .statistics import Collector, Mean, Task
-
-GROUPS = 10
-"""The number of groups of samples. Standard errors come from the spread between groups."""
-
-_FEW = 0.2
-"""The least share of the calls before the first random one that is worth running once."""
+from .sample import STRATEGIES, Sampler
+from .standard_errors import Errors, check_errors
+from .strategy import Choice
 
 
 def mc_predict(
@@ -54,6 +48,7 @@ def mc_predict(
     select: Callable[[Any], Any] | None = None,
     select_output: Callable[[Any], Any] | None = None,
     batches: str = "joined",
+    standard_errors: Errors = "auto",
     keep_samples: bool = False,
     weight_scaling: bool = False,
     progress: bool = False,
@@ -94,8 +89,10 @@ def mc_predict(
             everything if None.
         strategy: "vectorized", "repeated" or "loop" (see `sample`), or "auto" for the first that works.
         chunk: the number of samples that are run at a time; as many as fit into `memory` if None.
-        memory: a bound, in bytes, for the tensors that the samples of a chunk have at once, estimated from two rows.
-            Default: 32 MiB on the CPU, 1 GiB elsewhere. At least one sample is run.
+        memory: a bound, in bytes, for what the samples of a chunk and the statistics have at once, estimated from two
+            rows. Default: 32 MiB on the CPU, 1 GiB elsewhere. Where the statistics of a batch do not fit, or a single
+            sample of it does not fit into a bound that was given, its rows are run in blocks, of one row at least,
+            unless there is a tolerance or rows depend on each other. The result itself is not counted.
         batch_dim: the dimension of the inputs that counts rows; None if they are one whole, as a graph is.
         method: the name of the model's method that is called, such as "encode"; the model itself if None.
         select: takes the inputs from a batch, such as ``tuple`` where a pair has two arguments.
@@ -104,6 +101,10 @@ def mc_predict(
         batches: "joined": the rows of all batches make up the result, one after another. "padded": outputs may differ
             in size between batches, as where each batch is padded to its longest row. The smaller are filled with NaN,
             and the result's `mask` says where. Either way `Prediction.batches` returns the result by batch.
+        standard_errors: the statistics that get a Monte Carlo standard error: True for all, False for none, a sequence
+            of names such as ("mean", "mutual_information"), or "auto" for all where a row's output has at most 16384
+            elements, and for the mean alone where it has more, as images of classes do. All but the mean's need the
+            moments of ten groups of samples: ten times the time and memory of the statistics themselves.
         keep_samples: whether all samples are kept, for quantiles and the like.
         weight_scaling: whether the deterministic pass of eval mode is made as well, to compare with.
         progress: whether to show a progress bar (tqdm).
@@ -111,9 +112,9 @@ def mc_predict(
 
     Returns:
         A `Prediction`, `ClassificationPrediction` or `RegressionPrediction`, or `Predictions` of several outputs by
-        name. They have rows first, with `mean` and the standard
-        error of all it reports. Under "latin" without a tolerance these are upper bounds: a hypercube's variance is at
-        most T / (T - 1) times that of independent samples (Owen, 1997).
+        name. They have rows first, with `mean` and the standard errors that were chosen, by the statistics' names in
+        `standard_errors`. Under "latin" without a tolerance these are upper bounds: a hypercube's variance is at most
+        T / (T - 1) times that of independent samples (Owen, 1997).
 
     Raises:
         ValueError: an argument out of range, no random source, a NaN in a sample, outputs that change their shape or
@@ -143,32 +144,36 @@ def mc_predict(
     if strategy not in ("auto", *STRATEGIES):
         raise ValueError(f"strategy must be 'auto', {', '.join(map(repr, STRATEGIES))}, got {strategy!r}")
     kinds, padded = read_tasks(task, scores=scores, tau=tau, noise=noise), check_mode(batches)
+    check_errors(standard_errors, kinds.values() if isinstance(kinds, dict) else [kinds])
     shared, patterns = check_masks(masks), check_sources(model, sources)
     chosen_seed = _agreed_seed(new_seed() if seed is None else check_seed(seed), group)
     pick = Picker(select_output, noise == "log_variance", task if isinstance(task, Mapping) else None)
     activation = Activation(model, patterns, batch_dim, method)
     sampler = Sampler(activation, pick, chosen_seed, shared, effort.hypercube)
-    job = _Job(
+    choice = Choice(activation, sampler, strategy)
+    job = Job(
         activation,
         sampler,
         pick,
         kinds,
         effort,
-        strategy,
+        choice,
         None if chunk is None else _positive("chunk", chunk),
-        memory,
+        MemoryPlan(memory, effort, standard_errors),
         keep_samples,
     )
     results: list[dict[str, Prediction]] = []
     with torch.no_grad(), activation.kept_states():
         for batch in _shown(read_batches(inputs, select, batch_dim, model, method), progress):
-            results.append(job.run(batch, weight_scaling))
+            results.append(_in_one(job.run(batch, weight_scaling)))
             for name, prediction in results[-1].items():
                 check_shapes(results[0][name].mean.shape, prediction.mean.shape, len(results), padded)
     activation.list_sources()
     activation.warn_of_omissions("mc_predict", 2)
     if not results:
         raise ValueError("inputs must hold at least one batch, got none")
+    for what in choice.said:
+        warnings.warn(f"mc_predict: {what}", UserWarning, stacklevel=2)
     if effort.samples > 1 and job.identical:
         warnings.warn(f"mc_predict: all samples are identical. {ADVICE}", UserWarning, stacklevel=2)
     if job.reached is not None:
@@ -182,170 +187,14 @@ def mc_predict(
     return Predictions(joined) if any(joined) else joined[""]  # type: ignore[return-value]  # see Returns
 
 
-class _Job:
-    """The batches of one prediction, one after another. The strategy is decided on the first."""
-
-    def __init__(
-        self,
-        activation: Activation,
-        sampler: Sampler,
-        pick: Picker,
-        tasks: Task | dict[str, Task],
-        effort: SamplePlan,
-        strategy: str,
-        chunk: int | None,
-        memory: int | None,
-        keep_samples: bool,
-    ) -> None:
-        self._activation, self._sampler, self._pick, self._effort = activation, sampler, pick, effort
-        self._tasks = tasks
-        self._strategy, self._chunk, self._memory, self._keep = strategy, chunk, memory, keep_samples
-        self._row_bytes: int | None = None
-        self._compared = False
-        self._next_row = 0
-        self.identical = True
-        self.reached: float | None = None
-
-    def run(self, inputs: Inputs, weight_scaling: bool) -> dict[str, Prediction]:
-        """Returns the predictions for one batch, by the outputs' names."""
-        if self._row_bytes is None:
-            self._row_bytes = self._prepare(inputs)
-        self._pick.row_dims = self._sampler.row_dims if inputs.rows == 1 else None
-        server, effort = self._activation.server, self._effort
-        server.prefix = None if self._strategy == "repeated" or self._sampler.writes else Prefix()
-        size = self._chunk or self._fitting(inputs)
-        self._activation.report.chunk = size
-        groups = max(GROUPS, effort.processes)
-        collector = total = self._heads(groups)
-        done = False
-        for step in effort.steps():
-            for samples in effort.chunks(effort.mine(step, groups), size):
-                outputs = self._sampler.run(self._strategy, inputs, samples, self._next_row)
-                self._compare(inputs, samples, outputs)
-                collector.add(self._rows_first(outputs), samples)
-            total = self._merged(collector, groups, inputs.device)
-            done = self._close_enough(total)
-            if done:
-                break
-        server.prefix = None
-        if effort.tolerance is not None and not done:
-            self.reached = max(self.reached or 0.0, _largest_error(total))
-        self._tasks, self.identical = total.tasks, self.identical and total.identical
-        self._next_row += inputs.rows or 0
-        return total.predictions(
-            self._weight_scaling(inputs) if weight_scaling else None,
-            seed=self._sampler.seed,
-            strategy=self._strategy,
-            report=self._activation.report,
-        )
-
-    def _prepare(self, inputs: Inputs) -> int:
-        """Surveys the model, decides on the strategy, and returns the bytes that one row of one sample needs."""
-        activation, sampler, report = self._activation, self._sampler, self._activation.report
-        if inputs.rows == 0:
-            raise ValueError("inputs must hold at least one row, got none")
-        three = activation.survey(inputs)
-        if not report.active:
-            off = "".join(f"\n  {s.module or '(model)'}: {s.kind}, {s.reason}" for s in report.inactive)
-            raise ValueError(
-                f"nothing random is active in the model, so all samples would be equal. {ADVICE}{off}{report.noted()}"
-            )
-        row_bytes, share = sampler.measure(inputs, three)
-        order = [s for s in STRATEGIES if s != "repeated" or inputs.rows is not None]
-        if not report.replayable:
-            order = ["loop"]
-        elif any(isinstance(module, CompactSequential) for module in activation.model.modules()):
-            order.sort(key=["loop", "vectorized", "repeated"].index)  # one sample at a time can cut out its units
-        elif share < _FEW:
-            order.sort(key=["repeated", "vectorized", "loop"].index)
-        for strategy in order if self._strategy == "auto" else [self._strategy]:
-            reason = sampler.works(strategy)
-            if not reason:
-                self._strategy = strategy
-                break
-            if self._strategy != "auto":
-                raise RuntimeError(f"strategy={strategy!r} does not work here: {reason}. Use strategy='auto'")
-            report.notes.append(f"Not {strategy}: {reason}")
-        report.strategy = self._strategy
-        return row_bytes
-
-    def _compare(self, inputs: Inputs, samples: Sequence[int], outputs: Outputs) -> None:
-        """Checks, once, if a row's outputs are the same in any batch."""
-        if self._compared or samples[0] != 0 or (inputs.rows or 0) < 2:
-            return
-        self._compared = True
-        if not self._sampler.rows_stand_alone(outputs):
-            note = (
-                "A row's outputs depend on the other rows of its batch. If that is not meant: is batch_dim="
-                f"{inputs.dim} the dimension that counts rows?"
-            )
-            self._activation.report.notes.append(note)
-            warnings.warn(f"mc_predict: {note}", UserWarning, stacklevel=4)
-
-    def _fitting(self, inputs: Inputs) -> int:
-        memory = self._memory or (2**25 if inputs.device.type == "cpu" else 2**30)
-        if self._strategy == "loop":
-            return 1
-        held = (self._row_bytes or 1) * (inputs.rows or 1)
-        cube = self._effort.hypercube
-        if cube is not None:
-            held += 8 * Hypercube(cube).family
-        return max(1, min(memory // held, self._effort.samples))
-
-    def _heads(self, groups: int) -> Heads:
-        names, tasks = self._pick.names, self._tasks
-        by_name = tasks if isinstance(tasks, dict) else dict.fromkeys(names, tasks)
-        return Heads({name: self._collector(by_name[name], groups) for name in names}, self._pick.sizes)
-
-    def _collector(self, task: Task, groups: int) -> Collector:
-        return Collector(
-            task,
-            groups,
-            group_of=self._effort.group_of(groups),
-            rounds=self._effort.rounds,
-            keep_samples=self._keep,
-        )
-
-    def _rows_first(self, outputs: Outputs) -> Outputs:
-        """Returns the outputs with samples and then rows in front."""
-        dims = self._sampler.row_dims
-        return tuple(out if dim is None else out.movedim(dim + 1, 1) for out, dim in zip(outputs, dims, strict=True))
-
-    def _merged(self, collector: Heads, groups: int, device: torch.device) -> Heads:
-        """Returns the statistics of the samples of all processes."""
-        if self._effort.processes == 1:
-            return collector
-        states: list[Any] = [None] * self._effort.processes
-        torch.distributed.all_gather_object(states, collector.state(), group=self._effort.group)
-        total = self._heads(groups)
-        total.load(states, device)
-        return total
-
-    def _close_enough(self, total: Heads) -> bool:
-        tolerance, effort = self._effort.tolerance, self._effort
-        if tolerance is None or total.count < (4 * ROUND if effort.rounds else ROUND):
-            return False
-        return _largest_error(total) <= tolerance
-
-    def _weight_scaling(self, inputs: Inputs) -> Outputs:
-        out = tuple(part.unsqueeze(0) for part in self._sampler.deterministic(inputs))
-        return tuple(part[0] for part in self._rows_first(out))
+def _in_one(blocks: Sequence[dict[str, Prediction]]) -> dict[str, Prediction]:
+    """Returns the predictions of a batch that was run in blocks of rows."""
+    return {name: _joined([block[name] for block in blocks], False) for name in blocks[0]}
 
 
 def _joined(predictions: Sequence[Prediction], padded: bool) -> Prediction:
     one = len(predictions) == 1 and not padded
     return predictions[0] if one else type(predictions[0]).concatenated(predictions, padded=padded)
-
-
-def _largest_error(heads: Heads) -> float:
-    """Returns the largest standard error of the mean of any output."""
-    return max(float(_mean_error(one).max()) for one in heads.collectors.values())
-
-
-def _mean_error(collector: Collector) -> Tensor:
-    mean = collector.task.statistics()["mean"]
-    assert isinstance(mean, Mean)
-    return collector.standard_error(mean)
 
 
 def _method(model: nn.Module, method: Any) -> str:

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from .._extras import optional
 from . import joining
+from .blocks import Outputs, raw
 from .gal import check_targets, predictive_log_likelihood, predictive_quantile
-from .statistics import Collector, Mean, Outputs, raw
+from .groups import Mean
+from .statistics import Collector
 from .tasks import Classification, Plain, Regression
 
 PER_SAMPLE = ("samples", "noise_variances")
@@ -30,8 +32,8 @@ class Prediction:
         mean: the mean over the samples, of shape (B, ...).
         variance: the unbiased variance; NaN with a single sample.
         std: the square root of the variance.
-        standard_errors: the Monte Carlo standard error of each statistic, by the statistic's name: its standard
-            deviation over other draws of the samples. See `Collector.standard_errors`.
+        standard_errors: the Monte Carlo standard error of the statistics for which it was chosen, by the statistic's
+            name: its standard deviation over other draws of the samples. See `Groups.standard_errors`.
         num_samples: the number of samples.
         samples: all of them, of shape (T, B, ...), if they were kept.
         weight_scaling: the deterministic pass in eval mode, to compare the mean with.
@@ -68,8 +70,21 @@ class Prediction:
 
     @property
     def standard_error(self) -> Tensor:
-        """The Monte Carlo standard error of the mean."""
+        """The Monte Carlo standard error of the mean.
+
+        Raises:
+            ValueError: it was not chosen.
+        """
+        if "mean" not in self.standard_errors:
+            raise ValueError("the mean's standard error was not computed: predict with standard_errors=True or 'auto'")
         return self.standard_errors["mean"]
+
+    @property
+    def statistics(self) -> dict[str, Tensor]:
+        """The statistics, by name: `mean`, `variance` and all others that are reported."""
+        others = (*PER_SAMPLE, "weight_scaling")
+        named = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in others}
+        return {name: value for name, value in named.items() if isinstance(value, Tensor)}
 
     def __len__(self) -> int:
         return len(self.mean)
@@ -81,12 +96,12 @@ class Prediction:
         lines = [title]
         if self.mean.numel():
             lines.append(f"{'':<22}{'average':>13}{'least':>12}{'most':>12}   largest standard error")
-        for name, errors in self.standard_errors.items() if self.mean.numel() else ():
-            values = getattr(self, name).double()
+        for name, tensor in self.statistics.items() if self.mean.numel() else ():
+            values, errors = tensor.double(), self.standard_errors.get(name)
             if self.mask is not None:
-                values, errors = values[~values.isnan()], errors[~errors.isnan()]
+                values, errors = values[~values.isnan()], None if errors is None else errors[~errors.isnan()]
             aggregates = f"{values.mean():>13.4g}{values.min():>12.4g}{values.max():>12.4g}"
-            lines.append(f"{name:<22}{aggregates}   {errors.max():.4g}")
+            lines.append(f"{name:<22}{aggregates}   {'not computed' if errors is None else f'{errors.max():.4g}'}")
         return "\n".join(lines + ([str(self.report)] if self.report is not None else []))
 
     def to(self: P, target: torch.device | str | torch.dtype) -> P:
@@ -99,8 +114,8 @@ class Prediction:
         )
 
     def numpy(self) -> dict[str, Any]:
-        """Returns as arrays the statistics, "<statistic>_standard_error" for each, the deterministic pass, the samples
-        and the mask."""
+        """Returns as arrays the statistics, "<statistic>_standard_error" for those that have one, the deterministic
+        pass, the samples and the mask."""
         optional("numpy")
         kept = {"samples": self.samples, "mask": self.mask}
         tensors = self._columns() | {name: tensor for name, tensor in kept.items() if tensor is not None}
@@ -226,7 +241,7 @@ class Prediction:
         return replace(self, standard_errors=errors, **changes)
 
     def _columns(self) -> dict[str, Tensor]:
-        columns: dict[str, Tensor] = {name: getattr(self, name) for name in self.standard_errors}
+        columns = self.statistics
         columns |= {f"{name}_standard_error": error for name, error in self.standard_errors.items()}
         return columns if self.weight_scaling is None else columns | {"weight_scaling": self.weight_scaling}
 
@@ -372,18 +387,19 @@ def predict_from(
     """
     task = collector.task
     kinds = {Plain: Prediction, Classification: ClassificationPrediction, Regression: RegressionPrediction}
-    table, total, dtype = task.statistics(), collector.total(), collector.dtype
-    mean = table["mean"]
+    mean, dtype = task.statistics()["mean"], collector.dtype
     assert isinstance(mean, Mean)
-    values: dict[str, Any] = {name: statistic(total).to(dtype) for name, statistic in table.items()}
+    statistics, errors = collector.results()
+    values: dict[str, Any] = dict(statistics)
     if isinstance(task, Regression):
-        values["noise_variances"] = collector.samples("noise_variance") if "aleatoric_variance" in table else None
+        values["noise_variances"] = collector.samples("noise_variance") if "aleatoric_variance" in values else None
     if weight_scaling is not None:
         outputs = [weight_scaling] if isinstance(weight_scaling, Tensor) else weight_scaling
-        one_sample = raw([part.unsqueeze(0) for part in outputs])
+        one_sample = task.arranged(raw([part.unsqueeze(0) for part in outputs]))
+        task.finite(one_sample)
         values["weight_scaling"] = task.observe(one_sample)[mean.observable][0].to(dtype)
     return kinds[type(task)](
-        standard_errors={name: error.to(dtype) for name, error in collector.standard_errors(table).items()},
+        standard_errors=errors,
         num_samples=collector.count,
         samples=collector.samples(mean.observable),
         seed=seed,

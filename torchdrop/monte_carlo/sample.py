@@ -39,6 +39,8 @@ class Sampler:
 
     Attributes:
         writes: whether the model writes to its inputs, so that each pass needs its own copy of them.
+        most_bytes: more bytes than a forward's tensors hold for a row after its first draw, known after `measure`.
+        row_elements: the number of elements that a row has in each output, known after `measure`.
     """
 
     def __init__(
@@ -47,6 +49,8 @@ class Sampler:
         self.seed = seed
         self.writes: bool = False
         self._activation, self._pick, self._shared, self._hypercube = activation, pick, shared, hypercube
+        self.most_bytes: int = 1
+        self.row_elements: tuple[int, ...] = ()
         self._few = Inputs((), {}, None)
         self._reference: Outputs = ()
         self._row_dims: tuple[int | None, ...] = ()
@@ -79,11 +83,27 @@ class Sampler:
         return None if self._hypercube is None else Hypercube(self._hypercube, first // self._hypercube)
 
     def _call(self, inputs: Inputs) -> Outputs:
-        return self._pick(self._activation.call(inputs.copy() if self.writes else inputs.fresh()))
+        return self._detached(self._activation.call(self._own(inputs)))
+
+    def _own(self, inputs: Inputs) -> Inputs:
+        """Returns the inputs of a pass, in which whatever it writes to is a copy."""
+        return inputs.copy() if self.writes or self._activation.differentiates else inputs.fresh()
+
+    def _detached(self, returned: Any) -> Outputs:
+        outputs = self._pick(returned)
+        return tuple(out.detach() for out in outputs) if self._activation.differentiates else outputs
+
+    def keep_prefix(self) -> None:
+        """Makes the passes that follow, which are of one batch, run the calls before the first random one once."""
+        activation = self._activation
+        repeats = not (self.writes or activation.differentiates or activation.stateful)
+        activation.server.prefix = Prefix() if repeats else None
 
     def run(self, strategy: str, inputs: Inputs, samples: Sequence[int], first_row: int = 0) -> Outputs:
         """Returns the outputs of these samples of one hypercube, stacked in front: (samples, ...)."""
         run = getattr(self, f"_{strategy}")
+        if strategy == "repeated":
+            self._activation.server.prefix = None
         prefix = self._activation.server.prefix
         with self._activation.serving():
             try:
@@ -126,9 +146,9 @@ class Sampler:
 
     def deterministic(self, inputs: Inputs) -> Outputs:
         """Returns the outputs of a pass in eval mode, with nothing random."""
-        return self._pick(self._activation.deterministic(inputs.copy() if self.writes else inputs.fresh()))
+        return self._detached(self._activation.deterministic(self._own(inputs)))
 
-    def measure(self, inputs: Inputs, three: Any) -> tuple[int, float]:
+    def measure(self, inputs: Inputs, three: Any) -> float:
         """Takes two samples of two rows, one after another, as the reference for other strategies.
 
         Args:
@@ -136,24 +156,40 @@ class Sampler:
             three: the output of the model for three rows.
 
         Returns:
-            The most bytes that a forward holds for a row after its first draw, and the share of its calls before that.
+            The share of a forward's calls that come before its first draw.
         """
         server = self._activation.server
         for self.writes in (False, True):
             self._few = inputs.first(2)
-            before, prefix = self._few.versions, Prefix()
-            server.prefix = None if self.writes else prefix
-            with LiveBytes(lambda: server.draws > 0) as live:
+            before = self._few.versions
+            self.keep_prefix()
+            server.counts = True
+            try:
                 self._reference = self.run("loop", self._few, (0, 1))
+            finally:
+                server.counts = False
             if self._few.versions == before:
                 break
-        share = prefix.tensors / max(server.calls, 1)
+        kept = 0 if server.prefix is None else server.prefix.tensors
+        self.most_bytes = max(server.bytes // (self._few.rows or 1), 1)
+        shapes = self._pick(three)
         layouts = [
             None if inputs.rows is None else find_layout((two.shape[1:], more.shape), (2, 3), more.shape)
-            for two, more in zip(self._reference, self._pick(three), strict=True)
+            for two, more in zip(self._reference, shapes, strict=True)
         ]
         self._row_dims = tuple(layout.dim if layout else None for layout in layouts)
-        return max(live.peak // (self._few.rows or 1), 1), share
+        self.row_elements = tuple(
+            more.numel() // (1 if dim is None else 3) for more, dim in zip(shapes, self._row_dims, strict=True)
+        )
+        return kept / max(server.calls, 1)
+
+    def measured_bytes(self) -> int:
+        """Returns the most bytes that tensors of a forward hold for a row after its first draw, as a pass shows."""
+        server = self._activation.server
+        self.keep_prefix()
+        with LiveBytes(lambda: server.draws > 0) as live:
+            self.run("loop", self._few, (0,))
+        return max(live.peak // (self._few.rows or 1), 1)
 
     @property
     def row_dims(self) -> tuple[int | None, ...]:
@@ -162,24 +198,34 @@ class Sampler:
 
     def works(self, strategy: str) -> str:
         """Says why a strategy differs from one sample after another; "" if it does not. Call `measure` before."""
-        if strategy == "repeated" or self.writes:
-            self._activation.server.prefix = None
+        prefix = self._activation.server.prefix
+        self.keep_prefix()
         try:
             outputs = self.run(strategy, self._few, (0, 1))
         except Exception as error:
             return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
         finally:
             self._activation.server.draws = self._activation.report.draws
+            self._activation.server.prefix = prefix
         if any(not _agree(a, b, b) for a, b in zip(outputs, self._reference, strict=True)):
             return "its outputs differ from those of one sample after another"
         return ""
 
-    def rows_stand_alone(self, outputs: Outputs) -> bool:
-        """Whether the first two rows of the first sample have the same outputs here as in a batch of their own."""
-        return all(
-            dim is None or _agree(out[:1].narrow(dim + 1, 0, two.shape[dim + 1]), two[:1], two)
-            for out, two, dim in zip(outputs, self._reference, self._row_dims, strict=True)
-        )
+    def agrees(self, outputs: Outputs, samples: Sequence[int], rows: int | None) -> bool | None:
+        """Whether the first rows of samples 0 and 1 have the outputs here that `measure` has found; None if that cannot
+        be told, because it is other samples or no output has rows."""
+        if samples[0] != 0 or (rows is not None and set(self._row_dims) == {None}):
+            return None
+        same, count = True, 2 if len(samples) > 1 and samples[1] == 1 else 1
+        for out, two, dim in zip(outputs, self._reference, self._row_dims, strict=True):
+            here, there = out[:count], two[:count]
+            if dim is not None:
+                size = two.shape[dim + 1] // 2 * min(rows or 2, 2)
+                here, there = here.narrow(dim + 1, 0, size), there.narrow(dim + 1, 0, size)
+            elif rows is not None:
+                continue
+            same = same and _agree(here, there, two)
+        return same
 
 
 def _check_shapes(outputs: Sequence[Outputs], samples: Sequence[int]) -> None:

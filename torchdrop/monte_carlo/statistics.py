@@ -1,155 +1,34 @@
 """Statistics over Monte Carlo samples in one pass, in memory that does not grow with their number.
 
-A task (see `tasks`) turns raw outputs of a model into observables, a `Collector` keeps the `Moments` of each, and
-statistics are functions of these moments. Samples fall into groups whose moments are kept apart, so that leaving out
-one group at a time gives the Monte Carlo standard error of any statistic.
+A task (see `tasks`) turns raw outputs of a model into observables, a `Collector` keeps the moments of each (see
+`moments`), and statistics are functions of these moments. Where a standard error needs them, samples fall into groups
+whose moments are kept apart (see `groups`). Outputs are taken a block of rows and places at a time, so that little
+memory is needed besides the moments.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Outputs = Tensor | tuple[Tensor, ...]
-"""The output of a model: one tensor, or a pair (mean, log_variance)."""
-
-
-def wide(values: Tensor) -> Tensor:
-    """Returns the values in float64, or in float32 on a device that has no float64."""
-    return values.to(torch.float32 if values.device.type == "mps" else torch.float64)
-
-
-@dataclass
-class Moments:
-    """Count, mean and sum of squared deviations of the values that were added, updated in one pass.
-
-    Chunks are centered before they are squared and combined by the pairwise formula, in float64 if the device has it:
-    the variance keeps its digits where E[x^2] - E[x]^2 loses all of them, and equal values give exactly 0.
-
-    Args:
-        count: the number of values along the first dimension.
-        mean: their mean; NaN before there are any.
-        m2: the sum of their squared deviations from the mean.
-
-    References:
-        Welford, Technometrics 4, 1962; Chan, Golub, LeVeque, The American Statistician 37, 1983.
-
-    Example:
-        >>> moments = Moments()
-        >>> moments.add(torch.tensor([[1.0], [3.0]]))
-        >>> moments.add(torch.tensor([[5.0]]))
-        >>> moments.count, moments.mean.item(), moments.variance.item()
-        (3, 3.0, 4.0)
-    """
-
-    count: int = 0
-    mean: Tensor = field(default_factory=lambda: torch.tensor(math.nan, dtype=torch.float64))
-    m2: Tensor = field(default_factory=lambda: torch.tensor(0.0, dtype=torch.float64))
-
-    @property
-    def variance(self) -> Tensor:
-        """The unbiased variance ``m2 / (count - 1)``; NaN if there are fewer than two values."""
-        return self.m2 / (self.count - 1) if self.count > 1 else torch.full_like(self.mean, math.nan)
-
-    def add(self, values: Tensor) -> None:
-        """Adds values of shape (S, ...), S of them. An empty chunk changes nothing."""
-        if len(values) == 0:
-            return
-        values = wide(values)
-        first = values[0].clone()
-        if len(values) == 1:
-            self._combine(1, first, torch.zeros_like(first))
-            return
-        centered = values - first
-        shift = centered.mean(0)
-        self._combine(len(values), first + shift, (centered - shift).square_().sum(0))
-
-    @staticmethod
-    def merged(several: Iterable[Moments]) -> Moments:
-        """Returns the moments of all values that were added to several, combined in the order given."""
-        total = Moments()
-        for one in several:
-            total._combine(one.count, one.mean, one.m2)
-        return total
-
-    def _combine(self, count: int, mean: Tensor, m2: Tensor) -> None:
-        if count == 0:
-            return
-        if self.count == 0:
-            self.count, self.mean, self.m2 = count, mean, m2
-            return
-        total = self.count + count
-        delta = mean - self.mean
-        self.mean = self.mean + delta * (count / total)
-        self.m2 = self.m2 + m2 + delta.square() * (self.count * count / total)
-        self.count = total
-
-
-Statistic = Callable[[Mapping[str, Moments]], Tensor]
-
-
-@dataclass(frozen=True)
-class Mean:
-    """The statistic "mean of an observable". It is a class because its standard error needs no jackknife.
-
-    Example:
-        >>> moments = Moments()
-        >>> moments.add(torch.tensor([[1.0], [3.0]]))
-        >>> Mean("value")({"value": moments})
-        tensor([2.], dtype=torch.float64)
-    """
-
-    observable: str
-
-    def __call__(self, moments: Mapping[str, Moments]) -> Tensor:
-        return moments[self.observable].mean
-
-
-class Task(Protocol):
-    """The observables of each sample, and the statistics that are reported. See `tasks`."""
-
-    def settled(self, outputs: Outputs) -> Task:
-        """Returns the task with all open questions decided by the first chunk of outputs."""
-
-    def observe(self, outputs: Outputs) -> dict[str, Tensor]:
-        """Returns observables of shape (S, B, ...) from raw outputs of shape (S, B, ...): S samples of B rows."""
-
-    def statistics(self) -> dict[str, Statistic]:
-        """Returns functions of the observables' moments, by name; "mean" is the first."""
-
-
-def raw(outputs: Any) -> Outputs:
-    """Returns outputs (S, B, ...) of a model, detached; a tuple or list of one tensor counts as the tensor.
-
-    Raises:
-        TypeError: something that is no tensor.
-        ValueError: a tensor that has no dimension for the rows, or is not floating-point.
-    """
-    parts = tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
-    for part in parts:
-        if not isinstance(part, Tensor):
-            raise TypeError(f"outputs must be tensors, got {type(part).__name__}: pick them with select_output=")
-        if part.dim() < 2:
-            raise ValueError("outputs must have a first dimension for the rows of the data, got a number for each pass")
-        if not part.is_floating_point():
-            raise ValueError(
-                f"outputs must be floating-point, got {part.dtype}: pick scores or floats with select_output="
-            )
-    return parts[0].detach() if len(parts) == 1 else tuple(part.detach() for part in parts)
+from .blocks import Outputs, OutputShape, cut, flattened, joined, raw, refuse, refuse_nan
+from .groups import Groups, Mean, Statistic
+from .moments import Counts, Moments
+from .standard_errors import Errors, error_names, needs_groups
+from .tasks import Task
 
 
 class Collector:
     """Collects samples of one batch of rows, and keeps the moments that statistics and their standard errors need.
 
-    It needs two wide numbers (16 bytes) for each group and each element of each observable, for any number of samples,
-    unless samples are kept. A group's moments depend only on the order and chunks of its own samples, and groups are
-    merged in their order: processes that hold whole groups, each added as a single process would have, merge to the
-    same bits.
+    It needs two wide numbers (16 bytes) for each element of each observable and for each group if groups are needed,
+    and 4 bytes for observables that are true or false, for any number of samples, unless samples are kept. A group's
+    moments depend only on the order and chunks of its own samples, and groups are merged in their order: processes that
+    hold whole groups, each added as a single process would have, merge to the same bits.
 
     Args:
         task: the task that observes. With the first chunk, `task` becomes the settled one; give that one to the
@@ -158,7 +37,8 @@ class Collector:
         group_of: the group, in [0, groups), of a sample; its index modulo `groups` if None.
         rounds: the samples of a group belong together (Latin hypercube rounds) and only groups are independent. Then
             sd / sqrt(T) would overstate the mean's error, and it is taken from the spread between groups.
-        keep_samples: whether every sample's observables are kept.
+        keep_samples: whether every sample is kept.
+        errors: the statistics that get standard errors: see `error_names`. Only what they need is kept by groups.
 
     Raises:
         ValueError: fewer than one group.
@@ -181,6 +61,7 @@ class Collector:
         group_of: Callable[[int], int] | None = None,
         rounds: bool = False,
         keep_samples: bool = False,
+        errors: Errors = True,
     ) -> None:
         if groups < 1:
             raise ValueError(f"groups must be at least 1, got {groups}")
@@ -188,28 +69,38 @@ class Collector:
         self.groups = groups
         self.rounds = rounds
         self.keep_samples = keep_samples
+        self._errors = errors
         self._group_of = group_of or (lambda sample: sample % groups)
-        self._moments: dict[int, dict[str, Moments]] = {}
+        self._moments = Groups(rounds)
         self._kept: list[tuple[list[int], dict[str, Tensor]]] = []
+        self._shape: OutputShape | None = None
         self._first: tuple[Tensor, ...] | None = None
-        self._identical = True
 
     @property
     def count(self) -> int:
         """The number of samples."""
-        return sum(self._size(group) for group in self._moments)
+        return self._moments.count
 
     @property
     def identical(self) -> bool:
         """Whether there are two samples or more and all raw outputs are equal."""
-        return self._identical and self.count > 1
+        return self._first is not None and self.count > 1
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of results: that of the first chunk's outputs, or float32 for half types."""
-        if self._first is None:
+        return torch.promote_types(self._known.dtype, torch.float32)
+
+    @property
+    def errors(self) -> tuple[str, ...]:
+        """The names of the statistics that get standard errors."""
+        return error_names(self._errors, self.task, math.prod(self._known.outputs[0][1:]))
+
+    @property
+    def _known(self) -> OutputShape:
+        if self._shape is None:
             raise ValueError("there are no samples yet")
-        return torch.promote_types(self._first[0].dtype, torch.float32)
+        return self._shape
 
     def add(self, outputs: Outputs, samples: Sequence[int]) -> None:
         """Adds the outputs (S, B, ...), or a pair of such, of the S samples with these indices.
@@ -224,94 +115,179 @@ class Collector:
             raise ValueError(f"outputs must hold {len(samples)} samples, got {[len(part) for part in parts]}")
         if len(samples) == 0:
             return
-        first = self._first or tuple(part[0].clone() for part in parts)
-        shapes, expected = [tuple(part.shape[1:]) for part in parts], [tuple(part.shape) for part in first]
+        self._check_shapes(parts)
+        members = self._members(samples)
+        if self._shape is None:
+            refuse_nan(parts, samples)  # which could decide what is open
+        task = self.task.settled(outputs)
+        shape, flat = flattened(parts, task.arranged(outputs), task.leading)
+        each = len(samples) * math.prod(flat[0].shape[2:-1])
+        blocks = list(shape.blocks(each))
+        for block in blocks:
+            if not task.finite(cut(flat, block)):
+                refuse_nan(parts, samples)
+                refuse([~one.isfinite() for one in task.observe(joined(flat)).values()], samples)
+
+        same = self._same(parts)
+        self.task, self._shape = task, shape
+        self._first = (self._first or tuple(part[0].clone() for part in parts)) if same else None
+        self._observe(flat, blocks, members, samples)
+        for group, chosen in members.items():
+            self._moments.sizes[group] = self._moments.sizes.get(group, 0) + len(chosen)
+
+    def _check_shapes(self, parts: Sequence[Tensor]) -> None:
+        shapes = [tuple(part.shape[1:]) for part in parts]
+        expected = shapes if self._shape is None else list(self._shape.outputs)
         if shapes != expected:
             raise ValueError(f"outputs change their shape between samples: {shapes}, expected {expected}")
-        places: dict[int, list[int]] = {}
+
+    def _members(self, samples: Sequence[int]) -> dict[int, list[int]]:
+        """Returns the places of each group's samples among these."""
+        members: dict[int, list[int]] = {}
         for place, sample in enumerate(samples):
             group = self._group_of(sample)
             if not 0 <= group < self.groups:
                 raise ValueError(f"group_of must give a group in [0, {self.groups}), got {group} for sample {sample}")
-            places.setdefault(group, []).append(place)
-        _refuse([part.isnan() for part in parts], samples)
-        task = self.task.settled(outputs)
-        observed = task.observe(outputs)
-        _refuse([~one.isfinite() for one in observed.values()], samples)
+            members.setdefault(group, []).append(place)
+        return members
 
-        self.task, self._first = task, first
-        self._identical = self._identical and all(bool((p == f).all()) for p, f in zip(parts, first, strict=True))
-        for group, chosen in places.items():
-            moments = self._moments.setdefault(group, {name: Moments() for name in observed})
-            index = torch.tensor(chosen, device=parts[0].device)
-            for name, one in observed.items():
-                moments[name].add(one.index_select(0, index))
-        if self.keep_samples:
-            self._kept.append((list(samples), {name: one.to(self.dtype, copy=True) for name, one in observed.items()}))
+    def _same(self, parts: Sequence[Tensor]) -> bool:
+        """Whether all samples, with these, are equal so far."""
+        if self._first is None and self._shape is not None:
+            return False
+        first = self._first or [part[0] for part in parts]
+        return all(torch.equal(one, f) for part, f in zip(parts, first, strict=True) for one in part)
 
-    def total(self) -> dict[str, Moments]:
-        """Returns the moments of every observable over all samples."""
-        return self._merged(sorted(self._moments))
+    def _observe(
+        self,
+        flat: Sequence[Tensor],
+        blocks: Sequence[tuple[slice, slice]],
+        members: Mapping[int, list[int]],
+        samples: Sequence[int],
+    ) -> None:
+        """Adds the observables of the samples to the moments, block by block."""
+        kept: dict[str, Tensor] = {}
+        grouped, all_places = self._grouped(), list(range(len(samples)))
+        known, dtype = self._known, self.dtype
+        targets: dict[str, list[tuple[Any, list[int]]]] = {}
+        for rows, places in blocks:
+            for name, values in self.task.observe(cut(flat, (rows, places))).items():
+                if name not in targets:
+                    alone = {next(iter(self._moments.moments.get(name, members))): all_places}
+                    targets[name] = [
+                        (self._target(name, group, values, len(blocks)), chosen)
+                        for group, chosen in (members if name in grouped else alone).items()
+                    ]
+                for target, chosen in targets[name]:
+                    piece = target if len(blocks) == 1 else target.part(rows, places)
+                    piece.add(_chosen(values, chosen))
+                if self.keep_samples and name in self.task.kept:
+                    if name not in kept:
+                        kept[name] = torch.stack([known.room(values[0], dtype)] * len(samples))
+                    kept[name][:, rows, ..., places] = values
+        if len(blocks) > 1:
+            for several in targets.values():
+                for target, chosen in several:
+                    target.count += len(chosen)
+        if kept:
+            self._kept.append((list(samples), kept))
+
+    def _target(self, name: str, group: int, values: Tensor, blocks: int) -> Moments | Counts:
+        """Returns the moments that a group's values are added to, with memory for all blocks if there are several."""
+        several = self._moments.moments.setdefault(name, {})
+        if group not in several:
+            counted = values.dtype == torch.bool
+            if blocks == 1:
+                several[group] = Counts() if counted else Moments()
+            elif counted:
+                several[group] = Counts(0, self._known.room(values[0], torch.int32).zero_())
+            else:
+                mean = self._known.room(values[0], values.dtype).zero_()
+                several[group] = Moments(0, mean, torch.zeros_like(mean))
+        return several[group]
+
+    def _grouped(self) -> set[str]:
+        """Returns the observables that must be kept by groups."""
+        names = needs_groups(self.task, self.errors)
+        if self.rounds:
+            names |= {one.observable for one in self.task.statistics().values() if isinstance(one, Mean)}
+        return names
+
+    def total(self) -> dict[str, Any]:
+        """Returns the moments of every observable over all samples, each of shape (B, ...), classes after rows."""
+        return {name: self._whole(one) for name, one in self._moments.total().items()}
+
+    def leave_one_out(self) -> Iterator[dict[str, Any]]:
+        """Yields, for each group in turn, the moments over all samples but its own; needs two groups or more."""
+        for moments in self._moments.leave_one_out():
+            yield {name: self._whole(one) for name, one in moments.items()}
+
+    def _whole(self, moments: Any) -> Any:
+        reshaped = self._known.unflattened
+        if isinstance(moments, Counts):
+            return Counts(moments.count, reshaped(moments.yes))
+        return Moments(moments.count, reshaped(moments.mean), reshaped(moments.m2))
 
     def samples(self, observable: str) -> Tensor | None:
         """Returns all samples (T, B, ...) of an observable in the order of their indices; None if they are not kept."""
         if not self._kept:
             return None
-        order = torch.tensor([sample for samples, _ in self._kept for sample in samples]).argsort(stable=True)
+        numbers = [sample for samples, _ in self._kept for sample in samples]
         joined = torch.cat([kept[observable] for _, kept in self._kept])
-        return joined[order.to(joined.device)]
+        if numbers != sorted(numbers):
+            joined = joined[torch.tensor(numbers).argsort(stable=True).to(joined.device)]
+        return self._known.unflattened(joined)
+
+    def results(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Returns all of the task's statistics, and the standard errors that were chosen, in the results' dtype."""
+        statistics = self.task.statistics()
+        chosen = {name: statistics[name] for name in self.errors}
+        return self._in_blocks(lambda part: _values(part, statistics), self.dtype), self._errors_of(chosen, self.dtype)
 
     def standard_error(self, statistic: Statistic) -> Tensor:
-        """Returns the Monte Carlo standard error of one statistic. See `standard_errors`."""
+        """Returns the Monte Carlo standard error of one statistic. See `Groups.standard_errors`."""
         return self.standard_errors({"it": statistic})["it"]
 
     def standard_errors(self, statistics: Mapping[str, Statistic]) -> dict[str, Tensor]:
-        """Returns the Monte Carlo standard error of each statistic: its standard deviation over draws of the samples.
+        """Returns the Monte Carlo standard error of each statistic. See `Groups.standard_errors`."""
+        return self._errors_of(statistics, None)
 
-        For the `Mean` of an observable it is sd / sqrt(T). For any other statistic, and for a mean over rounds, it is
-        the jackknife over the groups that hold samples: with theta_g the statistic without group g, m_g of n samples in
-        it, h_g = n / m_g and d_g = (h_g - 1) (theta - theta_g),
+    def _errors_of(self, statistics: Mapping[str, Statistic], dtype: torch.dtype | None) -> dict[str, Tensor]:
+        jackknifed = any(not isinstance(one, Mean) for one in statistics.values())
+        return self._in_blocks(lambda part: part.standard_errors(statistics), dtype, 4 if jackknifed else 1)
 
-            SE^2 = 1/G sum_g (d_g - dbar)^2 / (h_g - 1),    dbar = sum_g d_g / h_g,
+    def _in_blocks(
+        self, compute: Callable[[Groups], dict[str, Tensor]], dtype: torch.dtype | None, parts: int = 1
+    ) -> dict[str, Tensor]:
+        """Returns what is computed from the moments, block by block; blocks are smaller by a factor of `parts`."""
+        known, out = self._known, dict[str, Tensor]()
+        classes = max(math.prod(one.shape[1:-1]) for one in self._tensors())
+        for rows, places in known.blocks(classes * parts):
+            for name, values in compute(self._moments.part(rows, places)).items():
+                if name not in out:
+                    out[name] = known.room(values, dtype or values.dtype)
+                out[name][rows, ..., places] = values
+        return {name: known.unflattened(values) for name, values in out.items()}
 
-        which for groups of equal size is (G - 1) / G sum_g (theta_g - mean theta_g)^2. For a mean, d_g is the group's
-        mean less the total one, and E[SE^2] is the mean's variance. It is NaN if there are fewer than two groups (two
-        samples for sd / sqrt(T)), and if a statistic needs more samples than are left. It does not include bias, and
-        for the variation ratio, a maximum, it is only approximate if two classes are nearly tied.
-
-        References:
-            Efron, Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 11; for groups of unequal size Busing,
-            Meijer, van der Leeden, "Delete-m Jackknife for Unequal m", Statistics and Computing 9, 1999.
-        """
-        total, groups = self.total(), sorted(self._moments)
-        inverse_shares = [self.count / self._size(group) for group in groups]
-        whole = {name: statistic(total) for name, statistic in statistics.items()}
-        moves: dict[str, list[Tensor]] = {name: [] for name in statistics}
-        jackknifed = {name: one for name, one in statistics.items() if not isinstance(one, Mean)}
-        if jackknifed and len(groups) > 1:
-            for without, h in zip(self.leave_one_out(), inverse_shares, strict=True):
-                for name, statistic in jackknifed.items():
-                    moves[name].append((h - 1) * (whole[name] - statistic(without)))
-        errors = {}
-        for name, statistic in statistics.items():
-            if isinstance(statistic, Mean) and not self.rounds:
-                errors[name] = (total[statistic.observable].variance / self.count).sqrt()
-                continue
-            if isinstance(statistic, Mean):
-                moves[name] = [statistic(self._moments[group]) - whole[name] for group in groups]
-            enough = len(groups) > 1
-            errors[name] = _spread(moves[name], inverse_shares) if enough else torch.full_like(whole[name], math.nan)
-        return errors
+    def _tensors(self) -> Iterator[Tensor]:
+        for several in self._moments.moments.values():
+            for one in several.values():
+                yield one.yes if isinstance(one, Counts) else one.mean
 
     def state(self) -> dict[str, Any]:
         """Returns all collected moments and samples, on the CPU, for processes to pickle and exchange. See `load`."""
-        first = None if self._first is None else tuple(part.cpu() for part in self._first)
-        groups = {
-            group: {name: Moments(one.count, one.mean.cpu(), one.m2.cpu()) for name, one in moments.items()}
-            for group, moments in self._moments.items()
+        moments = {
+            name: {group: one.to("cpu") for group, one in several.items()}
+            for name, several in self._moments.moments.items()
         }
-        kept = [(samples, {name: one.cpu() for name, one in kept.items()}) for samples, kept in self._kept]
-        return {"task": self.task, "first": first, "identical": self._identical, "groups": groups, "kept": kept}
+        return {
+            "task": self.task,
+            "shape": self._shape,
+            "first": None if self._first is None else tuple(part.cpu() for part in self._first),
+            "sizes": self._moments.sizes,
+            "moments": moments,
+            "kept": [(samples, {name: one.cpu() for name, one in kept.items()}) for samples, kept in self._kept],
+        }
 
     def load(self, states: Iterable[Mapping[str, Any]], device: torch.device | str | None = None) -> None:
         """Replaces the collected moments and samples by the union of several processes' states, each group from one.
@@ -319,74 +295,39 @@ class Collector:
         Raises:
             ValueError: a group in two states, or states of other tasks or of outputs of other shapes.
         """
-        filled = [state for state in states if state["first"] is not None]
-        held = [group for state in filled for group in state["groups"]]
+        filled = [state for state in states if state["shape"] is not None]
+        held = [group for state in filled for group in state["sizes"]]
         if len(held) > len(set(held)):
             raise ValueError(f"states must hold different groups, got {held}")
-        tasks = {state["task"] for state in filled}
-        shapes = {tuple(tuple(part.shape) for part in state["first"]) for state in filled}
+        tasks, shapes = {state["task"] for state in filled}, {state["shape"].outputs for state in filled}
         if len(tasks) > 1 or len(shapes) > 1:
             raise ValueError(f"states must agree in task and shape, got {tasks} and {shapes}")
         if not filled:
             return
+        self.task, self._shape = filled[0]["task"], filled[0]["shape"]
         firsts = [state["first"] for state in filled]
-        self.task = filled[0]["task"]
-        self._first = tuple(part.to(device) for part in firsts[0])
-        self._identical = all(state["identical"] for state in filled) and all(
-            torch.equal(mine, theirs) for first in firsts for mine, theirs in zip(firsts[0], first, strict=True)
-        )
-        self._moments = {
-            group: {name: Moments(one.count, one.mean.to(device), one.m2.to(device)) for name, one in moments.items()}
-            for state in filled
-            for group, moments in state["groups"].items()
-        }
+        same = all(first is not None and all(map(torch.equal, firsts[0], first)) for first in firsts)
+        self._first = tuple(part.to(device) for part in firsts[0]) if same else None
+        self._moments = Groups(self.rounds, {group: size for state in filled for group, size in state["sizes"].items()})
+        for state in filled:
+            for name, several in state["moments"].items():
+                mine = self._moments.moments.setdefault(name, {})
+                mine |= {group: one.to(device) for group, one in several.items()}
         self._kept = [
             (samples, {name: one.to(device) for name, one in kept.items()})
             for state in filled
             for samples, kept in state["kept"]
         ]
 
-    def leave_one_out(self) -> Iterator[dict[str, Moments]]:
-        """Yields, for each group in turn, the moments over all samples but its own; needs two groups or more."""
-        groups = sorted(self._moments)
-        after = [self._merged(groups[-1:])]
-        for group in reversed(groups[1:-1]):
-            after.append(_joined(self._moments[group], after[-1]))
-        yield after.pop()
-        before = self._moments[groups[0]]
-        for group in groups[1:-1]:
-            yield _joined(before, after.pop())
-            before = _joined(before, self._moments[group])
-        yield before
 
-    def _size(self, group: int) -> int:
-        return next(iter(self._moments[group].values())).count
-
-    def _merged(self, groups: Sequence[int]) -> dict[str, Moments]:
-        if not groups:
-            raise ValueError("there are no samples yet")
-        several = [self._moments[group] for group in groups]
-        return {name: Moments.merged(moments[name] for moments in several) for name in several[0]}
+def _chosen(values: Tensor, chosen: Sequence[int]) -> Tensor:
+    """Returns the values at these places of the first dimension, without a copy if they are equally far apart."""
+    step = chosen[1] - chosen[0] if len(chosen) > 1 else 1
+    if list(chosen) == list(range(chosen[0], chosen[-1] + 1, step)):
+        return values[chosen[0] : chosen[-1] + 1 : step]
+    return values.index_select(0, torch.tensor(chosen, device=values.device))
 
 
-def _joined(one: Mapping[str, Moments], other: Mapping[str, Moments]) -> dict[str, Moments]:
-    return {name: Moments.merged((moments, other[name])) for name, moments in one.items()}
-
-
-def _spread(moves: Sequence[Tensor], inverse_shares: Sequence[float]) -> Tensor:
-    """Returns the jackknife's standard error from d_g and h_g: see `Collector.standard_errors`."""
-    center = sum(move / h for move, h in zip(moves, inverse_shares, strict=True))
-    squares = [(move - center).square() / (h - 1) for move, h in zip(moves, inverse_shares, strict=True)]
-    return torch.stack(squares).mean(0).sqrt()
-
-
-def _refuse(bad: Sequence[Tensor], samples: Sequence[int]) -> None:
-    """Raises if any is True, naming the first sample and row (the first two dimensions) at fault."""
-    if not torch.stack([one.any() for one in bad]).any():
-        return
-    where = torch.stack([one.flatten(2).any(2) if one.dim() > 2 else one for one in bad]).any(0)
-    place, row = where.nonzero()[0].tolist()
-    raise ValueError(
-        f"sample {samples[place]} is not finite in row {row} of its batch ({int(where.sum())} such in this chunk), "
-        "so no statistic would be: run that sample within torchdrop.mc_dropout to see which layer it comes from"
-    )
+def _values(part: Groups, statistics: Mapping[str, Statistic]) -> dict[str, Tensor]:
+    total = part.total()
+    return {name: statistic(total) for name, statistic in statistics.items()}

@@ -7,31 +7,60 @@ moments.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from .statistics import Mean, Moments, Outputs, Statistic, Task, wide
+from .blocks import Outputs
+from .groups import Derived, Mean, Observed, Statistic
+from .moments import wide
+
+
+class Task(Protocol):
+    """The observables of each sample, and the statistics that are reported. See `tasks`."""
+
+    @property
+    def leading(self) -> int:
+        """The number of dimensions before the places of a row: 1 for rows, 2 for rows and classes."""
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The observables that are kept of each sample where samples are kept."""
+
+    def settled(self, outputs: Outputs) -> Task:
+        """Returns the task with all open questions decided by the first chunk of outputs."""
+
+    def arranged(self, outputs: Outputs) -> Outputs:
+        """Returns outputs (S, B, ...) as `observe` takes them, with the leading dimensions in front; no copies."""
+
+    def finite(self, outputs: Outputs) -> bool:
+        """Returns whether all observables of arranged outputs are finite. Raises ValueError if it cannot take them."""
+
+    def observe(self, outputs: Outputs) -> dict[str, Tensor]:
+        """Returns observables of shape (S, B, ...) from arranged outputs: S samples of B rows. Booleans are counted."""
+
+    def statistics(self) -> dict[str, Statistic]:
+        """Returns functions of the observables' moments, by name; "mean" is the first."""
 
 
 def variance(observable: str) -> Statistic:
     """Returns the statistic "unbiased variance of an observable over the samples"."""
-    return lambda moments: moments[observable].variance
+    return Derived(lambda moments: moments[observable].variance, (observable,))
 
 
 def std(observable: str) -> Statistic:
     """Returns the statistic "standard deviation of an observable over the samples", from the unbiased variance."""
-    return lambda moments: moments[observable].variance.sqrt()
+    return Derived(lambda moments: moments[observable].variance.sqrt(), (observable,))
 
 
-def predictive_entropy(moments: Mapping[str, Moments]) -> Tensor:
+def predictive_entropy(moments: Observed) -> Tensor:
     """Returns ``H[E p] = -sum_c E[p_c] log E[p_c]`` in nats, the entropy of mean probabilities: all uncertainty."""
     return torch.special.entr(moments["probability"].mean).sum(1)
 
 
-def mutual_information(moments: Mapping[str, Moments]) -> Tensor:
+def mutual_information(moments: Observed) -> Tensor:
     """Returns ``H[E p] - E H[p]`` in nats, between class and model, which more data could remove (epistemic; BALD).
 
     It is never negative, as the entropy is concave; a difference that rounding brings below 0 is set to 0.
@@ -42,7 +71,7 @@ def mutual_information(moments: Mapping[str, Moments]) -> Tensor:
     return (predictive_entropy(moments) - moments["entropy"].mean).clamp_min(0)
 
 
-def variation_ratio(moments: Mapping[str, Moments]) -> Tensor:
+def variation_ratio(moments: Observed) -> Tensor:
     """Returns ``1 - max_c f_c`` with f_c the share of samples whose most probable class is c: 0 if all samples agree.
 
     References:
@@ -51,10 +80,18 @@ def variation_ratio(moments: Mapping[str, Moments]) -> Tensor:
     return 1 - moments["vote"].mean.amax(1)
 
 
+_LOWEST = -800.0
+"""A number whose exponential is 0 in float64, in place of minus infinity, which 0 cannot be multiplied with."""
+
+
 def _one_tensor(outputs: Outputs) -> Tensor:
     if not isinstance(outputs, Tensor):
         raise TypeError(f"outputs must be one tensor, got {type(outputs).__name__}: pick it with select_output=")
     return outputs
+
+
+def _all_finite(values: Tensor) -> bool:
+    return not values.numel() or all(bool(end.isfinite()) for end in values.aminmax())
 
 
 @dataclass(frozen=True)
@@ -66,8 +103,17 @@ class Plain:
         torch.Size([2, 3, 1])
     """
 
+    leading: ClassVar[int] = 1
+    kept: ClassVar[tuple[str, ...]] = ("value",)
+
     def settled(self, outputs: Outputs) -> Plain:
         return self
+
+    def arranged(self, outputs: Outputs) -> Tensor:
+        return _one_tensor(outputs)
+
+    def finite(self, outputs: Outputs) -> bool:
+        return _all_finite(_one_tensor(outputs))
 
     def observe(self, outputs: Outputs) -> dict[str, Tensor]:
         return {"value": wide(_one_tensor(outputs))}
@@ -83,17 +129,42 @@ def normalized(probabilities: Tensor, dim: int) -> bool:
         >>> normalized(torch.tensor([[0.25, 0.75]]), 1), normalized(torch.tensor([[0.25, 0.25]]), 1)
         (True, False)
     """
+    if not probabilities.numel():
+        return True
+    if not bool(probabilities.amin() >= 0):
+        return False
     tolerance = max(1e-5, 2 * torch.finfo(probabilities.dtype).eps)
-    inside = (probabilities >= 0) & (probabilities <= 1 + tolerance)
-    return bool(inside.all() and ((wide(probabilities).sum(dim) - 1).abs() <= tolerance).all())
+    return bool(((wide(probabilities).sum(dim) - 1).abs() <= tolerance).all())
+
+
+def _softmax(logits: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns probabilities and their entropy, over dimension 2, from logits z and their maximum m.
+
+    With ``e_c = exp(z_c - m)`` and ``s = sum_c e_c``, p is ``e / s`` and its entropy is
+    ``log s - sum_c e_c (z_c - m) / s``.
+    """
+    shifted = wide(logits) - wide(top)
+    probability = shifted.exp()
+    total = probability.sum(2, keepdim=True)
+    inner = shifted.clamp_min_(_LOWEST).mul_(probability).sum(2, keepdim=True)
+    entropy = total.log() - inner.div_(total)
+    return probability.div_(total), entropy.squeeze(2)
+
+
+def _votes(values: Tensor, top: Tensor) -> Tensor:
+    """Returns whether a class is the most probable one, the first of them if several are."""
+    votes = values == top
+    if int(votes.count_nonzero()) == top.numel():
+        return votes
+    return torch.zeros_like(votes).scatter_(2, values.argmax(2, keepdim=True), True)
 
 
 @dataclass(frozen=True)
 class Classification:
     """Classes along the dimension after the rows: outputs of shape (S, B, C, ...) with C > 1.
 
-    Observables: "probability" and "vote" (one-hot of the most probable class) of shape (S, B, C, ...), and "entropy" of
-    each sample, in nats, of shape (S, B, ...).
+    Observables: "probability" and "vote" (whether the class is the most probable one) of shape (S, B, C, ...), and
+    "entropy" of each sample, in nats, of shape (S, B, ...).
 
     Args:
         scores: "logits", "probabilities", or "auto" for probabilities if all are in [0, 1] and sum to 1, and logits
@@ -108,7 +179,7 @@ class Classification:
         >>> task
         Classification(scores='probabilities')
         >>> {name: value.tolist() for name, value in task.observe(torch.tensor([[[0.0, 1.0]]])).items()}
-        {'probability': [[[0.0, 1.0]]], 'entropy': [[0.0]], 'vote': [[[0.0, 1.0]]]}
+        {'probability': [[[0.0, 1.0]]], 'entropy': [[0.0]], 'vote': [[[False, True]]]}
     """
 
     scores: str = "auto"
@@ -117,11 +188,14 @@ class Classification:
         if self.scores not in ("auto", "logits", "probabilities"):
             raise ValueError(f"scores must be 'auto', 'logits' or 'probabilities', got {self.scores!r}")
 
+    leading: ClassVar[int] = 2
+    kept: ClassVar[tuple[str, ...]] = ("probability",)
+
     def settled(self, outputs: Outputs) -> Classification:
         """Returns the task with "auto" decided by these outputs; itself if nothing is open."""
         if self.scores != "auto":
             return self
-        values = self._checked(outputs)
+        values = self.arranged(outputs)
         if normalized(values, 2):
             return replace(self, scores="probabilities")
         if values.numel() and values.min() >= 0 and values.max() <= 1:
@@ -131,29 +205,42 @@ class Classification:
             )
         return replace(self, scores="logits")
 
-    def observe(self, outputs: Outputs) -> dict[str, Tensor]:
-        values = self._checked(outputs)
-        if self.scores == "auto":
-            raise ValueError("scores='auto' must be settled by a first chunk")
+    def arranged(self, outputs: Outputs) -> Tensor:
+        return self._checked(outputs)
+
+    def finite(self, outputs: Outputs) -> bool:
+        values = _one_tensor(outputs)
+        if not _all_finite(values.amax(2)):
+            return False
         if self.scores == "probabilities" and not normalized(values, 2):
             total = wide(values).sum(2)
             raise ValueError(
                 "outputs must be probabilities, in [0, 1] and with sum 1 over dimension 2, got values from "
                 f"{values.min():.4g} to {values.max():.4g} and sums from {total.min():.4g} to {total.max():.4g}"
             )
-        probability = wide(values).softmax(2) if self.scores == "logits" else wide(values)
-        vote = torch.zeros_like(probability).scatter_(2, values.argmax(2, keepdim=True), 1)
-        return {"probability": probability, "entropy": torch.special.entr(probability).sum(2), "vote": vote}
+        return True
+
+    def observe(self, outputs: Outputs) -> dict[str, Tensor]:
+        if self.scores == "auto":
+            raise ValueError("scores='auto' must be settled by a first chunk")
+        values = self._checked(outputs)
+        top = values.amax(2, keepdim=True)
+        if self.scores == "logits":
+            probability, entropy = _softmax(values, top)
+        else:
+            probability = wide(values)
+            entropy = torch.special.entr(probability).sum(2)
+        return {"probability": probability, "entropy": entropy, "vote": _votes(values, top)}
 
     def statistics(self) -> dict[str, Statistic]:
         return {
             "mean": Mean("probability"),
             "variance": variance("probability"),
             "std": std("probability"),
-            "predictive_entropy": predictive_entropy,
+            "predictive_entropy": Derived(predictive_entropy, ("probability",)),
             "expected_entropy": Mean("entropy"),
-            "mutual_information": mutual_information,
-            "variation_ratio": variation_ratio,
+            "mutual_information": Derived(mutual_information, ("probability", "entropy")),
+            "variation_ratio": Derived(variation_ratio, ("vote",)),
         }
 
     def _checked(self, outputs: Outputs) -> Tensor:
@@ -202,8 +289,21 @@ class Regression:
         if self.tau is not None and self.noise is not None:
             raise ValueError("give tau or noise, not both: each is a model of the noise")
 
+    leading: ClassVar[int] = 1
+    kept: ClassVar[tuple[str, ...]] = ("value", "noise_variance")
+
     def settled(self, outputs: Outputs) -> Regression:
         return self
+
+    def arranged(self, outputs: Outputs) -> Outputs:
+        return _one_tensor(outputs) if self.noise is None else self._pair(outputs)
+
+    def finite(self, outputs: Outputs) -> bool:
+        if self.noise is None:
+            return _all_finite(_one_tensor(outputs))
+        mean, log_variance = outputs
+        lowest_and_highest = wide(torch.stack(log_variance.aminmax())) if log_variance.numel() else mean.new_zeros(2)
+        return _all_finite(mean) and _all_finite(lowest_and_highest.exp())
 
     def observe(self, outputs: Outputs) -> dict[str, Tensor]:
         if self.noise is None:
@@ -224,13 +324,13 @@ class Regression:
             return {"mean": mean, "variance": epistemic, "std": std("value"), "epistemic_variance": epistemic}
         aleatoric = Mean("noise_variance")
 
-        def total(moments: Mapping[str, Moments]) -> Tensor:
+        def total(moments: Observed) -> Tensor:
             return epistemic(moments) + aleatoric(moments)
 
         return {
             "mean": mean,
-            "variance": total,
-            "std": lambda moments: total(moments).sqrt(),
+            "variance": Derived(total, ("value", "noise_variance")),
+            "std": Derived(lambda moments: total(moments).sqrt(), ("value", "noise_variance")),
             "epistemic_variance": epistemic,
             "aleatoric_variance": aleatoric,
         }

@@ -1,0 +1,194 @@
+"""The batches of one prediction: their samples are run, and statistics are made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .activate import Activation
+from .heads import Heads
+from .inputs import Inputs
+from .memory import GROUPS, MemoryPlan
+from .outputs import Picker
+from .plan import ROUND, SamplePlan
+from .prediction import Prediction
+from .sample import Outputs, Sampler
+from .statistics import Collector
+from .strategy import Choice
+from .tasks import Task
+
+
+class Job:
+    """The batches of one prediction, one after another. The strategy is decided on the first.
+
+    Args:
+        activation: the activation of the model.
+        sampler: the sampler of the prediction.
+        pick: takes the outputs of interest.
+        tasks: the task of all outputs, or those of several by name.
+        effort: the plan of samples.
+        choice: the choice of a strategy.
+        chunk: the number of samples to be run at a time; None for as many as fit into memory.
+        memory: the bound on memory.
+        keep_samples: whether all samples are kept.
+
+    Attributes:
+        identical: whether all samples were equal.
+        reached: the largest standard error of the mean, if it did not reach the tolerance.
+    """
+
+    def __init__(
+        self,
+        activation: Activation,
+        sampler: Sampler,
+        pick: Picker,
+        tasks: Task | dict[str, Task],
+        effort: SamplePlan,
+        choice: Choice,
+        chunk: int | None,
+        memory: MemoryPlan,
+        keep_samples: bool,
+    ) -> None:
+        self._activation, self._sampler, self._pick, self._effort = activation, sampler, pick, effort
+        self._tasks, self._choice, self._chunk, self._memory, self._keep = tasks, choice, chunk, memory, keep_samples
+        self._prepared = False
+        self._next_row = 0
+        self.identical = True
+        self.reached: float | None = None
+
+    def run(self, inputs: Inputs, weight_scaling: bool) -> list[dict[str, Prediction]]:
+        """Returns the predictions for one batch, by the outputs' names: one, or one for each block of its rows."""
+        if not self._prepared:
+            self._prepare(inputs)
+        return [self._run(block, weight_scaling) for block in self._blocks(inputs)]
+
+    def _prepare(self, inputs: Inputs) -> None:
+        """Surveys the model with the first batch, and finds out how much memory its samples need."""
+        if inputs.rows == 0:
+            raise ValueError("inputs must hold at least one row, got none")
+        self._choice.survey(inputs)
+        memory, sampler = self._memory, self._sampler
+        memory.row_bytes, memory.row_elements = sampler.most_bytes, self._pick.by_name(sampler.row_elements)
+        tasks = self._named_tasks()
+        unsure = memory.rows(inputs, tasks) is not None or memory.samples(inputs, tasks) < self._effort.samples
+        if self._effort.latin or (unsure and not (self._chunk and memory.bound is None)):
+            memory.row_bytes = sampler.measured_bytes()
+        self._prepared = True
+
+    def _blocks(self, inputs: Inputs) -> Iterator[Inputs]:
+        """Yields the batch, or blocks of its rows if its statistics, or a sample of it, do not fit into memory."""
+        height, rows, choice = self._memory.rows(inputs, self._named_tasks()), inputs.rows or 1, self._choice
+        if height is None:
+            yield inputs
+            return
+        if choice.rows_alone is None:
+            few = inputs.part(0, min(max(height, 3), rows))
+            self._activation.server.prefix = None
+            outputs = self._sampler.run("loop", few, (0,), self._next_row)
+            choice.compared(bool(self._sampler.agrees(outputs, (0,), few.rows)), few)
+        if not choice.rows_alone:
+            yield inputs
+            return
+        for first in range(0, rows, height):
+            yield inputs.part(first, min(height, rows - first))
+
+    def _run(self, inputs: Inputs, weight_scaling: bool) -> dict[str, Prediction]:
+        """Returns the predictions for a block of rows, or for a whole batch."""
+        self._pick.row_dims = self._sampler.row_dims if inputs.rows == 1 else None
+        effort, groups = self._effort, max(GROUPS, self._effort.processes)
+        heads = total = self._heads(groups)
+        done = False
+        self._sampler.keep_prefix()
+        for step in effort.steps():
+            for samples, outputs in self._sampled(inputs, effort.mine(step, groups)):
+                heads.add(self._rows_first(outputs), samples)
+            total = self._merged(heads, groups, inputs.device)
+            done = self._close_enough(total)
+            if done:
+                break
+        self._activation.server.prefix = None
+        if effort.tolerance is not None and not done:
+            self.reached = max(self.reached or 0.0, _largest_error(total))
+        self._tasks, self.identical = total.tasks, self.identical and total.identical
+        self._next_row += inputs.rows or 0
+        return total.predictions(
+            self._weight_scaling(inputs) if weight_scaling else None,
+            seed=self._sampler.seed,
+            strategy=self._choice.strategy,
+            report=self._activation.report,
+        )
+
+    def _sampled(self, inputs: Inputs, samples: Sequence[int]) -> Iterator[tuple[Sequence[int], Outputs]]:
+        """Yields chunks of these samples with their outputs."""
+        choice, effort = self._choice, self._effort
+        if samples and not choice.strategy:
+            chosen, outputs = choice.first(
+                inputs, self._next_row, lambda strategy: next(effort.chunks(samples, self._size(strategy, inputs)))
+            )
+            self._activation.report.chunk = self._size(choice.strategy, inputs)
+            samples = samples[len(chosen) :]
+            yield chosen, outputs
+        for chunk in effort.chunks(samples, self._size(choice.strategy, inputs)):
+            yield chunk, self._sampler.run(choice.strategy, inputs, chunk, self._next_row)
+
+    def _size(self, strategy: str, inputs: Inputs) -> int:
+        """Returns the number of samples that are run at a time."""
+        if strategy == "loop":
+            return self._chunk or 1
+        return self._chunk or self._memory.samples(inputs, self._named_tasks())
+
+    def _named_tasks(self) -> dict[str, Task]:
+        tasks = self._tasks
+        return tasks if isinstance(tasks, dict) else dict.fromkeys(self._pick.names, tasks)
+
+    def _heads(self, groups: int) -> Heads:
+        return Heads(
+            {name: self._collector(task, groups) for name, task in self._named_tasks().items()}, self._pick.sizes
+        )
+
+    def _collector(self, task: Task, groups: int) -> Collector:
+        return Collector(
+            task,
+            groups,
+            group_of=self._effort.group_of(groups),
+            rounds=self._effort.rounds,
+            keep_samples=self._keep,
+            errors=self._memory.errors,
+        )
+
+    def _rows_first(self, outputs: Outputs) -> Outputs:
+        """Returns the outputs with samples and then rows in front."""
+        dims = self._sampler.row_dims
+        return tuple(out if dim is None else out.movedim(dim + 1, 1) for out, dim in zip(outputs, dims, strict=True))
+
+    def _merged(self, collector: Heads, groups: int, device: torch.device) -> Heads:
+        """Returns the statistics of the samples of all processes."""
+        if self._effort.processes == 1:
+            return collector
+        states: list[Any] = [None] * self._effort.processes
+        torch.distributed.all_gather_object(states, collector.state(), group=self._effort.group)
+        total = self._heads(groups)
+        total.load(states, device)
+        return total
+
+    def _close_enough(self, total: Heads) -> bool:
+        tolerance, effort = self._effort.tolerance, self._effort
+        if tolerance is None or total.count < (4 * ROUND if effort.rounds else ROUND):
+            return False
+        return _largest_error(total) <= tolerance
+
+    def _weight_scaling(self, inputs: Inputs) -> Outputs:
+        out = tuple(part.unsqueeze(0) for part in self._sampler.deterministic(inputs))
+        return tuple(part[0] for part in self._rows_first(out))
+
+
+def _largest_error(heads: Heads) -> float:
+    """Returns the largest standard error of the mean of any output."""
+    return max(float(_mean_error(one).max()) for one in heads.collectors.values())
+
+
+def _mean_error(collector: Collector) -> Tensor:
+    return collector.standard_error(collector.task.statistics()["mean"])
