@@ -169,8 +169,9 @@ def patch_dropout(
 class PatchDropout(Rated):
     """Module of `patch_dropout`: exactly n tokens of each sample in training, the input itself in eval mode.
 
-    The first two arguments are those of timm's PatchDropout. Its `ordered` has no counterpart, because the order always
-    stays, and `patch_dropout_indices` replaces its `return_indices`.
+    The first two arguments are those of timm's PatchDropout, whose name for the rate is `prob`. Its `ordered` has no
+    counterpart, because the order always stays, and `patch_dropout_indices` replaces its `return_indices`, or
+    PatchDropoutWithIndices.
 
     Args:
         p: probability of dropping, in [0, 1), with k = 1 - p. Default: 0.5.

@@ -343,6 +343,8 @@ def test_calls_written_for_torchvision_mean_the_same() -> None:
         assert [parameters[name].default for name in ("inplace", "eps", "training")] == [False, 1e-6, True]
     for module in (DropBlock2d, DropBlock3d):
         assert list(inspect.signature(module).parameters)[:4] == ["p", "block_size", "inplace", "eps"]
+        layer = module(p=0.1, block_size=5, inplace=True, eps=1e-3)
+        assert (layer.p, layer.block_size, layer.inplace, layer.eps) == (0.1, 5, True, 1e-3)
     x = torch.randn(2, 3, 8, 8)
     assert torch.equal(seeded(1, drop_block2d, x, 0.3, 3, False, 1e-3, True), seeded(1, drop_block2d, x, 0.3, 3))
     assert torch.equal(seeded(1, DropBlock2d(0.3, 3, False, 1e-3), x), seeded(1, drop_block2d, x, 0.3, 3))

@@ -283,6 +283,7 @@ class _DropBlock(InplaceRated):
         super().__init__(_rate_or_none(p, keep_prob), inplace, keep_prob=keep_prob, generator=generator)
         _check_form(block_size, scaling, inplace)
         self.block_size = block_size
+        self.eps = eps
         self.scaling = scaling
         self.shared_axes = shared_axes
 
@@ -319,6 +320,7 @@ class DropBlock2d(_DropBlock):
 
     In training ``y = x c / mean(P(c))`` or ``x c / P(c)``, c the elements that no block covers; in eval mode the input
     itself. Calls written for torchvision.ops.DropBlock2d mean the same here, but get the exact rate that they ask for.
+    Those written for timm's DropBlock2d do not: it has other names for the arguments, and another order.
 
     Args:
         p: the mean share that is dropped, in [0, 1].
