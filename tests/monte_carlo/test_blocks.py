@@ -15,7 +15,7 @@ from torchdrop.monte_carlo import blocks
 from torchdrop.monte_carlo.blocks import OutputShape
 from torchdrop.monte_carlo.prediction import predict_from
 from torchdrop.monte_carlo.sample import LiveBytes
-from torchdrop.monte_carlo.standard_errors import DENSE, error_names
+from torchdrop.monte_carlo.standard_errors import DENSE, check_errors, error_names
 from torchdrop.monte_carlo.statistics import Collector
 from torchdrop.monte_carlo.tasks import Classification, Plain, Regression
 
@@ -159,7 +159,7 @@ class TestChoice:
             with pytest.raises(
                 ValueError, match="standard_errors must be 'auto', True, False, or some of the names mean, v"
             ):
-                error_names(wrong, task)
+                check_errors(wrong, [task])
 
     @pytest.mark.parametrize("chosen", [True, False, ("mean",), ("std", "mutual_information")])
     def test_what_is_chosen_is_as_if_all_were(self, chosen: Any) -> None:

@@ -213,7 +213,7 @@ def test_what_a_module_keeps_is_nothing_of_the_survey_and_can_be_copied() -> Non
     assert model.last is None
     assert model.all == []
     assert model.box == {"inner": []}
-    with torchdrop.mc_dropout(model, seed=0):
+    with torch.no_grad(), torchdrop.mc_dropout(model, seed=0):
         outputs = [model(X), model(X)]
     assert model.last is outputs[1]
     assert all(one is other for one, other in zip(model.all, outputs, strict=True))

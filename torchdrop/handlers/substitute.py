@@ -157,7 +157,8 @@ class Substitute(Handler):
         if draw.served is not None:
             out = draw.served(self._slot(site, source), float(rate or 0.0))
             if self.counts:
-                self.bytes += _WITHIN * max(_bytes_of(out), 4 * math.prod(draw.shape or ()))
+                sizes = [size for size in draw.shape or () if isinstance(size, int)]
+                self.bytes += _WITHIN * max(_bytes_of(out), 4 * math.prod(sizes))
             return out
         assert self.run is not None
         if transforms_active() or self.run.folded:

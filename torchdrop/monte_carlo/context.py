@@ -91,7 +91,7 @@ def mc_dropout(
         yield context.activation.report
     context.activation.warn_of_omissions("mc_dropout", 3)
     report = context.activation.report
-    if not report.active:
+    if not report.active and not context.failed:
         what = "nothing random is active in the model" if report.called else "the model was not called"
         warnings.warn(f"mc_dropout: {what}. {ADVICE}{report.noted()}", UserWarning, stacklevel=3)
 
@@ -106,6 +106,7 @@ class _Context:
         self._fixed: int | None = None
         self._surveyed: set[tuple[nn.Module, str]] = set()
         self._redirected = Redirected(called, self._call)
+        self.failed = False
         self._around: set[Any] = set()  # the frames that the block is in
         self._outermost: Any = None
 
@@ -128,17 +129,25 @@ class _Context:
 
     def _call(self, module: nn.Module, attribute: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Serves a call of a module of the model, or of the compiled form of it."""
-        module = self.activation.model if module is self._called else module
-        activation, inputs = self.activation, Inputs(args, kwargs, self.activation.dim)
-        server, shells = activation.server, activation.shells
+        activation = self.activation
+        module = activation.model if module is self._called else module
+        inputs = Inputs(args, kwargs, activation.dim)
         method = "forward" if attribute == "forward" else "__call__"
         if activation.tracker.running:  # through a reference that the shells do not have
-            return inputs.call(shells.method(module, method))
+            return inputs.call(activation.shells.method(module, method))
         refuse_backward()
-        server.differentiated = torch.is_grad_enabled()
+        try:
+            return self._served(module, method, inputs)
+        except Exception:
+            self.failed = True
+            raise
+
+    def _served(self, module: nn.Module, method: str, inputs: Inputs) -> Any:
+        activation = self.activation
+        activation.server.differentiated = torch.is_grad_enabled()
         if (module, method) not in self._surveyed:
-            self._surveyed.add((module, method))
             self._survey(inputs, module, method)
+            self._surveyed.add((module, method))
         before, outermost = self._next, self._frames()[1]
         try:
             return self._sampled(module, method, inputs, outermost)
@@ -157,10 +166,6 @@ class _Context:
             report.notes.append(
                 f"There was no survey: {error}. What draws only in train mode stays off, and masks depend on the batch"
             )
-        except Exception:
-            report.called = True
-            self._surveyed.discard((module, method))
-            raise
 
     def _sampled(self, module: nn.Module, method: str, inputs: Inputs, outermost: Any) -> Any:
         """Makes a pass that is a sample, or a part of one."""

@@ -48,14 +48,17 @@ class Choice:
         activation, sampler, report = self._activation, self._sampler, self._activation.report
         activation.may_differentiate = True
         three = activation.survey(inputs)
-        self._refuse_nothing()
         try:
             with activation.strict():
                 share = sampler.measure(inputs, three)
         except UnknownSourceError:  # so a hook draws: it has to see the forwards of a survey, too
             three = activation.survey(inputs, hooks=True)
             share = sampler.measure(inputs, three)
-        self._refuse_nothing()
+        if not report.active:
+            off = "".join(f"\n  {s.module or '(model)'}: {s.kind}, {s.reason}" for s in report.inactive)
+            raise ValueError(
+                f"nothing random is active in the model, so all samples would be equal. {ADVICE}{off}{report.noted()}"
+            )
         self._order = [s for s in STRATEGIES if s != "repeated" or inputs.rows is not None]
         if self._wanted != "auto":
             self._order = [self._wanted]
@@ -65,14 +68,6 @@ class Choice:
             self._order.sort(key=["loop", "vectorized", "repeated"].index)  # one sample at a time can cut out its units
         elif share < _FEW:
             self._order.sort(key=["repeated", "vectorized", "loop"].index)
-
-    def _refuse_nothing(self) -> None:
-        report = self._activation.report
-        if not report.active:
-            off = "".join(f"\n  {s.module or '(model)'}: {s.kind}, {s.reason}" for s in report.inactive)
-            raise ValueError(
-                f"nothing random is active in the model, so all samples would be equal. {ADVICE}{off}{report.noted()}"
-            )
 
     def first(
         self, inputs: Inputs, first_row: int, chunk: Callable[[str], Sequence[int]]

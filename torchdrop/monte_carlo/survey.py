@@ -78,7 +78,7 @@ class Survey:
             The output of the call for the first three rows.
         """
         server, activation = self._server, self._activation
-        differentiated, server.differentiated = server.differentiated, False
+        differentiated, server.differentiated, server.prefix = server.differentiated, False, None
         try:
             with GENERATORS, activation.kept_states() as states, own_generators(self._model):
                 states.keep()
