@@ -43,6 +43,7 @@ class Trace(Handler):
     Args:
         tracker: the tracker of the model.
         rows: the number of rows of data in the forward.
+        states: returns the states of the generators that the model may draw from.
 
     Attributes:
         sources: the sources of the forward, in order.
@@ -50,10 +51,15 @@ class Trace(Handler):
         unseen: a dispatch mode to be on during the forward, which counts the draws of all operators.
         seen: the number of these draws that belong to calls that were seen.
         branching: whether a single number was drawn, as by code that decides from it to skip a layer.
+        hidden: whether a generator has moved on between the calls that were seen. It is a quick look, for a forward
+            without `unseen`; `look` ends it.
     """
 
-    def __init__(self, tracker: Tracker, rows: int | None) -> None:
+    def __init__(self, tracker: Tracker, rows: int | None, states: Callable[[], Any] = lambda: None) -> None:
         super().__init__(tracker)
+        self._states = states
+        self._state = states()
+        self.hidden: bool = False
         self.sources: list[Source] = []
         self.flagged: set[str] = set()
         self.unseen: DrawCount = DrawCount()
@@ -81,9 +87,15 @@ class Trace(Handler):
 
     def _meet(self, func: Any, draw: RandomCall) -> Any:
         before = self.unseen.count
+        self.look()
         out = draw.original()
+        self._state = self._states()
         self.seen += self.unseen.count - before
         return self._note(draw, out)
+
+    def look(self) -> None:
+        """Compares the generators' states with those after the last call that was seen."""
+        self.hidden = self.hidden or self._state != self._states()
 
     def _note(self, draw: RandomCall, out: Any) -> Any:
         source = Source.of_call(self._tracker.next(draw.kind), draw)

@@ -150,7 +150,7 @@ def mc_predict(
     pick = Picker(select_output, noise == "log_variance", task if isinstance(task, Mapping) else None)
     activation = Activation(model, patterns, batch_dim, method)
     sampler = Sampler(activation, pick, chosen_seed, shared, effort.hypercube)
-    choice = Choice(activation, sampler, strategy)
+    choice = Choice(activation, sampler, strategy, samples)
     job = Job(
         activation,
         sampler,

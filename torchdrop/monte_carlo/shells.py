@@ -78,34 +78,22 @@ class Shells:
             hooks: whether hooks run that are neither PyTorch's nor torchdrop's own.
         """
         level, copied = self._level if contexts else None, dict[int, Any]()
-
-        def wanted(module: nn.Module) -> _Wanted:
-            return _Wanted(training(module), apart(module), copies, hooks, level)
-
-        for module in self._stale(wanted):
-            self._known[module] = _Known(module, self._rebuilt(module, wanted(module), copied), wanted(module))
-        self._unwritten = False
-
-    def _stale(self, wanted: Callable[[nn.Module], _Wanted]) -> list[nn.Module]:
-        """Returns the modules whose shells differ from what is wanted. Those that are new get a shell first."""
-        known, stale = self._known, []
+        stale = []
         for module, shell in self._of.items():
-            seen = known.get(module)
-            if (
-                seen is None
-                or not seen.lasting
-                or seen.wanted != wanted(module)
-                or type(shell) is not type(module)
-                or not seen.module.are_of(module)
-                or not (self._unwritten or seen.shell.are_of(shell))
-            ):
-                stale.append(module)
-        if any(child is not None and child not in self._of for m in stale for child in m._modules.values()):
+            wanted, known = _Wanted(training(module), apart(module), copies, hooks, level), self._known.get(module)
+            current = known is not None and known.is_current(module, shell, wanted, not self._unwritten)
+            if known is None or not current:
+                stale.append((module, wanted))
+            elif known.wanted.training != wanted.training:
+                known.set_training(shell, wanted)
+        if any(child is not None and child not in self._of for m, _ in stale for child in m._modules.values()):
             for name, module in self._model.named_modules():
                 if module not in self._of:
                     self.names[module], self._of[module] = name, _empty(module)
-                    stale.append(module)
-        return stale
+                    stale.append((module, _Wanted(training(module), apart(module), copies, hooks, level)))
+        for module, wanted in stale:
+            self._known[module] = _Known(module, self._rebuilt(module, wanted, copied), wanted)
+        self._unwritten = False
 
     def _rebuilt(self, module: nn.Module, wanted: _Wanted, copied: dict[int, Any]) -> nn.Module:
         """Returns a module's shell with the attributes that the module has now."""
@@ -126,7 +114,7 @@ class Shells:
         if wanted.apart:
             _clone_tensors(own, copied)
         if not wanted.hooks:
-            for table in _HOOKS:
+            for table in filter(own.get, _HOOKS):
                 own[table] = OrderedDict((key, hook) for key, hook in own[table].items() if _is_internal(hook))
         own["training"] = wanted.training
         own.pop(COMPILED, None)
@@ -282,13 +270,32 @@ class _Known:
         lasting: whether the shell need not be made again while the attributes of both are the same objects.
     """
 
-    __slots__ = ("lasting", "module", "shell", "wanted")
+    __slots__ = ("_redirected", "_tensors", "lasting", "module", "shell", "wanted")
 
     def __init__(self, module: nn.Module, shell: nn.Module, wanted: _Wanted) -> None:
         self.module, self.shell, self.wanted = _Attributes(module), _Attributes(shell), wanted
-        cloned = wanted.apart and (bool(module._buffers) or any(map(_is_own_tensor, self.module.own.items())))
-        foreign = not wanted.hooks and any(self.module.own[table] for table in _HOOKS)
-        self.lasting: bool = not cloned and not foreign and not any(map(_varies, self.module.own.items()))
+        attributes = self.module.own.items()
+        self._tensors = bool(module._buffers) or any(map(_is_own_tensor, attributes))
+        self._redirected = any(is_redirected(self.module.own.get(name)) for name in CALLS)
+        self.lasting: bool = not (wanted.apart and self._tensors) and not any(map(_varies, attributes))
+
+    def is_current(self, module: nn.Module, shell: nn.Module, wanted: _Wanted, may_be_written: bool) -> bool:
+        """Whether the shell is what is wanted, but for the training flag."""
+        was = self.wanted
+        return (
+            self.lasting
+            and not (self._tensors and wanted.apart)
+            and not (self._redirected and wanted.level != was.level)
+            and ((wanted.hooks and was.hooks) or not (module._forward_hooks or module._forward_pre_hooks))
+            and type(shell) is type(module)
+            and self.module.are_of(module)
+            and not (may_be_written and not self.shell.are_of(shell))
+        )
+
+    def set_training(self, shell: nn.Module, wanted: _Wanted) -> None:
+        """Gives the shell the training flag that is wanted."""
+        shell.__dict__["training"] = wanted.training
+        self.shell, self.wanted = _Attributes(shell), wanted
 
 
 def _is_own_tensor(attribute: tuple[str, Any]) -> bool:

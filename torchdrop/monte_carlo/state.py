@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 import sys
 import threading
@@ -79,14 +80,29 @@ class KeptStates:
 @contextmanager
 def own_generators(model: nn.Module) -> Iterator[None]:
     """Restores the states of the generators that modules hold."""
-    attributes = (vars(m).copy() for m in model.modules())  # other threads may add to them meanwhile
-    found = {value for own in attributes for value in own.values() if isinstance(value, torch.Generator)}
-    before = [(generator, generator.get_state()) for generator in found]
+    before = [(generator, generator.get_state()) for generator in _generators(model)]
     try:
         yield
     finally:
         for generator, state in before:
             generator.set_state(state)
+
+
+def _generators(model: nn.Module) -> list[torch.Generator]:
+    attributes = (vars(m).copy() for m in model.modules())  # other threads may add to them meanwhile
+    return list({value for own in attributes for value in own.values() if isinstance(value, torch.Generator)})
+
+
+def states_of(model: nn.Module) -> Callable[[], list[bytes]]:
+    """Returns a function that takes the states of PyTorch's generators and of the model's own, for comparison."""
+    cuda = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
+    generators = [torch.default_generator, *cuda, *_generators(model)]
+
+    def states() -> list[bytes]:
+        found = (generator.get_state() for generator in generators)
+        return [ctypes.string_at(state.data_ptr(), state.numel()) for state in found]
+
+    return states
 
 
 def foreign_states() -> tuple[Any, ...]:

@@ -14,6 +14,10 @@ from .sample import STRATEGIES, Outputs, Sampler
 _FEW = 0.2
 """The least share of the calls before the first random one that is worth running once."""
 
+_LIGHT = 2**25
+"""The number of bytes of all samples' tensors below which the calls take more time than their work. They take the most
+under vmap."""
+
 _SMALL = 1024
 """The most rows of all samples in a chunk that is run without having tried its strategy on two rows."""
 
@@ -25,6 +29,7 @@ class Choice:
         activation: the activation of the model.
         sampler: the sampler of the prediction.
         wanted: the strategy that was asked for, or "auto".
+        samples: the number of samples.
 
     Attributes:
         strategy: the strategy, once it is known; "" before.
@@ -32,8 +37,8 @@ class Choice:
         said: what the user is to be warned of.
     """
 
-    def __init__(self, activation: Activation, sampler: Sampler, wanted: str) -> None:
-        self._activation, self._sampler, self._wanted = activation, sampler, wanted
+    def __init__(self, activation: Activation, sampler: Sampler, wanted: str, samples: int) -> None:
+        self._activation, self._sampler, self._wanted, self._samples = activation, sampler, wanted, samples
         self._order: list[str] = []
         self.strategy: str = ""
         self.rows_alone: bool | None = None
@@ -66,7 +71,7 @@ class Choice:
             self._order = ["loop"]
         elif any(isinstance(module, CompactSequential) for module in activation.model.modules()):
             self._order.sort(key=["loop", "vectorized", "repeated"].index)  # one sample at a time can cut out its units
-        elif share < _FEW:
+        elif share < _FEW or sampler.most_bytes * (inputs.rows or 1) * self._samples < _LIGHT:
             self._order.sort(key=["repeated", "vectorized", "loop"].index)
 
     def first(

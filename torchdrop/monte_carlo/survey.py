@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ from ..handlers.trace import Trace
 from ..layers.layer_drop import LayerDrop
 from .copies import UncopyableError
 from .inputs import Inputs
-from .state import GENERATORS, foreign_states, own_generators
+from .state import GENERATORS, foreign_states, own_generators, states_of
 
 if TYPE_CHECKING:
     from .activate import Activation
@@ -65,6 +66,7 @@ class Survey:
         self._modules = dict(self._model.named_modules())
         self._failing: dict[str, str] = {}
         self._branching = False
+        self._counted = False
         self._hooks = True
 
     def run(self, inputs: Inputs, hooks: bool = False) -> Any:
@@ -198,17 +200,21 @@ class Survey:
     def _train_forward(self, inputs: Inputs) -> Trace | None:
         """Traces a forward in train mode. Layers with running statistics stay in eval mode, and so do modules whose
         code fails in train mode, for example a detector that needs targets."""
-        before = foreign_states()
+        before, states = foreign_states(), states_of(self._model)
+        self._counted = self._counted or inputs.device.type not in ("cpu", "cuda")
         while True:
-            recorder = Trace(self._tracker, inputs.rows)
+            recorder = Trace(self._tracker, inputs.rows, states)
             self._tracker.failed = None
             try:
-                with recorder, recorder.unseen:
+                with recorder, recorder.unseen if self._counted else nullcontext():
                     self._call(
                         inputs,
                         lambda m: not _has_statistics(m) and self._shells.names[m] not in self._failing,
                     )
-                break
+                recorder.look()
+                if self._counted or not recorder.hidden:
+                    break
+                self._counted = True  # a dispatch mode sees each operator, and takes several times as long
             except Exception as error:
                 name, what = self._tracker.failed, f"{type(error).__name__}: {error}"
                 if name is None or name in self._failing:
