@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import sites
-from ..core.torch_state import tree_flatten
+from ..core.torch_state import tree_flatten, without_function_modes
 from ..handlers.base import refuse_backward
 from ..handlers.calls import RandomCall
 from ..handlers.masks import Pass
@@ -131,7 +131,8 @@ class _Context:
         """Serves a call of a module of the model, or of the compiled form of it."""
         activation = self.activation
         module = activation.model if module is self._called else module
-        inputs = Inputs(args, kwargs, activation.dim)
+        with without_function_modes():  # the server's mode would see each look at a tensor
+            inputs = Inputs(args, kwargs, activation.dim)
         method = "forward" if attribute == "forward" else "__call__"
         if activation.tracker.running:  # through a reference that the shells do not have
             return inputs.call(activation.shells.method(module, method))
@@ -170,7 +171,8 @@ class _Context:
     def _sampled(self, module: nn.Module, method: str, inputs: Inputs, outermost: Any) -> Any:
         """Makes a pass that is a sample, or a part of one."""
         activation, shells = self.activation, self.activation.shells
-        self._begin(outermost, inputs.rows, inputs.device)
+        with without_function_modes():
+            self._begin(outermost, inputs.rows, inputs.device)
         apart = activation.flagged.__contains__
         with activation.kept_states(), activation.own_numbers(), activation.strict():
             shells.refresh(apart, apart, copies=False)
