@@ -15,10 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from torchdrop.monte_carlo.classes import Classification, normalized
 from torchdrop.monte_carlo.groups import Mean, Statistic
 from torchdrop.monte_carlo.moments import Moments
+from torchdrop.monte_carlo.plain import Plain
 from torchdrop.monte_carlo.statistics import Collector
-from torchdrop.monte_carlo.tasks import Classification, Plain, Regression, normalized, read_task
+from torchdrop.monte_carlo.tasks import Regression, read_task
 
 F64 = torch.float64
 
@@ -267,6 +269,14 @@ class TestTasks:
         [
             ({"task": "ranking"}, "task must be None, 'classification' or 'regression', got 'ranking'"),
             (
+                {"task": "regression", "class_dim": 2},
+                "class_dim=2 is for task='classification', got task='regression'",
+            ),
+            (
+                {"task": "classification", "class_dim": 0},
+                "class_dim must be 'auto' or a dimension after the rows, which are 0, got 0",
+            ),
+            (
                 {"task": "regression", "scores": "logits"},
                 "scores='logits' is for task='classification', got task='regr",
             ),
@@ -288,7 +298,8 @@ class TestTasks:
 
     def test_read_task(self) -> None:
         assert read_task(None) == Plain()
-        assert read_task("classification", scores="logits") == Classification("logits")
+        assert read_task("classification", scores="logits") == Classification("logits", "auto")
+        assert read_task("classification", class_dim=-1) == Classification("auto", -1)
         assert read_task("regression", noise="log_variance") == Regression(noise="log_variance")
 
     @pytest.mark.parametrize(

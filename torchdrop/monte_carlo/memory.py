@@ -10,9 +10,9 @@ from torch import Tensor
 from ..core.torch_state import tree_map
 from ..handlers.masks import Hypercube
 from .inputs import Inputs
+from .plain import Task
 from .plan import SamplePlan
 from .standard_errors import Errors, error_names, needs_groups
-from .tasks import Task
 
 GROUPS = 10
 """The number of groups of samples. Standard errors come from the spread between groups."""
@@ -80,3 +80,30 @@ def rows_of(inputs: Inputs, first: int, count: int) -> Inputs:
         (inputs.args, inputs.kwargs),
     )
     return Inputs(args, kwargs, dim)
+
+
+def valid_places(valid: str | Tensor | None, inputs: Inputs, first_row: int) -> Tensor | None:
+    """Returns whether places of this batch's rows are reported, rows first: see `mc_predict`.
+
+    Raises:
+        ValueError: a name that no tensor among the named arguments has, or a tensor of too few rows.
+        TypeError: something else than a name or a tensor.
+    """
+    if valid is None:
+        return None
+    if isinstance(valid, str):
+        named = {name: value for name, value in inputs.kwargs.items() if isinstance(value, Tensor)}
+        if valid not in named:
+            listed = ", ".join(named) or "there are none"
+            raise ValueError(f"valid must name a tensor among the model's named arguments ({listed}), got {valid!r}")
+        return named[valid].movedim(inputs.dim or 0, 0) != 0
+    if not isinstance(valid, Tensor):
+        raise TypeError(f"valid must be the name of an argument, a tensor or None, got {type(valid).__name__}")
+    if inputs.rows is None:
+        return valid.to(inputs.device) != 0
+    if valid.dim() == 0 or len(valid) < first_row + inputs.rows:
+        raise ValueError(
+            f"valid must have a row for each row of the inputs, got shape {tuple(valid.shape)} for row "
+            f"{first_row + inputs.rows - 1}"
+        )
+    return valid[first_row : first_row + inputs.rows].to(inputs.device) != 0

@@ -14,14 +14,16 @@ from ..core.checks import check_integer
 from ..handlers.prefix import Prefix
 from ..layers.compact.sequential import CompactSequential
 from .activate import ADVICE, Activation, check_masks, check_model, check_seed, check_sources, new_seed
+from .classes import class_numbers
 from .inputs import Inputs, batches, picker
-from .memory import GROUPS, MemoryPlan, rows_of
+from .memory import GROUPS, MemoryPlan, rows_of, valid_places
+from .plain import Task
 from .plan import ROUND, SamplePlan
 from .prediction import Prediction, predict_from
 from .sample import STRATEGIES, Outputs, Sampler
 from .standard_errors import Errors, error_names
 from .statistics import Collector
-from .tasks import Task, read_task
+from .tasks import read_task
 
 _FEW = 0.2
 """The least share of the calls before the first random one that is worth running once."""
@@ -34,6 +36,8 @@ def mc_predict(
     *,
     task: str | None = None,
     scores: str = "auto",
+    class_dim: int | str = "auto",
+    valid: str | Tensor | None = None,
     tau: float | None = None,
     noise: str | None = None,
     seed: int | None = None,
@@ -69,6 +73,13 @@ def mc_predict(
         samples: T, or the largest T if there is a tolerance.
         task: "classification" (outputs of shape (rows, classes, ...)), "regression", or None for plain moments.
         scores: the kind of outputs in classification: "logits", "probabilities" or "auto".
+        class_dim: for classification, the dimension of classes in `mean`, whose rows are dimension 0; it may be counted
+            from the last by a negative number. "auto" takes the only dimension whose size is the number of classes, or
+            of words, in the model's `config`, or over which probabilities sum to 1, and otherwise dimension 1, as
+            torch.nn.CrossEntropyLoss does, with a warning where another could be meant.
+        valid: the places that are reported, such as the tokens that are no padding: the name of an argument of the
+            model, such as "attention_mask", or a tensor (rows, ...) for all rows. Where it is 0 or False, outputs may
+            be anything, even NaN; the prediction is NaN there, and summary and metrics leave them out.
         tau: for regression, the precision of the noise.
         noise: for regression, "log_variance" if the model returns it: as the second of a pair of outputs, or in the
             second half of their last dimension.
@@ -113,8 +124,8 @@ def mc_predict(
         RuntimeError: a forced strategy that does not work.
 
     Warns:
-        UserWarning: identical samples; a tolerance that was not met; something that is random in train mode and could
-            not be turned on.
+        UserWarning: identical samples; another dimension that could be meant by classes; a tolerance that was not met;
+            something that is random in train mode and could not be turned on.
 
     References:
         Gal and Ghahramani, "Dropout as a Bayesian Approximation", ICML 2016. McKay, Beckman and Conover, "A Comparison
@@ -133,7 +144,7 @@ def mc_predict(
     effort = SamplePlan(_positive("samples", samples), _tolerance(tolerance), _sampling(sampling) == "latin", group)
     if strategy not in ("auto", *STRATEGIES):
         raise ValueError(f"strategy must be 'auto', {', '.join(map(repr, STRATEGIES))}, got {strategy!r}")
-    kind = read_task(task, scores=scores, tau=tau, noise=noise)
+    kind = read_task(task, scores=scores, class_dim=class_dim, class_numbers=class_numbers(model), tau=tau, noise=noise)
     error_names(standard_errors, kind)
     shared, patterns = check_masks(masks), check_sources(model, sources)
     chosen_seed = _agreed_seed(new_seed() if seed is None else check_seed(seed), group)
@@ -149,6 +160,7 @@ def mc_predict(
         None if chunk is None else _positive("chunk", chunk),
         MemoryPlan(memory, effort, standard_errors),
         keep_samples,
+        valid,
     )
     results: list[Prediction] = []
     with torch.no_grad(), activation.kept_states():
@@ -161,6 +173,9 @@ def mc_predict(
         raise ValueError("inputs must hold at least one batch, got none")
     if effort.samples > 1 and job.identical:
         warnings.warn(f"mc_predict: all samples are identical. {ADVICE}", UserWarning, stacklevel=2)
+    doubt = getattr(job.task, "doubt", "")
+    if doubt:
+        warnings.warn(f"mc_predict: {doubt}", UserWarning, stacklevel=2)
     if job.reached is not None:
         warnings.warn(
             f"mc_predict: tolerance={tolerance} was not met after {samples} samples: the largest standard error of the "
@@ -184,10 +199,12 @@ class _Job:
         chunk: int | None,
         memory: MemoryPlan,
         keep_samples: bool,
+        valid: str | Tensor | None,
     ) -> None:
         self._activation, self._sampler, self._pick, self._effort = activation, sampler, pick, effort
         self._strategy, self._chunk, self._memory, self._keep = strategy, chunk, memory, keep_samples
         self._prepared = False
+        self._valid = valid
         self._compared = False
         self._rows_alone = True
         self._next_row = 0
@@ -228,14 +245,15 @@ class _Job:
         size = self._chunk or (1 if self._strategy == "loop" else self._memory.samples(inputs, task))
         self._activation.report.chunk = size
         groups = max(GROUPS, effort.processes)
-        collector = total = self._collector(task, groups)
+        valid = valid_places(self._valid, inputs, self._next_row)
+        collector = total = self._collector(task, groups, valid)
         done = False
         for step in effort.steps():
             for samples in effort.chunks(effort.mine(step, groups), size):
                 outputs = self._sampler.run(self._strategy, inputs, samples, self._next_row)
                 self._compare(inputs, samples, outputs)
                 collector.add(self._rows_first(outputs), samples)
-            total = self._merged(collector, task, groups, inputs.device)
+            total = self._merged(collector, task, inputs.device)
             done = self._close_enough(total)
             if done:
                 break
@@ -299,7 +317,7 @@ class _Job:
             self._activation.report.notes.append(note)
             warnings.warn(f"mc_predict: {note}", UserWarning, stacklevel=4)
 
-    def _collector(self, task: Task, groups: int) -> Collector:
+    def _collector(self, task: Task, groups: int, valid: Tensor | None) -> Collector:
         return Collector(
             task,
             groups,
@@ -307,6 +325,7 @@ class _Job:
             rounds=self._effort.rounds,
             keep_samples=self._keep,
             errors=self._memory.errors,
+            valid=valid,
         )
 
     def _rows_first(self, outputs: Outputs) -> Any:
@@ -315,13 +334,13 @@ class _Job:
         moved = tuple(out if dim is None else out.movedim(dim + 1, 1) for out, dim in zip(outputs, dims, strict=True))
         return moved[0] if len(moved) == 1 else moved
 
-    def _merged(self, collector: Collector, task: Task, groups: int, device: torch.device) -> Collector:
+    def _merged(self, collector: Collector, task: Task, device: torch.device) -> Collector:
         """Returns a collector of the samples of all processes."""
         if self._effort.processes == 1:
             return collector
         states: list[Any] = [None] * self._effort.processes
         torch.distributed.all_gather_object(states, collector.state(), group=self._effort.group)
-        total = self._collector(task, groups)
+        total = self._collector(task, collector.groups, collector.valid)
         total.load(states, device)
         return total
 

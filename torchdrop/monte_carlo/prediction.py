@@ -10,11 +10,16 @@ import torch
 from torch import Tensor
 
 from .._extras import optional
-from .blocks import Outputs, raw
+from .blocks import Outputs
+from .classes import Classification
 from .gal import check_targets, predictive_log_likelihood, predictive_quantile
 from .groups import Mean
+from .plain import Plain
 from .statistics import Collector
-from .tasks import Classification, Plain, Regression
+from .tasks import Regression
+
+IGNORED = -100
+"""The class that stands at places that are not reported: the default of `ignore_index` in PyTorch's losses."""
 
 PER_SAMPLE = ("samples", "noise_variances")
 """The fields whose rows are the second dimension, after the samples."""
@@ -34,6 +39,7 @@ class Prediction:
         standard_errors: the Monte Carlo standard error of the statistics for which it was chosen, by the statistic's
             name: its standard deviation over other draws of the samples. See `Groups.standard_errors`.
         num_samples: the number of samples.
+        valid: whether a place is reported, of shape (B, ...), if places were left out: all tensors are NaN there.
         samples: all of them, of shape (T, B, ...), if they were kept.
         weight_scaling: the deterministic pass in eval mode, to compare the mean with.
         seed: the seed that the samples follow from.
@@ -56,6 +62,7 @@ class Prediction:
     std: Tensor
     standard_errors: dict[str, Tensor]
     num_samples: int
+    valid: Tensor | None = None
     samples: Tensor | None = None
     weight_scaling: Tensor | None = None
     seed: int | None = None
@@ -76,7 +83,7 @@ class Prediction:
     @property
     def statistics(self) -> dict[str, Tensor]:
         """The statistics, by name: `mean`, `variance` and all others that are reported."""
-        others = (*PER_SAMPLE, "weight_scaling")
+        others = (*PER_SAMPLE, "weight_scaling", "valid")
         named = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in others}
         return {name: value for name, value in named.items() if isinstance(value, Tensor)}
 
@@ -87,20 +94,24 @@ class Prediction:
         title = f"{type(self).__name__} of shape {tuple(self.mean.shape)} from {self.num_samples} samples"
         title += f", {self.strategy}" if self.strategy is not None else ""
         title += f", seed {self.seed}" if self.seed is not None else ""
+        title += f", {int(self.valid.sum())} of {self.valid.numel()} places valid" if self.valid is not None else ""
         lines = [title]
-        if self.mean.numel():
+        reported = self._valid_only(self.mean).numel() > 0
+        if reported:
             lines.append(f"{'':<22}{'average':>13}{'least':>12}{'most':>12}   largest standard error")
-        for name, tensor in self.statistics.items() if self.mean.numel() else ():
-            values, errors = tensor.double(), self.standard_errors.get(name)
+        for name, tensor in self.statistics.items() if reported else ():
+            values, errors = self._valid_only(tensor.double()), self.standard_errors.get(name)
             aggregates = f"{values.mean():>13.4g}{values.min():>12.4g}{values.max():>12.4g}"
-            lines.append(f"{name:<22}{aggregates}   {'not computed' if errors is None else f'{errors.max():.4g}'}")
+            largest = "not computed" if errors is None else f"{self._valid_only(errors).max():.4g}"
+            lines.append(f"{name:<22}{aggregates}   {largest}")
         return "\n".join(lines + ([str(self.report)] if self.report is not None else []))
 
     def to(self: P, target: torch.device | str | torch.dtype) -> P:
         """Returns the same with its tensors on another device, or of another floating-point dtype."""
         if isinstance(target, torch.dtype) and not target.is_floating_point:
             raise ValueError(f"dtype must be floating-point, got {target}")
-        return self._with([self], lambda _, tensors: tensors[0].to(target))
+        kept = "valid" if isinstance(target, torch.dtype) else ""
+        return self._with([self], lambda name, tensors: tensors[0] if name == kept else tensors[0].to(target))
 
     def numpy(self) -> dict[str, Any]:
         """Returns as arrays the statistics, "<statistic>_standard_error" for those that have one, the deterministic
@@ -196,6 +207,10 @@ class Prediction:
         columns |= {f"{name}_standard_error": error for name, error in self.standard_errors.items()}
         return columns if self.weight_scaling is None else columns | {"weight_scaling": self.weight_scaling}
 
+    def _valid_only(self, values: Tensor) -> Tensor:
+        """Returns the values at places that are reported, as one dimension if any was left out."""
+        return values if self.valid is None else values[~values.isnan()]
+
     def _kept(self, purpose: str) -> Tensor:
         if self.samples is None:
             raise ValueError(f"{purpose} need the samples, which were not kept: predict with keep_samples=True")
@@ -204,9 +219,13 @@ class Prediction:
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class ClassificationPrediction(Prediction):
-    """Mean probabilities and the uncertainty about the class, in nats. `mean`, `variance`, `std`: (B, C, ...).
+    """Mean probabilities and the uncertainty about the class, in nats.
+
+    `mean`, `variance` and `std` are of shape (B, C, ...), or have their classes in another dimension, `class_dim`; the
+    other statistics have no dimension of classes.
 
     Args:
+        class_dim: the dimension of classes.
         predictive_entropy: ``H[E p]``, all of the uncertainty, of shape (B, ...).
         expected_entropy: ``E H[p]``, the uncertainty that remains when the model is known (aleatoric).
         mutual_information: their difference, the part that more data could remove (epistemic; BALD).
@@ -228,27 +247,32 @@ class ClassificationPrediction(Prediction):
     expected_entropy: Tensor
     mutual_information: Tensor
     variation_ratio: Tensor
+    class_dim: int = 1
 
     @property
     def predicted(self) -> Tensor:
-        """The class of highest mean probability, of shape (B, ...)."""
-        return self.mean.argmax(1)
+        """The class of highest mean probability, of shape (B, ...); -100, PyTorch's `ignore_index`, at places that are
+        not reported."""
+        predicted = self.mean.argmax(self.class_dim)
+        return predicted if self.valid is None else predicted.where(self.valid, IGNORED)
 
     def log_likelihood(self, targets: Tensor) -> Tensor:
         """Returns the log of the target class's mean probability, -inf if that is 0, of shape (B, ...). Samples are not
-        needed.
+        needed. At places that are not reported it is NaN, whatever the targets.
 
         Raises:
             ValueError: targets that are not classes (B, ...), integers in [0, C).
         """
         check_targets(targets, self.predicted.shape)
-        classes = self.mean.shape[1]
+        classes = self.mean.shape[self.class_dim]
         if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
             raise ValueError(f"targets must be classes, of an integer dtype, got {targets.dtype}")
+        if self.valid is not None:
+            targets = targets.where(self.valid.to(targets.device), 0)
         if targets.numel() and not (targets.min() >= 0 and targets.max() < classes):
             raise ValueError(f"targets must be in [0, {classes}), got {targets.min()} to {targets.max()}")
-        chosen = targets.to(self.mean.device, torch.int64).unsqueeze(1)
-        return self.mean.gather(1, chosen).squeeze(1).log()
+        chosen = targets.to(self.mean.device, torch.int64).unsqueeze(self.class_dim)
+        return self.mean.gather(self.class_dim, chosen).squeeze(self.class_dim).log()
 
     def _columns(self) -> dict[str, Tensor]:
         return {"predicted": self.predicted} | super()._columns()
@@ -302,6 +326,8 @@ class RegressionPrediction(Prediction):
         check_targets(targets, self.mean.shape)
         if self.aleatoric_variance is None:
             raise ValueError("log-likelihoods need a model of the noise: predict with tau= or noise='log_variance'")
+        if self.valid is not None:
+            raise ValueError("log-likelihoods of rows are not defined where places were left out by valid=")
         samples = self._kept("log-likelihoods")
         return predictive_log_likelihood(samples, targets.to(samples.device), noise_variance=self.noise_variances)
 
@@ -338,20 +364,21 @@ def predict_from(
     """
     task = collector.task
     kinds = {Plain: Prediction, Classification: ClassificationPrediction, Regression: RegressionPrediction}
-    mean, dtype = task.statistics()["mean"], collector.dtype
+    mean = task.statistics()["mean"]
     assert isinstance(mean, Mean)
     statistics, errors = collector.results()
     values: dict[str, Any] = dict(statistics)
     if isinstance(task, Regression):
         values["noise_variances"] = collector.samples("noise_variance") if "aleatoric_variance" in values else None
     if weight_scaling is not None:
-        outputs = [weight_scaling] if isinstance(weight_scaling, Tensor) else weight_scaling
-        one_sample = task.arranged(raw([part.unsqueeze(0) for part in outputs]))
-        task.finite(one_sample)
-        values["weight_scaling"] = task.observe(one_sample)[mean.observable][0].to(dtype)
+        outputs = (weight_scaling,) if isinstance(weight_scaling, Tensor) else weight_scaling
+        values["weight_scaling"] = collector.observed(tuple(part.unsqueeze(0) for part in outputs))[mean.observable][0]
+    if isinstance(task, Classification):
+        values["class_dim"] = task.class_dim
     return kinds[type(task)](
         standard_errors=errors,
         num_samples=collector.count,
+        valid=collector.valid,
         samples=collector.samples(mean.observable),
         seed=seed,
         strategy=strategy,
