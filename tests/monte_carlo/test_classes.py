@@ -16,8 +16,8 @@ import torchdrop
 from torchdrop.monte_carlo import ClassificationPrediction, RegressionPrediction, metrics
 from torchdrop.monte_carlo.classes import Classification, class_numbers
 from torchdrop.monte_carlo.plain import Plain
-from torchdrop.monte_carlo.prediction import predict_from
 from torchdrop.monte_carlo.statistics import Collector
+from torchdrop.monte_carlo.task_predictions import predict_from
 
 ROWS, TOKENS, LABELS = 6, 5, 4
 

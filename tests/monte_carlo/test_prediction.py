@@ -20,14 +20,9 @@ from torchdrop.monte_carlo.gal import (
     weight_decay_from_tau,
 )
 from torchdrop.monte_carlo.plain import Plain
-from torchdrop.monte_carlo.prediction import (
-    ClassificationPrediction,
-    Prediction,
-    RegressionPrediction,
-    normal_quantile,
-    predict_from,
-)
+from torchdrop.monte_carlo.prediction import Prediction, normal_quantile
 from torchdrop.monte_carlo.statistics import Collector
+from torchdrop.monte_carlo.task_predictions import ClassificationPrediction, RegressionPrediction, predict_from
 from torchdrop.monte_carlo.tasks import Regression
 
 

@@ -267,7 +267,7 @@ class TestTasks:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"task": "ranking"}, "task must be None, 'classification' or 'regression', got 'ranking'"),
+            ({"task": "ranking"}, "task must be None, 'classification', 'multilabel' or 'regression', got 'ranking'"),
             (
                 {"task": "regression", "class_dim": 2},
                 "class_dim=2 is for task='classification', got task='regression'",
@@ -278,7 +278,7 @@ class TestTasks:
             ),
             (
                 {"task": "regression", "scores": "logits"},
-                "scores='logits' is for task='classification', got task='regr",
+                "scores='logits' is for task='classification' or 'multilabel', got task='regr",
             ),
             ({"task": None, "tau": 1.0}, "tau and noise are for task='regression', got task=None"),
             ({"task": "classification", "noise": "log_variance"}, "tau and noise are for task='regression'"),
@@ -319,7 +319,6 @@ class TestTasks:
                 torch.ones(2, 3, 1),
                 r"outputs must have a column for each class, got one .*\(3, 1\).*torch.cat",
             ),
-            (Classification(), torch.full((2, 3, 2), 0.7), r"in \[0, 1\] but do not sum to 1 .* say scores='logits'"),
             (
                 Classification("probabilities"),
                 torch.full((2, 3, 2), 2.0),

@@ -40,6 +40,31 @@ def raw(outputs: Any) -> Outputs:
     return parts[0].detach() if len(parts) == 1 else tuple(part.detach() for part in parts)
 
 
+def as_numbers(output: Tensor, task: str | None) -> Tensor:
+    """Returns an output of a model with true and false as 1 and 0, where a task can be about them.
+
+    Raises:
+        ValueError: an integer output, or a boolean one for a task that needs scores or values.
+
+    Example:
+        >>> as_numbers(torch.tensor([True, False]), None)
+        tensor([1., 0.])
+    """
+    if output.dtype == torch.bool:
+        if task in (None, "multilabel"):
+            return output.to(torch.get_default_dtype())
+        raise ValueError(
+            f"outputs must be floating-point for task={task!r}, got {output.dtype}: say task='multilabel' for the "
+            "probability of True, or pick the scores behind it with select_output="
+        )
+    if not output.is_floating_point() and not output.is_complex():
+        raise ValueError(
+            f"outputs must be floating-point, got {output.dtype}: if they are classes, pick the scores behind them "
+            "with select_output=, and if they are numbers, such as counts, give select_output=lambda y: y.float()"
+        )
+    return output
+
+
 @dataclass(frozen=True)
 class OutputShape:
     """The shapes and dtype of outputs, and how their places are flattened."""

@@ -13,7 +13,7 @@ from .groups import Derived, Mean, Observed, Statistic
 from .moments import wide
 from .plain import all_finite, one_tensor, std, variance
 
-_TWO = "give two with select_output=lambda z: torch.stack([torch.zeros_like(z), z], dim=1)"
+_TWO = "give two with select_output=lambda z: torch.stack([torch.zeros_like(z), z], dim=1), or say task='multilabel'"
 
 _LOWEST = -800.0
 """A number whose exponential is 0 in float64, in place of minus infinity, which 0 cannot be multiplied with."""
@@ -106,7 +106,7 @@ class Classification:
         class_dim: the dimension of classes in outputs (B, ...), from 1 on or counted from the last by a negative
             number, or "auto": see `placed`.
         class_numbers: numbers of classes that the model is known to have.
-        doubt: a sentence that says which other dimension could be meant; "" if there is none.
+        doubt: a sentence that says what else could be meant; "" if nothing could.
 
     Raises:
         ValueError: another word; outputs that have no dimension of classes, or only one class, or that should be
@@ -203,19 +203,21 @@ class Classification:
     def settled(self, outputs: Outputs) -> Classification:
         """Returns the task with the kind of scores decided by arranged outputs; itself if it is known.
 
-        They are probabilities if all are in [0, 1] and sum to 1 over the classes, which logits do by accident only.
+        They are probabilities if all are in [0, 1] and sum to 1 over the classes, which logits do not, and logits
+        otherwise. Where these lie in [0, 1] as well, `doubt` says so.
         """
         if self.scores != "auto":
             return self
         values = one_tensor(outputs)
         if normalized(values, 2):
             return replace(self, scores="probabilities")
-        if values.numel() and values.min() >= 0 and values.max() <= 1:
-            raise ValueError(
-                "outputs lie in [0, 1] but do not sum to 1 over the classes, so they can be told to be neither "
-                "probabilities nor logits: say scores='logits', or give a probability for each class by select_output="
-            )
-        return replace(self, scores="logits")
+        if values.amin() < 0 or values.amax() > 1:
+            return replace(self, scores="logits")
+        doubt = (
+            "outputs lie in [0, 1] and do not sum to 1 over the classes, so they are taken as logits: say "
+            "scores='logits' if they are, or task='multilabel' if they are the probabilities of several labels"
+        )
+        return replace(self, scores="logits", doubt=f"{self.doubt}. {doubt}" if self.doubt else doubt)
 
     def finite(self, outputs: Outputs) -> bool:
         values = one_tensor(outputs)

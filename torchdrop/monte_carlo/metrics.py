@@ -1,9 +1,9 @@
 """Measures of predicted probabilities, and of how well uncertainty separates right from wrong, or known from unknown.
 
 The measures are torchmetrics' and scikit-learn's (``pip install 'torchdrop[uncertainty]'``); this module passes them a
-prediction and its targets. Predictions are a `ClassificationPrediction` or probabilities (B, C, ...), targets are
+prediction and its targets. Predictions are a `ClassificationPrediction` or probabilities (B, C, ...), and targets are
 classes (B, ...); further dimensions count as rows. Places that a prediction does not report are left out, whatever the
-targets there.
+targets there. Each label of a `MultiLabelPrediction` counts as a row of two classes, absent (0) and present (1).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor
 from .._extras import optional
 from .classes import normalized
 from .gal import check_targets
-from .prediction import ClassificationPrediction
+from .task_predictions import ClassificationPrediction, MultiLabelPrediction
 
 BINS = 15
 """The number of bins of confidence, as in Guo et al., ICML 2017."""
 
-Classes = ClassificationPrediction | Tensor
+Classes = ClassificationPrediction | MultiLabelPrediction | Tensor
 
 
 class Flat(NamedTuple):
@@ -54,6 +54,10 @@ def flat(prediction: Classes, targets: Tensor) -> Flat:
     valid: Tensor | None = None
     if isinstance(prediction, Tensor):
         probabilities, dim = prediction, 1
+    elif isinstance(prediction, MultiLabelPrediction):
+        probabilities, dim = torch.stack([1 - prediction.mean, prediction.mean], -1), prediction.mean.dim()
+        valid = None if prediction.valid is None else ~prediction.mean.isnan()
+        targets = _labels(targets)
     else:
         probabilities, dim, valid = prediction.mean, prediction.class_dim, prediction.valid
     fits = probabilities.dim() >= 2 and probabilities.is_floating_point()
@@ -242,6 +246,13 @@ def scores(prediction: Classes, targets: Tensor) -> dict[str, float]:
         "misclassification_auroc": misclassification_auroc(prediction, targets),
         "risk_coverage_area": risk_coverage_area(prediction, targets),
     }
+
+
+def _labels(targets: Tensor) -> Tensor:
+    """Returns labels that may be given as booleans, or as floating-point numbers 0 and 1, as integers."""
+    if targets.is_floating_point() and not bool((targets.long() == targets).all()):
+        raise ValueError("targets must be 0 or 1 for each label")
+    return targets.long()
 
 
 def _uncertainty(rows: Flat, targets: Tensor, uncertainty: Tensor | None) -> Tensor:

@@ -14,15 +14,17 @@ from ..core.checks import check_integer
 from ..handlers.prefix import Prefix
 from ..layers.compact.sequential import CompactSequential
 from .activate import ADVICE, Activation, check_masks, check_model, check_seed, check_sources, new_seed
+from .blocks import as_numbers
 from .classes import class_numbers
 from .inputs import Inputs, batches, picker
 from .memory import GROUPS, MemoryPlan, rows_of, valid_places
 from .plain import Task
-from .plan import ROUND, SamplePlan
-from .prediction import Prediction, predict_from
+from .plan import ROUND, SamplePlan, agreed_seed
+from .prediction import Prediction
 from .sample import STRATEGIES, Outputs, Sampler
 from .standard_errors import Errors, error_names
 from .statistics import Collector
+from .task_predictions import predict_from
 from .tasks import read_task
 
 _FEW = 0.2
@@ -71,8 +73,10 @@ def mc_predict(
         inputs: a tensor, a tuple (positional arguments), a mapping (named arguments), or an iterable of batches such
             as a DataLoader. A batch that is a pair is taken as (inputs, targets), and the targets are left out.
         samples: T, or the largest T if there is a tolerance.
-        task: "classification" (outputs of shape (rows, classes, ...)), "regression", or None for plain moments.
-        scores: the kind of outputs in classification: "logits", "probabilities" or "auto".
+        task: "classification" (outputs of shape (rows, classes, ...), of which one is true), "multilabel" (each element
+            is a label that is present or not), "regression", or None for plain moments, also of boolean outputs.
+        scores: the kind of outputs in classification and of labels: "logits", "probabilities", or "auto" for
+            probabilities where all classes sum to 1, or all labels are in [0, 1], and logits otherwise.
         class_dim: for classification, the dimension of classes in `mean`, whose rows are dimension 0; it may be counted
             from the last by a negative number. "auto" takes the only dimension whose size is the number of classes, or
             of words, in the model's `config`, or over which probabilities sum to 1, and otherwise dimension 1, as
@@ -113,9 +117,10 @@ def mc_predict(
         group: a torch.distributed process group over whose processes the samples are split. All of them get the result.
 
     Returns:
-        A `Prediction`, `ClassificationPrediction` or `RegressionPrediction`, rows first, with `mean` and the standard
-        errors that were chosen, by the statistics' names in `standard_errors`. Under "latin" without a tolerance these
-        are upper bounds: a hypercube's variance is at most T / (T - 1) times that of independent samples (Owen, 1997).
+        A `Prediction`, `ClassificationPrediction`, `MultiLabelPrediction` or `RegressionPrediction`, rows first, with
+        `mean` and the standard errors that were chosen, by the statistics' names in `standard_errors`. Under "latin"
+        without a tolerance these are upper bounds: a hypercube's variance is at most T / (T - 1) times that of
+        independent samples (Owen, 1997).
 
     Raises:
         ValueError: an argument out of range, no random source, a NaN in a sample, outputs that change their shape or
@@ -147,8 +152,12 @@ def mc_predict(
     kind = read_task(task, scores=scores, class_dim=class_dim, class_numbers=class_numbers(model), tau=tau, noise=noise)
     error_names(standard_errors, kind)
     shared, patterns = check_masks(masks), check_sources(model, sources)
-    chosen_seed = _agreed_seed(new_seed() if seed is None else check_seed(seed), group)
-    pick = picker(select_output, pair=noise == "log_variance")
+    chosen_seed = agreed_seed(new_seed() if seed is None else check_seed(seed), group)
+    chosen = picker(select_output, pair=noise == "log_variance")
+
+    def pick(returned: Any) -> Outputs:
+        return tuple(as_numbers(part, task) for part in chosen(returned))
+
     activation = Activation(model, patterns, batch_dim, method)
     sampler = Sampler(activation, pick, chosen_seed, shared, effort.hypercube)
     job = _Job(
@@ -384,15 +393,6 @@ def _sampling(sampling: str) -> str:
     if sampling not in ("iid", "latin"):
         raise ValueError(f"sampling must be 'iid' or 'latin', got {sampling!r}")
     return sampling
-
-
-def _agreed_seed(seed: int, group: Any) -> int:
-    """Returns the seed of the group's first process."""
-    if group is None:
-        return seed
-    seeds = [None] * torch.distributed.get_world_size(group)
-    torch.distributed.all_gather_object(seeds, seed, group=group)
-    return int(seeds[0])  # type: ignore[call-overload]
 
 
 def _shown(batch: Iterable[Inputs], progress: bool) -> Iterable[Inputs]:

@@ -1,4 +1,4 @@
-"""Tasks by name: outputs as they are, classes, or values with noise."""
+"""Tasks by name: outputs as they are, classes, labels, or values with noise."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from .blocks import Outputs
 from .classes import Classification
 from .groups import Derived, Mean, Observed, Statistic
+from .labels import MultiLabel
 from .moments import wide
 from .plain import Plain, Task, all_finite, one_tensor, std, variance
 
@@ -131,14 +132,16 @@ def read_task(
         >>> read_task("regression", tau=4.0)
         Regression(tau=4.0, noise=None)
     """
-    if task not in (None, "classification", "regression"):
-        raise ValueError(f"task must be None, 'classification' or 'regression', got {task!r}")
-    if task != "classification":
-        for name, value in (("scores", scores), ("class_dim", class_dim)):
-            if value != "auto":
-                raise ValueError(f"{name}={value!r} is for task='classification', got task={task!r}")
+    if task not in (None, "classification", "multilabel", "regression"):
+        raise ValueError(f"task must be None, 'classification', 'multilabel' or 'regression', got {task!r}")
+    if scores != "auto" and task not in ("classification", "multilabel"):
+        raise ValueError(f"scores={scores!r} is for task='classification' or 'multilabel', got task={task!r}")
+    if class_dim != "auto" and task != "classification":
+        raise ValueError(f"class_dim={class_dim!r} is for task='classification', got task={task!r}")
     if task != "regression" and (tau is not None or noise is not None):
         raise ValueError(f"tau and noise are for task='regression', got task={task!r}")
     if task == "classification":
         return Classification(scores, class_dim, tuple(class_numbers))
+    if task == "multilabel":
+        return MultiLabel(scores)
     return Regression(tau, noise) if task == "regression" else Plain()
