@@ -13,11 +13,13 @@ from torch import Tensor, nn
 import torchdrop
 from torchdrop.monte_carlo import blocks
 from torchdrop.monte_carlo.blocks import OutputShape
-from torchdrop.monte_carlo.prediction import predict_from
+from torchdrop.monte_carlo.classes import Classification
+from torchdrop.monte_carlo.plain import Plain
 from torchdrop.monte_carlo.sample import LiveBytes
 from torchdrop.monte_carlo.standard_errors import DENSE, check_errors, error_names
 from torchdrop.monte_carlo.statistics import Collector
-from torchdrop.monte_carlo.tasks import Classification, Plain, Regression
+from torchdrop.monte_carlo.task_predictions import predict_from
+from torchdrop.monte_carlo.tasks import Regression
 
 OUTPUTS = {
     "classes": (Classification("logits"), torch.randn(9, 3, 4, 5, 7)),
@@ -228,6 +230,8 @@ class TestRows:
         options: dict[str, Any] = {
             "samples": 12, "seed": 5, "sampling": sampling, "task": task, "keep_samples": True, "weight_scaling": True
         }  # fmt: skip
+        if task is not None:
+            options["class_dim"] = 1
         model = Watched().eval()
         ROWS.clear()
         whole = torchdrop.mc_predict(model, x, **options)

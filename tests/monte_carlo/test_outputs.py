@@ -184,13 +184,13 @@ class TestBatchesOfDifferentSizes:
         options["select_output"] = lambda y: y.movedim(-1, 1)
         result = predict(Tokens(), iter(IDS), batches="padded", **options)
         assert result.mean.shape == (7, 3, 8)
-        assert result.mask.shape == (7, 3, 8)
+        assert result.valid.shape == (7, 3, 8)
         assert result.samples.shape == (24, 7, 3, 8)
-        assert torch.equal(result.mask, ~result.mean.isnan())
-        assert [int(n) for n in result.mask[:, 0].sum(1)] == [5] * 4 + [8] * 2 + [3]
+        assert torch.equal(result.valid, ~result.mean.isnan())
+        assert [int(n) for n in result.valid[:, 0].sum(1)] == [5] * 4 + [8] * 2 + [3]
         first = predict(Tokens(), IDS[0], **options)
         for part, alone in ((result.batches()[0], first),):
-            assert part.mask is None
+            assert part.valid is None
             for name in (*alone.standard_errors, "samples", "weight_scaling"):
                 assert torch.allclose(getattr(part, name), getattr(alone, name), atol=1e-6), name
                 padded = getattr(result, name)
@@ -205,27 +205,27 @@ class TestBatchesOfDifferentSizes:
         result = predict(Tokens(), iter(IDS), batches="padded")
         assert "nan" not in str(result).partition("\nSources")[0]
         half = result.to(torch.float64)
-        assert half.mask.dtype == torch.bool
-        assert result.numpy()["mask"].dtype == bool
+        assert half.valid.dtype == torch.bool
+        assert result.numpy()["valid"].dtype == bool
         assert half.batches()[1].mean.dtype == torch.float64
 
     def test_joined_results_by_batch(self) -> None:
         loader = DataLoader(TensorDataset(X), batch_size=4)
         result = predict(Heads(), loader, select_output=lambda y: y[0])
-        assert result.mask is None
+        assert result.valid is None
         assert [len(part) for part in result.batches()] == [4, 4, 1]
         assert torch.equal(torch.cat([part.mean for part in result.batches()]), result.mean)
         whole = predict(Heads(), X, select_output=lambda y: y[0])
         assert [len(part) for part in whole.batches()] == [9]
 
     def test_one_batch_has_a_mask_too(self) -> None:
-        assert predict(Tokens(), IDS[0], batches="padded").mask.all()
+        assert predict(Tokens(), IDS[0], batches="padded").valid.all()
 
     def test_several_outputs(self) -> None:
         result = predict(Tokens(), iter(IDS), batches="padded", select_output=lambda y: {"a": y, "b": y[:, 0]})
         assert result["a"].mean.shape == (7, 8, 3)
         assert result["b"].mean.shape == (7, 3)
-        assert result["b"].mask.all()
+        assert result["b"].valid.all()
 
     def test_of_other_dimensions(self) -> None:
         with pytest.raises(ValueError, match=r"batch 2 has outputs of shape \(2, 3\) and .*give select_output="):

@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from torchdrop.monte_carlo import metrics, plots
-from torchdrop.monte_carlo.prediction import Prediction, predict_from
+from torchdrop.monte_carlo.classes import Classification
+from torchdrop.monte_carlo.plain import Plain
+from torchdrop.monte_carlo.prediction import Prediction
 from torchdrop.monte_carlo.statistics import Collector
-from torchdrop.monte_carlo.tasks import Classification, Plain, Regression
+from torchdrop.monte_carlo.task_predictions import predict_from
+from torchdrop.monte_carlo.tasks import Regression
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")

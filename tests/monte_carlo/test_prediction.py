@@ -12,21 +12,18 @@ import torch
 from torch import Tensor
 
 from torchdrop._extras import optional
+from torchdrop.monte_carlo.classes import Classification
 from torchdrop.monte_carlo.gal import (
     predictive_log_likelihood,
     predictive_quantile,
     tau_from_weight_decay,
     weight_decay_from_tau,
 )
-from torchdrop.monte_carlo.prediction import (
-    ClassificationPrediction,
-    Prediction,
-    RegressionPrediction,
-    normal_quantile,
-    predict_from,
-)
+from torchdrop.monte_carlo.plain import Plain
+from torchdrop.monte_carlo.prediction import Prediction, normal_quantile
 from torchdrop.monte_carlo.statistics import Collector
-from torchdrop.monte_carlo.tasks import Classification, Plain, Regression
+from torchdrop.monte_carlo.task_predictions import ClassificationPrediction, RegressionPrediction, predict_from
+from torchdrop.monte_carlo.tasks import Regression
 
 
 def predicted(task: Any, outputs: Any, *, keep_samples: bool = False, **about: Any) -> Any:

@@ -15,10 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from torchdrop.monte_carlo.classes import Classification, normalized
 from torchdrop.monte_carlo.groups import Mean, Statistic
 from torchdrop.monte_carlo.moments import Moments
+from torchdrop.monte_carlo.plain import Plain
 from torchdrop.monte_carlo.statistics import Collector
-from torchdrop.monte_carlo.tasks import Classification, Plain, Regression, normalized, read_task
+from torchdrop.monte_carlo.tasks import Regression, read_task
 
 F64 = torch.float64
 
@@ -265,10 +267,18 @@ class TestTasks:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"task": "ranking"}, "task must be None, 'classification' or 'regression', got 'ranking'"),
+            ({"task": "ranking"}, "task must be None, 'classification', 'multilabel' or 'regression', got 'ranking'"),
+            (
+                {"task": "regression", "class_dim": 2},
+                "class_dim=2 is for task='classification', got task='regression'",
+            ),
+            (
+                {"task": "classification", "class_dim": 0},
+                "class_dim must be 'auto' or a dimension after the rows, which are 0, got 0",
+            ),
             (
                 {"task": "regression", "scores": "logits"},
-                "scores='logits' is for task='classification', got task='regr",
+                "scores='logits' is for task='classification' or 'multilabel', got task='regr",
             ),
             ({"task": None, "tau": 1.0}, "tau and noise are for task='regression', got task=None"),
             ({"task": "classification", "noise": "log_variance"}, "tau and noise are for task='regression'"),
@@ -288,7 +298,8 @@ class TestTasks:
 
     def test_read_task(self) -> None:
         assert read_task(None) == Plain()
-        assert read_task("classification", scores="logits") == Classification("logits")
+        assert read_task("classification", scores="logits") == Classification("logits", "auto")
+        assert read_task("classification", class_dim=-1) == Classification("auto", -1)
         assert read_task("regression", noise="log_variance") == Regression(noise="log_variance")
 
     @pytest.mark.parametrize(
@@ -308,7 +319,6 @@ class TestTasks:
                 torch.ones(2, 3, 1),
                 r"outputs must have a column for each class, got one .*\(3, 1\).*torch.cat",
             ),
-            (Classification(), torch.full((2, 3, 2), 0.7), r"in \[0, 1\] but do not sum to 1 .* say scores='logits'"),
             (
                 Classification("probabilities"),
                 torch.full((2, 3, 2), 2.0),

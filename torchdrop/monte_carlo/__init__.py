@@ -8,11 +8,13 @@ from .context import mc_dropout
 from .gal import predictive_log_likelihood, tau_from_weight_decay, weight_decay_from_tau
 from .heads import Predictions
 from .predict import mc_predict
-from .prediction import ClassificationPrediction, Prediction, RegressionPrediction
+from .prediction import Prediction
 from .report import Report
+from .task_predictions import ClassificationPrediction, MultiLabelPrediction, RegressionPrediction
 
 __all__ = [
     "ClassificationPrediction",
+    "MultiLabelPrediction",
     "Prediction",
     "Predictions",
     "RegressionPrediction",

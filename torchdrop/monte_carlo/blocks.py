@@ -40,6 +40,31 @@ def raw(outputs: Any) -> Outputs:
     return parts[0].detach() if len(parts) == 1 else tuple(part.detach() for part in parts)
 
 
+def as_numbers(output: Tensor, task: str | None) -> Tensor:
+    """Returns an output of a model with true and false as 1 and 0, where a task can be about them.
+
+    Raises:
+        ValueError: an integer output, or a boolean one for a task that needs scores or values.
+
+    Example:
+        >>> as_numbers(torch.tensor([True, False]), None)
+        tensor([1., 0.])
+    """
+    if output.dtype == torch.bool:
+        if task in (None, "multilabel"):
+            return output.to(torch.get_default_dtype())
+        raise ValueError(
+            f"outputs must be floating-point for task={task!r}, got {output.dtype}: say task='multilabel' for the "
+            "probability of True, or pick the scores behind it with select_output="
+        )
+    if not output.is_floating_point() and not output.is_complex():
+        raise ValueError(
+            f"outputs must be floating-point, got {output.dtype}: if they are classes, pick the scores behind them "
+            "with select_output=, and if they are numbers, such as counts, give select_output=lambda y: y.float()"
+        )
+    return output
+
+
 @dataclass(frozen=True)
 class OutputShape:
     """The shapes and dtype of outputs, and how their places are flattened."""
@@ -67,20 +92,33 @@ class OutputShape:
             for place in range(0, max(places, 1), max(width, 1)):
                 yield slice(row, row + height), slice(place, place + max(width, 1))
 
+    def expanded(self, valid: Tensor) -> Tensor:
+        """Returns whether places are valid, (rows, places), from values for a beginning of their dimensions.
+
+        Raises:
+            ValueError: another shape.
+        """
+        shape = (self.rows, *self.places)
+        if tuple(valid.shape) != shape[: max(valid.dim(), 1)]:
+            raise ValueError(f"valid must have the shape {shape}, or a beginning of it, got {tuple(valid.shape)}")
+        valid = (valid != 0).reshape(*valid.shape, *[1] * (len(shape) - valid.dim()))
+        return valid.expand(shape).reshape(self.rows, -1) if self.rows else valid.new_zeros(0, math.prod(self.places))
+
     def unflattened(self, values: Tensor) -> Tensor:
         """Returns values (..., places) in the outputs' own dimensions."""
         return values.reshape(*values.shape[:-1], *self.places)
 
 
-def flattened(parts: Sequence[Tensor], arranged: Outputs, leading: int) -> tuple[OutputShape, list[Tensor]]:
+def flattened(outputs: Outputs, arranged: Outputs, leading: int) -> tuple[OutputShape, list[Tensor]]:
     """Returns the shapes, and the arranged outputs (samples, rows, ..., places) with one dimension of places."""
     several = (arranged,) if isinstance(arranged, Tensor) else arranged
     first = several[0]
     places = tuple(first.shape[1 + leading :])
     flat = [one.flatten(1 + leading) if places else one.unsqueeze(-1) for one in several]
     innermost = leading == 2 and math.prod(places) > 1 and flat[0].stride(2) < flat[0].stride(3)
-    outputs = tuple(tuple(part.shape[1:]) for part in parts)
-    return OutputShape(outputs, parts[0].dtype, first.shape[1], places, innermost), flat
+    parts = (outputs,) if isinstance(outputs, Tensor) else outputs
+    shapes = tuple(tuple(part.shape[1:]) for part in parts)
+    return OutputShape(shapes, parts[0].dtype, first.shape[1], places, innermost), flat
 
 
 def cut(flat: Sequence[Tensor], block: tuple[slice, slice]) -> Outputs:

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .prediction import Prediction, predict_from
-from .statistics import Collector, Task
+from .plain import Task
+from .prediction import Prediction
+from .statistics import Collector
+from .task_predictions import predict_from
 from .tasks import read_task
 
 
@@ -126,6 +128,8 @@ def read_tasks(
     task: str | Mapping[str, str | None] | None,
     *,
     scores: str = "auto",
+    class_dim: int | str = "auto",
+    class_numbers: Sequence[int] = (),
     tau: float | None = None,
     noise: str | None = None,
 ) -> Task | dict[str, Task]:
@@ -139,17 +143,23 @@ def read_tasks(
         {'size': Regression(tau=4.0, noise=None), 'kind': Classification(scores='auto')}
     """
     if not isinstance(task, Mapping):
-        return read_task(task, scores=scores, tau=tau, noise=noise)
+        return read_task(task, scores=scores, class_dim=class_dim, class_numbers=class_numbers, tau=tau, noise=noise)
     if not task:
         raise ValueError("task must name one output at least, got an empty mapping")
     kinds = set(task.values())
-    of_classes, of_values = "classification" in kinds, "regression" in kinds
+
+    def owns(kind: str | None, *owners: str) -> bool:
+        """Whether an argument goes to a task: to those that own it, or to all, which refuse it, if there is none."""
+        return kind in owners or not kinds & set(owners)
+
     return {
         name: read_task(
             kind,
-            scores=scores if kind == "classification" or not of_classes else "auto",
-            tau=tau if kind == "regression" or not of_values else None,
-            noise=noise if kind == "regression" or not of_values else None,
+            scores=scores if owns(kind, "classification", "multilabel") else "auto",
+            class_dim=class_dim if owns(kind, "classification") else "auto",
+            class_numbers=class_numbers,
+            tau=tau if owns(kind, "regression") else None,
+            noise=noise if owns(kind, "regression") else None,
         )
         for name, kind in task.items()
     }

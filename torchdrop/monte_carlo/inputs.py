@@ -130,6 +130,33 @@ class Inputs:
         return self._map(lambda t: t.to(device))
 
 
+def valid_places(valid: str | Tensor | None, inputs: Inputs, first_row: int) -> Tensor | None:
+    """Returns whether places of this batch's rows are reported, rows first: see `mc_predict`.
+
+    Raises:
+        ValueError: a name that no tensor among the named arguments has, or a tensor of too few rows.
+        TypeError: something else than a name or a tensor.
+    """
+    if valid is None:
+        return None
+    if isinstance(valid, str):
+        named = {name: value for name, value in inputs.kwargs.items() if isinstance(value, Tensor)}
+        if valid not in named:
+            listed = ", ".join(named) or "there are none"
+            raise ValueError(f"valid must name a tensor among the model's named arguments ({listed}), got {valid!r}")
+        return named[valid].movedim(inputs.dim or 0, 0) != 0
+    if not isinstance(valid, Tensor):
+        raise TypeError(f"valid must be the name of an argument, a tensor or None, got {type(valid).__name__}")
+    if inputs.rows is None:
+        return valid.to(inputs.device) != 0
+    if valid.dim() == 0 or len(valid) < first_row + inputs.rows:
+        raise ValueError(
+            f"valid must have a row for each row of the inputs, got shape {tuple(valid.shape)} for row "
+            f"{first_row + inputs.rows - 1}"
+        )
+    return valid[first_row : first_row + inputs.rows].to(inputs.device) != 0
+
+
 def _size(tensor: Tensor, dim: int) -> int | None:
     """Returns the number of rows along a dimension; None if there are none that could be taken out."""
     if tensor.is_nested:

@@ -10,15 +10,15 @@ from torch import Tensor
 
 from .activate import Activation
 from .heads import Heads
-from .inputs import Inputs
+from .inputs import Inputs, valid_places
 from .memory import GROUPS, MemoryPlan
 from .outputs import Picker
+from .plain import Task
 from .plan import ROUND, SamplePlan
 from .prediction import Prediction
 from .sample import Outputs, Sampler
 from .statistics import Collector
 from .strategy import Choice
-from .tasks import Task
 
 
 class Job:
@@ -34,6 +34,7 @@ class Job:
         chunk: the number of samples to be run at a time; None for as many as fit into memory.
         memory: the bound on memory.
         keep_samples: whether all samples are kept.
+        valid: the places that are reported: see `mc_predict`.
 
     Attributes:
         identical: whether all samples were equal.
@@ -51,9 +52,11 @@ class Job:
         chunk: int | None,
         memory: MemoryPlan,
         keep_samples: bool,
+        valid: str | Tensor | None,
     ) -> None:
         self._activation, self._sampler, self._pick, self._effort = activation, sampler, pick, effort
         self._tasks, self._choice, self._chunk, self._memory, self._keep = tasks, choice, chunk, memory, keep_samples
+        self._valid = valid
         self._prepared = False
         self._next_row = 0
         self.identical = True
@@ -99,13 +102,14 @@ class Job:
         """Returns the predictions for a block of rows, or for a whole batch."""
         self._pick.row_dims = self._sampler.row_dims if inputs.rows == 1 else None
         effort, groups = self._effort, max(GROUPS, self._effort.processes)
-        heads = total = self._heads(groups)
+        valid = valid_places(self._valid, inputs, self._next_row)
+        heads = total = self._heads(groups, valid)
         done = False
         self._sampler.keep_prefix()
         for step in effort.steps():
             for samples, outputs in self._sampled(inputs, effort.mine(step, groups)):
                 heads.add(self._rows_first(outputs), samples)
-            total = self._merged(heads, groups, inputs.device)
+            total = self._merged(heads, groups, valid, inputs.device)
             done = self._close_enough(total)
             if done:
                 break
@@ -134,6 +138,12 @@ class Job:
         for chunk in effort.chunks(samples, self._size(choice.strategy, inputs)):
             yield chunk, self._sampler.run(choice.strategy, inputs, chunk, self._next_row)
 
+    @property
+    def doubts(self) -> list[str]:
+        """What the tasks were not sure of."""
+        found = (getattr(task, "doubt", "") for task in self._named_tasks().values())
+        return [doubt for doubt in found if doubt]
+
     def _size(self, strategy: str, inputs: Inputs) -> int:
         """Returns the number of samples that are run at a time."""
         if strategy == "loop":
@@ -144,12 +154,12 @@ class Job:
         tasks = self._tasks
         return tasks if isinstance(tasks, dict) else dict.fromkeys(self._pick.names, tasks)
 
-    def _heads(self, groups: int) -> Heads:
+    def _heads(self, groups: int, valid: Tensor | None) -> Heads:
         return Heads(
-            {name: self._collector(task, groups) for name, task in self._named_tasks().items()}, self._pick.sizes
+            {name: self._collector(task, groups, valid) for name, task in self._named_tasks().items()}, self._pick.sizes
         )
 
-    def _collector(self, task: Task, groups: int) -> Collector:
+    def _collector(self, task: Task, groups: int, valid: Tensor | None) -> Collector:
         return Collector(
             task,
             groups,
@@ -157,6 +167,7 @@ class Job:
             rounds=self._effort.rounds,
             keep_samples=self._keep,
             errors=self._memory.errors,
+            valid=valid,
         )
 
     def _rows_first(self, outputs: Outputs) -> Outputs:
@@ -164,13 +175,13 @@ class Job:
         dims = self._sampler.row_dims
         return tuple(out if dim is None else out.movedim(dim + 1, 1) for out, dim in zip(outputs, dims, strict=True))
 
-    def _merged(self, collector: Heads, groups: int, device: torch.device) -> Heads:
+    def _merged(self, collector: Heads, groups: int, valid: Tensor | None, device: torch.device) -> Heads:
         """Returns the statistics of the samples of all processes."""
         if self._effort.processes == 1:
             return collector
         states: list[Any] = [None] * self._effort.processes
         torch.distributed.all_gather_object(states, collector.state(), group=self._effort.group)
-        total = self._heads(groups)
+        total = self._heads(groups, valid)
         total.load(states, device)
         return total
 

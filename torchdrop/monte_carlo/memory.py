@@ -9,9 +9,9 @@ import torch
 
 from ..handlers.masks import Hypercube
 from .inputs import Inputs
+from .plain import Task
 from .plan import SamplePlan
 from .standard_errors import Errors, error_names, needs_groups
-from .tasks import Task
 
 GROUPS = 10
 """The number of groups of samples. Standard errors come from the spread between groups."""

@@ -1,8 +1,9 @@
 """Measures of predicted probabilities, and of how well uncertainty separates right from wrong, or known from unknown.
 
 The measures are torchmetrics' and scikit-learn's (``pip install 'torchdrop[uncertainty]'``); this module passes them a
-prediction and its targets. Predictions are a `ClassificationPrediction` or probabilities (B, C, ...), targets are
-classes (B, ...); further dimensions count as rows.
+prediction and its targets. Predictions are a `ClassificationPrediction` or probabilities (B, C, ...), and targets are
+classes (B, ...); further dimensions count as rows. Places that a prediction does not report are left out, whatever the
+targets there. Each label of a `MultiLabelPrediction` counts as a row of two classes, absent (0) and present (1).
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ import torch
 from torch import Tensor
 
 from .._extras import optional
+from .classes import normalized
 from .gal import check_targets
-from .prediction import ClassificationPrediction
-from .tasks import normalized
+from .task_predictions import ClassificationPrediction, MultiLabelPrediction
 
 BINS = 15
 """The number of bins of confidence, as in Guo et al., ICML 2017."""
 
-Classes = ClassificationPrediction | Tensor
+Classes = ClassificationPrediction | MultiLabelPrediction | Tensor
 
 
 class Flat(NamedTuple):
@@ -28,6 +29,8 @@ class Flat(NamedTuple):
 
     probabilities: Tensor
     targets: Tensor
+    chosen: Tensor | None = None
+    """The places that are reported, among all; None for all of them."""
 
     @property
     def confidence(self) -> Tensor:
@@ -48,20 +51,33 @@ def flat(prediction: Classes, targets: Tensor) -> Flat:
         >>> flat(torch.tensor([[0.25, 0.75]]), torch.tensor([1])).right
         tensor([True])
     """
-    probabilities = prediction if isinstance(prediction, Tensor) else prediction.mean
-    if probabilities.dim() < 2 or not probabilities.is_floating_point() or not normalized(probabilities, 1):
+    valid: Tensor | None = None
+    if isinstance(prediction, Tensor):
+        probabilities, dim = prediction, 1
+    elif isinstance(prediction, MultiLabelPrediction):
+        probabilities, dim = torch.stack([1 - prediction.mean, prediction.mean], -1), prediction.mean.dim()
+        valid = None if prediction.valid is None else ~prediction.mean.isnan()
+        targets = _labels(targets)
+    else:
+        probabilities, dim, valid = prediction.mean, prediction.class_dim, prediction.valid
+    fits = probabilities.dim() >= 2 and probabilities.is_floating_point()
+    rows = probabilities.detach().cpu().double().movedim(dim, -1).flatten(0, -2) if fits else probabilities
+    chosen = None if valid is None else valid.cpu().flatten().nonzero().squeeze(1)
+    if fits and chosen is not None:
+        rows = rows[chosen]
+    if not fits or not normalized(rows.to(probabilities.dtype), 1):
         raise ValueError(
-            "prediction must hold probabilities (B, C, ...), in [0, 1] and with sum 1 over dimension 1, "
+            "prediction must hold probabilities (B, C, ...), in [0, 1] and with sum 1 over their classes, "
             f"got {probabilities.dtype} of shape {tuple(probabilities.shape)}"
         )
-    check_targets(targets, probabilities[:, 0].shape)
+    check_targets(targets, probabilities.select(dim, 0).shape)
+    targets, classes = targets.detach().cpu().flatten(), probabilities.shape[dim]
+    targets = targets if chosen is None else targets[chosen]
     if targets.numel() == 0:
         raise ValueError("targets must hold at least one row, got none")
-    classes = probabilities.shape[1]
     if targets.dtype == torch.bool or targets.is_floating_point() or targets.min() < 0 or targets.max() >= classes:
         raise ValueError(f"targets must be integers in [0, {classes}), got {targets.dtype} up to {targets.max()}")
-    rows = probabilities.detach().cpu().double().movedim(1, -1).reshape(-1, classes)
-    return Flat(rows / rows.sum(1, keepdim=True), targets.detach().cpu().reshape(-1).long())
+    return Flat(rows / rows.sum(1, keepdim=True), targets.long(), chosen)
 
 
 def calibration_error(prediction: Classes, targets: Tensor, *, bins: int = BINS, norm: str = "l1") -> float:
@@ -232,12 +248,23 @@ def scores(prediction: Classes, targets: Tensor) -> dict[str, float]:
     }
 
 
+def _labels(targets: Tensor) -> Tensor:
+    """Returns labels that may be given as booleans, or as floating-point numbers 0 and 1, as integers."""
+    if targets.is_floating_point() and not bool((targets.long() == targets).all()):
+        raise ValueError("targets must be 0 or 1 for each label")
+    return targets.long()
+
+
 def _uncertainty(rows: Flat, targets: Tensor, uncertainty: Tensor | None) -> Tensor:
     if uncertainty is None:
         return torch.special.entr(rows.probabilities).sum(1)
-    if uncertainty.shape != targets.shape or not uncertainty.isfinite().all():
+    fits = uncertainty.shape == targets.shape
+    values = uncertainty.detach().cpu().double().flatten()
+    if fits and rows.chosen is not None:
+        values = values[rows.chosen]
+    if not fits or not values.isfinite().all():
         raise ValueError(
             f"uncertainty must be finite and of the targets' shape {tuple(targets.shape)}, "
             f"got shape {tuple(uncertainty.shape)}"
         )
-    return uncertainty.detach().cpu().double().reshape(-1)
+    return values

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+
+from .blocks import as_numbers
 
 _USUAL = ("logits", "last_hidden_state")
 """The names of what is taken from a mapping by default."""
@@ -17,7 +19,7 @@ class Picker:
     Args:
         select: the user's own function, which returns a tensor, or a mapping of names to tensors; None for the usual.
         pair: whether an output may be a pair of tensors.
-        names: the names of the outputs that are wanted; None if nobody has named them.
+        task: the name of the task of all outputs, or a mapping of the outputs' names to those of their tasks.
 
     Attributes:
         names: the names of the outputs, known after the first call; a single output without a name has "".
@@ -36,17 +38,20 @@ class Picker:
     """
 
     def __init__(
-        self, select: Callable[[Any], Any] | None = None, pair: bool = False, names: Iterable[str] | None = None
+        self,
+        select: Callable[[Any], Any] | None = None,
+        pair: bool = False,
+        task: str | Mapping[str, str | None] | None = None,
     ) -> None:
-        self._select, self._pair = select, pair
-        self._wanted = None if names is None else tuple(names)
+        self._select, self._pair, self._task = select, pair, task
+        self._wanted = tuple(task) if isinstance(task, Mapping) else None
         self._ranks: tuple[int, ...] = ()
         self.names: tuple[str, ...] = ()
         self.sizes: tuple[int, ...] = ()
         self.row_dims: tuple[int | None, ...] | None = None
 
     def __call__(self, returned: Any) -> tuple[Tensor, ...]:
-        outputs = [_tensors(output, self._pair, name) for name, output in self._named(returned).items()]
+        outputs = [self._numbers(name, output) for name, output in self._named(returned).items()]
         self.sizes = tuple(map(len, outputs))
         tensors = tuple(tensor for output in outputs for tensor in output)
         if self.row_dims is None:
@@ -56,6 +61,11 @@ class Picker:
             tensor if dim is None or tensor.dim() != rank - 1 else tensor.unsqueeze(dim)
             for tensor, dim, rank in zip(tensors, self.row_dims, self._ranks, strict=True)
         )
+
+    def _numbers(self, name: str, output: Any) -> tuple[Tensor, ...]:
+        """Returns the tensors of one output, as numbers that its task can take."""
+        task = self._task.get(name) if isinstance(self._task, Mapping) else self._task
+        return tuple(as_numbers(tensor, task) for tensor in _tensors(output, self._pair, name))
 
     def by_name(self, numbers: Sequence[int]) -> dict[str, int]:
         """Returns the sum, for each output, of numbers that belong to its tensors."""

@@ -64,3 +64,12 @@ class SamplePlan:
                 end += 1
             yield samples[start:end]
             start = end
+
+
+def agreed_seed(seed: int, group: Any) -> int:
+    """Returns the seed of the group's first process."""
+    if group is None:
+        return seed
+    seeds = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(seeds, seed, group=group)
+    return int(seeds[0])  # type: ignore[call-overload]

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .._extras import BLUE, VERMILION, axes_or_new
 from .metrics import BINS, Classes, calibration_error, flat, risk_coverage_area, risk_coverage_curve
-from .prediction import Prediction, RegressionPrediction, normal_quantile
+from .prediction import Prediction, normal_quantile
+from .task_predictions import RegressionPrediction
 
 INNER, OUTER = "#8DBFE0", "#D6EAF6"
 
@@ -157,8 +158,8 @@ def band(
         ValueError: several inputs or values for a row, or numbers of rows that differ.
 
     Example:
-        >>> from torchdrop.monte_carlo.prediction import predict_from
         >>> from torchdrop.monte_carlo.statistics import Collector
+        >>> from torchdrop.monte_carlo.task_predictions import predict_from
         >>> from torchdrop.monte_carlo.tasks import Regression
         >>> collector = Collector(Regression(tau=4.0))
         >>> collector.add(torch.randn(20, 30, 1), range(20))

@@ -7,19 +7,21 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .._extras import optional
 from ..core.checks import check_integer
 from .activate import ADVICE, Activation, check_masks, check_model, check_seed, check_sources, new_seed
 from .batches import read_batches
+from .classes import class_numbers
 from .heads import Predictions, read_tasks
 from .inputs import Inputs
 from .job import Job
 from .joining import check_mode, check_shapes
 from .memory import MemoryPlan
 from .outputs import Picker
-from .plan import SamplePlan
+from .plain import Task
+from .plan import SamplePlan, agreed_seed
 from .prediction import Prediction
 from .sample import STRATEGIES, Sampler
 from .standard_errors import Errors, check_errors
@@ -33,6 +35,8 @@ def mc_predict(
     *,
     task: str | Mapping[str, str | None] | None = None,
     scores: str = "auto",
+    class_dim: int | str = "auto",
+    valid: str | Tensor | None = None,
     tau: float | None = None,
     noise: str | None = None,
     seed: int | None = None,
@@ -72,9 +76,18 @@ def mc_predict(
             be sparse or jagged, and lie in dataclasses, namedtuples, packed sequences or graphs of torch_geometric;
             the latter two are one whole, whatever `batch_dim` is.
         samples: T, or the largest T if there is a tolerance.
-        task: "classification" (outputs of shape (rows, classes, ...)), "regression", or None for plain moments. A
+        task: "classification" (outputs of shape (rows, classes, ...), of which one is true), "multilabel" (each element
+            is a label that is present or not), "regression", or None for plain moments, also of boolean outputs. A
             mapping of names to these, for several outputs: each is taken by its name from what the model returns.
-        scores: the kind of outputs in classification: "logits", "probabilities" or "auto".
+        scores: the kind of outputs in classification and of labels: "logits", "probabilities", or "auto" for
+            probabilities where all classes sum to 1, or all labels are in [0, 1], and logits otherwise.
+        class_dim: for classification, the dimension of classes in `mean`, whose rows are dimension 0; it may be counted
+            from the last by a negative number. "auto" takes the only dimension whose size is the number of classes, or
+            of words, in the model's `config`, or over which probabilities sum to 1, and otherwise dimension 1, as
+            torch.nn.CrossEntropyLoss does, with a warning where another could be meant.
+        valid: the places that are reported, such as the tokens that are no padding: the name of an argument of the
+            model, such as "attention_mask", or a tensor (rows, ...) for all rows. Where it is 0 or False, outputs may
+            be anything, even NaN; the prediction is NaN there, and summary and metrics leave them out.
         tau: for regression, the precision of the noise.
         noise: for regression, "log_variance" if the model returns it: as the second of a pair of outputs, or in the
             second half of their last dimension.
@@ -100,7 +113,7 @@ def mc_predict(
             a tensor is taken as it is, and from a mapping `logits` or `last_hidden_state`.
         batches: "joined": the rows of all batches make up the result, one after another. "padded": outputs may differ
             in size between batches, as where each batch is padded to its longest row. The smaller are filled with NaN,
-            and the result's `mask` says where. Either way `Prediction.batches` returns the result by batch.
+            and the result's `valid` says where. Either way `Prediction.batches` returns the result by batch.
         standard_errors: the statistics that get a Monte Carlo standard error: True for all, False for none, a sequence
             of names such as ("mean", "mutual_information"), or "auto" for all where a row's output has at most 16384
             elements, and for the mean alone where it has more, as images of classes do. All but the mean's need the
@@ -111,10 +124,10 @@ def mc_predict(
         group: a torch.distributed process group over whose processes the samples are split. All of them get the result.
 
     Returns:
-        A `Prediction`, `ClassificationPrediction` or `RegressionPrediction`, or `Predictions` of several outputs by
-        name. They have rows first, with `mean` and the standard errors that were chosen, by the statistics' names in
-        `standard_errors`. Under "latin" without a tolerance these are upper bounds: a hypercube's variance is at most
-        T / (T - 1) times that of independent samples (Owen, 1997).
+        A `Prediction`, `ClassificationPrediction`, `MultiLabelPrediction` or `RegressionPrediction`, or `Predictions`
+        of several outputs by name. They have rows first, with `mean` and the standard errors that were chosen, by the
+        statistics' names in `standard_errors`. Under "latin" without a tolerance these are upper bounds: a hypercube's
+        variance is at most T / (T - 1) times that of independent samples (Owen, 1997).
 
     Raises:
         ValueError: an argument out of range, no random source, a NaN in a sample, outputs that change their shape or
@@ -123,8 +136,9 @@ def mc_predict(
         RuntimeError: a forced strategy that does not work.
 
     Warns:
-        UserWarning: identical samples; a tolerance that was not met; something that is random in train mode and could
-            not be turned on; targets that the model could take as an argument.
+        UserWarning: identical samples, or such as cannot be repeated; another dimension that could be meant by classes;
+            a tolerance that was not met; something that is random in train mode and could not be turned on; targets
+            that the model could take as an argument.
 
     References:
         Gal and Ghahramani, "Dropout as a Bayesian Approximation", ICML 2016. McKay, Beckman and Conover, "A Comparison
@@ -143,11 +157,11 @@ def mc_predict(
     effort = SamplePlan(_positive("samples", samples), _tolerance(tolerance), _sampling(sampling) == "latin", group)
     if strategy not in ("auto", *STRATEGIES):
         raise ValueError(f"strategy must be 'auto', {', '.join(map(repr, STRATEGIES))}, got {strategy!r}")
-    kinds, padded = read_tasks(task, scores=scores, tau=tau, noise=noise), check_mode(batches)
+    kinds, padded = _tasks(task, model, scores, class_dim, tau, noise), check_mode(batches)
     check_errors(standard_errors, kinds.values() if isinstance(kinds, dict) else [kinds])
     shared, patterns = check_masks(masks), check_sources(model, sources)
-    chosen_seed = _agreed_seed(new_seed() if seed is None else check_seed(seed), group)
-    pick = Picker(select_output, noise == "log_variance", task if isinstance(task, Mapping) else None)
+    chosen_seed = agreed_seed(new_seed() if seed is None else check_seed(seed), group)
+    pick = Picker(select_output, noise == "log_variance", task)
     activation = Activation(model, patterns, batch_dim, method)
     sampler = Sampler(activation, pick, chosen_seed, shared, effort.hypercube)
     choice = Choice(activation, sampler, strategy, samples)
@@ -161,6 +175,7 @@ def mc_predict(
         None if chunk is None else _positive("chunk", chunk),
         MemoryPlan(memory, effort, standard_errors),
         keep_samples,
+        valid,
     )
     results: list[dict[str, Prediction]] = []
     with torch.no_grad(), activation.kept_states():
@@ -172,7 +187,7 @@ def mc_predict(
     activation.warn_of_omissions("mc_predict", 2)
     if not results:
         raise ValueError("inputs must hold at least one batch, got none")
-    for what in choice.said:
+    for what in (*choice.said, *job.doubts):
         warnings.warn(f"mc_predict: {what}", UserWarning, stacklevel=2)
     if effort.samples > 1 and job.identical:
         warnings.warn(f"mc_predict: all samples are identical. {ADVICE}", UserWarning, stacklevel=2)
@@ -223,13 +238,16 @@ def _sampling(sampling: str) -> str:
     return sampling
 
 
-def _agreed_seed(seed: int, group: Any) -> int:
-    """Returns the seed of the group's first process."""
-    if group is None:
-        return seed
-    seeds = [None] * torch.distributed.get_world_size(group)
-    torch.distributed.all_gather_object(seeds, seed, group=group)
-    return int(seeds[0])  # type: ignore[call-overload]
+def _tasks(
+    task: str | Mapping[str, str | None] | None,
+    model: nn.Module,
+    scores: str,
+    class_dim: int | str,
+    tau: float | None,
+    noise: str | None,
+) -> Task | dict[str, Task]:
+    numbers = class_numbers(model)
+    return read_tasks(task, scores=scores, class_dim=class_dim, class_numbers=numbers, tau=tau, noise=noise)
 
 
 def _shown(batch: Iterable[Inputs], progress: bool) -> Iterable[Inputs]:

@@ -11,11 +11,6 @@ from torch import Tensor
 
 from .._extras import optional
 from . import joining
-from .blocks import Outputs, raw
-from .gal import check_targets, predictive_log_likelihood, predictive_quantile
-from .groups import Mean
-from .statistics import Collector
-from .tasks import Classification, Plain, Regression
 
 PER_SAMPLE = ("samples", "noise_variances")
 """The fields whose rows are the second dimension, after the samples."""
@@ -35,16 +30,19 @@ class Prediction:
         standard_errors: the Monte Carlo standard error of the statistics for which it was chosen, by the statistic's
             name: its standard deviation over other draws of the samples. See `Groups.standard_errors`.
         num_samples: the number of samples.
+        valid: whether a place is reported, of shape (B, ...), if places were left out, or batches have outputs of other
+            sizes than the largest: all tensors are NaN there.
         samples: all of them, of shape (T, B, ...), if they were kept.
         weight_scaling: the deterministic pass in eval mode, to compare the mean with.
         seed: the seed that the samples follow from.
         strategy: the strategy by which they were run.
         report: the sources of randomness in the model; printed with the summary.
-        mask: for padded batches, of the mean's shape: True for an output, and False where the mean is NaN because its
-            batch has outputs of a smaller size. The other statistics are NaN there, too.
         batch_shapes: the shapes of all tensors in each batch: see `batches`.
 
     Example:
+        >>> from torchdrop.monte_carlo.plain import Plain
+        >>> from torchdrop.monte_carlo.statistics import Collector
+        >>> from torchdrop.monte_carlo.task_predictions import predict_from
         >>> collector = Collector(Plain())
         >>> collector.add(torch.tensor([[[1.0], [4.0]], [[3.0], [4.0]]]), [0, 1])
         >>> print(predict_from(collector, seed=7))
@@ -60,12 +58,12 @@ class Prediction:
     std: Tensor
     standard_errors: dict[str, Tensor]
     num_samples: int
+    valid: Tensor | None = None
     samples: Tensor | None = None
     weight_scaling: Tensor | None = None
     seed: int | None = None
     strategy: str | None = None
     report: object = None
-    mask: Tensor | None = None
     batch_shapes: tuple[dict[str, tuple[int, ...]], ...] = ()
 
     @property
@@ -82,7 +80,7 @@ class Prediction:
     @property
     def statistics(self) -> dict[str, Tensor]:
         """The statistics, by name: `mean`, `variance` and all others that are reported."""
-        others = (*PER_SAMPLE, "weight_scaling")
+        others = (*PER_SAMPLE, "weight_scaling", "valid")
         named = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in others}
         return {name: value for name, value in named.items() if isinstance(value, Tensor)}
 
@@ -93,31 +91,30 @@ class Prediction:
         title = f"{type(self).__name__} of shape {tuple(self.mean.shape)} from {self.num_samples} samples"
         title += f", {self.strategy}" if self.strategy is not None else ""
         title += f", seed {self.seed}" if self.seed is not None else ""
+        title += f", {int(self.valid.sum())} of {self.valid.numel()} places valid" if self.valid is not None else ""
         lines = [title]
-        if self.mean.numel():
+        reported = self._valid_only(self.mean).numel() > 0
+        if reported:
             lines.append(f"{'':<22}{'average':>13}{'least':>12}{'most':>12}   largest standard error")
-        for name, tensor in self.statistics.items() if self.mean.numel() else ():
-            values, errors = tensor.double(), self.standard_errors.get(name)
-            if self.mask is not None:
-                values, errors = values[~values.isnan()], None if errors is None else errors[~errors.isnan()]
+        for name, tensor in self.statistics.items() if reported else ():
+            values, errors = self._valid_only(tensor.double()), self.standard_errors.get(name)
             aggregates = f"{values.mean():>13.4g}{values.min():>12.4g}{values.max():>12.4g}"
-            lines.append(f"{name:<22}{aggregates}   {'not computed' if errors is None else f'{errors.max():.4g}'}")
+            largest = "not computed" if errors is None else f"{self._valid_only(errors).max():.4g}"
+            lines.append(f"{name:<22}{aggregates}   {largest}")
         return "\n".join(lines + ([str(self.report)] if self.report is not None else []))
 
     def to(self: P, target: torch.device | str | torch.dtype) -> P:
         """Returns the same with its tensors on another device, or of another floating-point dtype."""
         if isinstance(target, torch.dtype) and not target.is_floating_point:
             raise ValueError(f"dtype must be floating-point, got {target}")
-        keeps = isinstance(target, torch.dtype)
-        return self._with(
-            [self], lambda name, tensors: tensors[0] if keeps and name == "mask" else tensors[0].to(target)
-        )
+        kept = "valid" if isinstance(target, torch.dtype) else ""
+        return self._with([self], lambda name, tensors: tensors[0] if name == kept else tensors[0].to(target))
 
     def numpy(self) -> dict[str, Any]:
         """Returns as arrays the statistics, "<statistic>_standard_error" for those that have one, the deterministic
-        pass, the samples and the mask."""
+        pass, the samples, and the valid places."""
         optional("numpy")
-        kept = {"samples": self.samples, "mask": self.mask}
+        kept = {"samples": self.samples, "valid": self.valid}
         tensors = self._columns() | {name: tensor for name, tensor in kept.items() if tensor is not None}
         return {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
 
@@ -169,7 +166,7 @@ class Prediction:
 
         Args:
             predictions: those of the batches.
-            padded: whether their outputs may be of different sizes. Smaller ones are filled with NaN: see `mask`.
+            padded: whether their outputs may be of different sizes. Smaller ones are filled with NaN: see `valid`.
 
         Raises:
             ValueError: none is given, they are of different kinds or sizes, or some lack what others have.
@@ -192,7 +189,7 @@ class Prediction:
 
         shapes = tuple(one._shapes() for one in predictions)
         if padded:
-            predictions = [replace(one, mask=torch.ones_like(one.mean, dtype=torch.bool)) for one in predictions]
+            predictions = [one if one.valid is not None else replace(one, valid=one._places()) for one in predictions]
         joined = predictions[0]._with(predictions, join)
         strategies = dict.fromkeys(one.strategy for one in predictions if one.strategy is not None)
         return replace(
@@ -206,11 +203,11 @@ class Prediction:
         """Returns the predictions of the batches that were joined, each with its own shapes and no padding.
 
         Example:
-            >>> collector = Collector(Plain())
-            >>> collector.add(torch.tensor([[[1.0], [4.0]], [[3.0], [4.0]]]), [0, 1])
-            >>> one = predict_from(collector)
-            >>> [len(batch) for batch in Prediction.concatenated([one, one]).batches()]
-            [2, 2]
+            >>> import torch, torchdrop
+            >>> model, x = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.5)).eval(), torch.randn(5, 4)
+            >>> whole = torchdrop.mc_predict(model, iter([x, x[:2]]), samples=3)
+            >>> len(whole), [len(batch) for batch in whole.batches()]
+            (7, [5, 2])
         """
         parts, first = [], 0
         for shapes in self.batch_shapes:
@@ -219,7 +216,7 @@ class Prediction:
                 dim, shape = int(name in PER_SAMPLE), shapes[name]
                 return tensors[0].narrow(dim, first, shape[dim])[tuple(map(slice, shape))]
 
-            whole = replace(self, mask=None, batch_shapes=())
+            whole = replace(self, valid=self.valid if "valid" in shapes else None, batch_shapes=())
             parts.append(whole._with([whole], cut))
             first += shapes["mean"][0]
         return parts or [self]
@@ -227,6 +224,10 @@ class Prediction:
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: tuple(value.shape) for name, value in values.items() if isinstance(value, Tensor)}
+
+    def _places(self) -> Tensor:
+        """Returns True for each place: of the mean's shape, or without its dimension of classes."""
+        return torch.ones_like(self.mean, dtype=torch.bool)
 
     def _with(self: P, several: Sequence[P], combine: Callable[[str, list[Tensor]], Tensor]) -> P:
         """Returns this prediction with each tensor replaced by the combination of those of several."""
@@ -245,114 +246,14 @@ class Prediction:
         columns |= {f"{name}_standard_error": error for name, error in self.standard_errors.items()}
         return columns if self.weight_scaling is None else columns | {"weight_scaling": self.weight_scaling}
 
+    def _valid_only(self, values: Tensor) -> Tensor:
+        """Returns the values at places that are reported, as one dimension if any was left out."""
+        return values if self.valid is None else values[~values.isnan()]
+
     def _kept(self, purpose: str) -> Tensor:
         if self.samples is None:
             raise ValueError(f"{purpose} need the samples, which were not kept: predict with keep_samples=True")
         return self.samples
-
-
-@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class ClassificationPrediction(Prediction):
-    """Mean probabilities and the uncertainty about the class, in nats. `mean`, `variance`, `std`: (B, C, ...).
-
-    Args:
-        predictive_entropy: ``H[E p]``, all of the uncertainty, of shape (B, ...).
-        expected_entropy: ``E H[p]``, the uncertainty that remains when the model is known (aleatoric).
-        mutual_information: their difference, the part that more data could remove (epistemic; BALD).
-        variation_ratio: the share of samples that vote for another class than most do.
-
-    The other arguments are those of `Prediction`; samples and the deterministic pass are probabilities.
-
-    Example:
-        >>> collector = Collector(Classification("probabilities"))
-        >>> collector.add(torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]), [0, 1])
-        >>> prediction = predict_from(collector)
-        >>> prediction.mean, prediction.expected_entropy, prediction.variation_ratio
-        (tensor([[0.5000, 0.5000]]), tensor([0.]), tensor([0.5000]))
-        >>> torch.equal(prediction.mutual_information, torch.tensor([2.0]).log())
-        True
-    """
-
-    predictive_entropy: Tensor
-    expected_entropy: Tensor
-    mutual_information: Tensor
-    variation_ratio: Tensor
-
-    @property
-    def predicted(self) -> Tensor:
-        """The class of highest mean probability, of shape (B, ...)."""
-        return self.mean.argmax(1)
-
-    def log_likelihood(self, targets: Tensor) -> Tensor:
-        """Returns the log of the target class's mean probability, -inf if that is 0, of shape (B, ...). Samples are not
-        needed.
-
-        Raises:
-            ValueError: targets that are not classes (B, ...), integers in [0, C).
-        """
-        check_targets(targets, self.predicted.shape)
-        classes = self.mean.shape[1]
-        if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
-            raise ValueError(f"targets must be classes, of an integer dtype, got {targets.dtype}")
-        if targets.numel() and not (targets.min() >= 0 and targets.max() < classes):
-            raise ValueError(f"targets must be in [0, {classes}), got {targets.min()} to {targets.max()}")
-        chosen = targets.to(self.mean.device, torch.int64).unsqueeze(1)
-        return self.mean.gather(1, chosen).squeeze(1).log()
-
-    def _columns(self) -> dict[str, Tensor]:
-        return {"predicted": self.predicted} | super()._columns()
-
-
-@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class RegressionPrediction(Prediction):
-    """Mean and variance of a value. With a model of the noise, `variance` is the total, epistemic plus aleatoric.
-
-    Args:
-        epistemic_variance: the unbiased variance of the model's value over the samples.
-        aleatoric_variance: the mean variance of the noise; None if the noise is not modeled.
-        noise_variances: the noise's variance in each sample, of shape (T, B, ...), if samples were kept.
-
-    The other arguments are those of `Prediction`.
-
-    Example:
-        >>> collector = Collector(Regression(tau=4.0), keep_samples=True)
-        >>> collector.add(torch.tensor([[[1.0]], [[3.0]]]), [0, 1])
-        >>> prediction = predict_from(collector)
-        >>> prediction.epistemic_variance, prediction.aleatoric_variance, prediction.variance
-        (tensor([[2.]]), tensor([[0.2500]]), tensor([[2.2500]]))
-        >>> prediction.quantile(0.5), prediction.quantile(0.75, noise=False)
-        (tensor([[2.]]), tensor([[2.5000]]))
-    """
-
-    epistemic_variance: Tensor
-    aleatoric_variance: Tensor | None = None
-    noise_variances: Tensor | None = None
-
-    def quantile(self, q: float, *, noise: bool = True) -> Tensor:
-        """Returns the q-quantile, by element, of a new observation, or of the model's value with ``noise=False``.
-
-        A new observation follows the Gaussian mixture of `predictive_quantile`. Without a model of the noise, and with
-        ``noise=False``, it is the samples' quantile, interpolated linearly.
-
-        Raises:
-            ValueError: the samples were not kept, or q is out of range ([0, 1], without the ends for a mixture).
-        """
-        samples = self._kept("quantiles")
-        if not noise or self.noise_variances is None:
-            return super().quantile(q)
-        return predictive_quantile(samples, q, noise_variance=self.noise_variances).to(samples.dtype)
-
-    def log_likelihood(self, targets: Tensor) -> Tensor:
-        """Returns the predictive log-likelihood of each row, (B,), in float64. See `predictive_log_likelihood`.
-
-        Raises:
-            ValueError: targets of another shape than the mean's, no model of the noise, or samples that were not kept.
-        """
-        check_targets(targets, self.mean.shape)
-        if self.aleatoric_variance is None:
-            raise ValueError("log-likelihoods need a model of the noise: predict with tau= or noise='log_variance'")
-        samples = self._kept("log-likelihoods")
-        return predictive_log_likelihood(samples, targets.to(samples.device), noise_variance=self.noise_variances)
 
 
 def normal_quantile(q: float) -> float:
@@ -363,47 +264,3 @@ def normal_quantile(q: float) -> float:
         1.96
     """
     return float(torch.special.ndtri(torch.tensor(q, dtype=torch.float64)))
-
-
-def predict_from(
-    collector: Collector,
-    *,
-    weight_scaling: Outputs | None = None,
-    seed: int | None = None,
-    strategy: str | None = None,
-    report: object = None,
-) -> Prediction:
-    """Returns the prediction of the collector's task: plain, `ClassificationPrediction` or `RegressionPrediction`.
-
-    Statistics are computed in float64 and returned in the outputs' dtype, or in float32 for half types.
-
-    Args:
-        collector: a collector with one sample or more.
-        weight_scaling: raw outputs (B, ...) of the deterministic pass.
-        seed, strategy, report: fields of the prediction.
-
-    Raises:
-        ValueError: there are no samples, or the task cannot take the outputs of the deterministic pass.
-    """
-    task = collector.task
-    kinds = {Plain: Prediction, Classification: ClassificationPrediction, Regression: RegressionPrediction}
-    mean, dtype = task.statistics()["mean"], collector.dtype
-    assert isinstance(mean, Mean)
-    statistics, errors = collector.results()
-    values: dict[str, Any] = dict(statistics)
-    if isinstance(task, Regression):
-        values["noise_variances"] = collector.samples("noise_variance") if "aleatoric_variance" in values else None
-    if weight_scaling is not None:
-        outputs = [weight_scaling] if isinstance(weight_scaling, Tensor) else weight_scaling
-        one_sample = task.arranged(raw([part.unsqueeze(0) for part in outputs]))
-        task.finite(one_sample)
-        values["weight_scaling"] = task.observe(one_sample)[mean.observable][0].to(dtype)
-    return kinds[type(task)](
-        standard_errors=errors,
-        num_samples=collector.count,
-        samples=collector.samples(mean.observable),
-        seed=seed,
-        strategy=strategy,
-        report=report,
-        **values,
-    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from .groups import Derived
-from .tasks import Task
+from .plain import Task
 
 Errors = bool | str | Sequence[str]
 """The choice of standard errors: see `error_names`."""

@@ -18,8 +18,8 @@ from torch import Tensor
 from .blocks import Outputs, OutputShape, cut, flattened, joined, raw, refuse, refuse_nan
 from .groups import Groups, Mean, Statistic
 from .moments import Counts, Moments
+from .plain import Task
 from .standard_errors import Errors, error_names, needs_groups
-from .tasks import Task
 
 
 class Collector:
@@ -39,12 +39,14 @@ class Collector:
             sd / sqrt(T) would overstate the mean's error, and it is taken from the spread between groups.
         keep_samples: whether every sample is kept.
         errors: the statistics that get standard errors: see `error_names`. Only what they need is kept by groups.
+        valid: whether a place is reported, of shape (B, ...), a beginning of the places' dimensions. Elsewhere outputs
+            may be anything, and `results` and `samples` are NaN.
 
     Raises:
         ValueError: fewer than one group.
 
     Example:
-        >>> from torchdrop.monte_carlo.tasks import Plain
+        >>> from torchdrop.monte_carlo.plain import Plain
         >>> collector = Collector(Plain(), groups=2)
         >>> collector.add(torch.tensor([[[1.0]], [[2.0]], [[3.0]], [[6.0]]]), range(4))
         >>> collector.total()["value"].mean.item(), collector.count, collector.identical
@@ -62,6 +64,7 @@ class Collector:
         rounds: bool = False,
         keep_samples: bool = False,
         errors: Errors = True,
+        valid: Tensor | None = None,
     ) -> None:
         if groups < 1:
             raise ValueError(f"groups must be at least 1, got {groups}")
@@ -70,6 +73,7 @@ class Collector:
         self.rounds = rounds
         self.keep_samples = keep_samples
         self._errors = errors
+        self.valid = valid
         self._group_of = group_of or (lambda sample: sample % groups)
         self._moments = Groups(rounds)
         self._kept: list[tuple[list[int], dict[str, Tensor]]] = []
@@ -117,23 +121,46 @@ class Collector:
             return
         self._check_shapes(parts)
         members = self._members(samples)
+        task = self.task.placed(outputs)
+        shape, flat = self._filled(task, outputs)
         if self._shape is None:
-            refuse_nan(parts, samples)  # which could decide what is open
-        task = self.task.settled(outputs)
-        shape, flat = flattened(parts, task.arranged(outputs), task.leading)
+            refuse_nan(flat, samples)  # which could decide what is open
+        task = task.settled(joined(flat))
         each = len(samples) * math.prod(flat[0].shape[2:-1])
         blocks = list(shape.blocks(each))
         for block in blocks:
             if not task.finite(cut(flat, block)):
-                refuse_nan(parts, samples)
+                refuse_nan(flat, samples)
                 refuse([~one.isfinite() for one in task.observe(joined(flat)).values()], samples)
 
-        same = self._same(parts)
+        same = self._same(flat)
         self.task, self._shape = task, shape
-        self._first = (self._first or tuple(part[0].clone() for part in parts)) if same else None
+        self._first = (self._first or tuple(part[0].clone() for part in flat)) if same else None
         self._observe(flat, blocks, members, samples)
         for group, chosen in members.items():
             self._moments.sizes[group] = self._moments.sizes.get(group, 0) + len(chosen)
+
+    def _filled(self, task: Task, outputs: Outputs) -> tuple[OutputShape, list[Tensor]]:
+        """Returns the outputs with one dimension of places, and a finite number at those that are not reported."""
+        shape, flat = flattened(outputs, task.arranged(outputs), task.leading)
+        if self.valid is not None:
+            valid = shape.expanded(self.valid)
+            valid, constant = valid if task.leading == 1 else valid.unsqueeze(1), 1 / math.prod(flat[0].shape[2:-1])
+            flat = [one.where(valid, constant) for one in flat]  # equal probabilities, where they are classes
+        return shape, flat
+
+    def observed(self, outputs: Outputs) -> dict[str, Tensor]:
+        """Returns the observables that are kept, of outputs (S, B, ...) that are not added, as `samples` would."""
+        _, flat = self._filled(self.task, raw(outputs))
+        if not self.task.finite(joined(flat)):
+            refuse_nan(flat, range(len(flat[0])))
+        found = self.task.observe(joined(flat))
+        return {name: self._in_order(values.to(self.dtype)) for name, values in found.items() if name in self.task.kept}
+
+    def _in_order(self, samples: Tensor) -> Tensor:
+        """Returns samples (S, rows, ..., places) of an observable that is kept in the order of the outputs."""
+        masked = self._masked(samples, self.task.leading == 2)
+        return self.task.restored(masked.movedim(0, -1), self._dims + 1).movedim(-1, 0)
 
     def _check_shapes(self, parts: Sequence[Tensor]) -> None:
         shapes = [tuple(part.shape[1:]) for part in parts]
@@ -233,16 +260,34 @@ class Collector:
         if not self._kept:
             return None
         numbers = [sample for samples, _ in self._kept for sample in samples]
-        joined = torch.cat([kept[observable] for _, kept in self._kept])
+        stacked = torch.cat([kept[observable] for _, kept in self._kept])
         if numbers != sorted(numbers):
-            joined = joined[torch.tensor(numbers).argsort(stable=True).to(joined.device)]
-        return self._known.unflattened(joined)
+            stacked = stacked[torch.tensor(numbers).argsort(stable=True).to(stacked.device)]
+        return self._in_order(stacked)
 
     def results(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Returns all of the task's statistics, and the standard errors that were chosen, in the results' dtype."""
+        """Returns all of the task's statistics, and the standard errors that were chosen, in the results' dtype and
+        the order of the outputs' dimensions."""
         statistics = self.task.statistics()
         chosen = {name: statistics[name] for name in self.errors}
-        return self._in_blocks(lambda part: _values(part, statistics), self.dtype), self._errors_of(chosen, self.dtype)
+        values = self._in_blocks(lambda part: _values(part, statistics), self.dtype)
+        errors = self._errors_of(chosen, self.dtype)
+        return self._reported(values), self._reported(errors)
+
+    def _reported(self, several: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        masked = {name: self._masked(values, values.dim() == 3) for name, values in several.items()}
+        return {name: self.task.restored(values, self._dims) for name, values in masked.items()}
+
+    def _masked(self, values: Tensor, classes: bool) -> Tensor:
+        """Returns values (..., places) in the places' own dimensions, and NaN where they are not reported."""
+        if self.valid is not None:
+            valid = self._known.expanded(self.valid)
+            values = values.where(valid.unsqueeze(1) if classes else valid, math.nan)
+        return self._known.unflattened(values)
+
+    @property
+    def _dims(self) -> int:
+        return len(self._known.outputs[0])
 
     def standard_error(self, statistic: Statistic) -> Tensor:
         """Returns the Monte Carlo standard error of one statistic. See `Groups.standard_errors`."""
@@ -250,7 +295,8 @@ class Collector:
 
     def standard_errors(self, statistics: Mapping[str, Statistic]) -> dict[str, Tensor]:
         """Returns the Monte Carlo standard error of each statistic. See `Groups.standard_errors`."""
-        return self._errors_of(statistics, None)
+        errors = self._errors_of(statistics, None)
+        return {name: self._known.unflattened(values) for name, values in errors.items()}
 
     def _errors_of(self, statistics: Mapping[str, Statistic], dtype: torch.dtype | None) -> dict[str, Tensor]:
         jackknifed = any(not isinstance(one, Mean) for one in statistics.values())
@@ -267,7 +313,7 @@ class Collector:
                 if name not in out:
                     out[name] = known.room(values, dtype or values.dtype)
                 out[name][rows, ..., places] = values
-        return {name: known.unflattened(values) for name, values in out.items()}
+        return out
 
     def _tensors(self) -> Iterator[Tensor]:
         for several in self._moments.moments.values():
