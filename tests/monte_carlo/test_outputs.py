@@ -136,7 +136,7 @@ class TestHeads:
             ({}, TypeError, r"one tensor, got Tensor, Tensor: give select_output=.*\{'mean': y\[0\], 'other': "),
             ({"task": TASKS}, TypeError, r"task names the output 'kind', which the model's tuple does not have: give"),
             ({"task": {}}, ValueError, "task must name one output at least"),
-            ({"task": {"kind": "ranking"}}, ValueError, "task must be None, 'classification' or 'regression'"),
+            ({"task": {"kind": "ranking"}}, ValueError, "task must be None, 'classification', 'multilabel'"),
             ({"task": {"kind": "regression"}, "scores": "logits"}, ValueError, "scores='logits' is for task='class"),
             ({"task": {"kind": "regression"}, "select_output": both}, TypeError, "with 'kind', got 'kind', 'size'"),
             ({"task": TASKS, "select_output": lambda y: y[0]}, TypeError, "with 'kind', 'size', got Tensor"),
@@ -182,12 +182,13 @@ class TestBatchesOfDifferentSizes:
     def test_are_padded(self, task: str | None) -> None:
         options: dict[str, Any] = {"task": task, "weight_scaling": True}
         options["select_output"] = lambda y: y.movedim(-1, 1)
+        options |= {"class_dim": 1} if task else {}
         result = predict(Tokens(), iter(IDS), batches="padded", **options)
         assert result.mean.shape == (7, 3, 8)
-        assert result.valid.shape == (7, 3, 8)
+        places = ~result.mean[:, 0].isnan()
+        assert torch.equal(result.valid, places if task else places[:, None].expand(7, 3, 8))
         assert result.samples.shape == (24, 7, 3, 8)
-        assert torch.equal(result.valid, ~result.mean.isnan())
-        assert [int(n) for n in result.valid[:, 0].sum(1)] == [5] * 4 + [8] * 2 + [3]
+        assert places.sum(1).tolist() == [5] * 4 + [8] * 2 + [3]
         first = predict(Tokens(), IDS[0], **options)
         for part, alone in ((result.batches()[0], first),):
             assert part.valid is None

@@ -34,7 +34,7 @@ from ..layers.channel import channel_shape
 from ..layers.dropout import Dropout
 from ..layers.gaussian import GaussianDropout
 from ..monte_carlo.inputs import Inputs
-from ..monte_carlo.outputs import Picker
+from ..monte_carlo.outputs import one_tensor
 
 Loss = Literal["squared", "bernoulli", "categorical", "poisson"]
 
@@ -125,7 +125,7 @@ def equivalent_l2(
     layers = _layers(module)
     gates: list[_Gate] = []
     with torch.enable_grad(), _gated(module, layers, gates):
-        (z,) = Picker()(arguments.call(module))
+        z = one_tensor(arguments.call(module))
         if not z.is_floating_point():
             raise TypeError(f"the module must return a floating-point tensor, got {z.dtype}")
         wide = torch.promote_types(z.dtype, torch.float32)

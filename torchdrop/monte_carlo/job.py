@@ -140,7 +140,7 @@ class Job:
 
     @property
     def doubts(self) -> list[str]:
-        """What the tasks were not sure of."""
+        """The decisions of tasks of which the user is to be told, because others were possible."""
         found = (getattr(task, "doubt", "") for task in self._named_tasks().values())
         return [doubt for doubt in found if doubt]
 

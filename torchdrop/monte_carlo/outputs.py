@@ -90,6 +90,15 @@ class Picker:
         return {name: outputs[name] for name in expected}
 
 
+def one_tensor(returned: Any) -> Tensor:
+    """Returns the usual output of a model.
+
+    Raises:
+        TypeError: it is not one tensor.
+    """
+    return _tensors(_usual(returned), False, "")[0]
+
+
 def _usual(returned: Any) -> Any:
     if not isinstance(returned, Mapping):
         return returned
