@@ -266,3 +266,80 @@ def test_head_alone() -> None:
     assert len(result.report.inactive) == 7
     assert result.mean.shape == (5, 2)
     assert float(result.std.max()) > 0
+
+
+# Generation: steps of a decoder, with a cache that they write to.
+
+
+def language_model(p: float) -> nn.Module:
+    torch.manual_seed(1)
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=99, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+            resid_pdrop=p, embd_pdrop=p, attn_pdrop=p,
+        )
+    ).eval()  # fmt: skip
+
+
+def translator(p: float) -> nn.Module:
+    torch.manual_seed(1)
+    return transformers.T5ForConditionalGeneration(
+        transformers.T5Config(
+            vocab_size=99, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0,
+            dropout_rate=p,
+        )
+    ).eval()  # fmt: skip
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "without cache": {"do_sample": False, "use_cache": False},
+    "sampled": {"do_sample": True},
+    "beams": {"do_sample": False, "num_beams": 3},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("make", [language_model, translator])
+def test_generation(make: Callable[[float], nn.Module], way: str) -> None:
+    model, prompt = make(0.3), torch.randint(3, 99, (3, 6), generator=torch.Generator().manual_seed(1))
+    options = {"max_new_tokens": 6, "output_logits": True, "return_dict_in_generate": True, **WAYS[way]}
+
+    def generated(model: nn.Module, **changes: Any) -> tuple[Any, torch.Tensor]:
+        torch.manual_seed(5)  # of sampled words
+        out = model.generate(prompt, **{**options, **changes})
+        return out.sequences, torch.stack(out.logits)
+
+    with torchdrop.mc_dropout(model, seed=0) as report:
+        first, second = generated(model), generated(model)
+    with torchdrop.mc_dropout(model, seed=0):
+        again = generated(model)
+        assert generated(model, max_new_tokens=2)[0].shape[1] <= first[0].shape[1]
+    assert torch.equal(first[1], again[1])
+    assert first[1].shape != second[1].shape or not torch.allclose(first[1], second[1])
+    assert len(report.active) > 4
+    assert not report.unreached
+
+    silent = make(1e-12)
+    plain = generated(silent)
+    with torchdrop.mc_dropout(silent, seed=0):
+        words, logits = generated(silent)
+    assert torch.equal(words, plain[0])
+    assert torch.allclose(logits, plain[1], atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")
+def test_steps_of_a_decoder_under_one_function() -> None:
+    """Within `report.sample`, a step with a cache gives what the whole sequence gives in one call."""
+    model = language_model(0.3)
+    ids = torch.randint(3, 99, (3, 6), generator=torch.Generator().manual_seed(1))
+    dropped = {"sources": "transformer.h.*.mlp*", "masks": "shared"}
+    with torch.no_grad(), torchdrop.mc_dropout(model, seed=0, **dropped) as report, report.sample(3):
+        first = model(ids)
+        again = model(ids)
+        step = model(ids[:, :5], use_cache=True)
+        assert step.past_key_values.get_seq_length() == 5
+        last = model(ids[:, 5:], past_key_values=step.past_key_values, use_cache=True)
+    assert torch.equal(first.logits, again.logits)
+    assert last.past_key_values.get_seq_length() == 6
+    assert last.logits.shape == (3, 1, 99)

@@ -122,6 +122,15 @@ def test_hooks_see_the_callers_own_calls_alone() -> None:
     assert seen == ["before", (6, 4)] * 2
 
 
+def test_hooks_that_need_gradients_have_them() -> None:
+    """As packages for attributions register them: a hook on a module that puts one on its output's gradient."""
+    model, gradients = Of(identity).eval(), []
+    model.linear.register_forward_hook(lambda module, args, out: out.register_hook(gradients.append) and None)
+    with torchdrop.mc_dropout(model, seed=0):
+        model(X.clone().requires_grad_()).sum().backward()
+    assert [tuple(gradient.shape) for gradient in gradients] == [(6, 4)]
+
+
 def test_dropout_in_a_hook_is_served_as_any_other() -> None:
     model = Of(identity, p=0.0).eval()
     model.linear.register_forward_hook(lambda module, args, out: F.dropout(out, 0.5, training=True))
