@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 from collections import UserDict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -299,3 +300,19 @@ class TestGraphs:
         copy.x.zero_()
         assert graph.x.abs().min() > 0
         assert len(inputs.tensors) == 2
+
+
+def test_dtensors_are_refused_with_advice(tmp_path: Path) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        x = distribute_tensor(torch.randn(4, 3), init_device_mesh("cpu", (1,)), [Shard(0)])
+        model = nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5)).eval()
+        with pytest.raises(TypeError, match=r"must not be DTensors.*x\.to_local\(\)"):
+            torchdrop.mc_predict(model, x, samples=2)
+        with torchdrop.mc_dropout(model), pytest.raises(TypeError, match=r"must not be DTensors.*x\.to_local\(\)"):
+            model(x)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -131,13 +131,13 @@ class _Context:
         """Serves a call of a module of the model, or of the compiled form of it."""
         activation = self.activation
         module = activation.model if module is self._called else module
-        with without_function_modes():  # the server's mode would see each look at a tensor
-            inputs = Inputs(args, kwargs, activation.dim)
         method = "forward" if attribute == "forward" else "__call__"
         if activation.tracker.running:  # through a reference that the shells do not have
-            return inputs.call(activation.shells.method(module, method))
+            return activation.shells.method(module, method)(*args, **kwargs)
         refuse_backward()
         try:
+            with without_function_modes():  # the server's mode would see each look at a tensor
+                inputs = Inputs(args, kwargs, activation.dim)
             return self._served(module, method, inputs)
         except Exception:
             self.failed = True

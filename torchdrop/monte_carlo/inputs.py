@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.shard import is_dtensor
 from .copies import deep_copy, is_opaque
 from .structures import is_graph, is_packed, map_leaves, walk
 
@@ -30,7 +31,7 @@ class Inputs:
         dim: the dimension of the tensors that counts rows; None takes the inputs as one whole.
 
     Raises:
-        TypeError: a nested tensor that is not jagged.
+        TypeError: a nested tensor that is not jagged, or a DTensor.
 
     Attributes:
         rows: the number of rows; None if the inputs are one whole, as when their tensors disagree, or there is a packed
@@ -46,6 +47,11 @@ class Inputs:
             values = [part for value in values for part in walk(value)]
         self._mutable = any(type(part) not in _FLAT and type(part) is not tuple for part in values)
         self.tensors: list[Tensor] = [t for t in values if isinstance(t, Tensor) and t.dim() > 0]
+        if any(type(t) is not Tensor and is_dtensor(t) for t in self.tensors):
+            raise TypeError(
+                "inputs must not be DTensors, whose rows lie on several processes: pass each process's part, "
+                "x.to_local(), or the whole, x.full_tensor()"
+            )
         if any(t.is_nested and t.layout is not torch.jagged for t in self.tensors):
             raise TypeError(
                 "nested tensors must be jagged, which have a shape: make them by "
