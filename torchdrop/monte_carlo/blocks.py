@@ -16,8 +16,8 @@ from torch import Tensor
 Outputs = Tensor | tuple[Tensor, ...]
 """The output of a model: one tensor, or a pair (mean, log_variance)."""
 
-BLOCK = 2**18
-"""The number of elements that are worked on at a time: few enough to stay in the cache."""
+BLOCK = 2**19
+"""The number of elements that are worked on at a time: few enough for the cache, and enough to keep threads busy."""
 
 
 def raw(outputs: Any) -> Outputs:

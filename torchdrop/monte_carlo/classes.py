@@ -68,7 +68,8 @@ def normalized(probabilities: Tensor, dim: int) -> bool:
     if not bool(probabilities.amin() >= 0):
         return False
     tolerance = max(1e-5, 2 * torch.finfo(probabilities.dtype).eps)
-    return bool(((wide(probabilities).sum(dim) - 1).abs() <= tolerance).all())
+    total = probabilities.sum(dim, dtype=torch.promote_types(probabilities.dtype, torch.float32))
+    return bool(((total - 1).abs() <= tolerance).all())
 
 
 def _softmax(logits: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:

@@ -128,10 +128,9 @@ class Collector:
         task = task.settled(joined(flat))
         each = len(samples) * math.prod(flat[0].shape[2:-1])
         blocks = list(shape.blocks(each))
-        for block in blocks:
-            if not task.finite(cut(flat, block)):
-                refuse_nan(flat, samples)
-                refuse([~one.isfinite() for one in task.observe(joined(flat)).values()], samples)
+        if not task.finite(joined(flat)):
+            refuse_nan(flat, samples)
+            refuse([~one.isfinite() for one in task.observe(joined(flat)).values()], samples)
 
         same = self._same(flat)
         self.task, self._shape = task, shape
