@@ -55,7 +55,8 @@ while True:
     cuda = [r for r in cuda if r not in found[:1]]
     install(*["--no-deps"] * ("[" not in found[0]), found[0])
 PYTHON
-  "$1/bin/pip" install -q "hypothesis>=6.100" "numpy>=1.26" pandas "pytest>=8" "pytest-xdist>=3.6" "randomgen>=2" "scipy>=1.11" tqdm
+  "$1/bin/pip" install -q "hypothesis>=6.100" "numpy>=1.26" pandas "pytest>=8" "pytest-xdist>=3.6" "randomgen>=2" \
+    "scikit-learn>=1.3" "scipy>=1.11" tqdm
   "$1/bin/pip" install -q --no-deps --no-build-isolation -e .
 }
 

@@ -302,6 +302,7 @@ class TestGraphs:
         assert len(inputs.tensors) == 2
 
 
+@pytest.mark.filterwarnings("ignore:DTensor random operators may not have complete support")
 def test_dtensors_are_refused_with_advice(tmp_path: Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor

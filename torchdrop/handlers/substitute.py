@@ -49,6 +49,7 @@ class Substitute(Handler):
         counts: whether `calls` and `bytes` are wanted.
         calls: the number of calls that return tensors, other than random ones, in this pass.
         bytes: more bytes than this pass's tensors hold at once after its first draw: the sum of all.
+        largest: the bytes of the largest of them, which are fewer.
         elsewhere: a function that gets the calls made while no module of a model runs; None if none are served.
     """
 
@@ -59,6 +60,7 @@ class Substitute(Handler):
         self.draws: int = 0
         self.calls: int = 0
         self.bytes: int = 0
+        self.largest: int = 0
         self.prefix: Prefix | None = None
         self.surveyed: bool = False
         self.strict: bool = False
@@ -71,7 +73,7 @@ class Substitute(Handler):
 
     def begin(self, run: Pass) -> None:
         """Begins this pass."""
-        self.run, self.draws, self.calls, self.bytes = run, 0, 0, 0
+        self.run, self.draws, self.calls, self.bytes, self.largest = run, 0, 0, 0, 0
         if self.prefix is not None:
             self.prefix.restart()
 
@@ -120,7 +122,7 @@ class Substitute(Handler):
         if self.counts:
             self.calls += isinstance(out, Tensor)
             if self.draws:
-                self.bytes += _bytes_of(out)
+                self._count(_bytes_of(out), 1)
         return out
 
     def _known(self, site: Site) -> Source | None:
@@ -158,13 +160,17 @@ class Substitute(Handler):
             out = draw.served(self._slot(site, source), float(rate or 0.0))
             if self.counts:
                 sizes = [size for size in draw.shape or () if isinstance(size, int)]
-                self.bytes += _WITHIN * max(_bytes_of(out), 4 * math.prod(sizes))
+                self._count(max(_bytes_of(out), 4 * math.prod(sizes)), _WITHIN)
             return out
         assert self.run is not None
         if transforms_active() or self.run.folded:
             raise NotVectorizableError(f"{draw.kind} in {site.module or 'the model'} draws torch's own numbers")
         self.draws_own()
         return draw.original()
+
+    def _count(self, size: int, times: int) -> None:
+        self.bytes += times * size
+        self.largest = max(self.largest, size)
 
     def _slot(self, site: Site, source: Source) -> MaskSlot:
         run = self.run

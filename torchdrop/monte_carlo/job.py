@@ -74,10 +74,11 @@ class Job:
             raise ValueError("inputs must hold at least one row, got none")
         self._choice.survey(inputs)
         memory, sampler = self._memory, self._sampler
-        memory.row_bytes, memory.row_elements = sampler.most_bytes, self._pick.by_name(sampler.row_elements)
-        tasks = self._named_tasks()
-        unsure = memory.rows(inputs, tasks) is not None or memory.samples(inputs, tasks) < self._effort.samples
-        if self._effort.latin or (unsure and not (self._chunk and memory.bound is None)):
+        memory.row_elements, tasks = self._pick.by_name(sampler.row_elements), self._named_tasks()
+        plans = []
+        for memory.row_bytes in (sampler.least_bytes, sampler.most_bytes):
+            plans.append((memory.rows(inputs, tasks), memory.samples(inputs, tasks)))
+        if self._effort.latin or (plans[0] != plans[1] and not (self._chunk and memory.bound is None)):
             memory.row_bytes = sampler.measured_bytes()
         self._prepared = True
 

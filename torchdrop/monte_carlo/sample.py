@@ -39,7 +39,8 @@ class Sampler:
 
     Attributes:
         writes: whether the model writes to its inputs, so that each pass needs its own copy of them.
-        most_bytes: more bytes than a forward's tensors hold for a row after its first draw, known after `measure`.
+        most_bytes, least_bytes: more and fewer bytes than a forward's tensors hold for a row after its first draw;
+            known after `measure`.
         row_elements: the number of elements that a row has in each output, known after `measure`.
     """
 
@@ -50,6 +51,7 @@ class Sampler:
         self.writes: bool = False
         self._activation, self._pick, self._shared, self._hypercube = activation, pick, shared, hypercube
         self.most_bytes: int = 1
+        self.least_bytes: int = 1
         self.row_elements: tuple[int, ...] = ()
         self._few = Inputs((), {}, None)
         self._reference: Outputs = ()
@@ -149,7 +151,8 @@ class Sampler:
         return self._detached(self._activation.deterministic(self._own(inputs)))
 
     def measure(self, inputs: Inputs, three: Any) -> float:
-        """Takes two samples of two rows, one after another, as the reference for other strategies.
+        """Takes two samples of two rows, one after another, as the reference for other strategies. If the data has one
+        row, that has to do, unless the model takes its dimension away.
 
         Args:
             inputs: a batch.
@@ -158,9 +161,27 @@ class Sampler:
         Returns:
             The share of a forward's calls that come before its first draw.
         """
+        server, shapes = self._activation.server, self._pick(three)
+        for rows in (1, 2) if inputs.rows == 1 else (2,):
+            self._take_reference(inputs, rows)
+            if all(two.dim() == more.dim() + 1 for two, more in zip(self._reference, shapes, strict=True)):
+                break
+        kept, few = 0 if server.prefix is None else server.prefix.tensors, self._few.rows or 1
+        self.most_bytes, self.least_bytes = max(server.bytes // few, 1), max(server.largest // few, 1)
+        layouts = [
+            None if inputs.rows is None else find_layout((two.shape[1:], more.shape), (few, 3), more.shape)
+            for two, more in zip(self._reference, shapes, strict=True)
+        ]
+        self._row_dims = tuple(layout.dim if layout else None for layout in layouts)
+        self.row_elements = tuple(
+            more.numel() // (1 if dim is None else 3) for more, dim in zip(shapes, self._row_dims, strict=True)
+        )
+        return kept / max(server.calls, 1)
+
+    def _take_reference(self, inputs: Inputs, rows: int) -> None:
         server = self._activation.server
         for self.writes in (False, True):
-            self._few = inputs.first(2)
+            self._few = inputs.first(rows)
             before = self._few.versions
             self.keep_prefix()
             server.counts = True
@@ -170,18 +191,6 @@ class Sampler:
                 server.counts = False
             if self._few.versions == before:
                 break
-        kept = 0 if server.prefix is None else server.prefix.tensors
-        self.most_bytes = max(server.bytes // (self._few.rows or 1), 1)
-        shapes = self._pick(three)
-        layouts = [
-            None if inputs.rows is None else find_layout((two.shape[1:], more.shape), (2, 3), more.shape)
-            for two, more in zip(self._reference, shapes, strict=True)
-        ]
-        self._row_dims = tuple(layout.dim if layout else None for layout in layouts)
-        self.row_elements = tuple(
-            more.numel() // (1 if dim is None else 3) for more, dim in zip(shapes, self._row_dims, strict=True)
-        )
-        return kept / max(server.calls, 1)
 
     def measured_bytes(self) -> int:
         """Returns the most bytes that tensors of a forward hold for a row after its first draw, as a pass shows."""
@@ -220,7 +229,8 @@ class Sampler:
         for out, two, dim in zip(outputs, self._reference, self._row_dims, strict=True):
             here, there = out[:count], two[:count]
             if dim is not None:
-                size = two.shape[dim + 1] // 2 * min(rows or 2, 2)
+                few = self._few.rows or 1
+                size = two.shape[dim + 1] // few * min(rows or few, few)
                 here, there = here.narrow(dim + 1, 0, size), there.narrow(dim + 1, 0, size)
             elif rows is not None:
                 continue
