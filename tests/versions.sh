@@ -56,7 +56,7 @@ while True:
     install(*["--no-deps"] * ("[" not in found[0]), found[0])
 PYTHON
   "$1/bin/pip" install -q "hypothesis>=6.100" "numpy>=1.26" pandas "pytest>=8" "pytest-xdist>=3.6" "randomgen>=2" \
-    "scikit-learn>=1.3" "scipy>=1.11" tqdm
+    "scikit-learn>=1.7" "scipy>=1.11" "torchmetrics>=1.4" tqdm
   "$1/bin/pip" install -q --no-deps --no-build-isolation -e .
 }
 
