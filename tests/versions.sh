@@ -56,7 +56,8 @@ while True:
     install(*["--no-deps"] * ("[" not in found[0]), found[0])
 PYTHON
   "$1/bin/pip" install -q "hypothesis>=6.100" "numpy>=1.26" pandas "pytest>=8" "pytest-xdist>=3.6" "randomgen>=2" \
-    "scikit-learn>=1.7" "scipy>=1.11" "torchmetrics>=1.4" tqdm
+    packaging "scikit-learn>=1.7" "scipy>=1.11" tqdm
+  "$1/bin/pip" install -q --no-deps "torchmetrics>=1.4" lightning-utilities # its requirements name CUDA's libraries again
   "$1/bin/pip" install -q --no-deps --no-build-isolation -e .
 }
 
