@@ -133,7 +133,7 @@ class Job:
             chosen, outputs = choice.first(
                 inputs, self._next_row, lambda strategy: next(effort.chunks(samples, self._size(strategy, inputs)))
             )
-            self._activation.report.chunk = self._size(choice.strategy, inputs)
+            self._activation.report.chunk = 1 if choice.strategy == "loop" else self._size(choice.strategy, inputs)
             samples = samples[len(chosen) :]
             yield chosen, outputs
         for chunk in effort.chunks(samples, self._size(choice.strategy, inputs)):
@@ -146,10 +146,12 @@ class Job:
         return [doubt for doubt in found if doubt]
 
     def _size(self, strategy: str, inputs: Inputs) -> int:
-        """Returns the number of samples that are run at a time."""
+        """Returns the number of samples that are run at a time, or whose statistics are taken at a time."""
+        if self._chunk:
+            return self._chunk
         if strategy == "loop":
-            return self._chunk or 1
-        return self._chunk or self._memory.samples(inputs, self._named_tasks())
+            return self._memory.outputs(inputs, self._named_tasks())
+        return self._memory.samples(inputs, self._named_tasks())
 
     def _named_tasks(self) -> dict[str, Task]:
         tasks = self._tasks

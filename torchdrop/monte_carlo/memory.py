@@ -58,6 +58,13 @@ class MemoryPlan:
         left = self.limit(inputs.device) - rows * self.statistics_bytes(tasks)
         return max(1, min(left // held, self.effort.samples))
 
+    def outputs(self, inputs: Inputs, tasks: Mapping[str, Task]) -> int:
+        """Returns the number of samples whose outputs fit beside the statistics, at least one."""
+        rows = inputs.rows or 1
+        held = 8 * rows * sum(self.row_elements.values())
+        left = self.limit(inputs.device) - rows * self.statistics_bytes(tasks)
+        return max(1, min(left // max(held, 1), self.effort.samples))
+
     def rows(self, inputs: Inputs, tasks: Mapping[str, Task]) -> int | None:
         """Returns the number of rows in a block if the batch is to be run in blocks.
 

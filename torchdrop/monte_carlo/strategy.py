@@ -11,7 +11,7 @@ from .activate import ADVICE, Activation
 from .inputs import Inputs
 from .sample import STRATEGIES, Outputs, Sampler
 
-_FEW = 0.2
+_FEW = 0.5
 """The least share of the calls before the first random one that is worth running once."""
 
 _LIGHT = 2**25
