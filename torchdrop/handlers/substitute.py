@@ -78,14 +78,9 @@ class Substitute(Handler):
             self.prefix.restart()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if is_compiling() and func not in _SEEN:  # by flex_attention or torch.cond, which compile their arguments
-            return func(*args, **kwargs) if kwargs else func(*args)
-        if (
-            func not in _SEEN
-            and (self.prefix is None or self.prefix.over)
-            and not self.counts
-            and func not in self.others
-        ):  # most calls, and they are all that a pass adds to most of its time
+        idle = (self.prefix is None or self.prefix.over) and not self.counts and func not in self.others
+        if func not in _SEEN and (idle or is_compiling()):
+            # Most calls, for which a pass must take no time; and those of flex_attention and torch.cond, which compile.
             return func(*args, **kwargs) if kwargs else func(*args)
         return super().__torch_function__(func, types, args, kwargs)
 

@@ -369,10 +369,10 @@ class Entering:
         self.__wrapped__: Callable[..., Any] = call
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if is_compiling():  # a branch of torch.cond must not have effects, and nothing is served in it
-            return self.__wrapped__(*args, **kwargs)
         stack = self._tracker.stack
         if stack and stack[-1] == self._name:  # forward, in a call that the tracker has already
+            return self.__wrapped__(*args, **kwargs)
+        if is_compiling():  # a branch of torch.cond must not have effects, and nothing is served in it
             return self.__wrapped__(*args, **kwargs)
         self._tracker.enter(self._name)
         try:
