@@ -35,9 +35,13 @@ Result = dict[str, Any]
 
 RESULT = "mc-models-cpu.json"
 
-FULL = {"speed": Effort(budget=1.6, min_rounds=5), "pass": Effort(budget=0.8, batch=1e-2, min_rounds=5)}
+FULL = {
+    "speed": Effort(budget=1.6, min_rounds=5),
+    "large": Effort(budget=1.6, min_rounds=3),
+    "pass": Effort(budget=0.8, batch=1e-2, min_rounds=5),
+}
 BRIEF = dict.fromkeys(FULL, Effort(budget=0.0, batch=1e-4, min_rounds=2, max_rounds=2))
-"""How long a full and a quick run take over the times of predictions, and of single passes."""
+"""How long a full and a quick run take over the times of predictions, of those of a large model, and of passes."""
 
 
 class _Sampled:
@@ -140,7 +144,7 @@ def measure(case: Model, efforts: dict[str, Effort] = FULL, predict: Callable[..
         result |= {"strategy": report.strategy, "pass": passes(case, model, inputs, efforts["pass"]), "speed": {}}
         for samples in COUNTS:
             pair = ways(case, model, inputs, samples)
-            result["speed"][str(samples)] = speed(pair[LOOP], pair[OURS], efforts["speed"])
+            result["speed"][str(samples)] = speed(pair[LOOP], pair[OURS], efforts["large" if case.large else "speed"])
         result["memory"] = peaks(case, model, inputs, COUNTS[0])
     except Exception as error:  # a model that is refused is a result too
         return result | {"fault": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"}

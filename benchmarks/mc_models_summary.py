@@ -118,16 +118,16 @@ def _size(value: float) -> str:
 DETAILS = [
     "model", "package", "draws", "rows in any batch", "untouched", "pass, eval = 1", "pass, train = 1",
     *(f"loop / torchdrop, T = {samples}" for samples in COUNTS), f"loop, T = {COUNTS[0]}", "samples run",
-    f"peak above the loop's, T = {COUNTS[0]}",
+    f"peak memory above the loop's, T = {COUNTS[0]}",
 ]  # fmt: skip
 
 
 def _memory_cell(found: Result) -> str:
-    cell = f"{_size(found[OURS] - found[LOOP])} over {_size(found[LOOP])}"
+    cell = f"{_size(found[OURS] - found[LOOP])} above {_size(found[LOOP])}"
     values = found.get("resident")
     if values is None or None in values.values():
         return cell
-    return f"{cell}; resident {_size(values[OURS] - values[LOOP])} over {_size(values[LOOP])}"
+    return f"{cell}; resident {_size(values[OURS] - values[LOOP])} above {_size(values[LOOP])}"
 
 
 def _cells(result: Result) -> list[str]:
