@@ -35,12 +35,15 @@ def _row(case: str, required: str, shown: str, held: bool | None) -> Row:
 def _bounded(
     case: str, required: str, results: list[Result], value: Callable[[Result], float], bound: float, least: bool
 ) -> Row:
-    """The row of a figure that each model must keep. The worst comes first, and the others that fall short follow."""
+    """The row of a figure that each model must keep. The worst comes first, and the others that fall short follow.
+
+    Nothing falls short of what is not required.
+    """
     wrong = [result["model"] for result in results if result["fault"]]
     values = sorted(((value(r), r["model"]) for r in results if not r["fault"]), reverse=not least)
     if not values and not wrong:
         return _row(case, required, "-", None)
-    short = [(x, name) for x, name in values if (x < bound if least else x > bound)]
+    short = [(x, name) for x, name in values if required != "-" and (x < bound if least else x > bound)]
     parts = [f"{name} wrong" for name in wrong] + [f"{digits(x)} ({name})" for x, name in short or values[:1]]
     count = f"{len(short) + len(wrong)} of {len(results)} short: " if short or wrong else ""
     end = "least " if least else "most "
@@ -54,18 +57,19 @@ def _all(case: str, required: str, results: list[Result], kept: Callable[[Result
     return _row(case, required, f"{len(results) - len(failed)} of {len(results)}{named}", not failed)
 
 
-def _speed_row(results: list[Result], samples: int) -> Row:
+def _speed_row(results: list[Result], samples: int, judged: bool) -> Row:
     return _bounded(
         f"speed of the first call against the loop, T = {samples}",
-        f"at least {_SPEED[samples]:g} times the loop's", results,
+        f"at least {_SPEED[samples]:g} times the loop's" if judged else "-", results,
         lambda result: result["speed"][str(samples)]["ratio"][1], _SPEED[samples], True,
     )  # fmt: skip
 
 
-def _pass_row(results: list[Result], group: str) -> Row:
+def _pass_row(results: list[Result], group: str, judged: bool) -> Row:
     bound = _PASS[group]
     return _bounded(
-        f"a pass in mc_dropout against one in eval mode, {group}", f"at most {bound:g} times its time",
+        f"a pass in mc_dropout against one in eval mode, {group}",
+        f"at most {bound:g} times its time" if judged else "-",
         [result for result in results if result["group"] == group],
         lambda result: result["pass"]["times"]["eval"][1], bound, False,
     )  # fmt: skip
@@ -95,10 +99,10 @@ def _memory_row(results: list[Result]) -> Row:
 
 def verdicts(report: Result) -> list[Row]:
     """One for each row of what must hold. On a quick run nothing is judged."""
-    results = measured(report)
+    results, judged = measured(report), not report["quick"]
     rows = [
-        *(_speed_row(results, samples) for samples in COUNTS),
-        *(_pass_row(results, group) for group in _PASS),
+        *(_speed_row(results, samples, judged) for samples in COUNTS),
+        *(_pass_row(results, group, judged) for group in _PASS),
         _all("random draws fire", "all of train mode's", results, _fired),
         _all("means of rows alone, in twos and in one batch", "equal to rounding",
             [result for result in results if result["rows"]], _same_rows),
@@ -106,7 +110,7 @@ def verdicts(report: Result) -> list[Row]:
             lambda result: result.get("changed") == []),
         _memory_row(results),
     ]  # fmt: skip
-    if report["quick"]:
+    if not judged:
         rows = [{**row, "required": "-", "verdict": "-"} for row in rows]
     return rows
 

@@ -204,6 +204,7 @@ class TestVerdicts:
     def test_quick_runs_are_not_judged(self) -> None:
         rows = summary.verdicts(_report(_result("slow", 0.5), quick=True))
         assert {row["verdict"] for row in rows} == {row["required"] for row in rows} == {"-"}
+        assert rows[0]["measured"] == "least 0.500 (slow)"
 
 
 def test_sentences() -> None:
