@@ -90,10 +90,18 @@ class Activation:
         finally:
             self.server.strict = False
 
-    def call(self, inputs: Inputs) -> Any:
-        """Returns the model's output in a pass that the server has begun. Its mode is on. The model does not change."""
+    def call(self, inputs: Inputs, again: bool = False) -> Any:
+        """Returns the model's output in a pass that the server has begun. Its mode is on. The model does not change.
+
+        Args:
+            inputs: the arguments of the pass.
+            again: whether the last use of the shells was such a pass, and the model is taken to be as it was then.
+        """
         self.tracker.restart()
-        self.shells.refresh(self.flagged.__contains__, self._is_apart)
+        if again:
+            self.shells.renew()
+        else:
+            self.shells.refresh(self.flagged.__contains__, self._is_apart)
         with self.own_numbers(), torch.set_grad_enabled(self.differentiates):
             return inputs.call(self.shells.method(self.model, self._method))
 

@@ -84,8 +84,8 @@ class Sampler:
         """Returns the hypercube that this sample belongs to."""
         return None if self._hypercube is None else Hypercube(self._hypercube, first // self._hypercube)
 
-    def _call(self, inputs: Inputs) -> Outputs:
-        return self._detached(self._activation.call(self._own(inputs)))
+    def _call(self, inputs: Inputs, again: bool = False) -> Outputs:
+        return self._detached(self._activation.call(self._own(inputs), again))
 
     def _own(self, inputs: Inputs) -> Inputs:
         """Returns the inputs of a pass, in which whatever it writes to is a copy."""
@@ -117,10 +117,10 @@ class Sampler:
                 return run(inputs, samples, first_row)
 
     def _loop(self, inputs: Inputs, samples: Sequence[int], first_row: int) -> Outputs:
-        outputs = []
+        outputs: list[Outputs] = []
         for number in samples:
             self._begin(torch.tensor(number, device=inputs.device), number, inputs, first_row)
-            outputs.append(self._call(inputs))
+            outputs.append(self._call(inputs, again=bool(outputs)))
         _check_shapes(outputs, samples)
         return tuple(torch.stack(parts) for parts in zip(*outputs, strict=True))
 

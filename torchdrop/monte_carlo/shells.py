@@ -95,6 +95,13 @@ class Shells:
             self._known[module] = _Known(module, self._rebuilt(module, wanted, copied), wanted)
         self._unwritten = False
 
+    def renew(self) -> None:
+        """Puts the shells back to what `refresh` has made of them, for another pass of the same kind."""
+        copied: dict[int, Any] = {}
+        for module, known in self._known.items():
+            if not (known.lasting and known.shell.are_of(self._of[module])):
+                self._known[module] = _Known(module, self._rebuilt(module, known.wanted, copied), known.wanted)
+
     def _rebuilt(self, module: nn.Module, wanted: _Wanted, copied: dict[int, Any]) -> nn.Module:
         """Returns a module's shell with the attributes that the module has now."""
         shell = self._of[module]
