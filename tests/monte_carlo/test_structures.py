@@ -303,17 +303,20 @@ class TestGraphs:
 
 
 @pytest.mark.filterwarnings("ignore:DTensor random operators may not have complete support")
-def test_dtensors_are_refused_with_advice(tmp_path: Path) -> None:
+def test_dtensors_are_one_whole(tmp_path: Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Shard, distribute_module, distribute_tensor
 
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
-        x = distribute_tensor(torch.randn(4, 3), init_device_mesh("cpu", (1,)), [Shard(0)])
-        model = nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5)).eval()
-        with pytest.raises(TypeError, match=r"must not be DTensors.*x\.to_local\(\)"):
-            torchdrop.mc_predict(model, x, samples=2)
-        with torchdrop.mc_dropout(model), pytest.raises(TypeError, match=r"must not be DTensors.*x\.to_local\(\)"):
-            model(x)
+        mesh = init_device_mesh("cpu", (1,))
+        x = distribute_tensor(torch.randn(4, 3), mesh, [Shard(0)])
+        model = distribute_module(nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5)), mesh).eval()
+        with torch.no_grad(), torchdrop.mc_dropout(model, seed=0) as report:
+            first, second = model(x), model(x)
+        assert isinstance(first, DTensor)
+        assert not torch.equal(first.full_tensor(), second.full_tensor())
+        assert len(report.active) == 1
+        assert report.rows is None
     finally:
         torch.distributed.destroy_process_group()

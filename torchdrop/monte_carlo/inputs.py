@@ -31,11 +31,11 @@ class Inputs:
         dim: the dimension of the tensors that counts rows; None takes the inputs as one whole.
 
     Raises:
-        TypeError: a nested tensor that is not jagged, or a DTensor.
+        TypeError: a nested tensor that is not jagged.
 
     Attributes:
         rows: the number of rows; None if the inputs are one whole, as when their tensors disagree, or there is a packed
-            sequence, a graph, or a tensor in blocks among them.
+            sequence, a graph, a DTensor, or a tensor in blocks among them.
         tensors: all tensors that have a dimension.
     """
 
@@ -47,11 +47,6 @@ class Inputs:
             values = [part for value in values for part in walk(value)]
         self._mutable = any(type(part) not in _FLAT and type(part) is not tuple for part in values)
         self.tensors: list[Tensor] = [t for t in values if isinstance(t, Tensor) and t.dim() > 0]
-        if any(type(t) is not Tensor and is_dtensor(t) for t in self.tensors):
-            raise TypeError(
-                "inputs must not be DTensors, whose rows lie on several processes: pass each process's part, "
-                "x.to_local(), or the whole, x.full_tensor()"
-            )
         if any(t.is_nested and t.layout is not torch.jagged for t in self.tensors):
             raise TypeError(
                 "nested tensors must be jagged, which have a shape: make them by "
@@ -60,7 +55,7 @@ class Inputs:
         self.device: torch.device = self.tensors[0].device if self.tensors else torch.device("cpu")
         self.dim: int | None = None
         self.rows: int | None = None
-        if dim is not None and not any(is_packed(value) or is_graph(value) for value in values):
+        if dim is not None and not any(is_packed(value) or is_graph(value) or _is_spread(value) for value in values):
             sizes = {_size(t, dim) for t in self.tensors}
             if len(sizes) == 1 and None not in sizes:
                 self.dim, self.rows = dim, sizes.pop()
@@ -169,6 +164,11 @@ def _size(tensor: Tensor, dim: int) -> int | None:
         return tensor.size(0) if dim == 0 and _is_jagged(tensor) else None
     served = tensor.layout in (*_BY_ELEMENTS, *_BY_COORDINATES)
     return tensor.shape[dim] if served and -tensor.dim() <= dim < tensor.dim() else None
+
+
+def _is_spread(value: Any) -> bool:
+    """Whether a value is a DTensor, whose rows may lie on several processes."""
+    return type(value) is not Tensor and isinstance(value, Tensor) and is_dtensor(value)
 
 
 def _is_jagged(tensor: Tensor) -> bool:
