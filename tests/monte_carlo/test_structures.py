@@ -22,7 +22,7 @@ from torchdrop.monte_carlo.sample import STRATEGIES
 
 pytestmark = [
     # PyTorch says so once of the first tensor of each kind.
-    pytest.mark.filterwarnings("ignore:Sparse C.. tensor support is in beta state:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Sparse ... tensor support is in beta state:UserWarning"),
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning"),
 ]
 
