@@ -46,10 +46,11 @@ class Substitute(Handler):
     Attributes:
         strict: whether a call that is not known raises `UnknownSourceError`.
         draws_own: is called before a call is let through that may draw from PyTorch's generators.
-        counts: whether `calls` and `bytes` are wanted.
+        counts: whether the numbers that follow are wanted.
         calls: the number of calls that return tensors, other than random ones, in this pass.
         bytes: more bytes than this pass's tensors hold at once after its first draw: the sum of all.
         largest: the bytes of the largest of them, which are fewer.
+        before: the bytes of the tensors that calls before the first draw return, as a measure of their work.
         elsewhere: a function that gets the calls made while no module of a model runs; None if none are served.
     """
 
@@ -61,6 +62,7 @@ class Substitute(Handler):
         self.calls: int = 0
         self.bytes: int = 0
         self.largest: int = 0
+        self.before: int = 0
         self.prefix: Prefix | None = None
         self.surveyed: bool = False
         self.strict: bool = False
@@ -73,7 +75,8 @@ class Substitute(Handler):
 
     def begin(self, run: Pass) -> None:
         """Begins this pass."""
-        self.run, self.draws, self.calls, self.bytes, self.largest = run, 0, 0, 0, 0
+        self.run, self.draws = run, 0
+        self.calls = self.bytes = self.largest = self.before = 0
         if self.prefix is not None:
             self.prefix.restart()
 
@@ -116,8 +119,11 @@ class Substitute(Handler):
         out = call() if self.prefix is None else self.prefix.run(func, call)
         if self.counts:
             self.calls += isinstance(out, Tensor)
+            size = _bytes_of(out)
             if self.draws:
-                self._count(_bytes_of(out), 1)
+                self._count(size, 1)
+            else:
+                self.before += size
         return out
 
     def _known(self, site: Site) -> Source | None:

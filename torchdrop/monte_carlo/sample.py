@@ -41,6 +41,7 @@ class Sampler:
         writes: whether the model writes to its inputs, so that each pass needs its own copy of them.
         most_bytes, least_bytes: more and fewer bytes than a forward's tensors hold for a row after its first draw;
             known after `measure`.
+        row_work: the bytes of all tensors that the calls of a forward return for a row, as a measure of its work.
         row_elements: the number of elements that a row has in each output, known after `measure`.
     """
 
@@ -52,6 +53,7 @@ class Sampler:
         self._activation, self._pick, self._shared, self._hypercube = activation, pick, shared, hypercube
         self.most_bytes: int = 1
         self.least_bytes: int = 1
+        self.row_work: int = 1
         self.row_elements: tuple[int, ...] = ()
         self._few = Inputs((), {}, None)
         self._reference: Outputs = ()
@@ -159,14 +161,16 @@ class Sampler:
             three: the output of the model for three rows.
 
         Returns:
-            The share of a forward's calls that come before its first draw.
+            The share of a forward that comes before its first draw and can run once: of its calls, or of the bytes that
+            they return if that is more.
         """
         server, shapes = self._activation.server, self._pick(three)
         for rows in (1, 2) if inputs.rows == 1 else (2,):
             self._take_reference(inputs, rows)
             if all(two.dim() == more.dim() + 1 for two, more in zip(self._reference, shapes, strict=True)):
                 break
-        kept, few = 0 if server.prefix is None else server.prefix.tensors, self._few.rows or 1
+        few = self._few.rows or 1
+        self.row_work = (server.before + server.bytes) // few
         self.most_bytes, self.least_bytes = max(server.bytes // few, 1), max(server.largest // few, 1)
         layouts = [
             None if inputs.rows is None else find_layout((two.shape[1:], more.shape), (few, 3), more.shape)
@@ -176,7 +180,9 @@ class Sampler:
         self.row_elements = tuple(
             more.numel() // (1 if dim is None else 3) for more, dim in zip(shapes, self._row_dims, strict=True)
         )
-        return kept / max(server.calls, 1)
+        if server.prefix is None:
+            return 0.0
+        return max(server.prefix.tensors / max(server.calls, 1), server.before / max(server.before + server.bytes, 1))
 
     def _take_reference(self, inputs: Inputs, rows: int) -> None:
         server = self._activation.server

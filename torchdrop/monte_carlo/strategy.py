@@ -11,12 +11,12 @@ from .activate import ADVICE, Activation
 from .inputs import Inputs
 from .sample import STRATEGIES, Outputs, Sampler
 
-_FEW = 0.5
-"""The least share of the calls before the first random one that is worth running once."""
+_FEW = 0.3
+"""The least share of a forward before the first draw that is worth running once, since vmap has a price of its own."""
 
-_LIGHT = 2**25
-"""The number of bytes of all samples' tensors below which the calls take more time than their work. They take the most
-under vmap."""
+_LIGHT = 2**24
+"""The number of bytes that the calls of all samples return below which the calls themselves take more time than their
+work. They take the most under vmap."""
 
 _SMALL = 1024
 """The most rows of all samples in a chunk that is run without having tried its strategy on two rows."""
@@ -71,7 +71,7 @@ class Choice:
             self._order = ["loop"]
         elif any(isinstance(module, CompactSequential) for module in activation.model.modules()):
             self._order.sort(key=["loop", "vectorized", "repeated"].index)  # one sample at a time can cut out its units
-        elif share < _FEW or sampler.most_bytes * (inputs.rows or 1) * self._samples < _LIGHT:
+        elif share < _FEW or sampler.row_work * (inputs.rows or 1) * self._samples < _LIGHT:
             self._order.sort(key=["repeated", "vectorized", "loop"].index)
 
     def first(
