@@ -584,3 +584,26 @@ class TestBadInput:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             predict(model, data())
+
+
+class Alternating(nn.Module):
+    """Halves the rows at odd places, which are others where samples are rows of one batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        place = torch.arange(len(x))[:, None]
+        return self.drop(x) / (1 + place % 2)
+
+
+def test_a_larger_batch_is_no_way_where_a_rows_place_in_it_matters() -> None:
+    model, x = Alternating().eval(), torch.ones(5, 4)
+    options: dict[str, Any] = {"samples": 4, "seed": 0, "keep_samples": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found, expected = (torchdrop.mc_predict(model, x, strategy=way, **options) for way in ("auto", "loop"))
+    assert found.strategy == "vectorized"
+    assert any("Not repeated: a row's outputs depend on" in note for note in found.report.notes)
+    assert torch.equal(found.samples, expected.samples)

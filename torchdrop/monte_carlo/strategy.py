@@ -119,6 +119,8 @@ class Choice:
             return (None, reason) if reason else (outputs, "")
         if not same:
             reason = "" if tried else sampler.works(strategy)
+            if not reason and strategy == "repeated" and self._wanted == "auto":
+                reason = "a row's outputs depend on the other rows of its batch, or on its place there"
             if reason and not last:
                 return None, reason
             if reason:
