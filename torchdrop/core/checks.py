@@ -19,6 +19,7 @@ from .torch_state import constant_when_compiled
 def shown(value: Any) -> str:
     """Returns a value as an error shows it: itself if it is short, otherwise its type.
 
+    >>> import torch
     >>> shown(2.5), shown("a"), shown(torch.ones(2))
     ('2.5', "'a'", 'Tensor')
     """

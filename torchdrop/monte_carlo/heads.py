@@ -140,7 +140,7 @@ def read_tasks(
 
     Example:
         >>> read_tasks({"size": "regression", "kind": "classification"}, tau=4.0)
-        {'size': Regression(tau=4.0, noise=None), 'kind': Classification(scores='auto')}
+        {'size': Regression(tau=4.0, noise=None), 'kind': Classification(scores='auto', class_dim='auto')}
     """
     if not isinstance(task, Mapping):
         return read_task(task, scores=scores, class_dim=class_dim, class_numbers=class_numbers, tau=tau, noise=noise)
