@@ -55,15 +55,19 @@ class MemoryPlan:
         """Returns the number of samples that fit beside the statistics, at least one."""
         rows, cube = inputs.rows or 1, self.effort.hypercube
         held = self.row_bytes * rows + (0 if cube is None else 8 * Hypercube(cube).family)
-        left = self.limit(inputs.device) - rows * self.statistics_bytes(tasks)
-        return max(1, min(left // held, self.effort.samples))
+        return max(1, min(self._left(inputs, rows, tasks) // held, self.effort.samples))
 
     def outputs(self, inputs: Inputs, tasks: Mapping[str, Task]) -> int:
         """Returns the number of samples whose outputs fit beside the statistics, at least one."""
         rows = inputs.rows or 1
         held = 8 * rows * sum(self.row_elements.values())
-        left = self.limit(inputs.device) - rows * self.statistics_bytes(tasks)
-        return max(1, min(left // max(held, 1), self.effort.samples))
+        return max(1, min(self._left(inputs, rows, tasks) // max(held, 1), self.effort.samples))
+
+    def _left(self, inputs: Inputs, rows: int, tasks: Mapping[str, Task]) -> int:
+        """Returns the bytes that samples may hold: what statistics leave of a bound that was given, or all of the
+        usual one, which holds for either."""
+        limit = self.limit(inputs.device)
+        return limit if self.bound is None else limit - rows * self.statistics_bytes(tasks)
 
     def rows(self, inputs: Inputs, tasks: Mapping[str, Task]) -> int | None:
         """Returns the number of rows in a block if the batch is to be run in blocks.

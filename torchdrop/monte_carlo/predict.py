@@ -103,9 +103,9 @@ def mc_predict(
         strategy: "vectorized", "repeated" or "loop" (see `sample`), or "auto" for the first that works.
         chunk: the number of samples that are run at a time; as many as fit into `memory` if None.
         memory: a bound, in bytes, for what the samples of a chunk and the statistics have at once, estimated from two
-            rows. Default: 32 MiB on the CPU, 1 GiB elsewhere. Where the statistics of a batch do not fit, or a single
-            sample of it does not fit into a bound that was given, its rows are run in blocks, of one row at least,
-            unless there is a tolerance or rows depend on each other. The result itself is not counted.
+            rows. Default: 32 MiB on the CPU, 1 GiB elsewhere, for either. Where the statistics of a batch do not fit,
+            or a single sample of it does not fit into a bound that was given, its rows are run in blocks, of one row at
+            least, unless there is a tolerance or rows depend on each other. The result itself is not counted.
         batch_dim: the dimension of the inputs that counts rows; None if they are one whole, as a graph is.
         method: the name of the model's method that is called, such as "encode"; the model itself if None.
         select: takes the inputs from a batch, such as ``tuple`` where a pair has two arguments.
