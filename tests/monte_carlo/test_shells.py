@@ -141,7 +141,7 @@ class Counting(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "buffer":
-            self.count += 1
+            self.count.add_(1)
             return self.drop(x) + self.count
         if self.kind == "attribute":
             self.calls += 1
