@@ -15,6 +15,11 @@ def wide(values: Tensor) -> Tensor:
     return values.to(torch.float32 if values.device.type == "mps" else torch.float64)
 
 
+def _unbiased(m2: Tensor, count: int) -> Tensor:
+    """Returns the variance of so many values; NaN if there are fewer than two."""
+    return m2 / (count - 1) if count > 1 else torch.full_like(m2, math.nan)
+
+
 @dataclass
 class Moments:
     """Count, mean and sum of squared deviations of the values that were added, updated in one pass.
@@ -46,7 +51,7 @@ class Moments:
     @property
     def variance(self) -> Tensor:
         """The unbiased variance ``m2 / (count - 1)``; NaN if there are fewer than two values."""
-        return self.m2 / (self.count - 1) if self.count > 1 else torch.full_like(self.mean, math.nan)
+        return _unbiased(self.m2, self.count)
 
     def add(self, values: Tensor) -> None:
         """Adds values of shape (S, ...), S of them. An empty chunk changes nothing."""
@@ -136,7 +141,7 @@ class Counts:
     @property
     def variance(self) -> Tensor:
         """The unbiased variance; NaN if there are fewer than two values."""
-        return self.m2 / (self.count - 1) if self.count > 1 else torch.full_like(self.mean, math.nan)
+        return _unbiased(self.m2, self.count)
 
     def add(self, values: Tensor) -> None:
         """Adds boolean values of shape (S, ...), S of them. An empty chunk changes nothing."""
