@@ -49,7 +49,7 @@ class TestReplaceInRealModels:
             expected = built().train()
         model = built().train()
         stock = drawn(model, inputs)
-        swap = replace(model)
+        swap = replace(model, sites=False)
         assert layers(model) == layers(expected) == [Dropout] * REAL[name][2]
         assert equal(drawn(model, inputs), drawn(expected, inputs))
         assert not equal(drawn(model, inputs), stock)
@@ -76,7 +76,7 @@ class TestReplaceInRealModels:
         patches = [mock.patch.object(F, f.__name__, seen(f)) for f in (F.dropout, F.scaled_dot_product_attention)]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            swap = replace(model)
+            swap = replace(model, sites=False)
         with patches[0], patches[1]:
             call(model.train(), inputs)
         assert calling
@@ -196,7 +196,7 @@ class TestReplace:
                 "gaussian": GaussianDropout(0.5),
             }
         )  # fmt: skip
-        swap = replace(model)
+        swap = replace(model, sites=False)
         entries = {(entry.name, entry.kind): str(entry) for entry in swap.unreached}
         assert list(entries) == [
             ("own", "Own"), ("number.dropout_rate", "Named"), ("lstm", "LSTM"), ("attention", "MultiheadAttention"),

@@ -170,7 +170,7 @@ class TestNumbers:
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
     def test_uniform(self, dtype: torch.dtype, cube: Hypercube | None) -> None:
         slot = MaskSlot(pass_of(2, 100, hypercube=cube), SEED, lambda *_: Layout(0, 1, True))
-        u = slot.uniform((100, 6000), dtype)
+        u = slot.uniform(torch.empty(100, 6000, dtype=dtype))
         assert u.dtype == dtype
         assert u.min() >= 0
         assert u.max() < 1
@@ -178,7 +178,9 @@ class TestNumbers:
         check_rate(int((u < 0.25).sum()), u.numel(), 0.25, 0.01)
 
     def test_normal(self) -> None:
-        z = MaskSlot(pass_of(2, 400), SEED, lambda *_: Layout(0, 1, True)).normal((400, 1000), torch.float64)
+        z = MaskSlot(pass_of(2, 400), SEED, lambda *_: Layout(0, 1, True)).normal(
+            torch.empty(400, 1000, dtype=torch.float64)
+        )
         # five standard deviations of the mean, the variance and the fourth moment of 400,000 normals
         assert abs(z.mean()) < 5 / 632
         assert abs(z.var() - 1) < 5 * 2**0.5 / 632

@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from ..core.checks import unwrapped
+from ..core.checks import check_bool, unwrapped
 from ..core.rate import Rated
 from ..layers.alpha import AlphaDropout, FeatureAlphaDropout
 from ..layers.channel import Dropout1d, Dropout2d, Dropout3d
 from ..layers.dropout import Dropout
 from .rate_sites import names_of
-from .unreached import Unreached, class_forwards, has_own_forward, unreached
+from .reach import class_forwards, has_own_forward, is_reachable, is_reached, leave, reach
+from .unreached import Unreached, unreached
 
 OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Dropout: Dropout,
@@ -54,48 +55,57 @@ class Undoable:
         raise NotImplementedError
 
 
-def listed(names: list[str]) -> str:
+def listed(names: list[str], kind: str = "dropout layer") -> str:
     """Returns the number of layers and their names, as a text.
 
     >>> listed(["a", "b"]), listed([""]), listed([])
     ('2 dropout layers: a, b', '1 dropout layer: (model)', 'no dropout layer')
     """
     if not names:
-        return "no dropout layer"
-    return f"{len(names)} dropout layer{'s' if len(names) > 1 else ''}: {', '.join(n or '(model)' for n in names)}"
+        return f"no {kind}"
+    return f"{len(names)} {kind}{'s' if len(names) > 1 else ''}: {', '.join(n or '(model)' for n in names)}"
 
 
 class Replacement(Undoable):
-    """The layers that `replace` swapped. ``undo()`` swaps them back; printing it lists what it could not reach.
+    """What `replace` did. ``undo()`` takes it back; printing it lists what it could not reach.
 
     Args:
-        swapped: the layers and their names.
+        swapped: the layers that were swapped, and their names.
+        reached: the modules whose own random calls are served, and their names.
         unreached: the rest of the model's dropout.
     """
 
-    def __init__(self, swapped: dict[nn.Module, str], unreached: list[Unreached]) -> None:
+    def __init__(
+        self, swapped: dict[nn.Module, str], reached: dict[nn.Module, str], unreached: list[Unreached]
+    ) -> None:
         super().__init__(list(swapped.values()))
+        self.reached = list(reached.values())
         self.unreached = unreached
         self._swapped = [(layer, name, type(layer)) for layer, name in swapped.items()]
+        self._reached = [(module, name, type(module)) for module, name in reached.items()]
 
     def _undo(self) -> None:
-        for layer, name, kind in self._swapped:
+        for layer, name, kind in [*self._swapped, *self._reached]:
             if type(layer) is not kind:
                 raise ValueError(
                     f"{name!r} is no longer the layer that was put there, but {_full_name(type(layer))}: "
                     "undo first what was done after that"
                 )
         _swap({layer: name for layer, name, _ in self._swapped})
+        for module, _, _ in self._reached:
+            leave(module)
 
     def __repr__(self) -> str:
         lines = [f"replaced {listed(self.done)}"]
+        if self.reached:
+            lines.append(f"serves the calls of {listed(self.reached, 'module')}")
         if self.unreached:
             lines.append(f"not reached: {len(self.unreached)}")
             lines += [f"  {entry}" for entry in self.unreached]
         return "\n".join(lines)
 
 
-def replace(model: nn.Module, *, to: str = "torchdrop") -> Replacement:
+def replace(model: nn.Module, *, to: str = "torchdrop", sites: bool = True) -> Replacement:
     """Makes the dropout layers of torch.nn in a model torchdrop's, in place.
 
     Each module stays the object it is and changes its class, so that aliases, modules used in several places, hooks,
@@ -136,12 +146,12 @@ def replace(model: nn.Module, *, to: str = "torchdrop") -> Replacement:
     """  # noqa: E501
     if to not in ("torchdrop", "torch"):
         raise ValueError(f"to must be 'torchdrop' or 'torch', got {to!r}")
+    check_bool("sites", sites)
     ours = to == "torchdrop"
     names = names_of(model)
     kinds = OURS if ours else STOCK
     swapped = {module: every[0] for module, every in names.items() if type(module) in kinds}
     fixed = {module: name for module, name in swapped.items() if has_own_forward(module)}
-    rest = unreached(unwrapped(model)) if ours else []
     for module, every in names.items():
         if not ours and isinstance(module, Rated) and module not in swapped:
             raise ValueError(f"{every[0]!r} is a {_full_name(type(module))}, for which torch.nn has no layer")
@@ -151,12 +161,17 @@ def replace(model: nn.Module, *, to: str = "torchdrop") -> Replacement:
                 f"{_full_name(type(module))}: set the class's forward again first"
             )
     swapped = {module: name for module, name in swapped.items() if module not in fixed}
+    reached = {m: every[0] for m, every in names.items() if (is_reachable(m) if ours and sites else is_reached(m))}
+    reached = reached if sites else {}
     _swap(swapped)
-    if not swapped:
+    for module in reached:
+        (reach if ours else leave)(module)
+    rest = unreached(unwrapped(model)) if ours else []
+    if not (swapped or reached):
         whose = "torch.nn" if ours else "torchdrop"
         but = ", save those whose instance has a forward of its own" if fixed else ""
         warnings.warn(f"replace: the model has no dropout layers of {whose} to replace{but}", UserWarning, stacklevel=2)
-    return Replacement(swapped, rest)
+    return Replacement(swapped, reached if ours else {}, rest)
 
 
 def _full_name(kind: type) -> str:

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..core import sites
 from ..core.torch_state import in_backward
-from .calls import RandomCall
-from .masks import MaskSlot
+from ..functional import dropout
+from ..kernels.masking import SERVED
+from ..ops import operators
+from .calls import RandomCall, Slot
 from .random_functions import DESCRIBE, OPENED, describe_other
 from .tracker import Tracker
 
@@ -45,6 +48,11 @@ def checkpointed() -> bool:
     return False
 
 
+def _is_plain_kind(input: Tensor) -> bool:
+    """Whether a mask is applied to it as it is, without a look at its type, layout or element type."""
+    return type(input) is Tensor and input.layout is torch.strided and input.dtype in SERVED
+
+
 class Handler(TorchFunctionMode):
     """Describes the random calls of a model that is running, and passes on everything else.
 
@@ -62,7 +70,7 @@ class Handler(TorchFunctionMode):
         super().__init__()
         self.others: set[Any] = set()
         self._tracker = tracker
-        self._bound: MaskSlot | None = None
+        self._bound: Slot | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -91,13 +99,14 @@ class Handler(TorchFunctionMode):
                 return OPENED[func](*args, **kwargs)
         return self._pass(func, lambda: func(*args, **kwargs))
 
-    @contextmanager
-    def inside(self, slot: MaskSlot) -> Iterator[None]:
-        """Within the context, the next layer of torchdrop takes its mask from the slot."""
+    def layer(self, slot: Slot, function: Callable[..., Tensor], input: Tensor, rate: float, inplace: bool) -> Tensor:
+        """Calls a dropout function of torchdrop that takes its mask from the slot."""
+        if function is dropout and not inplace and _is_plain_kind(input) and 0.0 < rate < 1.0:
+            return slot.apply(operators.masked, input, slot.params(rate, input.shape), input.shape, False)
         self._bound = slot
         try:
             with self:
-                yield
+                return function(input, rate, True, inplace)
         finally:
             self._bound = None
 
@@ -144,3 +153,8 @@ def innermost() -> Handler | None:
         if one.decides and one._tracker.stack:
             return one
     return None
+
+
+def is_handled() -> bool:
+    """Whether a handler of this thread sees the calls of a model that is running."""
+    return any(one._tracker.stack for one in _entered.handlers)

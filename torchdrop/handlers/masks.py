@@ -26,10 +26,12 @@ from torch import Tensor
 
 from .. import kernels
 from ..core.torch_state import transforms_active
-from ..kernels.mask_params import ONE, MaskParams, has_float64
+from ..kernels.mask_params import ONE, MaskParams, has_float64, mask_params
 from ..kernels.masking import unpack_params
 from ..ops import operators, random_bits
 from ..seeding import hash_of
+from .attention import attention_weights
+from .calls import Slot
 
 
 class NotVectorizableError(RuntimeError):
@@ -190,7 +192,7 @@ def _key(seed: int, stream: Tensor) -> Tensor:
     return torch.stack([torch.full_like(stream, seed), stream], -1)
 
 
-class MaskSlot:
+class MaskSlot(Slot):
     """The place of one source in one pass: it makes its masks and numbers.
 
     Args:
@@ -278,7 +280,7 @@ class MaskSlot:
 
     def numbers(self, numbers: random_bits.Numbers, shape: Sequence[int], params: MaskParams | Tensor | None) -> Tensor:
         """Makes the numbers of one of the operators of `ops.random_bits`, of this shape."""
-        words = self.words(shape)
+        words = self._words(shape)
         if numbers is random_bits.random_bits:
             return words
         if numbers is random_bits.standard_normal:
@@ -286,22 +288,25 @@ class MaskSlot:
         assert params is not None
         return words < unpack_params(params, words.device)[0]
 
-    def words(self, shape: Sequence[int]) -> Tensor:
-        """Makes 32-bit draws, int64 of this shape."""
+    def words(self, like: Tensor) -> Tensor:
+        return self._words(like.shape)
+
+    def _words(self, shape: Sequence[int]) -> Tensor:
         self._place(shape, shape)
         words = self._run.words(self._seed, self._mask_shape(shape), self._own)
         if self._layout is None:
             return words
         return self._back(words.expand(*self._lead, *words.shape[len(self._lead) :]))
 
-    def uniform(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Makes uniform variates on [0, 1), on the grid that torch.rand has for this dtype."""
-        digits = min(1 - math.frexp(torch.finfo(dtype).eps)[1] + 1, 32)
-        return (self.words(shape) >> 32 - digits).to(dtype) * 2.0**-digits
+    def normal(self, like: Tensor) -> Tensor:
+        return _normal(self.words(like)).to(like.dtype)
 
-    def normal(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Makes standard normal variates."""
-        return _normal(self.words(shape)).to(dtype)
+    def params(self, rate: Any, shape: Sequence[int]) -> MaskParams:
+        return mask_params(1.0 - rate)
+
+    def attention(self, rate: Any, query: Tensor, key: Tensor, value: Tensor, **how: Any) -> Tensor:
+        weights, values = attention_weights(query, key, value, **how)
+        return self.apply(operators.masked, weights, self.params(rate, weights.shape), weights.shape, False) @ values
 
 
 def _normal(words: Tensor) -> Tensor:

@@ -8,10 +8,9 @@ LayerDrop, StableDropout) draw with torch.rand, bernoulli_ and the like, so they
 from __future__ import annotations
 
 import functools
-import math
 import types
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,17 +18,11 @@ from torch import Tensor
 
 from .. import functional
 from ..core import sites
-from ..kernels.mask_params import ONE, MaskParams, mask_params
-from ..kernels.masking import SERVED
+from ..kernels.mask_params import ONE, MaskParams
 from ..ops import operators, random_bits
 from . import random_tensors as tensors
-from .calls import Mode, RandomCall
+from .calls import Mode, RandomCall, Slot
 from .masks import MaskSlot, written
-
-
-def _is_plain_kind(input: Tensor) -> bool:
-    """Whether a mask is applied to it as it is, without a look at its type, layout or element type."""
-    return type(input) is Tensor and input.layout is torch.strided and input.dtype in SERVED
 
 
 def _is_on(training: bool, p: Any) -> bool:
@@ -51,13 +44,6 @@ def _dropout(kind: str, twin: Callable[..., Tensor], inplace: bool = False) -> C
     ) -> RandomCall:
         training = training if train is None else train  # torch.dropout calls it `train`
         extra = {"inplace": inplace} if isinstance(func, types.FunctionType) else {}
-
-        def served(slot: MaskSlot, rate: float) -> Tensor:
-            if twin is functional.dropout and not inplace and _is_plain_kind(input) and 0.0 < rate < 1.0:
-                return slot.apply(operators.masked, input, mask_params(1.0 - rate), input.shape, False)
-            with mode.inside(slot):
-                return twin(input, rate, True, inplace)
-
         return RandomCall(
             kind,
             p,
@@ -65,7 +51,9 @@ def _dropout(kind: str, twin: Callable[..., Tensor], inplace: bool = False) -> C
             input.shape,
             original=lambda: func(input, p, training, **extra),
             plain=lambda: func(input, p, False, **extra),
-            served=served,
+            served=lambda slot, rate: mode.layer(slot, twin, input, rate, inplace),
+            at=lambda rate: func(input, rate, training, **extra),
+            training=training,
         )
 
     return describe
@@ -116,9 +104,10 @@ def _numbers(
     def original() -> Tensor:
         return func(numbers, like, shape, generator, given)
 
-    return RandomCall(
-        "torchdrop", rate, rate != 0.0, shape, original, original, lambda slot, _: slot.numbers(numbers, shape, given)
-    )
+    def served(slot: Slot, _: Any) -> Tensor:
+        return cast(MaskSlot, slot).numbers(numbers, shape, given)
+
+    return RandomCall("torchdrop", rate, rate != 0.0, shape, original, original, served)
 
 
 def _attention(
@@ -138,36 +127,21 @@ def _attention(
     def call(p: float) -> Tensor:
         return func(query, key, value, attn_mask, p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
-    def served(slot: MaskSlot, rate: float) -> Tensor:
-        keys, values = key, value
-        if enable_gqa:
-            groups = query.shape[-3] // key.shape[-3]
-            keys, values = (t.repeat_interleave(groups, -3) for t in (key, value))
-        scores = query @ keys.transpose(-2, -1) * (1.0 / math.sqrt(query.shape[-1]) if scale is None else scale)
-        weights = _softmax(scores, attn_mask, is_causal)
-        return slot.apply(operators.masked, weights, mask_params(1.0 - rate), weights.shape, False) @ values
+    def served(slot: Slot, rate: float) -> Tensor:
+        how = {"attn_mask": attn_mask, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+        return slot.attention(rate, query, key, value, **how)
 
     shape = (*query.shape[:-1], key.shape[-2])
     return RandomCall(
         "attention",
         dropout_p,
-        dropout_p > 0,
+        _is_on(True, dropout_p),
         shape,
         original=lambda: call(dropout_p),
         plain=lambda: call(0.0),
         served=served,
+        at=call,
     )
-
-
-def _softmax(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
-    """Returns attention weights; 0 for a query that may see no key, as in scaled_dot_product_attention."""
-    if is_causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if mask is None:
-        return scores.softmax(-1)
-    scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.to(scores.dtype)
-    blind = (scores == -math.inf).all(-1, keepdim=True)
-    return scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
 
 
 def _recurrent(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> RandomCall:
@@ -180,20 +154,21 @@ def _recurrent(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> RandomCall:
     head, (hx, weights, biases, layers, p, _, bidirectional, *rest) = args[: 1 + packed], args[1 + packed :]
     at = 6 + packed
 
-    def call(train: bool) -> Any:
-        return func(*args[:at], train, *args[at + 1 :], **kwargs)
+    def call(rate: float, train: bool) -> Any:
+        return func(*args[: at - 1], rate, train, *args[at + 1 :], **kwargs)
 
-    def served(slot: MaskSlot, rate: float) -> Any:
+    def served(slot: Slot, rate: float) -> Any:
         states = hx if isinstance(hx, (tuple, list)) else (hx,)
         directions, per_layer = 1 + bool(bidirectional), len(weights) // layers
         data, finals = head[0], []
         for layer in range(layers):
             if layer:
-                data = slot.another(layer - 1).apply(operators.masked, data, mask_params(1.0 - rate), data.shape, False)
+                own_slot = slot.another(layer - 1)
+                data = own_slot.apply(operators.masked, data, slot.params(rate, data.shape), data.shape, False)
             start = [h[layer * directions : (layer + 1) * directions] for h in states]
             first = type(hx)(start) if isinstance(hx, (tuple, list)) else start[0]
             own = weights[layer * per_layer : (layer + 1) * per_layer]
-            data, *final = func(data, *head[1:], first, own, biases, 1, 0.0, False, bidirectional, *rest)
+            data, *final = func(data, *head[1:], first, own, biases, 1, 0.0, args[at], bidirectional, *rest)
             finals.append(final)
         return (data, *(torch.cat(parts) for parts in zip(*finals, strict=True)))
 
@@ -202,9 +177,11 @@ def _recurrent(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> RandomCall:
         p,
         _is_on(args[at], p) and layers > 1,
         None,
-        original=lambda: call(args[at]),
-        plain=lambda: call(False),
+        original=lambda: call(p, args[at]),
+        plain=lambda: call(p, False),
         served=served,
+        at=lambda rate: call(rate, args[at]),
+        training=args[at] and layers > 1,
         draws=layers - 1,
         loose="the elements of a packed sequence have other places in another batch" if packed else "",
     )
@@ -221,8 +198,8 @@ def _rrelu(
 ) -> RandomCall:
     extra = {"inplace": inplace} if func is F.rrelu else {}
 
-    def served(slot: MaskSlot, _: float) -> Tensor:
-        slope = slot.uniform(input.shape, input.dtype) * (upper - lower) + lower
+    def served(slot: Slot, _: float) -> Tensor:
+        slope = slot.uniform(input) * (upper - lower) + lower
         out = torch.where(input < 0, input * slope, input)
         return written(input, out) if inplace else out
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.mask_params import params_tensor, threshold
-from .calls import Mode, RandomCall
-from .masks import MaskSlot, written
+from .calls import Mode, RandomCall, Slot
+from .masks import written
 
 
 def random_tensor(
@@ -30,7 +30,7 @@ def random_tensor(
         parameters = args[1:] if inplace else args
         named = {name: value for name, value in sized.items() if name in ("p", "from", "to", "mean", "std", "lambd")}
 
-        def served(slot: MaskSlot, _: float) -> Tensor:
+        def served(slot: Slot, _: float) -> Tensor:
             drawn = values(slot, target, *parameters, **named)
             return written(target, drawn) if inplace else drawn
 
@@ -39,24 +39,24 @@ def random_tensor(
     return describe
 
 
-def bernoulli_values(slot: MaskSlot, target: Tensor, p: Any = 0.5) -> Tensor:
-    words = slot.words(target.shape)
+def bernoulli_values(slot: Slot, target: Tensor, p: Any = 0.5) -> Tensor:
+    words = slot.words(target)
     below = params_tensor(p)[..., 0].to(torch.int64).to(words.device) if isinstance(p, Tensor) else threshold(float(p))
     return (words < below).to(target.dtype)
 
 
-def uniform_values(slot: MaskSlot, target: Tensor, *limits: Any, **named: Any) -> Tensor:
+def uniform_values(slot: Slot, target: Tensor, *limits: Any, **named: Any) -> Tensor:
     low = limits[0] if limits else named.get("from", 0.0)
     high = limits[1] if len(limits) > 1 else named.get("to", 1.0)
-    return slot.uniform(target.shape, target.dtype) * (high - low) + low
+    return slot.uniform(target) * (high - low) + low
 
 
-def unit_values(slot: MaskSlot, target: Tensor, *_: Any, **__: Any) -> Tensor:
-    return slot.uniform(target.shape, target.dtype)
+def unit_values(slot: Slot, target: Tensor, *_: Any, **__: Any) -> Tensor:
+    return slot.uniform(target)
 
 
-def normal_values(slot: MaskSlot, target: Tensor, mean: Any = 0.0, std: Any = 1.0) -> Tensor:
-    return slot.normal(target.shape, target.dtype) * std + mean
+def normal_values(slot: Slot, target: Tensor, mean: Any = 0.0, std: Any = 1.0) -> Tensor:
+    return slot.normal(target) * std + mean
 
 
 def normal_target(mean: Any, std: Any = 1.0, size: Sequence[int] | None = None, **kwargs: Any) -> Tensor:
@@ -65,19 +65,19 @@ def normal_target(mean: Any, std: Any = 1.0, size: Sequence[int] | None = None, 
     return torch.empty_like(torch.add(mean, std))
 
 
-def parted_values(slot: MaskSlot, target: Tensor, mean: Any, std: Any = 1.0, *_: Any, **__: Any) -> Tensor:
+def parted_values(slot: Slot, target: Tensor, mean: Any, std: Any = 1.0, *_: Any, **__: Any) -> Tensor:
     return normal_values(slot, target, mean, std)
 
 
-def standard_values(slot: MaskSlot, target: Tensor, *_: Any, **__: Any) -> Tensor:
-    return slot.normal(target.shape, target.dtype)
+def standard_values(slot: Slot, target: Tensor, *_: Any, **__: Any) -> Tensor:
+    return slot.normal(target)
 
 
-def exponential_values(slot: MaskSlot, target: Tensor, lambd: float = 1.0) -> Tensor:
-    return -torch.log1p(-slot.uniform(target.shape, target.dtype)) / lambd
+def exponential_values(slot: Slot, target: Tensor, lambd: float = 1.0) -> Tensor:
+    return -torch.log1p(-slot.uniform(target)) / lambd
 
 
-def from_probabilities(slot: MaskSlot, target: Tensor, input: Tensor, p: Any = None, **_: Any) -> Tensor:
+def from_probabilities(slot: Slot, target: Tensor, input: Tensor, p: Any = None, **_: Any) -> Tensor:
     return bernoulli_values(slot, target, input if p is None else p)
 
 

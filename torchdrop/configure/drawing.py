@@ -1,0 +1,126 @@
+"""The random functions that modules call in their own code, found in its source without running it."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+import types
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..handlers.random_functions import OPENED
+from ..handlers.training import SERVED
+
+_FUNCTIONS = {*SERVED, *OPENED}
+_METHODS = {function.__name__ for function in SERVED if hasattr(Tensor, function.__name__)} - {"dropout"}
+_ATTENTION = "ALL_ATTENTION_FUNCTIONS"
+"""The table from which models of transformers take their attention function."""
+
+
+_known: dict[type, list[str]] = {}
+
+
+def random_calls(kind: type[nn.Module]) -> list[str]:
+    """Returns the random functions and methods that the forward of a class calls by name, itself or through methods
+    and functions of its package.
+
+    >>> random_calls(nn.Linear), random_calls(nn.TransformerEncoderLayer), random_calls(nn.MultiheadAttention)
+    ([], [], ['F.multi_head_attention_forward'])
+    """
+    if kind not in _known:
+        _known[kind] = sorted(set(_Search(kind).calls()))
+    return _known[kind]
+
+
+class _Search:
+    """A search through the source of one class."""
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        self._kind = kind
+        self._seen: set[Any] = set()
+
+    def calls(self) -> Iterator[str]:
+        if issubclass(self._kind, nn.RNNBase) and self._kind.forward.__module__.startswith("torch."):
+            yield f"torch.{self._kind.__name__.lower()}"  # it names torch._VF, which is no module of functions
+            return
+        forward = getattr(self._kind, "forward", None)
+        if isinstance(forward, types.FunctionType) and forward is not nn.Module.forward:
+            yield from self._calls_in(forward, self._kind)
+        if any((function.__module__ or "").endswith("_propagate") for function in self._seen):
+            # torch_geometric's generated code calls methods of the class that the source does not name.
+            for name in ("message", "update", "edge_update", "message_and_aggregate"):
+                yield from self._calls_in(getattr(self._kind, name), self._kind)
+
+    def _calls_in(self, function: Any, owner: type | None) -> Iterator[str]:
+        """Yields the random functions that a function's source names, and those in the functions that it names."""
+        function = inspect.unwrap(function)
+        if not isinstance(function, types.FunctionType) or function in self._seen:
+            return
+        self._seen.add(function)
+        tree = _tree(function)
+        names = {**function.__globals__, **_closure(function)}
+        package = (function.__module__ or "").partition(".")[0]
+        for node in ast.walk(tree) if tree is not None else ():
+            if isinstance(node, ast.Name) and node.id == _ATTENTION:
+                yield "attention_interface"
+            if not isinstance(node, (ast.Name, ast.Attribute)):
+                continue
+            value = _resolved(node, names)
+            if value is None and isinstance(node, ast.Attribute):
+                if owner is not None and _is_self(node.value):
+                    yield from self._calls_in(getattr(owner, node.attr, None), owner)
+                elif node.attr in _METHODS:
+                    yield f"Tensor.{node.attr}"
+            elif _is_function(value) and value in _FUNCTIONS:
+                yield ast.unparse(node)
+            elif isinstance(value, types.FunctionType) and package != "torch" and _package(value) == package:
+                yield from self._calls_in(value, None)
+
+
+def _is_self(node: ast.expr) -> bool:
+    """Whether it is `self` or `super()`."""
+    if isinstance(node, ast.Call):
+        node = node.func
+        return isinstance(node, ast.Name) and node.id == "super"
+    return isinstance(node, ast.Name) and node.id == "self"
+
+
+def _is_function(value: Any) -> bool:
+    return isinstance(value, (types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType))
+
+
+def _package(function: types.FunctionType) -> str:
+    return (function.__module__ or "").partition(".")[0]
+
+
+def _closure(function: types.FunctionType) -> dict[str, Any]:
+    found = {}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            found[name] = cell.cell_contents
+        except ValueError:  # it is empty yet
+            continue
+    return found
+
+
+@functools.cache
+def _tree(function: types.FunctionType) -> ast.AST | None:
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+
+
+def _resolved(node: ast.expr, names: dict[str, Any]) -> Any:
+    """Returns the object that a dotted name has in a module, or None: nothing is called or looked up dynamically."""
+    if isinstance(node, ast.Name):
+        return names.get(node.id)
+    if isinstance(node, ast.Attribute):
+        base = _resolved(node.value, names)
+        if isinstance(base, types.ModuleType) or base is Tensor:
+            return vars(base).get(node.attr)
+    return None
