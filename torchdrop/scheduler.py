@@ -15,7 +15,7 @@ from .configure.rate_sites import RateSite, check_keep_prob, compiled_parts, nam
 from .configure.rates import chosen, shown
 from .core.checks import check_integer, unwrapped
 from .core.names import near
-from .core.rate import Probability, Rated
+from .core.rate import Probability
 from .rules import Rule
 from .schedules import Scaled, ScheduleLike, as_schedule, keep_prob_at
 
@@ -111,11 +111,7 @@ class KeepProbScheduler:
         self.last_step: int = 0
         self.seek(0)
         compiled = {inner for part in compiled_parts(model) for inner in part.modules()}
-        stock = [
-            layer.site.name
-            for layer in self._layers
-            if layer.site.module in compiled and not isinstance(layer.site.module, Rated)
-        ]
+        stock = [layer.site.name for layer in self._layers if layer.site.module in compiled and layer.site.recompiles]
         if stock:
             warnings.warn(
                 f"KeepProbScheduler: the model is compiled, and a new rate of {', '.join(stock)} recompiles "
@@ -155,7 +151,7 @@ class KeepProbScheduler:
         names = [name for every in there.values() for name in every if name]
         for layer in moved:
             site = layer.site
-            if site.module in there and _has_rate(site):  # under another name, or in a part that has been compiled
+            if site.module in there and site.is_there:  # under another name, or in a part that has been compiled
                 continue
             hint = "another one has its name" if site.name in names else near(site.name, names)
             raise ValueError(
@@ -273,14 +269,10 @@ def _takes_a_step(function: Callable[..., Any]) -> bool:
     return True
 
 
-def _has_rate(site: RateSite) -> bool:
-    return hasattr(site.module, site.attribute or "p")
-
-
 def _is_there(model: nn.Module, site: RateSite) -> bool:
     """Whether the layer is under its name in the model, without a search for other layers."""
     module: nn.Module | None = model
     names = site.name.split(".") if site.name else []
     for part in names[:-1] if names and site.attribute and names[-1] == site.attribute else names:
         module = module._modules.get(part) if module is not None else None
-    return module is site.module and _has_rate(site)
+    return module is site.module and site.is_there

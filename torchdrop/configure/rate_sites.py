@@ -1,8 +1,11 @@
-"""The places in a model that hold its rates: dropout layers, nn.LSTM and nn.MultiheadAttention, plain attributes."""
+"""The places in a model that hold its rates: dropout layers, nn.LSTM and nn.MultiheadAttention, plain attributes, and
+the calls that modules make in their own code."""
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,7 +17,10 @@ from torch.nn.utils import parametrize
 
 from ..core.checks import unwrapped
 from ..core.rate import Probability, Rate, Rated, read_rate
+from ..handlers.random_functions import RATED
+from ..handlers.training import Calls, OwnRate
 from ..rules import LayerSize
+from .reach import calls_of
 
 _NAMED = re.compile(
     r"(?i)(drop(_?(out|path|block|connect|head|key|edge))?(_?(p|prob|probability|rate|ratio))?|keep_?prob)$"
@@ -22,6 +28,7 @@ _NAMED = re.compile(
 _KEPT = re.compile(r"(?i)keep")
 _DROPPING = re.compile(r"(?<![a-z])[Dd]rop|StochasticDepth")
 _PLAIN = ("p", "prob", "rate")
+_CALL = re.compile(rf"({'|'.join(RATED)}):\d+")
 
 
 _disabled: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
@@ -78,15 +85,22 @@ class RateSite:
     def set(self, keep_prob: Probability) -> None:
         """Sets a value that `check` has returned. If it is the rate that is there already, that stays to the bit."""
         if self.is_disabled:
-            _disabled[self.module][self.attribute] = (keep_prob, self._value_of(keep_prob))
+            _disabled[self.module][self.attribute] = self._state_with(keep_prob)
             return
         now = self.keep_prob
         if not isinstance(now, torch.Tensor) and not isinstance(keep_prob, torch.Tensor) and now == keep_prob:
             return
+        self._write(keep_prob)
+
+    def _write(self, keep_prob: Probability) -> None:
         if isinstance(self.module, Rated):
             self.module.keep_prob = keep_prob
         else:
             setattr(self.module, self.attribute or "p", self._value_of(keep_prob))
+
+    def _state_with(self, keep_prob: Probability) -> Any:
+        """Returns the state that `restore` puts back to have this keep_prob."""
+        return keep_prob, self._value_of(keep_prob)
 
     def _value_of(self, keep_prob: Probability) -> Any:
         """Returns the value that an attribute holds for a keep_prob."""
@@ -123,6 +137,66 @@ class RateSite:
     @property
     def _keeps(self) -> bool:
         return bool(_KEPT.search(self.attribute))
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the module still has this rate."""
+        return hasattr(self.module, self.attribute or "p")
+
+    @property
+    def recompiles(self) -> bool:
+        """Whether compiled code is compiled again for another rate."""
+        return not isinstance(self.module, Rated)
+
+    @property
+    def note(self) -> str:
+        """What `keep_probs` says of the place; nothing for a dropout layer."""
+        return f"number in .{self.attribute}" if self.attribute else ""
+
+
+class CallRate(RateSite):
+    """The rate of a call that a module makes in its own code, "attention:0". It is the one that the code passes until
+    another is set."""
+
+    @property
+    def _calls(self) -> Calls:
+        calls = calls_of(self.module)
+        assert calls is not None
+        return calls
+
+    @property
+    def keep_prob(self) -> Probability:
+        own = self._calls.own.get(self.attribute)
+        if own is not None:
+            return own.keep_prob
+        passed = self._calls.passed.get(self.attribute, math.nan)
+        return 1.0 - passed if isinstance(passed, torch.Tensor) else round(1.0 - passed, 15)
+
+    def _write(self, keep_prob: Probability) -> None:
+        self._calls.own[self.attribute] = OwnRate(keep_prob)
+
+    def _state_with(self, keep_prob: Probability) -> Any:
+        return OwnRate(keep_prob)
+
+    def state(self) -> Any:
+        return self._calls.own.get(self.attribute)
+
+    def restore(self, state: Any) -> None:
+        self._calls.own.pop(self.attribute, None)
+        if state is not None:
+            self._calls.own[self.attribute] = state
+
+    @property
+    def is_there(self) -> bool:
+        return calls_of(self.module) is not None
+
+    @property
+    def recompiles(self) -> bool:
+        return False
+
+    @property
+    def note(self) -> str:
+        return "call, set by name" if self.attribute in self._calls.own else "call, at the rate that the code passes"
 
 
 def check_keep_prob(keep_prob: Any) -> Probability:
@@ -167,6 +241,29 @@ def rate_sites(model: nn.Module) -> list[RateSite]:
             plain = attribute and not _is_own(module, attribute)
             full = tuple(f"{alias}.{attribute}".lstrip(".") for alias in aliases) if plain else aliases
             found.append(RateSite(full[0], module, attribute, full))
+        calls = calls_of(module)
+        found += [_call_rate(module, aliases, name) for name in sorted(calls.passed | calls.own)] if calls else []
+    return found
+
+
+def _call_rate(module: nn.Module, aliases: tuple[str, ...], name: str) -> CallRate:
+    full = tuple(f"{alias}.{name}".lstrip(".") for alias in aliases)
+    return CallRate(full[0], module, name, full)
+
+
+def calls_named(model: nn.Module, names: Iterable[str]) -> list[RateSite]:
+    """Returns the places that these names mean, of calls that have not been made yet: the kind of the call is known,
+    and its module is one whose calls are served."""
+    found: list[RateSite] = []
+    modules = names_of(model)
+    for name in names:
+        owner, _, call = name.rpartition(".") if isinstance(name, str) else ("", "", "")
+        if not _CALL.fullmatch(call):
+            continue
+        for module, aliases in modules.items():
+            calls = calls_of(module)
+            if owner in aliases and calls is not None and call not in calls.passed and call not in calls.own:
+                found.append(_call_rate(module, aliases, call))
     return found
 
 

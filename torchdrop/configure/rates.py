@@ -14,7 +14,7 @@ from ..core.rate import Probability
 from ..handlers.disable import without_functional_dropout
 from ..rules import LayerSize
 from ..schedules import Scaled, Schedule
-from .rate_sites import RateSite, check_keep_prob, compiled_parts, names_of, rate_sites, sizes
+from .rate_sites import RateSite, calls_named, check_keep_prob, compiled_parts, names_of, rate_sites, sizes
 
 RateOrRule = Probability | Callable[[Sequence[LayerSize]], Sequence[Probability]]
 """A keep_prob for all layers of a pattern, or a rule of `torchdrop.rules` that gives each of them its own."""
@@ -29,7 +29,8 @@ class KeepProbs(Mapping[str, Probability]):
         found: the places that hold a rate.
 
     Attributes:
-        rows: a plain dict for each: name, kind, keep_prob, p, training, and the attribute that holds a number.
+        rows: a plain dict for each: name, kind, keep_prob, p, training, the attribute that holds a number or the name
+            of the call, and a note on it.
     """
 
     def __init__(self, found: list[RateSite]) -> None:
@@ -42,6 +43,7 @@ class KeepProbs(Mapping[str, Probability]):
                 "p": site.module.p if not site.attribute else _dropping(site.keep_prob),
                 "training": site.module.training,
                 "attribute": site.attribute,
+                "note": site.note,
             }
             for site in found
         ]
@@ -60,8 +62,8 @@ class KeepProbs(Mapping[str, Probability]):
             return "no layer has a rate"
         cells = [("layer", "kind", "keep_prob", "mode")]
         for row in self.rows:
-            number = f"  number in .{row['attribute']}" if row["attribute"] else ""
-            mode = ("train" if row["training"] else "eval ") + number
+            note = f"  {row['note']}" if row["note"] else ""
+            mode = ("train" if row["training"] else "eval ") + note
             cells.append((row["name"] or "(model)", row["kind"], shown(row["keep_prob"]), mode))
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         return "\n".join(
@@ -123,7 +125,7 @@ def chosen(model: nn.Module, patterns: Mapping[str, Any]) -> dict[str, list[Rate
     """
     if not isinstance(patterns, Mapping):
         raise TypeError(f"give patterns and values as a mapping, {{'features.*': 0.9}}, got {type(patterns).__name__}")
-    found = rate_sites(model)
+    found = [*rate_sites(model), *calls_named(model, patterns)]
     names = {alias for site in found for alias in site.aliases}
     others = {name for all_names in names_of(model).values() for name in all_names if name} - names
     check_patterns(patterns, sorted(names), sorted(others), WHAT)

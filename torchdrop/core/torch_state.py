@@ -230,9 +230,13 @@ def recomputing_setting() -> tuple[str, str] | None:
 def is_watched() -> bool:
     """Whether a function mode is on that may put keys or masks of its own in the place of ours.
 
-    The mode of `torch.set_default_device` does not: every device is named where a tensor is made.
+    The mode of `torch.set_default_device` does not: every device is named where a tensor is made. Nor do modes that say
+    so by an attribute `ignores_layers`.
     """
-    return any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
+    return any(
+        not (isinstance(mode, DeviceContext) or getattr(mode, "ignores_layers", False))
+        for mode in _get_current_function_mode_stack()
+    )
 
 
 def is_observed() -> bool:

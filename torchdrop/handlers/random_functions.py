@@ -228,6 +228,12 @@ def describe_other(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> RandomCa
 
 _T = Tensor
 
+RATED = (
+    "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "feature_dropout",
+    "attention", "lstm", "gru", "rnn",
+)  # fmt: skip
+"""The kinds of calls that are given a rate."""
+
 RECURRENT = frozenset((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu))
 
 DESCRIBE: dict[Any, Callable[..., RandomCall]] = {
