@@ -150,7 +150,8 @@ class TestTable:
             "note": "",
         }  # fmt: skip
         assert rows["lstm"] == {
-            "name": "lstm", "kind": "LSTM", "keep_prob": 0.75, "p": 0.25, "training": True, "attribute": "dropout"
+            "name": "lstm", "kind": "LSTM", "keep_prob": 0.75, "p": 0.25, "training": True, "attribute": "dropout",
+            "note": "number in .dropout",
         }  # fmt: skip
         assert rows["old.keep_prob"]["p"] == pytest.approx(0.2)
 

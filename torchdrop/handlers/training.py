@@ -7,11 +7,13 @@ that was not replaced.
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -33,6 +35,8 @@ SERVED = {
 """The functions of torch that are served in training."""
 
 _SEEN = frozenset((*SERVED, *OPENED))
+
+_RATE = list(inspect.signature(F.multi_head_attention_forward).parameters).index("dropout_p")
 
 
 class NewMasks(Slot):
@@ -62,6 +66,11 @@ class NewMasks(Slot):
 NEW_MASKS = NewMasks()
 
 
+def compiled_rate(p: Probability) -> Tensor:
+    """Returns a probability of dropping in the form in which compiled code does not look at its value."""
+    return torch.as_tensor(p, dtype=torch.float64, device="cpu")
+
+
 class OwnRate:
     """The rate of one call that was set by name.
 
@@ -71,10 +80,10 @@ class OwnRate:
 
     def __init__(self, keep_prob: Probability) -> None:
         self.keep_prob, self.p = read_rate(None, keep_prob)
-        self._compiled = torch.as_tensor(self.p, dtype=torch.float64, device="cpu")
+        self._compiled = compiled_rate(self.p)
 
     def value(self) -> Probability:
-        """Returns the probability of dropping, in the form in which compiled code does not look at its value."""
+        """Returns the probability of dropping, for eager or for compiled code."""
         return self._compiled if is_compiling() else self.p
 
 
@@ -84,10 +93,12 @@ class Calls:
     Attributes:
         own: the rates that were set by name.
         passed: the rates that the module's code passed when it ran last in train mode, not compiled.
+        numbers: the rates that the module holds in attributes, for compiled code.
         off: whether calls with a rate drop nothing.
     """
 
     def __init__(self) -> None:
+        self.numbers: dict[str, Tensor] = {}
         self.own: dict[str, OwnRate] = {}
         self.passed: dict[str, Probability] = {}
         self.off = False
@@ -102,6 +113,7 @@ class Training(TorchFunctionMode):
         super().__init__()
         self._module, self._calls, self._handled, self._running = module, calls, handled, running
         self._numbers: dict[str, int] = {}
+        self._given: Tensor | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -111,14 +123,23 @@ class Training(TorchFunctionMode):
             return func(*args, **kwargs)
         describe = SERVED.get(func)
         if describe is None:
-            with self:
-                return OPENED[func](*args, **kwargs)
+            return self._open(func, args, kwargs)
         if kwargs.get("generator") is not None or kwargs.get("out") is not None:
             return func(*args, **kwargs)
         return self._serve(describe(self, func, *args, **kwargs))
 
+    def _open(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Serves the calls that a function of torch makes."""
+        if func is F.multi_head_attention_forward and len(args) > _RATE and isinstance(args[_RATE], Tensor):
+            self._given, args = args[_RATE], (*args[:_RATE], 0.5, *args[_RATE + 1 :])  # it compares the rate with 0
+        try:
+            with self:
+                return OPENED[func](*args, **kwargs)
+        finally:
+            self._given = None
+
     def _serve(self, call: RandomCall) -> Any:
-        rate, on, own = call.rate, call.on, None
+        rate, on, own = call.rate if self._given is None else self._given, call.on, None
         if call.at is not None:
             name = self._name(call.kind)
             own = self._calls.own.get(name)
