@@ -146,10 +146,12 @@ class TestTable:
         model["features"].eval()
         rows = {row["name"]: row for row in keep_probs(model).rows}
         assert rows["features.3"] == {
-            "name": "features.3", "kind": "Dropout", "keep_prob": 0.8, "p": 0.2, "training": False, "attribute": "", "note": "",
+            "name": "features.3", "kind": "Dropout", "keep_prob": 0.8, "p": 0.2, "training": False, "attribute": "",
+            "note": "",
         }  # fmt: skip
         assert rows["lstm"] == {
-            "name": "lstm", "kind": "LSTM", "keep_prob": 0.75, "p": 0.25, "training": True, "attribute": "dropout"
+            "name": "lstm", "kind": "LSTM", "keep_prob": 0.75, "p": 0.25, "training": True, "attribute": "dropout",
+            "note": "number in .dropout",
         }  # fmt: skip
         assert rows["old.keep_prob"]["p"] == pytest.approx(0.2)
 
