@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 import types
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
-from ..core.portable import refuse_script
 from ..core.rate import Rated
 from ..handlers import training
 from .drawing import random_calls
@@ -60,12 +59,15 @@ def class_forwards(module: nn.Module) -> list[str]:
 
 def is_reachable(module: nn.Module) -> bool:
     """Whether a module's own code draws, in a form that can be served."""
-    if is_reached(module) or isinstance(module, (Rated, torch.jit.ScriptModule)) or type(module) in STOCK_LAYERS:
+    if hasattr(type(module), "_torchdrop_own") or type(module) in STOCK_LAYERS:
+        return False
+    if isinstance(module, (Rated, torch.jit.ScriptModule)):
         return False
     return bool(random_calls(type(module))) and not has_own_forward(module)
 
 
 def is_reached(module: nn.Module) -> bool:
+    """Whether a module has the class that `reach` gave it, and not one that was made of that."""
     return "_torchdrop_own" in vars(type(module))
 
 
@@ -91,7 +93,10 @@ def _subclass(own: Any) -> type[nn.Module]:
 
     @functools.wraps(own_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return training.forward(self, self._torchdrop_calls, own_forward, args, kwargs)
+        calls = getattr(self, _CALLS, None)
+        if calls is None:  # the module's class was called, by code that makes another one like it
+            calls = self._torchdrop_calls = training.Calls()
+        return training.forward(self, calls, own_forward, args, kwargs)
 
     def reduced(self: Any, protocol: Any) -> Any:
         made = own.__reduce_ex__(self, max(protocol, 2))
@@ -105,10 +110,17 @@ def _subclass(own: Any) -> type[nn.Module]:
             "__qualname__": own.__qualname__,
             "__doc__": own.__doc__,
             "__reduce_ex__": reduced,
-            "__prepare_scriptable__": refuse_script,
+            "__prepare_scriptable__": _refuse_script,
             "_torchdrop_own": own,
             "forward": forward,
         },
+    )
+
+
+def _refuse_script(self: nn.Module) -> NoReturn:
+    raise RuntimeError(
+        f"torch.jit.script cannot compile {type(self).__name__}, whose calls torchdrop.replace has made torchdrop's: "
+        "call undo() of what it returned, or torchdrop.replace(model, to='torch'), first"
     )
 
 
