@@ -70,7 +70,8 @@ OF_A_CALL = {
 
 WITHOUT_A_CLASS = {
     "drop_edge_weight", "drop_key_mask", "local_reparameterization", "masksembles_masks", "masksembles_predict",
-    "multi_sample_loss", "patch_dropout_indices", "sparse_variational_kl", "variational_kl",
+    "multi_sample_loss", "patch_dropout_indices", "scaled_dot_product_attention", "sparse_variational_kl",
+    "variational_kl",
 }  # fmt: skip
 
 POSITIONS_OF_TORCH_NN = {"torchdrop.functional.embedding_dropout": "torchdrop.EmbeddingDropout"}

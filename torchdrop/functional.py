@@ -2,6 +2,7 @@
 
 from .layers.activated import gelu_dropout, relu_dropout
 from .layers.alpha import alpha_dropout, feature_alpha_dropout
+from .layers.attention import scaled_dot_product_attention
 from .layers.channel import dropout1d, dropout2d, dropout3d
 from .layers.concrete.concrete import concrete_dropout
 from .layers.drop_block.drop_block import drop_block1d, drop_block2d, drop_block3d
@@ -64,6 +65,7 @@ __all__ = [
     "patch_dropout",
     "patch_dropout_indices",
     "relu_dropout",
+    "scaled_dot_product_attention",
     "sparse_variational_kl",
     "standout",
     "stochastic_depth",

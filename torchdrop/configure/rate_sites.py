@@ -155,7 +155,7 @@ class RateSite:
 
     @property
     def note(self) -> str:
-        """What `keep_probs` says of the place; nothing for a dropout layer."""
+        """A remark on the place in the table of `keep_probs`; none for a dropout layer."""
         return f"number in .{self.attribute}" if self.attribute else ""
 
 

@@ -67,7 +67,7 @@ def listed(names: list[str], kind: str = "dropout layer") -> str:
 
 
 class Replacement(Undoable):
-    """What `replace` did. ``undo()`` takes it back; printing it lists what it could not reach.
+    """The result of `replace`. ``undo()`` takes it back; printing it lists the dropout that was not reached.
 
     Args:
         swapped: the layers that were swapped, and their names.

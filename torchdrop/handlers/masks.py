@@ -29,8 +29,8 @@ from ..core.torch_state import transforms_active
 from ..kernels.mask_params import ONE, MaskParams, has_float64, mask_params
 from ..kernels.masking import unpack_params
 from ..ops import operators, random_bits
+from ..ops.attention import composed
 from ..seeding import hash_of
-from .attention import attention_weights
 from .calls import Slot
 
 
@@ -305,8 +305,11 @@ class MaskSlot(Slot):
         return mask_params(1.0 - rate)
 
     def attention(self, rate: Any, query: Tensor, key: Tensor, value: Tensor, **how: Any) -> Tensor:
-        weights, values = attention_weights(query, key, value, **how)
-        return self.apply(operators.masked, weights, self.params(rate, weights.shape), weights.shape, False) @ values
+        def drop(weights: Tensor) -> Tensor:
+            return self.apply(operators.masked, weights, self.params(rate, weights.shape), weights.shape, False)
+
+        factor = 1.0 / math.sqrt(query.shape[-1]) if how["scale"] is None else how["scale"]
+        return composed(query, key, value, how["attn_mask"], how["is_causal"], factor, drop)
 
 
 def _normal(words: Tensor) -> Tensor:

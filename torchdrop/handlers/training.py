@@ -19,9 +19,9 @@ from torch.overrides import TorchFunctionMode
 from ..core import sites
 from ..core.rate import Probability, as_rate, read_rate
 from ..core.torch_state import is_compiling
+from ..functional import scaled_dot_product_attention
 from ..kernels.mask_params import MaskParams
 from ..ops import operators
-from .attention import attention_weights
 from .base import is_handled
 from .calls import RandomCall, Slot
 from .random_functions import DESCRIBE, OPENED, describe_other
@@ -48,8 +48,7 @@ class NewMasks(Slot):
         return sites.apply(operator, x, params, shape, inplace)
 
     def attention(self, rate: Any, query: Tensor, key: Tensor, value: Tensor, **how: Any) -> Tensor:
-        weights, values = attention_weights(query, key, value, **how)
-        return self.apply(operators.masked, weights, self.params(rate, weights.shape), weights.shape, False) @ values
+        return scaled_dot_product_attention(query, key, value, dropout_p=rate, **how)
 
     def another(self, number: int) -> Slot:
         return self

@@ -217,3 +217,45 @@ def _check_part(name: str, part: Sequence[int], shape: Sequence[int]) -> None:
         raise ValueError(
             f"{name}: the run of a part must divide its number of elements, got a run of {part[1]} and {n}"
         )
+
+
+def check_attention(
+    name: str, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask_key: Tensor, params: Tensor
+) -> None:
+    """Checks queries, keys and values of the same samples and features, and a bias that broadcasts.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `check_masked`.
+    """
+    _check_elements(name, "query", query)
+    _check_kind(name, "key", key, query)
+    _check_kind(name, "value", value, query)
+    dims = query.dim()
+    if dims < 2 or key.dim() != dims or value.dim() != dims:
+        raise ValueError(
+            f"{name}: query, key and value must have as many dimensions, at least 2, got {tuple(query.shape)}, "
+            f"{tuple(key.shape)} and {tuple(value.shape)}"
+        )
+    *samples, queries, features = query.shape
+    samples_of_key, samples_of_value = key.shape[:-2], value.shape[:-2]
+    heads = dims > 2 and samples[-1] != samples_of_key[-1]
+    if heads and (samples_of_key[-1] == 0 or samples[-1] % samples_of_key[-1]):
+        raise ValueError(f"{name}: the heads of key must divide those of query, got {samples_of_key[-1]}")
+    if (
+        samples[:-1] != list(samples_of_key[:-1])
+        or samples_of_key != samples_of_value
+        or key.shape[-1] != features
+        or value.shape[-2] != key.shape[-2]
+    ):
+        raise ValueError(
+            f"{name}: query, key and value must go together, got {tuple(query.shape)}, {tuple(key.shape)} and "
+            f"{tuple(value.shape)}"
+        )
+    if bias is not None:
+        shape = (*samples, queries, key.shape[-2])
+        missing = len(shape) - bias.dim()
+        if missing < 0 or not _fits(bias.shape, shape[missing:]):
+            raise ValueError(f"{name}: bias must broadcast against {shape}, got {tuple(bias.shape)}")
+        if not (bias.dtype is torch.bool or bias.dtype in SERVED):
+            raise TypeError(f"{name}: bias must be bool or floating point, got {bias.dtype}")
+    _check_single(name, mask_key, params, query.device)
