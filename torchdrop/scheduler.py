@@ -24,12 +24,13 @@ _POINTS = 500
 
 @dataclass
 class _Scheduled:
-    """A layer, the pattern that chose it, the rate asked for it, and its own keep_prob from before."""
+    """A layer, the pattern that chose it, the rate asked for it, and its own keep_prob from before, which is None for a
+    call that has not been made yet."""
 
     site: RateSite
     pattern: str
     asked: Any
-    own: Probability
+    own: Probability | None
     last: Probability = 1.0
 
     def at(self, step: int) -> float:
@@ -40,6 +41,11 @@ class _Scheduled:
         """
         schedule, name = self.asked, self.site.name
         if isinstance(schedule, Scaled):
+            if self.own is None:
+                raise ValueError(
+                    f"{schedule!r} cannot scale the rate of {name!r}, which the model's code has not passed yet: run "
+                    "the model once in train mode first"
+                )
             if isinstance(self.own, Tensor):
                 raise TypeError(
                     f"{schedule!r} cannot scale the rate of {name!r}, a tensor: give the layer a number first"
@@ -103,7 +109,7 @@ class KeepProbScheduler:
     def __init__(self, model: nn.Module, rates: Mapping[str, ScheduleLike | Scaled]) -> None:
         self.model: nn.Module = unwrapped(model)
         self._layers = [
-            _Scheduled(site, pattern, asked, site.keep_prob)
+            _Scheduled(site, pattern, asked, site.keep_prob if site.is_known else None)
             for pattern, found in chosen(model, rates).items()
             for asked in (_readable(pattern, rates[pattern]),)
             for site in found
@@ -192,7 +198,8 @@ class KeepProbScheduler:
                 f"it lacks {missing or 'nothing'} and has {unknown or 'nothing'} that is not scheduled here"
             )
         for value in layers.values():
-            check_keep_prob(value)
+            if value is not None:
+                check_keep_prob(value)
         before = [layer.own for layer in self._layers]
         for layer in self._layers:
             layer.own = layers[layer.site.name]

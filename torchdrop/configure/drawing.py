@@ -10,6 +10,7 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..handlers.random_functions import OPENED
@@ -120,6 +121,7 @@ class _Search:
         tree = _tree(function)
         names = {**function.__globals__, **_closure(function)}
         package = (function.__module__ or "").partition(".")[0]
+        me = function.__code__.co_varnames[:1] if owner is not None else ()
         for node in ast.walk(tree) if tree is not None else ():
             if isinstance(node, ast.Name) and node.id == _ATTENTION:
                 yield "attention_interface"
@@ -127,7 +129,7 @@ class _Search:
                 continue
             value = _resolved(node, names)
             if value is None and isinstance(node, ast.Attribute):
-                if owner is not None and _is_self(node.value):
+                if _is_self(node.value, me):
                     yield from self._calls_in(getattr(owner, node.attr, None), owner)
                 elif node.attr in _METHODS:
                     yield f"Tensor.{node.attr}"
@@ -135,21 +137,23 @@ class _Search:
                 yield ast.unparse(node)
             elif isinstance(value, types.FunctionType) and package != "torch" and _package(value) == package:
                 yield from self._calls_in(value, None)
+            elif isinstance(value, type) and issubclass(value, torch.autograd.Function) and _package(value) == package:
+                yield from self._calls_in(value.forward, None)
 
 
-def _is_self(node: ast.expr) -> bool:
-    """Whether it is `self` or `super()`."""
+def _is_self(node: ast.expr, me: tuple[str, ...]) -> bool:
+    """Whether it is `self`, by the name that a method's first argument has, or `super()`."""
     if isinstance(node, ast.Call):
         node = node.func
-        return isinstance(node, ast.Name) and node.id == "super"
-    return isinstance(node, ast.Name) and node.id == "self"
+        return isinstance(node, ast.Name) and node.id == "super" and bool(me)
+    return isinstance(node, ast.Name) and node.id in me
 
 
 def _is_function(value: Any) -> bool:
     return isinstance(value, (types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType))
 
 
-def _package(function: types.FunctionType) -> str:
+def _package(function: Any) -> str:
     return (function.__module__ or "").partition(".")[0]
 
 

@@ -144,6 +144,11 @@ class RateSite:
         return hasattr(self.module, self.attribute or "p")
 
     @property
+    def is_known(self) -> bool:
+        """Whether it has a keep_prob now, as all have but calls that have not been made."""
+        return True
+
+    @property
     def recompiles(self) -> bool:
         """Whether compiled code is compiled again for another rate."""
         calls = calls_of(self.module)
@@ -192,12 +197,19 @@ class CallRate(RateSite):
         return calls_of(self.module) is not None
 
     @property
+    def is_known(self) -> bool:
+        return self.attribute in self._calls.own or self.attribute in self._calls.passed
+
+    @property
     def recompiles(self) -> bool:
         return False
 
     @property
     def note(self) -> str:
-        return "call, set by name" if self.attribute in self._calls.own else "call, at the rate that the code passes"
+        if self.attribute not in self._calls.own:
+            return "call, at the rate that the code passes"
+        unmade = self._calls.passed and self.attribute not in self._calls.passed
+        return "call, set by name, not made" if unmade else "call, set by name"
 
 
 def check_keep_prob(keep_prob: Any) -> Probability:
@@ -254,7 +266,7 @@ def _call_rate(module: nn.Module, aliases: tuple[str, ...], name: str) -> CallRa
 
 def calls_named(model: nn.Module, names: Iterable[str]) -> list[RateSite]:
     """Returns the places that these names mean, of calls that have not been made yet: the kind of the call is known,
-    and its module is one whose calls are served."""
+    and its module is one whose calls are served and which has not run."""
     found: list[RateSite] = []
     modules = names_of(model)
     for name in names:
@@ -263,7 +275,7 @@ def calls_named(model: nn.Module, names: Iterable[str]) -> list[RateSite]:
             continue
         for module, aliases in modules.items():
             calls = calls_of(module)
-            if owner in aliases and calls is not None and call not in calls.passed and call not in calls.own:
+            if owner in aliases and calls is not None and not calls.passed and call not in calls.own:
                 found.append(_call_rate(module, aliases, call))
     return found
 

@@ -15,6 +15,7 @@ from ..handlers.disable import without_functional_dropout
 from ..rules import LayerSize
 from ..schedules import Scaled, Schedule
 from .rate_sites import RateSite, calls_named, check_keep_prob, compiled_parts, names_of, rate_sites, sizes
+from .reach import calls_of
 
 RateOrRule = Probability | Callable[[Sequence[LayerSize]], Sequence[Probability]]
 """A keep_prob for all layers of a pattern, or a rule of `torchdrop.rules` that gives each of them its own."""
@@ -128,7 +129,12 @@ def chosen(model: nn.Module, patterns: Mapping[str, Any]) -> dict[str, list[Rate
     found = [*rate_sites(model), *calls_named(model, patterns)]
     names = {alias for site in found for alias in site.aliases}
     others = {name for all_names in names_of(model).values() for name in all_names if name} - names
-    check_patterns(patterns, sorted(names), sorted(others), WHAT)
+    try:
+        check_patterns(patterns, sorted(names), sorted(others), WHAT)
+    except ValueError as error:
+        if any(":" in pattern for pattern in patterns) and any(map(calls_of, names_of(model))):
+            raise ValueError(f"{error}; calls are listed once the model has run in train mode") from None
+        raise
     result: dict[str, list[RateSite]] = {pattern: [] for pattern in patterns}
     for site in found:
         best = winner(list(patterns), site.aliases)
@@ -224,11 +230,16 @@ def disabled(model: nn.Module) -> Iterator[None]:
     """
     found = [site for site in rate_sites(model) if not site.is_disabled]  # by a context around this one
     original = unwrapped(model)
+    served = [calls for module in names_of(model) if (calls := calls_of(module)) is not None and not calls.off]
     try:
+        for calls in served:
+            calls.off = True
         for site in found:
             site.disable()
         with nullcontext() if compiled_parts(model) else without_functional_dropout(original):
             yield
     finally:
+        for calls in served:
+            calls.off = False
         for site in found:
             site.enable()

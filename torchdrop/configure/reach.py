@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 import types
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
-from ..core.portable import refuse_script
 from ..core.rate import Rated
 from ..core.torch_state import is_compiling
 from ..handlers import training
@@ -76,12 +75,15 @@ def class_forwards(module: nn.Module) -> list[str]:
 
 def is_reachable(module: nn.Module) -> bool:
     """Whether a module's own code draws, in a form that can be served."""
-    if is_reached(module) or isinstance(module, (Rated, torch.jit.ScriptModule)) or type(module) in STOCK_LAYERS:
+    if hasattr(type(module), "_torchdrop_own") or type(module) in STOCK_LAYERS:
+        return False
+    if isinstance(module, (Rated, torch.jit.ScriptModule)):
         return False
     return bool(random_calls(type(module))) and not has_own_forward(module)
 
 
 def is_reached(module: nn.Module) -> bool:
+    """Whether a module has the class that `reach` gave it, and not one that was made of that."""
     return "_torchdrop_own" in vars(type(module))
 
 
@@ -107,7 +109,7 @@ def _subclass(own: Any, numbers: frozenset[str]) -> type[nn.Module]:
 
     @functools.wraps(own_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return training.forward(self, self._torchdrop_calls, own_forward, args, kwargs)
+        return training.forward(self, _calls(self), own_forward, args, kwargs)
 
     def reduced(self: Any, protocol: Any) -> Any:
         made = own.__reduce_ex__(self, max(protocol, 2))
@@ -121,12 +123,19 @@ def _subclass(own: Any, numbers: frozenset[str]) -> type[nn.Module]:
             "__qualname__": own.__qualname__,
             "__doc__": own.__doc__,
             "__reduce_ex__": reduced,
-            "__prepare_scriptable__": refuse_script,
+            "__prepare_scriptable__": _refuse_script,
             "_torchdrop_own": own,
             "forward": forward,
             **{name: _number(name) for name in numbers},
         },
     )
+
+
+def _calls(module: Any) -> training.Calls:
+    calls = getattr(module, _CALLS, None)
+    if calls is None:  # the module's class was called, by code that makes another one like it
+        calls = module._torchdrop_calls = training.Calls()
+    return calls
 
 
 def _number(name: str) -> property:
@@ -140,9 +149,16 @@ def _number(name: str) -> property:
 
     def put(self: Any, value: Any) -> None:
         vars(self)[name] = value
-        self._torchdrop_calls.numbers[name] = training.compiled_rate(value)
+        _calls(self).numbers[name] = training.compiled_rate(value)
 
     return property(get, put)
+
+
+def _refuse_script(self: nn.Module) -> NoReturn:
+    raise RuntimeError(
+        f"torch.jit.script cannot compile {type(self).__name__}, whose calls torchdrop.replace has made torchdrop's: "
+        "call undo() of what it returned, or torchdrop.replace(model, to='torch'), first"
+    )
 
 
 def _made(own: type[nn.Module], numbers: frozenset[str], *args: Any) -> nn.Module:

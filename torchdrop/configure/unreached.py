@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..core.rate import Rated
+from ..handlers.training import SERVED
 from .drawing import random_calls
 from .rate_sites import names_of, rate_sites
-from .reach import has_own_forward, is_reached
+from .reach import calls_of, has_own_forward
+
+_OPERATORS = {f"aten::{function.__name__}" for function in SERVED}
+"""The random operators that a graph of TorchScript can have."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ def unreached(model: nn.Module) -> list[Unreached]:
     """Finds all that can be seen without running the model: attributes, and calls in the source of the forwards."""
     found = []
     for site in rate_sites(model):
-        if isinstance(site.module, Rated) or is_reached(site.module):
+        if isinstance(site.module, Rated) or calls_of(site.module) is not None:
             continue
         if isinstance(site.module, _DropoutNd):
             if not type(site.module).__module__.startswith("torch."):
@@ -52,12 +59,35 @@ def unreached(model: nn.Module) -> list[Unreached]:
         found.append(Unreached(site.name, site.kind, what, _settable(site.name)))
     held = (_DropoutNd, nn.MultiheadAttention, nn.RNNBase)  # listed above, with their rates
     advice = "its masks stay PyTorch's; call torchdrop.functional there to have ours"
+    inner: set[nn.Module] = set()  # the parts of scripted modules, whose graphs have those of their parts in them
     for module, names in names_of(model).items():
-        calls = [] if is_reached(module) or isinstance(module, held) else random_calls(type(module))
+        if isinstance(module, torch.jit.ScriptModule):
+            drawn = [] if module in inner else _scripted_calls(module)
+            inner.update(module.modules())
+            if drawn:
+                what = f"is made by TorchScript, and its code calls {', '.join(drawn)}"
+                advice = "its masks stay PyTorch's; replace the calls of the module that it was made from"
+                found.append(Unreached(names[0], type(module).__name__, what, advice))
+            continue
+        is_listed = calls_of(module) is not None or isinstance(module, held)
+        calls = [] if is_listed else random_calls(type(module))
         if calls:
             what = f"calls {', '.join(calls)} in its forward"
             found.append(Unreached(names[0], type(module).__name__, what, advice))
     return found
+
+
+def _scripted_calls(module: torch.jit.ScriptModule) -> list[str]:
+    """Returns the random operators in the graph of a scripted or traced module."""
+    graph = getattr(module, "inlined_graph", None)
+    return sorted({node.kind() for node in _nodes(graph)} & _OPERATORS) if graph is not None else []
+
+
+def _nodes(block: Any) -> Iterator[Any]:
+    for node in block.nodes():
+        yield node
+        for inner in node.blocks():
+            yield from _nodes(inner)
 
 
 def _settable(name: str) -> str:

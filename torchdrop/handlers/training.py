@@ -8,6 +8,7 @@ that was not replaced.
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -143,12 +144,22 @@ class Training(TorchFunctionMode):
         if call.at is not None:
             name = self._name(call.kind)
             own = self._calls.own.get(name)
-            if own is not None:
-                rate, on = own.value(), self._module.training and call.training is not False
-            elif on and not is_compiling():
+            trains = self._module.training and call.training is not False
+            if trains and not is_compiling():
                 self._calls.passed[name] = rate
-            if self._calls.off:
-                return call.plain()
+            if own is not None:
+                rate, on = own.value(), trains
+        off = self._calls.off and call.at is not None
+        if on and not (self._handled or is_compiling()) and _checkpointed_inside():
+            if off or own is not None:
+                raise RuntimeError(
+                    f"the code of {type(self._module).__name__} makes the call {name!r} within activation "
+                    "checkpointing, which makes it again in backward, where neither `disabled` nor a rate that was set "
+                    "by name reaches it: switch checkpointing off in the model, or checkpoint the whole module"
+                )
+            return call.original()
+        if off:
+            return call.plain()
         if self._handled and own is not None and on and call.at is not None:
             return call.at(rate)
         if self._handled or not on or call.served is None:
@@ -166,6 +177,17 @@ class Training(TorchFunctionMode):
     ) -> Tensor:
         """Calls a dropout function of torchdrop."""
         return function(input, rate, True, inplace)
+
+
+def _checkpointed_inside() -> bool:
+    """Whether the running module's forward makes this call within torch.utils.checkpoint: backward then runs the call
+    again and not the forward, so it would not be served again. Both times it keeps PyTorch's mask."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_code is not forward.__code__:
+        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def forward(module: nn.Module, calls: Calls, own: Callable[..., Any], args: Any, kwargs: Any) -> Any:
