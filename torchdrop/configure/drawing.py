@@ -49,19 +49,19 @@ def passed_rates(kind: type[nn.Module]) -> set[str]:
     passed: set[str] = set()
     used: set[str] = set()
     for function in search.methods:
-        for name, is_passed in _uses(_tree(function), function.__globals__):
+        for name, is_passed in _uses(function):
             (passed if is_passed else used).add(name)
     return passed - used
 
 
-def _uses(tree: ast.AST | None, names: dict[str, Any]) -> Iterator[tuple[str, bool]]:
-    """Yields the attributes of `self` that a function reads as values, and whether each is passed to a random
-    function."""
+def _uses(method: types.FunctionType) -> Iterator[tuple[str, bool]]:
+    """Yields the attributes of `self` that a method reads as values, and whether each is passed to a random function."""
+    tree, names, me = _tree(method), method.__globals__, method.__code__.co_varnames[:1]
     if tree is None:
         return
     parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
     for node in parents:
-        if not (isinstance(node, ast.Attribute) and _is_self(node.value)):
+        if not (isinstance(node, ast.Attribute) and _is_self(node.value, me)):
             continue
         use: ast.AST = node
         above = parents[use]
