@@ -78,6 +78,8 @@ def _problem(
     if bias is not None:
         if bias.dtype is not torch.bool:
             bias = bias.to(COMPUTE_DTYPE[q.dtype])
+        if bias.dim() == 0 or bias.shape[-1] != key.shape[-2] or bias.stride(-1) != 1:
+            bias = bias.expand(*bias.shape[:-1], key.shape[-2]).contiguous()
         bias = bias.expand(*query.shape[:-1], key.shape[-2])
         if bias.dim() != 4:
             bias = bias.reshape(-1, heads, *bias.shape[-2:])
