@@ -129,8 +129,9 @@ class _Search:
                 continue
             value = _resolved(node, names)
             if value is None and isinstance(node, ast.Attribute):
-                if _is_self(node.value, me):
-                    yield from self._calls_in(getattr(owner, node.attr, None), owner)
+                holder = owner if _is_name(node.value, me) else _super(node.value, names, owner)
+                if holder is not None:
+                    yield from self._calls_in(getattr(holder, node.attr, None), owner)
                 elif node.attr in _METHODS:
                     yield f"Tensor.{node.attr}"
             elif _is_function(value) and value in _FUNCTIONS:
@@ -141,12 +142,17 @@ class _Search:
                 yield from self._calls_in(value.forward, None)
 
 
-def _is_self(node: ast.expr, me: tuple[str, ...]) -> bool:
-    """Whether it is `self`, by the name that a method's first argument has, or `super()`."""
-    if isinstance(node, ast.Call):
-        node = node.func
-        return isinstance(node, ast.Name) and node.id == "super" and bool(me)
-    return isinstance(node, ast.Name) and node.id in me
+def _is_name(node: ast.expr, names: tuple[str, ...]) -> bool:
+    return isinstance(node, ast.Name) and node.id in names
+
+
+def _super(node: ast.expr, names: dict[str, Any], owner: type | None) -> Any:
+    """Returns what `super()` is in a method of the class that `names` has as `__class__`; None if it is not called."""
+    defining = names.get("__class__")
+    is_super = isinstance(node, ast.Call) and _is_name(node.func, ("super",))
+    if not is_super or owner is None or not isinstance(defining, type) or not issubclass(owner, defining):
+        return None
+    return super(defining, owner)
 
 
 def _is_function(value: Any) -> bool:

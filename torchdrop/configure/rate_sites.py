@@ -119,9 +119,9 @@ class RateSite:
         _disabled.setdefault(self.module, {})[self.attribute] = state
 
     def enable(self) -> None:
-        state = _disabled.get(self.module, {}).pop(self.attribute, None)
-        if state is not None:
-            self.restore(state)
+        states = _disabled.get(self.module, {})
+        if self.attribute in states:
+            self.restore(states.pop(self.attribute))
 
     def state(self) -> Any:
         """Returns a state that `restore` puts back, to the bit, also if the layer has another class by then."""

@@ -62,9 +62,11 @@ class Handler(TorchFunctionMode):
     Attributes:
         others: functions that draw and are not in `DESCRIBE`.
         decides: whether the handlers outside of this one leave the calls to it while its model runs.
+        sees_functions: whether it serves functions of torch, and not torchdrop's layers and functions alone.
     """
 
     decides = True
+    sees_functions = True
 
     def __init__(self, tracker: Tracker) -> None:
         super().__init__()
@@ -156,5 +158,5 @@ def innermost() -> Handler | None:
 
 
 def is_handled() -> bool:
-    """Whether a handler of this thread sees the calls of a model that is running."""
-    return any(one._tracker.stack for one in _entered.handlers)
+    """Whether a handler of this thread serves the functions that a model which is running calls."""
+    return any(one.sees_functions and one._tracker.stack for one in _entered.handlers)

@@ -29,15 +29,20 @@ def _is_on(training: bool, p: Any) -> bool:
     return bool(training) and (isinstance(p, Tensor) or p > 0)
 
 
-def _dropout(kind: str, twin: Callable[..., Tensor], inplace: bool = False) -> Callable[..., RandomCall]:
-    """Describes torch's dropout functions, each served by torchdrop's function of the same name."""
+def _dropout(
+    kind: str, twin: Callable[..., Tensor], inplace: bool = False, training: bool = True
+) -> Callable[..., RandomCall]:
+    """Describes torch's dropout functions, each served by torchdrop's function of the same name.
+
+    `inplace` and `training` are the function's own defaults.
+    """
 
     def describe(
         mode: Mode,
         func: Any,
         input: Tensor,
         p: float = 0.5,
-        training: bool = True,
+        training: bool = training,
         inplace: bool = inplace,
         *,
         train: bool | None = None,
@@ -243,8 +248,8 @@ DESCRIBE: dict[Any, Callable[..., RandomCall]] = {
     F.dropout1d: _dropout("dropout1d", functional.dropout1d),
     F.dropout2d: _dropout("dropout2d", functional.dropout2d),
     F.dropout3d: _dropout("dropout3d", functional.dropout3d),
-    F.alpha_dropout: _dropout("alpha_dropout", functional.alpha_dropout),
-    F.feature_alpha_dropout: _dropout("feature_alpha_dropout", functional.feature_alpha_dropout),
+    F.alpha_dropout: _dropout("alpha_dropout", functional.alpha_dropout, training=False),
+    F.feature_alpha_dropout: _dropout("feature_alpha_dropout", functional.feature_alpha_dropout, training=False),
     torch.dropout: _dropout("dropout", functional.dropout),
     torch.dropout_: _dropout("dropout", functional.dropout, inplace=True),
     torch.feature_dropout: _dropout("feature_dropout", _feature_dropout),

@@ -31,9 +31,15 @@ def random_tensor(
         named = {name: value for name, value in sized.items() if name in ("p", "from", "to", "mean", "std", "lambd")}
 
         def served(slot: Slot, _: float) -> Tensor:
-            drawn = values(slot, target, *parameters, **named)
-            return written(target, drawn) if inplace else drawn
+            with torch.no_grad():  # as for torch, numbers are constants, whatever the parameters are
+                drawn = values(slot, target, *parameters, **named)
+            if inplace:
+                return written(target, drawn)
+            return drawn.requires_grad_() if target.requires_grad else drawn
 
+        if target.is_complex():
+            loose = "torch's own complex numbers"
+            return RandomCall(kind, None, True, target.shape, original, original, None, flagged=True, loose=loose)
         return RandomCall(kind, None, True, target.shape, original, original, served, flagged=True)
 
     return describe

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .._extras import optional
 from ..configure.rate_sites import rate_sites
+from ..configure.reach import calls_of
 from ..configure.surgery import OURS, replace
 from ..core.checks import check_integer
 from ..core.rate import Probability
@@ -128,6 +129,8 @@ def cross_validate(
     settings = [dict(setting) for setting in settings]
     with torch.random.fork_rng([inputs.device.index or 0] if inputs.is_cuda else []), torch.enable_grad():
         made = [Fold(i, *part, _built(build, mixed(seed, "model", i))) for i, part in enumerate(parts)]
+        for fold in made:
+            _list_calls(fold, training)
         rates = rates_of(made[0].model, settings)
         _check_alike(made)
         by_size = _examined(made[0], rates[0], training)
@@ -174,6 +177,18 @@ def _built(build: Callable[[], nn.Module], seed: int) -> nn.Module:
     if any(type(module) in OURS for module in model.modules()):
         replace(model)
     return model
+
+
+def _list_calls(fold: Fold, training: Training) -> None:
+    """Has the model list the calls that its modules make in their own code, if they are served. A copy of it runs."""
+    served = {name: calls for name, module in fold.model.named_modules() if (calls := calls_of(module)) is not None}
+    if served:
+        trial = copy.deepcopy(fold.model).train()
+        with torch.no_grad():
+            trial(training.inputs[fold.train[: training.batch_size].to(training.inputs.device)])
+        for name, calls in served.items():
+            made = calls_of(trial.get_submodule(name))
+            calls.passed = made.passed if made is not None else {}
 
 
 def _check_alike(folds: Sequence[Fold]) -> None:

@@ -90,6 +90,8 @@ class Masks(Handler):
         seed: the seed of the search.
     """
 
+    sees_functions = False
+
     def __init__(self, seed: int) -> None:
         super().__init__(Tracker())
         self._seed = seed
