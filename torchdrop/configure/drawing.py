@@ -61,7 +61,7 @@ def _uses(method: types.FunctionType) -> Iterator[tuple[str, bool]]:
         return
     parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
     for node in parents:
-        if not (isinstance(node, ast.Attribute) and _is_self(node.value, me)):
+        if not (isinstance(node, ast.Attribute) and _is_name(node.value, me)):
             continue
         use: ast.AST = node
         above = parents[use]

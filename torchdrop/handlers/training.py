@@ -52,6 +52,8 @@ class NewMasks(Slot):
         return sites.apply(operator, x, params, shape, inplace)
 
     def attention(self, rate: Any, query: Tensor, key: Tensor, value: Tensor, **how: Any) -> Tensor:
+        if query.is_nested:  # its samples have different lengths, so its weights have no shape
+            return F.scaled_dot_product_attention(query, key, value, dropout_p=float(rate), **how)
         return scaled_dot_product_attention(query, key, value, dropout_p=rate, **how)
 
     def another(self, number: int) -> Slot:
