@@ -187,6 +187,7 @@ def _recurrent(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> RandomCall:
         served=served,
         at=lambda rate: call(rate, args[at]),
         training=args[at] and layers > 1,
+        is_split=True,
         draws=layers - 1,
         loose="the elements of a packed sequence have other places in another batch" if packed else "",
     )

@@ -116,7 +116,7 @@ class Training(TorchFunctionMode):
         super().__init__()
         self._module, self._calls, self._handled, self._running = module, calls, handled, running
         self._numbers: dict[str, int] = {}
-        self._given: Tensor | None = None
+        self._given: Probability | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -133,8 +133,9 @@ class Training(TorchFunctionMode):
 
     def _open(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Serves the calls that a function of torch makes."""
-        if func is F.multi_head_attention_forward and len(args) > _RATE and isinstance(args[_RATE], Tensor):
-            self._given, args = args[_RATE], (*args[:_RATE], 0.5, *args[_RATE + 1 :])  # it compares the rate with 0
+        if func is F.multi_head_attention_forward and len(args) > _RATE and not self._handled:
+            # It compares the rate with 0, which compiled code could not, and at 0 no key would be drawn.
+            self._given, args = args[_RATE], (*args[:_RATE], 0.5, *args[_RATE + 1 :])
         try:
             with self:
                 return OPENED[func](*args, **kwargs)
@@ -150,7 +151,8 @@ class Training(TorchFunctionMode):
             if trains and not is_compiling():
                 self._calls.passed[name] = rate
             if own is not None:
-                rate, on = own.value(), trains
+                rate = own.value()
+            on = trains and (on or own is not None or not call.is_split)
         off = self._calls.off and call.at is not None
         if on and not (self._handled or is_compiling()) and _checkpointed_inside():
             if off or own is not None:
