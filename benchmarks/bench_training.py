@@ -85,11 +85,10 @@ def measure(case: Case, columns: dict[str, Remote], precision: str, compiled: bo
 def _facts(columns: dict[str, Remote]) -> Result:
     """The draws of all columns in both precisions, and whether they have one outcome in eval mode."""
     outcomes = {name: column.ask("outcome") for name, column in columns.items()}
-    draws: Result = {}
-    for precision in (F32, BF16):
-        for column in columns.values():
-            column.ask("prepare", precision, False)
-        draws[precision] = {name: column.ask("draws") for name, column in columns.items()}
+    draws = {
+        precision: {name: column.ask("draws", precision) for name, column in columns.items()}
+        for precision in (F32, BF16)
+    }
     same = max(outcomes.values()) - min(outcomes.values()) <= 1e-5 * abs(outcomes[NONE])
     return {"draws": draws, "outcomes": outcomes, "unreached": columns[OURS].ask("rest")} | (
         {} if same else {"fault": f"wrong: losses in eval mode {outcomes}"}
@@ -198,8 +197,9 @@ def run(names: Sequence[str], options: Any) -> Result:
 def modes(case: Case, options: Any) -> dict[bool, Sequence[str]]:
     """The precisions in which a model's step is measured, eager and compiled."""
     both = (F32, BF16)
-    compiled = () if options.eager_only or options.quick else both if options.every_cell else case.compiled
-    return {False: both, True: compiled}
+    if options.eager_only or (options.quick and not options.every_cell):
+        return {False: both}
+    return {False: both, True: both if options.every_cell else case.compiled}
 
 
 def choices() -> list[str]:
@@ -208,7 +208,7 @@ def choices() -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = command.parser(__doc__, RESULT, "two small models, eager, few rounds, nothing judged")
+    parser = command.parser(__doc__, RESULT, "small models, eager, few rounds, nothing judged")
     parser.add_argument("--model", action="append", choices=choices(), help="measure this one; may be repeated")
     parser.add_argument("--eager-only", action="store_true", help="compile nothing")
     parser.add_argument("--every-cell", action="store_true", help="compile all models in both precisions")

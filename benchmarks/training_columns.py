@@ -158,8 +158,9 @@ class Column:
         self.model.train()
         return value
 
-    def draws(self) -> dict[str, int]:
+    def draws(self, precision: str) -> dict[str, int]:
         """The random calls of an eager forward in train mode, by name."""
+        self.precision = precision
         with RandomCalls() as calls:
             self.loss(self.model)
         return dict(calls.counts)
@@ -169,7 +170,7 @@ class Column:
         return self.unreached
 
     def _draws_from_torch(self) -> bool:
-        return bool(self.draws().keys() - {KEY})
+        return bool(self.draws(self.precision).keys() - {KEY})
 
     def memory(self) -> dict[str, int]:
         """Bytes: the peak of a step beyond what was there before, and what is kept for backward, twice.
