@@ -72,7 +72,11 @@ def measure(case: Case, columns: dict[str, Remote], precision: str, compiled: bo
     found = _prepared(columns, precision, compiled)
     right = {name: column for name, column in columns.items() if "fault" not in found[name]}
     result = {"model": case.name, "mode": COMPILED if compiled else EAGER, "precision": precision, "columns": found}
-    compared = compare(dict(right), effort, _clock)
+    try:
+        compared = compare(dict(right), effort, _clock)
+    except ColumnError as error:  # one that has run out of memory stops them all
+        found |= {name: {"fault": f"n/a: {error}"} for name in right}
+        return result
     for name in right:
         found[name]["seconds"] = compared.seconds(name)
     if OURS in right and STOCK in right:

@@ -11,7 +11,7 @@ import multiprocessing
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import memory
@@ -239,7 +239,8 @@ class Remote:
         other.close()
 
     def begin(self, method: str, *arguments: Any) -> None:
-        self._pipe.send((method, arguments))
+        with suppress(OSError):  # where the process is gone, `end` says so
+            self._pipe.send((method, arguments))
 
     def end(self) -> Any:
         """What the method returned that was begun last.
@@ -249,7 +250,7 @@ class Remote:
         """
         try:
             fine, value = self._pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             fine, value = False, "its process has ended"
         if not fine:
             raise ColumnError(value)
@@ -263,7 +264,7 @@ class Remote:
         return self.ask("step")
 
     def close(self) -> None:
-        if self._process.is_alive():
+        with suppress(OSError):
             self._pipe.send(None)
         self._process.join()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import warnings
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -321,11 +322,57 @@ def test_a_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert rendered.count("###") == 3
 
 
-@pytest.mark.slow
-def test_a_process_says_what_failed_and_ends() -> None:
-    with columns.remotes("nn.LSTM", BRIEF, 1, [STOCK]) as made:
-        assert made[STOCK].ask("prepare", F32, False) > 0
-        with pytest.raises(columns.ColumnError, match="no attribute 'nothing'"):
-            made[STOCK].ask("nothing")
-        assert made[STOCK].ask("fault") is None
-    assert not made[STOCK]._process.is_alive()
+class Pipe:
+    """Asks for these methods, and keeps the answers."""
+
+    def __init__(self, *methods: str) -> None:
+        self.asked: list[Any] = [*((method, ()) for method in methods), None]
+        self.answers: list[tuple[bool, Any]] = []
+
+    def recv(self) -> Any:
+        return self.asked.pop(0)
+
+    def send(self, answer: tuple[bool, Any]) -> None:
+        self.answers.append(answer)
+
+
+def test_a_process_answers_until_nothing_more_is_asked_and_says_what_failed() -> None:
+    pipe = Pipe("fault", "nothing", "step")
+    with warnings.catch_warnings():
+        columns.serve(pipe, "nn.LSTM", STOCK, BRIEF, 1)
+    failed = (False, "AttributeError: 'Column' object has no attribute 'nothing'")
+    assert pipe.answers == [(True, None), failed, (True, None)]
+    assert pipe.asked == []
+
+
+class Dying:
+    """A column whose process ends after so many answers."""
+
+    def __init__(self, answers: int) -> None:
+        self.left = answers
+
+    def begin(self, method: str, *arguments: Any) -> None:
+        pass
+
+    def end(self) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise columns.ColumnError("its process has ended")
+        return 1.0
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        value = self.end()
+        return {"fault": None, "memory": {"peak": 1, "saved": 1, "held": 1}}.get(method, value)
+
+    def __call__(self) -> object:
+        return self.ask("step")
+
+
+@pytest.mark.parametrize("answers", range(6))
+def test_a_process_that_ends_is_a_fault_of_its_cell(answers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "Remote", Dying)
+    sides: Any = {NONE: Dying(99), STOCK: Dying(99), OURS: Dying(answers)}
+    cell = bench.measure(LSTM, sides, F32, False, bench.BRIEFLY)
+    assert cell["columns"][OURS]["fault"] == "n/a: its process has ended"
+    assert ("seconds" in cell["columns"][STOCK]) == (answers < 3)
+    assert "n/a: its process has ended" in training_summary.cell_row(cell)
