@@ -8,7 +8,7 @@ from typing import Any
 
 import summary
 from harness import digits, duration, factor, markdown_table
-from training_columns import COLUMNS, KEY, NONE, OURS, STOCK
+from training_columns import COLUMNS, IDLE, KEY, NONE, OURS, STOCK
 from training_models import BF16, F32, LONG, SMALL
 
 Report = dict[str, Any]
@@ -90,7 +90,7 @@ def served(draws: Result) -> tuple[int, int]:
     """
     other = sum(draws[NONE].values())
     made = sum(draws[STOCK].values()) - other
-    left = sum(count for name, count in draws[OURS].items() if name != KEY) - other
+    left = sum(count for name, count in draws[OURS].items() if name not in (KEY, IDLE)) - other
     return made - left, made
 
 
@@ -188,7 +188,7 @@ def _draw_rows(report: Report) -> list[list[str]]:
     for model in report["models"]:
         for precision, draws in model.get("draws", {}).items():
             count, made = served(draws)
-            left = ", ".join(f"{name} {n}" for name, n in draws[OURS].items() if name != KEY)
+            left = ", ".join(f"{name} {n}" for name, n in draws[OURS].items() if name not in (KEY, IDLE))
             rows.append([model["model"], precision, str(made), str(count), str(draws[OURS].get(KEY, 0)), left or "-"])
     return rows
 

@@ -59,6 +59,29 @@ def test_operators_that_move_the_generator_are_counted(call: Any, expected: dict
     assert counted(call) == expected
 
 
+def test_keys_of_layers_at_rate_0_are_told() -> None:
+    body = [torchdrop.Dropout(0.0), torchdrop.Dropout(0.5), torchdrop.Dropout(0.0), torchdrop.Dropout(0.1)]
+    case = models.Case("", "torch", 0.5, lambda rate: Layers(body), lambda: {"x": torch.ones(4, 8)})
+    column = Column(case, STOCK)
+    draws = column.draws(F32)
+    assert draws[KEY] == 2
+    assert draws.keys() <= {KEY, columns.IDLE}
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in body)
+    found = {NONE: {}, STOCK: {BERNOULLI: 3}, OURS: {KEY: 2, columns.IDLE: 5}}
+    assert training_summary.draws_fault(found) == "3 draws are gone for 2 keys"
+
+
+class Layers(nn.Module):
+    """A loss behind some layers."""
+
+    def __init__(self, body: list[Any]) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*body)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x).sum()
+
+
 def counts(none: int, stock: int, left: int, keys: int) -> dict[str, dict[str, int]]:
     return {NONE: {"rand": none}, STOCK: {"rand": none, BERNOULLI: stock}, OURS: {"rand": none + left, KEY: keys}}
 
@@ -138,6 +161,7 @@ def column_of(function: Any, name: str) -> Column:
         (STOCK, torch.sin, "the same step under two seeds: no dropout"),
         (OURS, torch.sin, "the same step under two seeds: no dropout"),
         (STOCK, lambda x: F.dropout(x) * math.inf, "a loss of nan"),
+        (STOCK, lambda x: x.detach() + F.dropout(x) * 1e-9, None),
         (NONE, lambda x: (x - 1).sqrt(), "gradients that are not finite"),
     ],
 )
