@@ -260,6 +260,7 @@ DESCRIBE: dict[Any, Callable[..., RandomCall]] = {
     torch.feature_alpha_dropout: _dropout("feature_alpha_dropout", functional.feature_alpha_dropout),
     torch.feature_alpha_dropout_: _dropout("feature_alpha_dropout", functional.feature_alpha_dropout, inplace=True),
     F.scaled_dot_product_attention: _attention,
+    functional.scaled_dot_product_attention: _attention,
     **dict.fromkeys(RECURRENT, _recurrent),
     F.rrelu: _rrelu,
     torch.rrelu: _rrelu,

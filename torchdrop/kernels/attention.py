@@ -14,7 +14,7 @@ queries, keys).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -129,18 +129,18 @@ class Composed:
         return self._dropped(block, weights), gradients.mul_(weights).mul_(self._problem.scale)
 
 
-def _blocks(problem: Problem) -> Iterator[Block]:
-    samples, heads, queries, keys = problem.shape
-    at_once = max(1, BLOCK_BYTES // (keys * (8 if problem.query.dtype is torch.float64 else 4)))
+def _blocks(shape: tuple[int, int, int, int], is_causal: bool, at_once: int) -> Iterator[Block]:
+    """Divides weights of this shape into blocks with about so many rows at once."""
+    samples, heads, queries, keys = shape
     rows = min(queries, at_once)
-    if problem.is_causal:  # so that what no query of a block may see is left out
+    if is_causal:  # so that what no query of a block may see is left out
         rows = min(rows, max(queries // 4, 64))
     group = max(1, min(heads, at_once // rows))
     for sample in range(samples):
         for head in range(0, heads, group):
             for row in range(0, queries, rows):
                 end = min(row + rows, queries)
-                seen = min(keys, end) if problem.is_causal else keys
+                seen = min(keys, end) if is_causal else keys
                 yield Block(sample, slice(head, min(head + group, heads)), slice(row, end), seen)
 
 
@@ -160,31 +160,43 @@ def _in_float32(problem: Problem) -> Problem:
     return problem._replace(query=problem.query.float(), key=problem.key.float(), value=problem.value.float())
 
 
-def _readable(tensor: Tensor) -> Tensor:
-    """Returns a tensor whose rows BLAS can read."""
+def _in_shape(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """Returns a tensor with so many samples and heads, whose rows BLAS can read."""
+    if shape[0] != tensor.shape[0]:
+        tensor = tensor.reshape(1, shape[1], *tensor.shape[2:])
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def _arranged(problem: Problem, kernel: Kernel) -> tuple[tuple[int, int, int, int], int]:
+    """Returns the shape of the weights and how many rows of them make a block. If all fit in one block, the heads of all
+    samples are those of one sample: a small problem is then one block."""
+    samples, heads, queries, keys = problem.shape
+    at_once = max(1, BLOCK_BYTES // (keys * (8 if problem.query.dtype is torch.float64 else 4)))
+    if samples * heads * queries <= at_once and isinstance(kernel, Native):
+        return (1, samples * heads, queries, keys), at_once
+    return problem.shape, at_once
+
+
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Returns the output, whose memory has the order (samples, queries, heads, features), and the logsumexp of the
-    scores of each query, -inf where it may see no key."""
+    """Returns the output and the logsumexp of the scores of each query, -inf where it may see no key. The memory of a
+    large output has the order (samples, queries, heads, features)."""
     dtype = problem.query.dtype
     if not _has_products(dtype):
         out, logsumexp = forward(_in_float32(problem))
         return out.to(dtype), logsumexp
-    samples, heads, queries, _ = problem.shape
     wide = COMPUTE_DTYPE[dtype]
-    value = _readable(problem.value)
-    q, k = _readable(problem.query).to(wide), _readable(problem.key).to(wide)
-    out = value.new_empty((samples, queries, heads, value.shape[-1])).transpose(1, 2)
-    logsumexp = torch.empty((samples, heads, queries), dtype=wide)
+    logsumexp = torch.empty(problem.shape[:3], dtype=wide)
     kernel, buffer = _kernel(problem, logsumexp), Buffer(wide)
-    for block in _blocks(problem):
+    shape, at_once = _arranged(problem, kernel)
+    query, key, value = (_in_shape(t, shape) for t in problem[:3])
+    q, k = query.to(wide), key.to(wide)
+    out = value.new_empty((shape[0], shape[2], shape[1], value.shape[-1])).transpose(1, 2)
+    for block in _blocks(shape, problem.is_causal, at_once):
         at, seen = block[:3], (block.sample, block.heads, slice(block.keys))
         q_block, k_block = q[at], k[seen]
         scores = torch.bmm(q_block, k_block.mT, out=buffer.of((*q_block.shape[:2], block.keys)))
         torch.bmm(kernel.weights(block, scores).to(dtype), value[seen], out=out[at])
-    return out, logsumexp
+    return out.reshape(*problem.shape[:3], -1), logsumexp
 
 
 def backward(problem: Problem, grad: Tensor, out: Tensor, logsumexp: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -194,32 +206,34 @@ def backward(problem: Problem, grad: Tensor, out: Tensor, logsumexp: Tensor) -> 
         q, k, v = backward(_in_float32(problem), grad.float(), out.float(), logsumexp)
         return q.to(dtype), k.to(dtype), v.to(dtype)
     wide = COMPUTE_DTYPE[dtype]
-    query, key, value, grad = (_readable(t) for t in (*problem[:3], grad))
+    inner = (grad.to(wide) * out.to(wide)).sum(-1).contiguous()
+    kernel, buffer, other = _kernel(problem, logsumexp, inner), Buffer(wide), Buffer(dtype)
+    shape, at_once = _arranged(problem, kernel)
+    query, key, value, grad = (_in_shape(t, shape) for t in (*problem[:3], grad))
+    of_query, of_key, of_value = (torch.empty_like(t) for t in (query, key, value))
     if dtype is torch.bfloat16:  # products with its transpose take a third less time then
         value = value.contiguous()
     q_wide, k_wide = query.to(wide), key.to(wide)
-    of_query, of_key, of_value = (torch.empty_like(t) for t in problem[:3])
-    inner = (grad.to(wide) * out.to(wide)).sum(-1).contiguous()
-    kernel, buffer, other = _kernel(problem, logsumexp, inner), Buffer(wide), Buffer(dtype)
     sums: list[Any] = [None, None]
-    for block in _blocks(problem):
+    for block in _blocks(shape, problem.is_causal, at_once):
         at, seen = block[:3], (block.sample, block.heads, slice(block.keys))
         q, k, g = query[at], key[seen], grad[at]
         scores = torch.bmm(q_wide[at], k_wide[seen].mT, out=buffer.of((*q.shape[:2], block.keys)))
         gradients = torch.bmm(g, value[seen].mT, out=other.of((*q.shape[:2], block.keys)))
         weights, of_scores = (t.to(dtype) for t in kernel.gradients(block, scores, gradients))
         torch.bmm(of_scores, k, out=of_query[at])
-        if block.queries.stop - block.queries.start == problem.query.shape[2]:
+        if q.shape[1] == shape[2]:
             torch.bmm(weights.mT, g, out=of_value[seen])
             torch.bmm(of_scores.mT, q, out=of_key[seen])
-            for t in (of_value, of_key):
-                t[block.sample, block.heads, block.keys :] = 0
+            if block.keys < shape[3]:
+                for t in (of_value, of_key):
+                    t[block.sample, block.heads, block.keys :] = 0
             continue
         if block.queries.start == 0:
             sums = [torch.zeros(q.shape[0], *t.shape[2:], dtype=wide) for t in (value, key)]
         sums[0][:, : block.keys] += weights.mT @ g
         sums[1][:, : block.keys] += of_scores.mT @ q
-        if block.queries.stop == problem.query.shape[2]:
+        if block.queries.stop == shape[2]:
             of_value[block.sample, block.heads] = sums[0]
             of_key[block.sample, block.heads] = sums[1]
-    return of_query, of_key, of_value
+    return of_query.reshape(problem.query.shape), of_key.reshape(problem.key.shape), of_value.reshape(problem.value.shape)

@@ -28,7 +28,8 @@ class _Block(ctypes.Structure):
 
     _fields_ = [
         ("first_head", c_int64), ("heads", c_int64), ("first_query", c_int64), ("rows", c_int64), ("columns", c_int64),
-        ("score_pitch", c_int64), ("pitch", c_int64), ("scores", c_void_p), ("weights", c_void_p), ("gradients", c_void_p),
+        ("score_pitch", c_int64), ("pitch", c_int64), ("scores", c_void_p), ("weights", c_void_p),
+        ("gradients", c_void_p),
     ]  # fmt: skip
 
 
@@ -86,7 +87,8 @@ class Native:
         heads, rows, columns = scores.shape
         given = _Block(
             block.sample * self._heads + block.heads.start, heads, block.queries.start, rows, columns, scores.stride(1),
-            weights.stride(1), scores.data_ptr(), weights.data_ptr(), None if gradients is None else gradients.data_ptr(),
+            weights.stride(1), scores.data_ptr(), weights.data_ptr(),
+            None if gradients is None else gradients.data_ptr(),
         )  # fmt: skip
         function(
             native.ELEMENT_TYPES[self._dtype], self._at, ctypes.addressof(given), native.threads(), native.ANY_WIDTH

@@ -32,22 +32,19 @@ static void td_attention_rows(td_attention_kernel kernel, int element_type, cons
     const int64_t size = td_element_size(element_type), real_size = element_type == TD_FLOAT64 ? 8 : 4;
     const td_key key = td_read_key(call->mask_key);
     const td_params params = td_read_params(call->params);
+    int team = 1;
 #ifdef _OPENMP
-    if (threads > 1 && rows > 1 && rows * block->columns >= TD_GRAIN) {
-        const int team = (int)td_min(threads, rows);
-#pragma omp parallel for num_threads(team) schedule(static)
-        for (int64_t r = 0; r < rows; r++) {
-            const td_attention_row row = td_attention_row_at(call, block, r, real_size, size);
-            kernel(&row, key, &params);
-        }
-        return;
-    }
+    if (threads > 1 && rows * block->columns >= TD_GRAIN) team = (int)td_min(threads, rows);
+#pragma omp parallel for num_threads(team) schedule(static) if (team > 1)
 #endif
-    (void)threads;
-    for (int64_t r = 0; r < rows; r++) {
-        const td_attention_row row = td_attention_row_at(call, block, r, real_size, size);
-        kernel(&row, key, &params);
+    for (int64_t piece = 0; piece < team; piece++) {
+        td_decided decided = {0};
+        for (int64_t r = rows * piece / team; r < rows * (piece + 1) / team; r++) {
+            const td_attention_row row = td_attention_row_at(call, block, r, real_size, size);
+            kernel(&row, key, &params, &decided);
+        }
     }
+    (void)threads;
 }
 
 static const td_attention_kernels *td_attention_kernels_for(int element_type, int width) {

@@ -53,7 +53,16 @@ typedef struct {
     double scale;
 } td_attention_row;
 
-typedef void (*td_attention_kernel)(const td_attention_row *row, td_key key, const td_params *params);
+/* TD_CHUNK elements of a mask that were decided last, from index `first` on. Short rows share them. The bits beyond them
+ * are zero and count for nothing: loops over whole lanes read them. */
+typedef struct {
+    uint64_t first;
+    uint16_t bits[TD_CHUNK + TD_SUMS], limit;
+    int filled;
+} td_decided;
+
+typedef void (*td_attention_kernel)(const td_attention_row *row, td_key key, const td_params *params,
+                                    td_decided *decided);
 
 typedef struct {
     td_attention_kernel weights, gradients;
