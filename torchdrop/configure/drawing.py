@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import sys
 import textwrap
 import types
 from collections.abc import Iterator
@@ -22,12 +23,15 @@ _ATTENTION = "ALL_ATTENTION_FUNCTIONS"
 """The table from which models of transformers take their attention function."""
 
 
+_NOT_FOLLOWED = frozenset(("torch", "torchdrop", "numpy", *sys.stdlib_module_names))
+"""Packages whose functions are not searched: what is random in those of torch is known by name."""
+
 _known: dict[type, list[str]] = {}
 
 
 def random_calls(kind: type[nn.Module]) -> list[str]:
     """Returns the random functions and methods that the forward of a class calls by name, itself or through methods
-    and functions of its package.
+    and functions that it names.
 
     >>> random_calls(nn.Linear), random_calls(nn.TransformerEncoderLayer), random_calls(nn.MultiheadAttention)
     ([], [], ['F.multi_head_attention_forward'])
@@ -120,7 +124,7 @@ class _Search:
             self.methods.append(function)
         tree = _tree(function)
         names = {**function.__globals__, **_closure(function)}
-        package = (function.__module__ or "").partition(".")[0]
+        package = _package(function)
         me = function.__code__.co_varnames[:1] if owner is not None else ()
         for node in ast.walk(tree) if tree is not None else ():
             if isinstance(node, ast.Name) and node.id == _ATTENTION:
@@ -136,9 +140,11 @@ class _Search:
                     yield f"Tensor.{node.attr}"
             elif _is_function(value) and value in _FUNCTIONS:
                 yield ast.unparse(node)
-            elif isinstance(value, types.FunctionType) and package != "torch" and _package(value) == package:
+            elif package == "torch" or _package(value) in _NOT_FOLLOWED:
+                continue
+            elif isinstance(value, types.FunctionType):
                 yield from self._calls_in(value, None)
-            elif isinstance(value, type) and issubclass(value, torch.autograd.Function) and _package(value) == package:
+            elif isinstance(value, type) and issubclass(value, torch.autograd.Function):
                 yield from self._calls_in(value.forward, None)
 
 
@@ -159,8 +165,8 @@ def _is_function(value: Any) -> bool:
     return isinstance(value, (types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType))
 
 
-def _package(function: Any) -> str:
-    return (function.__module__ or "").partition(".")[0]
+def _package(value: Any) -> str:
+    return (getattr(value, "__module__", None) or "").partition(".")[0]
 
 
 def _closure(function: types.FunctionType) -> dict[str, Any]:
