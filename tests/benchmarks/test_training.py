@@ -46,10 +46,8 @@ DRAWS: list[tuple[Any, dict[str, int]]] = [
     (lambda: torch.rand(4, generator=torch.Generator()), {}),
     (lambda: PAIR.clone().random_(), {KEY: 1}),
     (lambda: torch.empty(3, dtype=torch.int64).random_(), {"aten.random_.default": 1}),
-    (lambda: torch.empty(2).random_(), {"aten.random_.default": 1}),
     (lambda: torch.randint(9, (2,)), {"aten.randint.default": 1}),
     (lambda: torchdrop.functional.dropout(X, 0.1), {KEY: 1}),
-    (lambda: torchdrop.Dropout1d(0.1)(X[0]), {KEY: 1}),
     (lambda: torchdrop.functional.dropout(X, 0.1, training=False), {}),
 ]
 
@@ -323,12 +321,8 @@ def test_cells_are_those_that_are_asked_for() -> None:
 @pytest.mark.slow
 def test_a_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "training.json"
-    threads = torch.get_num_threads()
-    try:
-        names = ["--model", "nn.LSTM", "--model", models.SMALL.name]
-        bench.main(["--quick", "--threads", "1", *names, "--output", str(output)])
-    finally:
-        torch.set_num_threads(threads)
+    names = ["--model", "nn.LSTM", "--model", models.SMALL.name]
+    bench.main(["--quick", "--threads", "1", *names, "--output", str(output)])
     found = json.loads(output.read_text())
     assert [(cell["model"], cell["mode"], cell["precision"]) for cell in found["cells"]] == [
         ("nn.LSTM", "eager", F32), ("nn.LSTM", "eager", BF16),
