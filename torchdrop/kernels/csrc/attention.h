@@ -40,17 +40,19 @@ TD_TARGET static inline TD_INLINE void TD_TYPED(put)(char *to, int64_t j, TD_REA
 /* score = score * scale + bias, or -inf where a key may not be seen. */
 TD_TARGET static void TD_TYPED(add_bias)(const td_attention_row *row) {
     const TD_REAL scale = (TD_REAL)row->scale;
+    const int64_t n = row->visible;
     char *scores = row->scores;
     const char *bias = row->bias;
     if (row->bias_type == TD_BIAS_SEEN) {
         TD_INDEPENDENT
-        for (int64_t j = 0; j < row->visible; j++) {
+        for (int64_t j = 0; j < n; j++) {
             const TD_REAL x = TD_TYPED(get)(scores, j) * scale;
-            TD_TYPED(put)(scores, j, bias[j] ? x : (TD_REAL)-INFINITY);
+            const TD_REAL_BITS seen = TD_MASK(bias[j] != 0), hidden = TD_TO_BITS((TD_REAL)-INFINITY);
+            TD_TYPED(put)(scores, j, TD_FROM_BITS((TD_TO_BITS(x) & seen) | (hidden & ~seen)));
         }
     } else {
         TD_INDEPENDENT
-        for (int64_t j = 0; j < row->visible; j++) {
+        for (int64_t j = 0; j < n; j++) {
             const TD_REAL x = TD_TYPED(get)(scores, j) * scale;
             TD_TYPED(put)(scores, j, x + TD_TYPED(get)(bias, j));
         }
