@@ -236,4 +236,8 @@ def backward(problem: Problem, grad: Tensor, out: Tensor, logsumexp: Tensor) -> 
         if block.queries.stop == shape[2]:
             of_value[block.sample, block.heads] = sums[0]
             of_key[block.sample, block.heads] = sums[1]
-    return of_query.reshape(problem.query.shape), of_key.reshape(problem.key.shape), of_value.reshape(problem.value.shape)
+    return (
+        of_query.reshape(problem.query.shape),
+        of_key.reshape(problem.key.shape),
+        of_value.reshape(problem.value.shape),
+    )
