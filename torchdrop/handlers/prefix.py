@@ -99,10 +99,12 @@ class Prefix:
             if known != func:
                 raise PrefixChangedError("a pass made other calls than the first one")
             self._position += 1
+            if type(result) is _Kept:  # most results are one tensor, and pytrees are slow
+                return result.value
             return tree_map(lambda leaf: leaf.value if isinstance(leaf, _Kept) else leaf, result)
         out = call()
         if self._recording and self._usable:
-            self._calls.append((func, tree_map(self._keep, out)))
+            self._calls.append((func, self._keep(out) if type(out) is Tensor else tree_map(self._keep, out)))
         return out
 
     def _keep(self, leaf: Any) -> Any:

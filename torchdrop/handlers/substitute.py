@@ -205,5 +205,6 @@ class Substitute(Handler):
 
 def _bytes_of(out: Any) -> int:
     """Returns the bytes of the tensors in a call's result, other than views."""
-    tensors = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, Tensor)]
+    leaves = [out] if type(out) is Tensor else tree_flatten(out)[0]  # most are one tensor, and pytrees are slow
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     return sum(tensor.nbytes for tensor in tensors if tensor.layout is torch.strided and not tensor._is_view())
