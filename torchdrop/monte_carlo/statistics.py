@@ -299,7 +299,9 @@ class Collector:
 
     def _errors_of(self, statistics: Mapping[str, Statistic], dtype: torch.dtype | None) -> dict[str, Tensor]:
         jackknifed = any(not isinstance(one, Mean) for one in statistics.values())
-        return self._in_blocks(lambda part: part.standard_errors(statistics), dtype, 4 if jackknifed else 1)
+        return self._in_blocks(
+            lambda part: part.standard_errors(statistics), dtype, 2 * self.groups if jackknifed else 1
+        )
 
     def _in_blocks(
         self, compute: Callable[[Groups], dict[str, Tensor]], dtype: torch.dtype | None, parts: int = 1
