@@ -178,5 +178,6 @@ def _without_each(total: Any, groups: Sequence[Any]) -> Any:
 
 def _spread(moves: Tensor, inverse_shares: Sequence[float]) -> Tensor:
     """Returns the jackknife's standard error from d_g (..., groups, places) and h_g: see `Groups.standard_errors`."""
-    h = moves.new_tensor(inverse_shares).unsqueeze(-1)
+    alike = len(set(inverse_shares)) == 1
+    h: Any = inverse_shares[0] if alike else moves.new_tensor(inverse_shares).unsqueeze(-1)
     return (moves - (moves / h).sum(-2, keepdim=True)).square_().div_(h - 1).mean(-2).sqrt_()

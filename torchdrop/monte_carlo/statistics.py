@@ -309,8 +309,10 @@ class Collector:
         """Returns what is computed from the moments, block by block; blocks are smaller by a factor of `parts`."""
         known, out = self._known, dict[str, Tensor]()
         classes = max(math.prod(one.shape[1:-1]) for one in self._tensors())
-        for rows, places in known.blocks(classes * parts):
-            for name, values in compute(self._moments.part(rows, places)).items():
+        blocks = list(known.blocks(classes * parts))
+        for rows, places in blocks:
+            part = self._moments if len(blocks) == 1 else self._moments.part(rows, places)
+            for name, values in compute(part).items():
                 if name not in out:
                     out[name] = known.room(values, dtype or values.dtype)
                 out[name][rows, ..., places] = values

@@ -211,7 +211,7 @@ class Survey:
         before, states = foreign_states(), states_of(self._model)
         self._counted = self._counted or inputs.device.type not in ("cpu", "cuda")
         while True:
-            recorder = Trace(self._tracker, inputs.rows, states)
+            recorder = Trace(self._tracker, inputs.rows, states, self._counted)
             self._tracker.failed = None
             try:
                 with recorder, recorder.unseen if self._counted else nullcontext():
