@@ -22,6 +22,9 @@ CONTAINERS = (list, tuple, set, dict, OrderedDict)
 CALLABLES = (types.MethodType, functools.partial, types.FunctionType)
 MAPPED = frozenset((*CONTAINERS, *CALLABLES))
 
+DEEPEST = 4
+"""The most containers around a value that is looked at."""
+
 
 class Wanted(NamedTuple):
     """The arguments of `Shells.refresh`, as far as they concern one module."""
@@ -58,12 +61,18 @@ class Attributes:
 
 class Snapshot:
     """The attributes of many modules at some time. A comparison of all of them takes one step, and says nothing more
-    than whether anything has changed."""
+    than whether anything has changed.
 
-    __slots__ = ("_entries", "_modules", "_names", "_sizes", "_tables", "_types", "_values")
+    Args:
+        modules: the modules.
+        contents: whether the items of containers among the attributes are compared, too.
+    """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    __slots__ = ("_contents", "_entries", "_modules", "_names", "_sizes", "_tables", "_types", "_values")
+
+    def __init__(self, modules: Iterable[nn.Module], contents: bool = False) -> None:
         self._modules = list(modules)
+        self._contents = _Contents(self._modules) if contents else None
         own = self._attributes()
         self._tables: list[dict[str, Any]] = [attributes[table] for attributes in own for table in TABLES]
         self._types = list(map(type, self._modules))
@@ -84,6 +93,42 @@ class Snapshot:
             and all(map(is_, chain.from_iterable(map(dict.values, tables)), self._entries))
             and list(chain.from_iterable(chain(own, tables))) == self._names
             and list(map(type, self._modules)) == self._types
+            and (self._contents is None or self._contents.hold())
+        )
+
+
+class _Contents:
+    """The items, at some time, of all containers that a shell has copies of, in the attributes of some modules."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._containers: list[Any] = []
+        self._are_known = True
+        for module in modules:
+            for name in further(vars(module)):
+                self._find(vars(module)[name], 0)
+        self._mappings = [one for one in self._containers if isinstance(one, dict)]
+        self._sizes = list(map(len, self._containers))
+        self._items = list(chain.from_iterable(self._containers))
+        self._values = list(chain.from_iterable(map(dict.values, self._mappings)))
+
+    def _find(self, value: Any, depth: int) -> None:
+        if depth > DEEPEST or not _has_content(value):
+            return
+        if type(value) in CALLABLES:  # what a closure or a partial function holds is not followed
+            self._are_known = False
+            return
+        if type(value) is not tuple:
+            self._containers.append(value)
+        for item in value.values() if isinstance(value, dict) else value:
+            self._find(item, depth + 1)
+
+    def hold(self) -> bool:
+        """Whether all containers have these items still, and no others."""
+        return (
+            self._are_known
+            and list(map(len, self._containers)) == self._sizes
+            and all(map(is_, chain.from_iterable(self._containers), self._items))
+            and all(map(is_, chain.from_iterable(map(dict.values, self._mappings)), self._values))
         )
 
 
@@ -101,9 +146,10 @@ class Known:
 
     Attributes:
         lasting: whether the shell need not be made again while the attributes of both are the same objects.
+        contained: whether that is so if the items of containers among the attributes are the same objects, too.
     """
 
-    __slots__ = ("_redirected", "_tensors", "lasting", "module", "shell", "wanted")
+    __slots__ = ("_redirected", "_tensors", "contained", "lasting", "module", "shell", "wanted")
 
     def __init__(self, module: nn.Module, shell: nn.Module, wanted: Wanted) -> None:
         self.module, self.shell, self.wanted = Attributes(module), Attributes(shell), wanted
@@ -111,8 +157,8 @@ class Known:
         values, calls = [own[name] for name in further(own)], [own.get(name) for name in CALLS]
         self._tensors = bool(module._buffers) or any(map(is_own_tensor, values))
         self._redirected = any(map(is_redirected, calls))
-        varies = any(map(_has_content, values)) or any(map(is_nested, calls))  # without being bound anew
-        self.lasting: bool = not (wanted.apart and self._tensors) and not varies
+        self.contained: bool = not (wanted.apart and self._tensors) and not any(map(is_nested, calls))
+        self.lasting: bool = self.contained and not any(map(_has_content, values))
 
     def is_current(self, module: nn.Module, shell: nn.Module, wanted: Wanted, may_be_written: bool) -> bool:
         """Whether the shell is what is wanted, but for the training flag."""
@@ -129,7 +175,14 @@ class Known:
 
     def is_lasting(self, module: nn.Module) -> bool:
         """Whether the shell lasts as long as the same is wanted of it."""
-        return self.lasting and (self.wanted.hooks or not (module._forward_hooks or module._forward_pre_hooks))
+        return self.lasting and self._has_all_hooks(module)
+
+    def is_contained(self, module: nn.Module) -> bool:
+        """Whether it does with the items of containers."""
+        return self.contained and self._has_all_hooks(module)
+
+    def _has_all_hooks(self, module: nn.Module) -> bool:
+        return self.wanted.hooks or not (module._forward_hooks or module._forward_pre_hooks)
 
     def set_training(self, shell: nn.Module, wanted: Wanted) -> None:
         """Gives the shell the training flag that is wanted."""

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from ..core.torch_state import is_compiling
 from ..handlers.tracker import Tracker
-from .attributes import CALLABLES, MAPPED, TABLES, Known, Snapshot, Wanted, further, holds, is_own_tensor
+from .attributes import CALLABLES, DEEPEST, MAPPED, TABLES, Known, Snapshot, Wanted, further, holds, is_own_tensor
 from .redirect import CALLS, COMPILED, beneath, is_redirected
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 _MANY = 4
-"""The number of passes of one kind after which all shells are compared at once, since taking a snapshot takes time."""
+"""The number of passes of one kind after which all shells are compared at once, since taking a snapshot takes time. It
+doubles with each snapshot that does not hold any more."""
 
 
 def _no(module: nn.Module) -> bool:
@@ -47,10 +48,13 @@ class Shells:
         self._known: dict[nn.Module, Known] = {}
         self._unwritten = False  # since the last refresh, as `write_back` has seen
         self._wanted: tuple[Any, ...] = ()
-        self._passes = 0  # for which the same was wanted
-        self._varying: list[nn.Module] = []  # modules whose shells are made again for each pass
-        self._modules_then: Snapshot | None = None  # all others
-        self._shells_then: Snapshot | None = None  # and their shells
+        self._passes = 0  # for which the same was wanted, since snapshots were taken
+        self._enough = _MANY
+        self._modules_then: Snapshot | None = None  # modules whose shells last
+        self._shells_then: Snapshot | None = None
+        self._varying: list[nn.Module] = []  # all others
+        self._varying_modules_then: Snapshot | None = None
+        self._varying_shells_then: Snapshot | None = None
         self._usual: dict[tuple[nn.Module, str], Entering] = {}
 
     def method(self, module: nn.Module, name: str) -> Callable[..., Any]:
@@ -81,13 +85,16 @@ class Shells:
         level, copied = self._level if contexts else None, dict[int, Any]()
         all_wanted = (*map(training, self._of), *map(apart, self._of), copies, hooks, level)
         if all_wanted != self._wanted:
-            self._wanted, self._passes, self._modules_then, self._shells_then = all_wanted, 0, None, None
+            self._forget_snapshots()
+            self._wanted, self._passes = all_wanted, 0
         self._passes += 1
         if (
             holds(self._modules_then)
             and (self._unwritten or holds(self._shells_then))
             and not self._has_new(self._varying)
         ):
+            if not holds(self._varying_modules_then):
+                self._varying_shells_then = None
             self._make_varying()
             self._unwritten = False
             return
@@ -125,7 +132,10 @@ class Shells:
         self._known[module] = Known(module, self._rebuilt(module, wanted, copied), wanted)
 
     def _make_varying(self) -> None:
-        """Makes the shells that do not last, where all others are as they were."""
+        """Makes the shells that do not last, unless they are as they were, too. Some may share a container's copy."""
+        if holds(self._varying_shells_then):
+            return
+        self._varying_modules_then = self._varying_shells_then = None
         copied: dict[int, Any] = {}
         for module in self._varying:
             self._make(module, self._known[module].wanted, copied)
@@ -136,13 +146,22 @@ class Shells:
         Args:
             modules: whether the modules have been seen to be what their shells were made of.
         """
-        self._modules_then = self._shells_then = None
-        if self._passes >= _MANY:
+        self._forget_snapshots()
+        if self._passes >= self._enough:
             lasts = {module: known.is_lasting(module) for module, known in self._known.items()}
             lasting = [module for module in lasts if lasts[module]]
             self._varying = [module for module in lasts if not lasts[module]]
             self._shells_then = Snapshot(self._of[module] for module in lasting)
             self._modules_then = Snapshot(lasting) if modules else None
+            if self._varying and all(self._known[module].is_contained(module) for module in self._varying):
+                shells = (self._of[module] for module in self._varying)
+                self._varying_shells_then = Snapshot(shells, contents=True)
+                self._varying_modules_then = Snapshot(self._varying, contents=True) if modules else None
+
+    def _forget_snapshots(self) -> None:
+        if self._shells_then is not None:  # so they are of little use
+            self._passes, self._enough = 0, 2 * self._enough
+        self._modules_then = self._shells_then = self._varying_modules_then = self._varying_shells_then = None
 
     def _has_new(self, modules: Iterable[nn.Module]) -> bool:
         """Whether a child of one of these modules has no shell yet."""
@@ -214,7 +233,8 @@ class Shells:
             known, shell = self._known[module], self._of[module]
             if apart(module) or known.shell.are_of(shell):
                 continue
-            known.lasting, self._modules_then, self._shells_then = False, None, None
+            known.lasting = known.contained = False
+            self._forget_snapshots()
             own = shell.__dict__
             for name, value in own.items():
                 if value is not known.shell.own.get(name, own) and name not in TABLES:
@@ -236,7 +256,7 @@ class Shells:
         if isinstance(value, nn.Module):
             return self._of.get(value, value)
         kind = type(value)
-        if kind not in MAPPED or depth > 4:
+        if kind not in MAPPED or depth > DEEPEST:
             return value
         if kind in CALLABLES:
             return self._mapped_callable(value, depth + 1)
