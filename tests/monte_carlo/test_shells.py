@@ -37,11 +37,12 @@ class Scaled(nn.Module):
         self.linear, self.drop = nn.Linear(4, 4), nn.Dropout(0.5)
         self.scale, self.terms, self.named, self.extra = 1.0, [1.0], {"shift": 0.0}, [nn.Identity()]
         self.register_buffer("offset", torch.zeros(4))
-        self.steps, self.plain, self.by_name = [self.linear], Plain(), {"last": nn.Identity()}
+        self.steps, self.plain = [self.linear], Plain()
+        self.by_name = {"last": self.plain}
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.drop(self.linear(x)) * self.scale * sum(self.terms) + self.named["shift"] + self.offset
-        return self.plain(self.by_name["last"](self.extra[-1](y)) + len(self.steps))
+        return self.by_name["last"](self.extra[-1](y) + len(self.steps))
 
 
 class Negative(Plain):
