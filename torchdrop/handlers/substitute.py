@@ -197,6 +197,10 @@ class Substitute(Handler):
 
 def _bytes_of(out: Any) -> int:
     """Returns the bytes of the tensors in a call's result, other than views."""
-    leaves = [out] if type(out) is Tensor else tree_flatten(out)[0]  # most are one tensor, and pytrees are slow
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    return sum(tensor.nbytes for tensor in tensors if tensor.layout is torch.strided and not tensor._is_view())
+    if type(out) is Tensor:  # as most are, and pytrees are slow
+        return _own_bytes(out)
+    return sum(_own_bytes(leaf) for leaf in tree_flatten(out)[0] if isinstance(leaf, Tensor))
+
+
+def _own_bytes(tensor: Tensor) -> int:
+    return tensor.nbytes if tensor.layout is torch.strided and not tensor._is_view() else 0
