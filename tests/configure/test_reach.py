@@ -273,6 +273,9 @@ class TestClasses:
         assert not torchdrop.configure.unreached.unreached(lstm)
         with pytest.raises(ValueError, match=r"'' is no longer the layer that was put there, but .*ParametrizedLSTM"):
             swap.undo()
+        message = "'' has the class ParametrizedLSTM, made of the one that replace gave it: undo first what was done"
+        with refused(lstm, ValueError, message):
+            replace(lstm, to="torch")
         nn.utils.parametrize.remove_parametrizations(lstm, "weight_hh_l0")
         swap.undo()
         assert type(lstm) is nn.LSTM
