@@ -188,6 +188,15 @@ class TestClasses:
         replace(other, to="torch")
         assert [type(m) for m in other.modules()] == [type(m) for m in model.modules()]
 
+    def test_a_class_made_of_a_reached_one(self) -> None:
+        """A copy of such a module has its class, as FSDP's and others that change the class again."""
+        model = blocks(1)
+        replace(model)
+        model[0].__class__ = type("Wrapped", (type(model[0]),), {})
+        other = copy.deepcopy(model)
+        assert type(other[0]) is type(model[0])
+        assert torch.equal(*(seeded(3, m, data()) for m in (model, other)))
+
     def test_a_state_is_loaded_either_way(self) -> None:
         model, other = blocks(), blocks()
         replace(model)
@@ -622,3 +631,58 @@ def test_saved_whole() -> None:
     file.seek(0)
     other = torch.load(file, weights_only=False)
     assert torch.equal(*(seeded(3, m, data()) for m in (model, other)))
+
+
+class TestAids:
+    def test_audit(self) -> None:
+        """Calls that are served have names, also before the model has run."""
+        model, other = blocks(), blocks()
+        replace(model)
+        replace(other, sites=False)
+        for _ in range(2):
+            found, expected = (torchdrop.audit(m, data()) for m in (model, other))
+            assert {f.code for f in found.findings} == {"two in a row"}
+            assert {f.code for f in expected.findings} == {"two in a row", "rate captured elsewhere"}
+            assert [str(c) for c in found.calls] == [str(c) for c in expected.calls]
+            model(data())
+        set_keep_prob(model, {"0.dropout:0": 0.5})
+        assert [call.rate for call in torchdrop.audit(model, data()).calls if call.kind == "dropout"] == [0.5, 0.25]
+
+    def test_feature_statistics(self) -> None:
+        model, other = blocks(), blocks()
+        replace(model)
+        found, expected = (str(torchdrop.feature_statistics(m, data(), layers="*.fc")) for m in (model, other))
+        assert found == expected
+
+    def test_cost_check(self) -> None:
+        """The cost under frozen masks is a function of the parameters; rates that were set are those that it has."""
+        model = blocks()
+        replace(model)
+        set_keep_prob(model, {"0.dropout:0": 1.0, "1.dropout:0": 1.0, "*.drop": 1.0})
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+
+        def cost() -> Tensor:
+            return model(data()).square().mean()
+
+        def step() -> None:
+            optimizer.zero_grad()
+            cost().backward()
+            optimizer.step()
+
+        assert torchdrop.check_cost_decreases(model, cost, step, iterations=2).frozen is None
+        set_keep_prob(model, {"1.dropout:0": 0.5})
+        check = torchdrop.check_cost_decreases(model, cost, step, iterations=2)
+        assert check.frozen is not None
+        assert not check.frozen.problem
+        assert check.frozen.costs[0] != check.off.costs[0]
+        with torchdrop.frozen_masks(model, seed=0):
+            assert float(cost().detach()) == check.frozen.costs[0]
+
+    def test_inserted_layers(self) -> None:
+        model = blocks()
+        swap = replace(model)
+        put = torchdrop.insert(model, {"0.fc": torchdrop.Dropout(keep_prob=0.0), "0": torchdrop.Dropout(0.0)})
+        torch.testing.assert_close(model[0](data()), data())
+        put.undo()
+        swap.undo()
+        assert type(model[0]) is Block

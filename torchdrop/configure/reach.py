@@ -100,6 +100,8 @@ def _subclass(own: Any) -> type[nn.Module]:
 
     def reduced(self: Any, protocol: Any) -> Any:
         made = own.__reduce_ex__(self, max(protocol, 2))
+        if not is_reached(self):  # its class was made of this one
+            return made
         return _made, (own, *made[1][1:]), *made[2:]
 
     return type(own)(
