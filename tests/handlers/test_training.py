@@ -400,6 +400,13 @@ class TestTransforms:
         assert value["fc.weight"].shape == (400, 4)
         assert slope.dim() == 0
 
+    def test_forward_mode(self) -> None:
+        """The derivative along a direction has the mask of the value."""
+        model = replaced(dropout)
+        y, slope = seeded(3, torch.func.jvp, model, (data(),), (torch.ones_like(data()),))
+        assert torch.equal(y, seeded(3, model, data()))
+        torch.testing.assert_close(slope, (y != 0) / 0.75)
+
     def test_autocast(self) -> None:
         model = replaced(lambda self, x: F.dropout(self.fc(x), 0.5, self.training), fc=nn.Linear(4, 40))
         with torch.autocast("cpu", torch.bfloat16):

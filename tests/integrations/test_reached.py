@@ -278,7 +278,9 @@ class TestMonteCarlo:
         replace(model)
         replace(other, sites=False)
         expected = [(c.module, c.kind, c.rate) for c in torchdrop.audit(other, inputs).calls]
-        assert [(c.module, c.kind, c.rate) for c in torchdrop.audit(model, inputs).calls] == expected
+        found = torchdrop.audit(model, inputs)
+        assert [(c.module, c.kind, c.rate) for c in found.calls] == expected
+        assert not found.findings, found
         call(model, inputs)
         set_keep_prob(model, {"encoder.layer.0.attention.self.attention:0": 0.25})
         calls = torchdrop.audit(model, inputs).calls

@@ -13,6 +13,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
 
 from ..configure.rate_sites import RateSite, rate_sites
+from ..configure.reach import calls_of
 from ..layers.gaussian import GaussianDropout
 from ..monte_carlo.activate import check_model
 from ..monte_carlo.inputs import Inputs
@@ -133,7 +134,7 @@ def audit(model: nn.Module, example_input: Any) -> Audit:
         for name in flow.dropped_outputs(output)
     ]
     found += _find_two_in_a_row(flow.calls)
-    found += _find_captured_rates(flow.calls, probed.calls)
+    found += _find_captured_rates(model, flow.calls, probed.calls)
     found += _find_never_called(model, flow.ran | at_rest.ran, probed.calls)
     found += _find_unlikely_rates(calls)
     return Audit(list(dict.fromkeys(found)), [call for call in calls if call.on])
@@ -267,10 +268,15 @@ def _rates(calls: Iterable[Call]) -> dict[tuple[str, str], set[float]]:
     return found
 
 
-def _find_captured_rates(calls: Iterable[Call], probed: Iterable[Call]) -> Iterator[Finding]:
-    """Finds calls whose rate stays the same when every rate that has a name is another."""
+def _find_captured_rates(model: nn.Module, calls: Iterable[Call], probed: Iterable[Call]) -> Iterator[Finding]:
+    """Finds calls whose rate stays the same when every rate that has a name is another.
+
+    The calls of modules that `replace` serves have names, though they are listed only once the model has run.
+    """
     before = _rates(calls)
     for (module, kind), rates in _rates(probed).items():
+        if calls_of(model.get_submodule(module)) is not None:
+            continue
         for rate in sorted(rates & before.get((module, kind), set())):
             message = (
                 f"The rate of its {kind}, {rate:.4g}, is held where no name reaches it: set_keep_prob and schedules do "

@@ -75,6 +75,8 @@ class RateSite:
         except (TypeError, ValueError) as error:
             raise type(error)(f"{error}, for {self.name!r}") from None
         if isinstance(checked, torch.Tensor) and not isinstance(self.module, Rated):
+            if isinstance(self, CallRate):
+                raise TypeError(f"{self.name!r} is a call of {self.kind}: keep_prob must be a number, got a tensor")
             advice = "" if self.attribute else "; torchdrop.replace(model) makes it a layer that takes tensors"
             raise TypeError(
                 f"{self.name!r} ({self.kind}) holds its rate as a number, so keep_prob must be a number, got a tensor"

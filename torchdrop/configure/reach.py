@@ -113,6 +113,8 @@ def _subclass(own: Any, numbers: frozenset[str]) -> type[nn.Module]:
 
     def reduced(self: Any, protocol: Any) -> Any:
         made = own.__reduce_ex__(self, max(protocol, 2))
+        if not is_reached(self):  # its class was made of this one
+            return made
         return _made, (own, numbers, *made[1][1:]), *made[2:]
 
     return type(own)(
@@ -145,6 +147,8 @@ def _number(name: str) -> property:
     def get(self: Any) -> Any:
         if is_compiling() and self.training:
             return self._torchdrop_calls.numbers[name]
+        if name not in vars(self):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return vars(self)[name]
 
     def put(self: Any, value: Any) -> None:

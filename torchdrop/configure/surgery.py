@@ -15,7 +15,7 @@ from ..layers.alpha import AlphaDropout, FeatureAlphaDropout
 from ..layers.channel import Dropout1d, Dropout2d, Dropout3d
 from ..layers.dropout import Dropout
 from .rate_sites import names_of
-from .reach import class_forwards, has_own_forward, is_reachable, is_reached, leave, reach
+from .reach import calls_of, class_forwards, has_own_forward, is_reachable, is_reached, leave, reach
 from .unreached import Unreached, unreached
 
 OURS: dict[type[nn.Module], type[nn.Module]] = {
@@ -175,6 +175,11 @@ def replace(model: nn.Module, *, to: str = "torchdrop", sites: bool = True) -> R
     for module, every in names.items():
         if not ours and isinstance(module, Rated) and module not in swapped:
             raise ValueError(f"{every[0]!r} is a {_full_name(type(module))}, for which torch.nn has no layer")
+        if not ours and calls_of(module) is not None and not is_reached(module):
+            raise ValueError(
+                f"{every[0]!r} has the class {type(module).__name__}, made of the one that replace gave it: undo first "
+                "what was done after that"
+            )
         if not ours and module in fixed:
             raise ValueError(
                 f"{every[0]!r} has a forward of its own on its instance, which calls that of "

@@ -162,7 +162,7 @@ class Training(TorchFunctionMode):
                     "by name reaches it: switch checkpointing off in the model, or checkpoint the whole module"
                 )
             return call.original()
-        if off:
+        if off and not self._handled:
             return call.plain()
         if self._handled and own is not None and on and call.at is not None:
             return call.at(rate)
