@@ -107,7 +107,7 @@ class TestOtherKernels:
     def test_attention_on_cuda_is_listed(self) -> None:
         model = nn.MultiheadAttention(4, 2, 0.5)
         assert torchdrop.replace(model).unreached == []
-        with mock.patch.object(unreached, "_is_on_cuda", lambda _: True):
+        with mock.patch.object(unreached, "_is_on_cuda", return_value=True):
             assert "computes attention by PyTorch's kernels on CUDA" in str(unreached.unreached(model)[0])
 
     @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")

@@ -168,8 +168,10 @@ def _in_shape(tensor: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _arranged(problem: Problem, kernel: Kernel) -> tuple[tuple[int, int, int, int], int]:
-    """Returns the shape of the weights and how many rows of them make a block. If all fit in one block, the heads of all
-    samples are those of one sample: a small problem is then one block."""
+    """Returns the shape of the weights and how many rows of them make a block.
+
+    If all fit in one block, the heads of all samples are taken for those of one: a small problem is then one block.
+    """
     samples, heads, queries, keys = problem.shape
     at_once = max(1, BLOCK_BYTES // (keys * (8 if problem.query.dtype is torch.float64 else 4)))
     if samples * heads * queries <= at_once and isinstance(kernel, Native):
@@ -236,8 +238,5 @@ def backward(problem: Problem, grad: Tensor, out: Tensor, logsumexp: Tensor) -> 
         if block.queries.stop == shape[2]:
             of_value[block.sample, block.heads] = sums[0]
             of_key[block.sample, block.heads] = sums[1]
-    return (
-        of_query.reshape(problem.query.shape),
-        of_key.reshape(problem.key.shape),
-        of_value.reshape(problem.value.shape),
-    )
+    q, k, v = (t.reshape(like.shape) for t, like in zip((of_query, of_key, of_value), problem[:3], strict=True))
+    return q, k, v
