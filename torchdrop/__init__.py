@@ -49,7 +49,7 @@ from .layers.weights.targeted import (
 )
 from .layers.weights.weight import WeightDropout, apply_weight_dropout, remove_weight_dropout
 from .layers.word import WordDropout
-from .monte_carlo import mc_dropout, mc_predict
+from .monte_carlo import MCPredictor, mc_dropout, mc_predict
 from .scheduler import KeepProbScheduler
 from .seeding import seeded
 
@@ -81,6 +81,7 @@ __all__ = [
     "KeepProbScheduler",
     "LayerDrop",
     "LockedDropout",
+    "MCPredictor",
     "Masksembles",
     "Mixout",
     "MultiSampleDropout",

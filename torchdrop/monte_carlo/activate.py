@@ -8,7 +8,6 @@ with the one in train mode, and the report has the result. All of it happens to 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -154,8 +153,8 @@ class Activation:
         finally:
             self.server.draws_own = before
 
-    def warn_of_omissions(self, caller: str, stacklevel: int) -> None:
-        """Warns of sources that stay off although they draw in train mode and were not left out on purpose."""
+    def omissions(self) -> list[str]:
+        """Lists sources that stay off although they draw in train mode and were not left out on purpose."""
         report, said = self.report, []
         if report.unreached:
             listed = "; ".join(f"{s.module or '(model)'}: {s.kind}, {s.reason}" for s in report.unreached)
@@ -170,8 +169,7 @@ class Activation:
                 f"{report.outside} calls of dropout that is off, with a rate above 0, belong to no forward or method "
                 "of the model, so they stayed off: call a module of the model, or one of its methods"
             )
-        if said:
-            warnings.warn(f"{caller}: {'. '.join(said)}", UserWarning, stacklevel=stacklevel + 1)
+        return [". ".join(said)] if said else []
 
 
 def new_seed() -> int:

@@ -89,7 +89,8 @@ def mc_dropout(
     context = _Context(activation, model, new_seed() if seed is None else check_seed(seed), shared)
     with context:
         yield context.activation.report
-    context.activation.warn_of_omissions("mc_dropout", 3)
+    for what in context.activation.omissions():
+        warnings.warn(f"mc_dropout: {what}", UserWarning, stacklevel=3)
     report = context.activation.report
     if not report.active and not context.failed:
         what = "nothing random is active in the model" if report.called else "the model was not called"

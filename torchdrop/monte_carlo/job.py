@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .activate import Activation
+from .activate import ADVICE, Activation
 from .heads import Heads
 from .inputs import Inputs, valid_places
 from .memory import GROUPS, MemoryPlan
@@ -58,13 +58,38 @@ class Job:
         keep_samples: bool,
         valid: str | Tensor | None,
     ) -> None:
-        self._activation, self._sampler, self._pick, self._effort = activation, sampler, pick, effort
+        self.activation, self._sampler, self._pick, self._effort = activation, sampler, pick, effort
         self._tasks, self._choice, self._chunk, self._memory, self._keep = tasks, choice, chunk, memory, keep_samples
         self._valid = valid
         self._prepared = False
         self._next_row = 0
         self.identical = True
         self.reached: float | None = None
+
+    def restart(self) -> None:
+        """Begins another prediction, for which all that is known of the model and of its outputs holds."""
+        self._next_row, self.identical, self.reached = 0, True, None
+
+    def omissions(self) -> list[str]:
+        """Returns what the user is to be told of the model's randomness."""
+        self.activation.list_sources()
+        return self.activation.omissions()
+
+    def remarks(self, known: bool) -> list[str]:
+        """Returns what the user is to be told of the last prediction.
+
+        Args:
+            known: whether the decisions on the first batch have been told.
+        """
+        effort, said = self._effort, [] if known else [*self._choice.said, *self._doubts]
+        if effort.samples > 1 and self.identical:
+            said.append(f"all samples are identical. {ADVICE}")
+        if self.reached is not None:
+            said.append(
+                f"tolerance={effort.tolerance} was not met after {effort.samples} samples: the largest standard error "
+                f"of the mean is {self.reached:.3g}. Raise samples or tolerance"
+            )
+        return said
 
     def run(self, inputs: Inputs, weight_scaling: bool) -> list[dict[str, Prediction]]:
         """Returns the predictions for one batch, by the outputs' names: one, or one for each block of its rows."""
@@ -95,7 +120,7 @@ class Job:
             return
         if choice.rows_alone is None:
             few = inputs.part(0, min(max(height, 3), rows))
-            self._activation.server.prefix = None
+            self.activation.server.prefix = None
             outputs = self._sampler.run("loop", few, (0,), self._next_row)
             choice.compared(bool(self._sampler.agrees(outputs, (0,), few.rows)), few)
         if not choice.rows_alone:
@@ -119,7 +144,7 @@ class Job:
             done = self._close_enough(total)
             if done:
                 break
-        self._activation.server.prefix = None
+        self.activation.server.prefix = None
         if effort.tolerance is not None and not done:
             self.reached = max(self.reached or 0.0, _largest_error(total))
         self._tasks, self.identical = total.tasks, self.identical and total.identical
@@ -128,7 +153,7 @@ class Job:
             self._weight_scaling(inputs) if weight_scaling else None,
             seed=self._sampler.seed,
             strategy=self._choice.strategy,
-            report=self._activation.report,
+            report=self.activation.report,
         )
 
     def _sampled(self, inputs: Inputs, samples: Sequence[int]) -> Iterator[tuple[Sequence[int], Outputs]]:
@@ -138,14 +163,14 @@ class Job:
             chosen, outputs = choice.first(
                 inputs, self._next_row, lambda strategy: next(effort.chunks(samples, self._size(strategy, inputs)))
             )
-            self._activation.report.chunk = 1 if choice.strategy == "loop" else self._size(choice.strategy, inputs)
+            self.activation.report.chunk = 1 if choice.strategy == "loop" else self._size(choice.strategy, inputs)
             samples = samples[len(chosen) :]
             yield chosen, outputs
         for chunk in effort.chunks(samples, self._size(choice.strategy, inputs)):
             yield chunk, self._sampler.run(choice.strategy, inputs, chunk, self._next_row)
 
     @property
-    def doubts(self) -> list[str]:
+    def _doubts(self) -> list[str]:
         """The decisions of tasks of which the user is to be told, because others were possible."""
         found = (getattr(task, "doubt", "") for task in self._named_tasks().values())
         return [doubt for doubt in found if doubt]

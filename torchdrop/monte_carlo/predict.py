@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from .._extras import optional
-from ..core.checks import check_integer
-from .activate import ADVICE, Activation, check_masks, check_model, check_seed, check_sources, new_seed
-from .batches import read_batches
-from .classes import class_numbers
-from .heads import Predictions, read_tasks
-from .inputs import Inputs
-from .job import Job
-from .joining import check_mode, check_shapes
-from .memory import MemoryPlan
-from .outputs import Picker
-from .plain import Task
-from .plan import SamplePlan, agreed_seed
 from .prediction import Prediction
-from .sample import STRATEGIES, Sampler
-from .standard_errors import Errors, check_errors
-from .strategy import Choice
+from .predictor import MCPredictor
+from .standard_errors import Errors
 
 
 def mc_predict(
@@ -152,103 +136,31 @@ def mc_predict(
         >>> result.mean.shape, result.mutual_information.shape, result.num_samples
         (torch.Size([5, 3]), torch.Size([5]), 50)
     """
-    model = check_model(model)
-    method = _method(model, method)
-    effort = SamplePlan(_positive("samples", samples), _tolerance(tolerance), _sampling(sampling) == "latin", group)
-    if strategy not in ("auto", *STRATEGIES):
-        raise ValueError(f"strategy must be 'auto', {', '.join(map(repr, STRATEGIES))}, got {strategy!r}")
-    kinds, padded = _tasks(task, model, scores, class_dim, tau, noise), check_mode(batches)
-    check_errors(standard_errors, kinds.values() if isinstance(kinds, dict) else [kinds])
-    shared, patterns = check_masks(masks), check_sources(model, sources)
-    chosen_seed = agreed_seed(new_seed() if seed is None else check_seed(seed), group)
-    pick = Picker(select_output, noise == "log_variance", task)
-    activation = Activation(model, patterns, batch_dim, method)
-    sampler = Sampler(activation, pick, chosen_seed, shared, effort.hypercube)
-    choice = Choice(activation, sampler, strategy, samples)
-    job = Job(
-        activation,
-        sampler,
-        pick,
-        kinds,
-        effort,
-        choice,
-        None if chunk is None else _positive("chunk", chunk),
-        MemoryPlan(memory, effort, standard_errors),
-        keep_samples,
-        valid,
+    predictor = MCPredictor(
+        model,
+        samples,
+        task=task,
+        scores=scores,
+        class_dim=class_dim,
+        valid=valid,
+        tau=tau,
+        noise=noise,
+        seed=seed,
+        masks=masks,
+        sampling=sampling,
+        tolerance=tolerance,
+        sources=sources,
+        strategy=strategy,
+        chunk=chunk,
+        memory=memory,
+        batch_dim=batch_dim,
+        method=method,
+        select=select,
+        select_output=select_output,
+        batches=batches,
+        standard_errors=standard_errors,
+        keep_samples=keep_samples,
+        weight_scaling=weight_scaling,
+        group=group,
     )
-    results: list[dict[str, Prediction]] = []
-    with torch.no_grad(), activation.kept_states():
-        for batch in _shown(read_batches(inputs, select, batch_dim, model, method), progress):
-            results.append(_in_one(job.run(batch, weight_scaling)))
-            for name, prediction in results[-1].items():
-                check_shapes(results[0][name].mean.shape, prediction.mean.shape, len(results), padded)
-    activation.list_sources()
-    activation.warn_of_omissions("mc_predict", 2)
-    if not results:
-        raise ValueError("inputs must hold at least one batch, got none")
-    for what in (*choice.said, *job.doubts):
-        warnings.warn(f"mc_predict: {what}", UserWarning, stacklevel=2)
-    if effort.samples > 1 and job.identical:
-        warnings.warn(f"mc_predict: all samples are identical. {ADVICE}", UserWarning, stacklevel=2)
-    if job.reached is not None:
-        warnings.warn(
-            f"mc_predict: tolerance={tolerance} was not met after {samples} samples: the largest standard error of the "
-            f"mean is {job.reached:.3g}. Raise samples or tolerance",
-            UserWarning,
-            stacklevel=2,
-        )
-    joined = {name: _joined([result[name] for result in results], padded) for name in results[0]}
-    return Predictions(joined) if any(joined) else joined[""]  # type: ignore[return-value]  # see Returns
-
-
-def _in_one(blocks: Sequence[dict[str, Prediction]]) -> dict[str, Prediction]:
-    """Returns the predictions of a batch that was run in blocks of rows."""
-    return {name: _joined([block[name] for block in blocks], False) for name in blocks[0]}
-
-
-def _joined(predictions: Sequence[Prediction], padded: bool) -> Prediction:
-    one = len(predictions) == 1 and not padded
-    return predictions[0] if one else type(predictions[0]).concatenated(predictions, padded=padded)
-
-
-def _method(model: nn.Module, method: Any) -> str:
-    if method is None:
-        return "__call__"
-    if not isinstance(method, str):
-        raise TypeError(f"method must be the name of a method or None, got {type(method).__name__}")
-    if not callable(getattr(model, method, None)):
-        raise ValueError(f"method must name a method of the model, but {type(model).__name__} has no {method!r}")
-    return method
-
-
-def _positive(name: str, value: Any) -> int:
-    return check_integer(name, value, least=1)
-
-
-def _tolerance(tolerance: Any) -> float | None:
-    if tolerance is not None and not tolerance > 0:
-        raise ValueError(f"tolerance must be positive, got {tolerance}")
-    return tolerance
-
-
-def _sampling(sampling: str) -> str:
-    if sampling not in ("iid", "latin"):
-        raise ValueError(f"sampling must be 'iid' or 'latin', got {sampling!r}")
-    return sampling
-
-
-def _tasks(
-    task: str | Mapping[str, str | None] | None,
-    model: nn.Module,
-    scores: str,
-    class_dim: int | str,
-    tau: float | None,
-    noise: str | None,
-) -> Task | dict[str, Task]:
-    numbers = class_numbers(model)
-    return read_tasks(task, scores=scores, class_dim=class_dim, class_numbers=numbers, tau=tau, noise=noise)
-
-
-def _shown(batch: Iterable[Inputs], progress: bool) -> Iterable[Inputs]:
-    return optional("tqdm.auto").tqdm(batch, unit="batch") if progress else batch
+    return predictor._predict(inputs, progress, "mc_predict", 2)
