@@ -252,5 +252,5 @@ def _check_pair(taken: int, second: Any, signature: Signature, doubtful: set[str
             f"mc_predict: the second of each pair is left out as targets, but the model's {signature!r} could take it "
             f"as {name}: give {both}, or select=lambda batch: batch[0] if it is the targets",
             UserWarning,
-            stacklevel=5,
+            stacklevel=7,
         )
