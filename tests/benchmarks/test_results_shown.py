@@ -31,6 +31,7 @@ TABLES = [
     ("mnist", "mnist.json", "mnist.py"),
     ("variants", "variants-cpu.json", "bench_variants.py"),
     ("fused", "fused-cpu.json", "bench_fused.py"),
+    ("attention", "attention-cpu.json", "bench_attention.py"),
     ("compact", "compact.json", "compact.py"),
     ("concrete", "concrete.json", "concrete.py"),
     ("sparsity", "sparsity.json", "sparsity.py"),
