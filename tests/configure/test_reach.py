@@ -88,6 +88,11 @@ class Inherits(OtherName):
         return x
 
 
+class CallsItsBase(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
 class OfFunction(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return alpha(x)
@@ -119,7 +124,8 @@ class TestSearch:
     @pytest.mark.parametrize(
         ("kind", "calls"),
         [
-            (Block, ["F.dropout"]), (OtherName, ["F.dropout"]), (Inherits, []), (OfFunction, ["torch.alpha_dropout"]),
+            (Block, ["F.dropout"]), (CallsItsBase, ["F.dropout"]), (OtherName, ["F.dropout"]), (Inherits, []),
+            (OfFunction, ["torch.alpha_dropout"]),
             (OfAutograd, ["Tensor.bernoulli_"]), (OfMethod, ["Tensor.uniform_"]), (Quiet, []),
             (nn.LSTM, ["torch.lstm"]), (nn.GRUCell, []), (nn.Transformer, []), (nn.RReLU, ["F.rrelu"]),
             (nn.Sequential, []), (nn.Module, []),
