@@ -589,6 +589,7 @@ class TestCompiled:
         calls: list[tuple[Callable[..., Any], dict[str, Any]]] = [
             (lambda self, x: F.dropout1d(x.unsqueeze(-1), 0.5, self.training).squeeze(-1), {}),
             (lambda self, x: F.alpha_dropout(x, 0.5, self.training), {}),
+            (lambda self, x: F.alpha_dropout(F.feature_alpha_dropout(x, 0.5), 0.5), {}),  # off, by their defaults
             (lambda self, x: x * torch.rand(x.shape[0], 1) + x.new_empty(x.shape).bernoulli_(0.4), {}),
             (lambda self, x: F.gumbel_softmax(x), {}),
             (lambda self, x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.5 if self.training else 0.0), {}),
