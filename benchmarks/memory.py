@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import logging
 import os
 import sys
@@ -162,7 +163,7 @@ def _no_native_messages() -> Iterator[None]:
         os.close(nowhere)
 
 
-def _changes(run: Callable[[], object]) -> list[int]:
+def changes(run: Callable[[], object]) -> list[int]:
     """Allocations and releases from PyTorch's CPU allocator in the order in which they happen, in bytes."""
     with (
         _no_native_messages(),
@@ -195,7 +196,7 @@ def saved_bytes(function: Map, x: Tensor) -> Saved:
         live = torch.cuda.memory_allocated(x.device) - before
         del kept
     else:
-        live = sum(_changes(graph))
+        live = sum(changes(graph))
     return Saved(hooks, held, live)
 
 
@@ -210,11 +211,12 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated(device) - before
-    live = peak = 0
-    for change in _changes(run):
-        live += change
-        peak = max(peak, live)
-    return peak
+    return highest(changes(run))
+
+
+def highest(changed: Iterable[int]) -> int:
+    """The most bytes out at a time, of allocations and releases in their order."""
+    return max(itertools.accumulate(changed, initial=0))
 
 
 def _resident(field: str) -> int:

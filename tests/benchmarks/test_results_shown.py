@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import cuda_summary
 import overview
 import pytest
+import training_summary
 import versions
 from harness import digits, duration
 from overview import Report, dropout_cells, load, one
@@ -54,7 +55,7 @@ def test_tables_are_the_committed_runs(
 
 def test_all_runs_are_shown() -> None:
     committed = {path.name for path in (ROOT / "benchmarks" / "results").glob("*.json")}
-    assert committed <= {result for _, result, _ in TABLES} | {"cuda.json"}
+    assert committed <= {result for _, result, _ in TABLES} | {"cuda.json", "training-cpu.json"}
 
 
 def test_the_readme_says_which_versions_were_tried() -> None:
@@ -66,6 +67,13 @@ def test_the_readme_says_which_versions_were_tried() -> None:
 def test_the_cuda_table_is_the_committed_run_or_says_why_there_is_none() -> None:
     shown = RESULTS.partition(cuda_summary.MARKERS[0])[2].partition(cuda_summary.MARKERS[1])[0]
     assert shown.strip() == cuda_summary.committed(ROOT / "benchmarks" / "results" / "cuda.json")
+
+
+def test_the_table_of_training_steps_is_the_committed_run_or_says_that_there_is_none() -> None:
+    shown = RESULTS.partition("<!-- training -->")[2].partition("<!-- end of training -->")[0]
+    results = ROOT / "benchmarks" / "results" / "training-cpu.json"
+    report = json.loads(results.read_text(encoding="utf-8")) if results.exists() else None
+    assert shown.strip() == training_summary.section(report)
 
 
 class TestOverview:

@@ -97,7 +97,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], int, int]] =
     "sew-d": (models.sew_d, models.sound, 13, 0),
     "t5": (models.t5, models.tokens, 10, 2),
     "swin": (models.swin, lambda: image(32), 16, 4),
-    "bart": (lambda: bart(transformers), models.tokens, 7, 12),
+    "bart": (lambda: bart(transformers), models.tokens, 12, 12),
     "opt": (opt, models.tokens, 12, 9),
     "convnext": (convnext, lambda: image(32), 2, 0),
     "graph attention": (graph_attention, graph, 3, 2),

@@ -25,6 +25,7 @@ VARIANTS = {
 TESTS = (
     "handlers/test_masks.py",
     "kernels/test_kernels.py",
+    "layers/test_attention.py",
     "layers/test_dropout.py",
     "ops/test_arguments.py",
     "ops/test_fused.py",

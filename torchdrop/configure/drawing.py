@@ -41,12 +41,66 @@ def random_calls(kind: type[nn.Module]) -> list[str]:
     return _known[kind]
 
 
+def passed_rates(kind: type[nn.Module]) -> set[str]:
+    """Returns the attributes of a class whose value, or whose rate `p`, its forward gives to random functions and uses
+    for nothing else, except where it chooses between that and a constant.
+
+    >>> "dropout" in passed_rates(nn.MultiheadAttention), "num_heads" in passed_rates(nn.MultiheadAttention)
+    (True, False)
+    """
+    search = _Search(kind)
+    list(search.calls())
+    passed: set[str] = set()
+    used: set[str] = set()
+    for function in search.methods:
+        for name, is_passed in _uses(function):
+            (passed if is_passed else used).add(name)
+    return passed - used
+
+
+def _uses(method: types.FunctionType) -> Iterator[tuple[str, bool]]:
+    """Yields the attributes of the module that a method reads as values, and whether they go to a random function."""
+    tree, names, me = _tree(method), method.__globals__, method.__code__.co_varnames[:1]
+    if tree is None:
+        return
+    parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    for node in parents:
+        if not (isinstance(node, ast.Attribute) and _is_name(node.value, me)):
+            continue
+        use: ast.AST = node
+        above = parents[use]
+        if isinstance(above, ast.Attribute):
+            if above.attr != "p":
+                continue  # a part of a layer, which is no rate
+            use, above = above, parents[above]
+        elif isinstance(above, ast.Call) and above.func is node:
+            continue  # a layer or a method that is called
+        while isinstance(above, ast.IfExp) and use is not above.test:
+            use, above = above, parents[above]
+        if isinstance(above, ast.keyword):
+            use, above = above, parents[above]
+        is_passed = isinstance(above, ast.Call) and use is not above.func and _is_random(above.func, names)
+        yield node.attr, is_passed
+
+
+def _is_random(function: ast.expr, names: dict[str, Any]) -> bool:
+    if isinstance(function, ast.Name) and function.id == "attention_interface":
+        return True
+    value = _resolved(function, names)
+    return _is_function(value) and value in _FUNCTIONS
+
+
 class _Search:
-    """A search through the source of one class."""
+    """A search through the source of one class.
+
+    Attributes:
+        methods: the methods of the class that were searched.
+    """
 
     def __init__(self, kind: type[nn.Module]) -> None:
         self._kind = kind
         self._seen: set[Any] = set()
+        self.methods: list[types.FunctionType] = []
 
     def calls(self) -> Iterator[str]:
         if issubclass(self._kind, nn.RNNBase) and self._kind.forward.__module__.startswith("torch."):
@@ -66,6 +120,8 @@ class _Search:
         if not isinstance(function, types.FunctionType) or function in self._seen:
             return
         self._seen.add(function)
+        if owner is not None:
+            self.methods.append(function)
         tree = _tree(function)
         names = {**function.__globals__, **_closure(function)}
         package = _package(function)

@@ -153,7 +153,8 @@ class RateSite:
     @property
     def recompiles(self) -> bool:
         """Whether compiled code is compiled again for another rate."""
-        return not isinstance(self.module, Rated)
+        calls = calls_of(self.module)
+        return not isinstance(self.module, Rated) and (calls is None or self.attribute not in calls.numbers)
 
     @property
     def note(self) -> str:

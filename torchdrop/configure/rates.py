@@ -91,8 +91,10 @@ def keep_probs(model: nn.Module) -> KeepProbs:
     These are the dropout layers of torchdrop and of torch.nn, and the rates that nn.LSTM, nn.GRU, nn.RNN,
     nn.MultiheadAttention and modules of other packages hold as numbers: a float in [0, 1] whose attribute's name
     contains "drop" or "keep_prob", or is p, prob or rate in a class named after dropping. The name of such a number is
-    the module's with the attribute's, "encoder.attention.dropout". A constant that a forward passes to functional
-    dropout has no name: see `audit`.
+    the module's with the attribute's, "encoder.attention.dropout". After `replace`, the calls of dropout functions that
+    modules make in their own code are listed, too, once they have been made in train mode and not compiled:
+    "encoder.attention.dropout:0" is the first call of the module. They have the rate that the code passes, until
+    another is set. Without `replace` a constant that a forward passes has no name: see `audit`.
 
     Args:
         model: any module; a compiled one has the names of its original.
@@ -147,9 +149,9 @@ def set_keep_prob(model: nn.Module, rates: Mapping[str, RateOrRule]) -> None:
     """Sets keep probabilities by name.
 
     A pattern is a glob ("*" matches dots too) of the names that `keep_probs` lists; the name of a module matches all
-    rates in it. If several patterns match, the most specific one wins: the full name, then the one with the most
-    literal characters. All is checked before anything is set. torchdrop's layers in a compiled model are not
-    recompiled.
+    rates in it. A call that `replace` serves may be named before it was made. If several patterns match, the most
+    specific one wins: the full name, then the one with the most literal characters. All is checked before anything is
+    set. torchdrop's layers in a compiled model are not recompiled.
 
     Args:
         model: any module; a compiled one has the names of its original.

@@ -1,4 +1,4 @@
-"""`replace`: torchdrop's layers in the place of torch.nn's, and back."""
+"""`replace`: torchdrop's layers and calls in the place of PyTorch's, and back."""
 
 from __future__ import annotations
 
@@ -106,29 +106,41 @@ class Replacement(Undoable):
 
 
 def replace(model: nn.Module, *, to: str = "torchdrop", sites: bool = True) -> Replacement:
-    """Makes the dropout layers of torch.nn in a model torchdrop's, in place.
+    """Makes all dropout in a model torchdrop's, in place: its layers, and the random calls of its modules.
+
+    Layers of torch.nn become torchdrop's. Modules whose own code draws, with functional dropout, dropout of attention
+    weights, dropout between the layers of nn.LSTM, torch.rand or bernoulli_, make these calls as before, and in train
+    mode torchdrop serves them: with masks that are never stored, that follow the seed, and that are the same for any
+    thread count. Attention is `torchdrop.functional.scaled_dot_product_attention`. In eval mode nothing is served.
 
     Each module stays the object it is and changes its class, so that aliases, modules used in several places, hooks,
-    training flags, rates and all references stay valid. state_dict keys do not change, and outputs in eval mode do not.
-    ``undo()`` changes the classes back and leaves rates that were set meanwhile as they are.
+    training flags, rates and all references stay valid. The class of a module whose calls are served has the name of
+    its own class and is derived from it. state_dict keys do not change, and outputs in eval mode do not. ``undo()``
+    changes the classes back and leaves rates of layers that were set meanwhile as they are.
+
+    A served call has the rate that the module's code passes. After a forward in train mode that is not compiled, it is
+    listed by `keep_probs` under the module's name, its kind and its number, "encoder.self_attn.attention:0", and
+    `set_keep_prob` and schedules can give it a rate of its own. If a rate is an attribute that the code only passes on,
+    compiled code gets it as a tensor and is compiled once for all rates.
 
     Args:
         model: any module.
-        to: "torchdrop", or "torch" for the other direction: torchdrop's layers become torch.nn's.
+        to: "torchdrop", or "torch" for the other direction: torchdrop's layers become torch.nn's, and calls are
+            PyTorch's again.
+        sites: whether random calls are served. If not, layers alone are swapped.
 
     Returns:
-        The layers that were swapped, with ``undo()``, and the dropout that could not be: functional calls, subclasses
-        of torch.nn's layers with code of their own, layers whose instance was given another forward (that of
-        accelerate's hooks follows), and rates that are numbers, such as those of nn.LSTM and nn.MultiheadAttention,
-        which `set_keep_prob` sets. Functional calls are looked for in the source of the modules; `audit` runs the
-        model.
+        The layers that were swapped and the modules whose calls are served, with ``undo()``, and the dropout that could
+        not be reached: subclasses of torch.nn's layers with code of their own, modules whose instance was given another
+        forward (that of accelerate's hooks follows), and scripted modules. Random calls are looked for in the source of
+        the modules, and `audit` shows by a run what that did not find.
 
     Raises:
         TypeError: `model` is no module.
         ValueError: another value of `to`; or towards "torch" a layer that torch.nn cannot express. Nothing is changed.
 
     Warns:
-        UserWarning: there is nothing to swap.
+        UserWarning: there is nothing to replace.
 
     Example:
         >>> import torch, torchdrop
@@ -138,12 +150,20 @@ def replace(model: nn.Module, *, to: str = "torchdrop", sites: bool = True) -> R
         ('torchdrop.layers.dropout', 0.1)
         >>> print(swap)
         replaced 3 dropout layers: dropout, dropout1, dropout2
-        not reached: 1
-          self_attn (MultiheadAttention): holds a rate as a number in .dropout (keep_prob 0.9); torchdrop.set_keep_prob(model, {'self_attn': ...}) sets it
+        serves the calls of 1 module: self_attn
+        >>> y = model(torch.randn(5, 3, 8))
+        >>> torchdrop.set_keep_prob(model, {"self_attn.attention:0": 0.8})
+        >>> print(torchdrop.keep_probs(model))
+        layer                  kind                keep_prob  mode
+        self_attn              MultiheadAttention  0.9        train  number in .dropout
+        self_attn.attention:0  MultiheadAttention  0.8        train  call, set by name
+        dropout                Dropout             0.9        train
+        dropout1               Dropout             0.9        train
+        dropout2               Dropout             0.9        train
         >>> swap.undo()
         >>> type(model.dropout1)
         <class 'torch.nn.modules.dropout.Dropout'>
-    """  # noqa: E501
+    """
     if to not in ("torchdrop", "torch"):
         raise ValueError(f"to must be 'torchdrop' or 'torch', got {to!r}")
     check_bool("sites", sites)

@@ -20,6 +20,9 @@ _OPERATORS = {f"aten::{function.__name__}" for function in SERVED}
 """The random operators that a graph of TorchScript can have."""
 
 
+_ATTENTION = ("attention_interface", "scaled_dot_product_attention", "multi_head_attention_forward")
+
+
 @dataclass(frozen=True)
 class Unreached:
     """Dropout in a model that is no layer to swap.
@@ -42,39 +45,71 @@ class Unreached:
 
 def unreached(model: nn.Module) -> list[Unreached]:
     """Finds all that can be seen without running the model: attributes, and calls in the source of the forwards."""
-    found = []
+    found = list(_rates(model))
+    inner: set[nn.Module] = set()  # the parts of scripted modules, whose graphs have those of their parts in them
+    for module, names in names_of(model).items():
+        if isinstance(module, torch.jit.ScriptModule):
+            entry = None if module in inner else _scripted(module)
+            inner.update(module.modules())
+        elif calls_of(module) is not None:
+            entry = _of_other_kernels(module)
+        else:
+            entry = _called(module)
+        if entry is not None:
+            found.append(Unreached(names[0], type(module).__name__, *entry))
+    return found
+
+
+def _rates(model: nn.Module) -> Iterator[Unreached]:
     for site in rate_sites(model):
         if isinstance(site.module, Rated) or calls_of(site.module) is not None:
             continue
         if isinstance(site.module, _DropoutNd):
             if not type(site.module).__module__.startswith("torch."):
                 what = "a subclass of torch.nn's dropout with code of its own"
-                found.append(Unreached(site.name, site.kind, what, _settable(site.name)))
+                yield Unreached(site.name, site.kind, what, _settable(site.name))
             elif has_own_forward(site.module):
                 what = "its instance has a forward of its own, which calls that of torch.nn"
                 advice = "call torchdrop.replace before what sets it, or set the class's forward again"
-                found.append(Unreached(site.name, site.kind, what, advice))
+                yield Unreached(site.name, site.kind, what, advice)
             continue
         what = f"holds a rate as a number in .{site.attribute} (keep_prob {site.keep_prob:g})"
-        found.append(Unreached(site.name, site.kind, what, _settable(site.name)))
-    held = (_DropoutNd, nn.MultiheadAttention, nn.RNNBase)  # listed above, with their rates
+        yield Unreached(site.name, site.kind, what, _settable(site.name))
+
+
+def _called(module: nn.Module) -> tuple[str, str] | None:
+    if isinstance(module, (_DropoutNd, nn.MultiheadAttention, nn.RNNBase)):  # listed with their rates
+        return None
+    calls = random_calls(type(module))
+    if not calls:
+        return None
     advice = "its masks stay PyTorch's; call torchdrop.functional there to have ours"
-    inner: set[nn.Module] = set()  # the parts of scripted modules, whose graphs have those of their parts in them
-    for module, names in names_of(model).items():
-        if isinstance(module, torch.jit.ScriptModule):
-            drawn = [] if module in inner else _scripted_calls(module)
-            inner.update(module.modules())
-            if drawn:
-                what = f"is made by TorchScript, and its code calls {', '.join(drawn)}"
-                advice = "its masks stay PyTorch's; replace the calls of the module that it was made from"
-                found.append(Unreached(names[0], type(module).__name__, what, advice))
-            continue
-        is_listed = calls_of(module) is not None or isinstance(module, held)
-        calls = [] if is_listed else random_calls(type(module))
-        if calls:
-            what = f"calls {', '.join(calls)} in its forward"
-            found.append(Unreached(names[0], type(module).__name__, what, advice))
-    return found
+    return f"calls {', '.join(calls)} in its forward", advice
+
+
+def _of_other_kernels(module: nn.Module) -> tuple[str, str] | None:
+    """Describes attention whose masks are drawn in a kernel of another package, or of PyTorch on CUDA."""
+    calls = random_calls(type(module))
+    chosen = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    if "attention_interface" in calls and chosen not in (None, "eager", "sdpa", "torchdrop"):
+        advice = "the masks are that kernel's; choose attn_implementation='sdpa' to have ours"
+        return f"computes attention with {chosen}", advice
+    if any(call.endswith(_ATTENTION) for call in calls) and _is_on_cuda(module):
+        advice = "its masks are PyTorch's there; torchdrop.use_backend('reference') gives ours, for tests"
+        return "computes attention by PyTorch's kernels on CUDA", advice
+    return None
+
+
+def _is_on_cuda(module: nn.Module) -> bool:
+    return any(parameter.is_cuda for parameter in module.parameters())
+
+
+def _scripted(module: torch.jit.ScriptModule) -> tuple[str, str] | None:
+    drawn = _scripted_calls(module)
+    if not drawn:
+        return None
+    advice = "its masks stay PyTorch's; replace the calls of the module that it was made from"
+    return f"is made by TorchScript, and its code calls {', '.join(drawn)}", advice
 
 
 def _scripted_calls(module: torch.jit.ScriptModule) -> list[str]:

@@ -181,6 +181,10 @@ class Rate:
             return params_for(self._exact(), self.formula, shape)
         return switched(self._compiled, self.formula)
 
+    def compiled_p(self) -> Probability:
+        """Returns the probability of dropping as a tensor, if it is a number that a layer holds."""
+        return self.p if self._compiled is None else 1.0 - self._compiled[0] / ONE
+
     def _exact(self) -> Probability:
         """Returns `keep_prob`, as a tensor where it is a difference: of Python's numbers the compiler of PyTorch before
         2.13 would make a constant."""
@@ -286,9 +290,12 @@ class Rated(_DropoutNd):
     Attributes:
         rate: the checked rate, which the layer's function gets in the place of p.
         generator: the source of keys; None for PyTorch's default generator.
+        is_passed: whether the code of the module around the layer only passes its `p` on, to calls that are served.
+            Compiled code then gets it as a tensor.
     """
 
     inplace = False
+    is_passed = False
     _formula: Formula = staticmethod(inverted)
     __prepare_scriptable__ = refuse_script
 
@@ -333,6 +340,8 @@ class Rated(_DropoutNd):
     @property  # type: ignore[override]
     def p(self) -> Probability:
         """The probability that an element is dropped: 1 - keep_prob."""
+        if self.is_passed and self.training and is_compiling():
+            return self.rate.compiled_p()
         return self.rate.p
 
     @p.setter

@@ -6,6 +6,7 @@ file may import it.
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from collections.abc import Callable
@@ -66,6 +67,19 @@ current_cuda_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", to
 
 _creation_meta = torch._C._autograd._get_creation_meta
 _MADE_AS_USUAL = torch._C._autograd.CreationMeta.DEFAULT
+
+
+def _no_bfloat16() -> bool:
+    return False
+
+
+_has_bfloat16: Callable[[], bool] = getattr(torch.cpu, "_is_avx512_bf16_supported", _no_bfloat16)
+
+
+@functools.cache
+def has_bfloat16_products() -> bool:
+    """Whether the processor has instructions for products of bfloat16, which PyTorch then uses."""
+    return torch.backends.mkldnn.is_available() and _has_bfloat16()
 
 
 def elements(tensor: Tensor) -> Tensor:

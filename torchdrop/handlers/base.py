@@ -24,6 +24,9 @@ from .calls import RandomCall, Slot
 from .random_functions import DESCRIBE, OPENED, describe_other
 from .tracker import Tracker
 
+SEEN = frozenset((sites.is_on, *OPENED, *DESCRIBE))
+"""The functions that draw, and those whose result decides if others do: their calls matter to a handler as such."""
+
 
 def refuse_backward() -> None:
     """Refuses a forward that backward makes."""

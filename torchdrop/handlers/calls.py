@@ -76,6 +76,7 @@ class RandomCall:
         loose: why its draws depend on the batch, if they do.
         at: makes the call as it is with another rate; None if it has none.
         training: the training flag that it is given; None if it takes none.
+        is_split: whether it is served in parts. Others are served at rate 0, too, so that a key is drawn.
     """
 
     kind: str
@@ -91,6 +92,7 @@ class RandomCall:
     loose: str = ""
     at: Callable[[Any], Any] | None = None
     training: bool | None = None
+    is_split: bool = False
 
 
 Mode = Any

@@ -43,7 +43,11 @@ class _Kept:
 
 
 class Prefix:
-    """The calls of a forward before its first random one, for one batch of data. It is for use without autograd."""
+    """The calls of a forward before its first random one, for one batch of data. It is for use without autograd.
+
+    Attributes:
+        over: whether the calls that come are neither kept nor replaced, up to the end of the pass.
+    """
 
     def __init__(self) -> None:
         self._calls: list[tuple[Any, Any]] = []
@@ -51,6 +55,7 @@ class Prefix:
         self._position = 0
         self._recording = True
         self._usable = True
+        self.over: bool = False
 
     @property
     def tensors(self) -> int:
@@ -62,34 +67,30 @@ class Prefix:
         """The number of calls that are kept."""
         return 0 if self._recording else len(self._calls)
 
-    @property
-    def over(self) -> bool:
-        """Whether the calls that come are neither kept nor replaced, up to the end of the pass."""
-        return not self._recording and self._position == len(self._calls)
-
     def restart(self) -> None:
         """Begins a pass."""
         if self._recording and not self._calls:
             return
         self.end()
-        self._position = 0
         if any(kept.written for kept in self._tensors):
             self.drop()
+        self._position, self.over = 0, not self._calls
 
     def drop(self) -> None:
         """Makes all passes run as a whole from now on."""
         self._usable = False
         self._calls.clear()
         self._tensors.clear()
+        self._position, self.over = 0, not self._recording
 
     def end(self) -> None:
         """Ends the prefix, at the first random call or at the end of the forward."""
         if self._recording:
-            self._recording, self._position = False, len(self._calls)
+            self._recording, self._position, self.over = False, len(self._calls), True
             for kept in self._tensors:
                 kept.settle()
         elif self._usable and self._position < len(self._calls):
-            self._position = len(self._calls)
+            self._position, self.over = len(self._calls), True
             raise PrefixChangedError("a pass met its first random call earlier than the first pass")
 
     def run(self, func: Any, call: Callable[[], Any]) -> Any:
@@ -99,10 +100,13 @@ class Prefix:
             if known != func:
                 raise PrefixChangedError("a pass made other calls than the first one")
             self._position += 1
+            self.over = self._position == len(self._calls)
+            if type(result) is _Kept:  # most results are one tensor, and pytrees are slow
+                return result.value
             return tree_map(lambda leaf: leaf.value if isinstance(leaf, _Kept) else leaf, result)
         out = call()
         if self._recording and self._usable:
-            self._calls.append((func, tree_map(self._keep, out)))
+            self._calls.append((func, self._keep(out) if type(out) is Tensor else tree_map(self._keep, out)))
         return out
 
     def _keep(self, leaf: Any) -> Any:

@@ -187,6 +187,7 @@ def _recurrent(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> RandomCall:
         served=served,
         at=lambda rate: call(rate, args[at]),
         training=args[at] and layers > 1,
+        is_split=True,
         draws=layers - 1,
         loose="the elements of a packed sequence have other places in another batch" if packed else "",
     )
@@ -259,6 +260,7 @@ DESCRIBE: dict[Any, Callable[..., RandomCall]] = {
     torch.feature_alpha_dropout: _dropout("feature_alpha_dropout", functional.feature_alpha_dropout),
     torch.feature_alpha_dropout_: _dropout("feature_alpha_dropout", functional.feature_alpha_dropout, inplace=True),
     F.scaled_dot_product_attention: _attention,
+    functional.scaled_dot_product_attention: _attention,
     **dict.fromkeys(RECURRENT, _recurrent),
     F.rrelu: _rrelu,
     torch.rrelu: _rrelu,

@@ -9,21 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import sites
 from ..core.torch_state import is_compiling, transforms_active, tree_flatten
-from .base import Handler, checkpointed, innermost, refuse_checkpoint
+from .base import SEEN, Handler, checkpointed, innermost, refuse_checkpoint
 from .calls import RandomCall, Site
 from .masks import Layout, MaskSlot, NotVectorizableError, Pass, find_layout, source_seed
 from .prefix import Prefix
-from .random_functions import DESCRIBE, OPENED
 from .sources import UNCHECKED, Seen, Source
 from .tracker import Tracker
-
-_ASKED = frozenset((sites.is_on, *OPENED))
-"""Functions that do not draw themselves, but whose result decides if others do."""
-
-_SEEN = _ASKED.union(DESCRIBE)
-"""Functions whose calls matter to a pass as such; all others are made as they are, except in a prefix."""
 
 _WITHIN = 4
 """The number of tensors of its size that a random call makes, at most: scores, weights, words, and its result."""
@@ -82,13 +74,13 @@ class Substitute(Handler):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         idle = (self.prefix is None or self.prefix.over) and not self.counts and func not in self.others
-        if func not in _SEEN and (idle or is_compiling()):
+        if func not in SEEN and (idle or is_compiling()):
             # Most calls, for which a pass must take no time; and those of flex_attention and torch.cond, which compile.
             return func(*args, **kwargs) if kwargs else func(*args)
         return super().__torch_function__(func, types, args, kwargs)
 
     def _outside(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if self.elsewhere is None or innermost() is not None or not (func in _ASKED or func in DESCRIBE):
+        if self.elsewhere is None or innermost() is not None or func not in SEEN:
             return super()._outside(func, args, kwargs)
         return self.elsewhere(self, func, args, kwargs)
 
@@ -205,5 +197,10 @@ class Substitute(Handler):
 
 def _bytes_of(out: Any) -> int:
     """Returns the bytes of the tensors in a call's result, other than views."""
-    tensors = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, Tensor)]
-    return sum(tensor.nbytes for tensor in tensors if tensor.layout is torch.strided and not tensor._is_view())
+    if type(out) is Tensor:  # as most are, and pytrees are slow
+        return _own_bytes(out)
+    return sum(_own_bytes(leaf) for leaf in tree_flatten(out)[0] if isinstance(leaf, Tensor))
+
+
+def _own_bytes(tensor: Tensor) -> int:
+    return tensor.nbytes if tensor.layout is torch.strided and not tensor._is_view() else 0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.torch_state import DispatchMode, is_compiling
-from .base import Handler
+from .base import SEEN, Handler
 from .calls import RandomCall
 from .random_functions import DESCRIBE, describe_other
 from .sources import Seen, Source
@@ -44,18 +44,21 @@ class Trace(Handler):
         tracker: the tracker of the model.
         rows: the number of rows of data in the forward.
         states: returns the states of the generators that the model may draw from.
+        counts: whether `unseen` is on during the forward.
 
     Attributes:
         sources: the sources of the forward, in order.
         flagged: names of modules whose own code may decide from their training flag what is drawn.
-        unseen: a dispatch mode to be on during the forward, which counts the draws of all operators.
+        unseen: a dispatch mode to be on during the forward if wanted, which counts the draws of all operators.
         seen: the number of these draws that belong to calls that were seen.
         branching: whether a single number was drawn, as by code that decides from it to skip a layer.
         hidden: whether a generator has moved on between the calls that were seen. It is a quick look, for a forward
             without `unseen`; `look` ends it.
     """
 
-    def __init__(self, tracker: Tracker, rows: int | None, states: Callable[[], Any] = lambda: None) -> None:
+    def __init__(
+        self, tracker: Tracker, rows: int | None, states: Callable[[], Any] = lambda: None, counts: bool = False
+    ) -> None:
         super().__init__(tracker)
         self._states = states
         self._state = states()
@@ -65,9 +68,11 @@ class Trace(Handler):
         self.unseen: DrawCount = DrawCount()
         self.seen: int = 0
         self.branching: bool = False
-        self._rows = rows
+        self._rows, self._counts = rows, counts
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in SEEN and not self._counts:  # most calls, for which a pass must take no time
+            return func(*args, **kwargs) if kwargs else func(*args)
         if is_compiling() and func not in DESCRIBE:  # by flex_attention or torch.cond
             return func(*args, **(kwargs or {}))
         return super().__torch_function__(func, types, args, kwargs)

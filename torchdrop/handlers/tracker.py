@@ -106,14 +106,16 @@ _WRAPPED = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 
 def inner_names(model: nn.Module) -> dict[str, str]:
     """Returns, for the name of each module, its name without the wrappers around it, from which its masks follow."""
+    modules = dict(model.named_modules())
     outer = {
-        ".".join(filter(None, (name, "module")))
-        for name, module in model.named_modules()
-        if isinstance(module, _WRAPPERS)
+        ".".join(filter(None, (name, "module"))) for name, module in modules.items() if isinstance(module, _WRAPPERS)
     }
     inner = {}
-    for name, _ in model.named_modules():
+    for name in modules:
         parts = name.split(".")
+        if not outer and _WRAPPED.isdisjoint(parts):
+            inner[name] = name
+            continue
         ahead = (".".join(parts[: n + 1]) for n in range(len(parts)))
         inner[name] = ".".join(
             part for part, whole in zip(parts, ahead, strict=True) if part not in _WRAPPED and whole not in outer

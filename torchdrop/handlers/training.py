@@ -7,12 +7,14 @@ that was not replaced.
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -35,6 +37,8 @@ SERVED = {
 
 _SEEN = frozenset((*SERVED, *OPENED))
 
+_RATE = list(inspect.signature(F.multi_head_attention_forward).parameters).index("dropout_p")
+
 
 class NewMasks(Slot):
     """Masks and numbers under keys that are drawn as torchdrop's layers draw theirs."""
@@ -48,6 +52,8 @@ class NewMasks(Slot):
         return sites.apply(operator, x, params, shape, inplace)
 
     def attention(self, rate: Any, query: Tensor, key: Tensor, value: Tensor, **how: Any) -> Tensor:
+        if query.is_nested:  # its samples have different lengths, so its weights have no shape
+            return F.scaled_dot_product_attention(query, key, value, dropout_p=float(rate), **how)
         return scaled_dot_product_attention(query, key, value, dropout_p=rate, **how)
 
     def another(self, number: int) -> Slot:
@@ -63,6 +69,11 @@ class NewMasks(Slot):
 NEW_MASKS = NewMasks()
 
 
+def compiled_rate(p: Probability) -> Tensor:
+    """Returns a probability of dropping in the form in which compiled code does not look at its value."""
+    return torch.as_tensor(p, dtype=torch.float64, device="cpu")
+
+
 class OwnRate:
     """The rate of one call that was set by name.
 
@@ -72,10 +83,10 @@ class OwnRate:
 
     def __init__(self, keep_prob: Probability) -> None:
         self.keep_prob, self.p = read_rate(None, keep_prob)
-        self._compiled = torch.as_tensor(self.p, dtype=torch.float64, device="cpu")
+        self._compiled = compiled_rate(self.p)
 
     def value(self) -> Probability:
-        """Returns the probability of dropping, in the form in which compiled code does not look at its value."""
+        """Returns the probability of dropping, for eager or for compiled code."""
         return self._compiled if is_compiling() else self.p
 
 
@@ -85,10 +96,12 @@ class Calls:
     Attributes:
         own: the rates that were set by name.
         passed: the rates that the module's code passed when it ran last in train mode, not compiled.
+        numbers: the rates that the module holds in attributes, for compiled code.
         off: whether calls with a rate drop nothing.
     """
 
     def __init__(self) -> None:
+        self.numbers: dict[str, Tensor] = {}
         self.own: dict[str, OwnRate] = {}
         self.passed: dict[str, Probability] = {}
         self.off = False
@@ -103,6 +116,7 @@ class Training(TorchFunctionMode):
         super().__init__()
         self._module, self._calls, self._handled, self._running = module, calls, handled, running
         self._numbers: dict[str, int] = {}
+        self._given: Probability | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -112,14 +126,24 @@ class Training(TorchFunctionMode):
             return func(*args, **kwargs)
         describe = SERVED.get(func)
         if describe is None:
-            with self:
-                return OPENED[func](*args, **kwargs)
+            return self._open(func, args, kwargs)
         if kwargs.get("generator") is not None or kwargs.get("out") is not None:
             return func(*args, **kwargs)
         return self._serve(describe(self, func, *args, **kwargs))
 
+    def _open(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Serves the calls that a function of torch makes."""
+        if func is F.multi_head_attention_forward and len(args) > _RATE and not self._handled:
+            # It compares the rate with 0, which compiled code could not, and at 0 no key would be drawn.
+            self._given, args = args[_RATE], (*args[:_RATE], 0.5, *args[_RATE + 1 :])
+        try:
+            with self:
+                return OPENED[func](*args, **kwargs)
+        finally:
+            self._given = None
+
     def _serve(self, call: RandomCall) -> Any:
-        rate, on, own = call.rate, call.on, None
+        rate, on, own = call.rate if self._given is None else self._given, call.on, None
         if call.at is not None:
             name = self._name(call.kind)
             own = self._calls.own.get(name)
@@ -127,7 +151,8 @@ class Training(TorchFunctionMode):
             if trains and not is_compiling():
                 self._calls.passed[name] = rate
             if own is not None:
-                rate, on = own.value(), trains
+                rate = own.value()
+            on = trains and (on or own is not None or not call.is_split)
         off = self._calls.off and call.at is not None
         if on and not (self._handled or is_compiling()) and _checkpointed_inside():
             if off or own is not None:

@@ -98,6 +98,12 @@ class Library:
         self.stratified: Callable[..., None] = _typed(
             lib.td_stratified, None, c_void_p, *[c_int64] * 3, *[c_void_p] * 3, c_int64, c_void_p, c_int, c_int
         )
+        self.attention_weights: Callable[..., None] = _typed(
+            lib.td_attention_weights, None, c_int, c_void_p, c_void_p, c_int, c_int
+        )
+        self.attention_gradients: Callable[..., None] = _typed(
+            lib.td_attention_gradients, None, c_int, c_void_p, c_void_p, c_int, c_int
+        )
         self.philox_block: Callable[..., None] = _typed(lib.td_philox_block, None, c_uint64, c_void_p, c_void_p)
         self.width: Callable[[], int] = _typed(lib.td_width, c_int)
         self.openmp: Callable[[], int] = _typed(lib.td_openmp, c_int)

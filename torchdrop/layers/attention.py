@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function
 
 from .. import kernels
 from ..core import portable, sites
@@ -178,25 +179,27 @@ def scaled_dot_product_attention(
     _check(query, key, value, attn_mask, enable_gqa)
     if is_causal and attn_mask is not None:
         attn_mask, is_causal = _both(attn_mask, query.shape[-2], key.shape[-2]), False
-    factor = 1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else scale
+    number = not isinstance(rate.keep_prob, Tensor)
     compiling = is_compiling()
+    watched = not compiling and function_modes() and is_watched()
+    if watched and number and generator is None:  # handlers know it as a call of PyTorch's function with this rate
+        args = (query, key, value, attn_mask, rate.p, is_causal, scale, enable_gqa)
+        return handle_torch_function(scaled_dot_product_attention, (query,), *args)
+    factor = 1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else scale
     params = rate.params_for(_weights_shape(query, key, value, enable_gqa))
-    if (not compiling and function_modes() and is_watched()) or portable.is_wanted(compiling):
+    if watched or portable.is_wanted(compiling):
 
         def drop(weights: Tensor) -> Tensor:
             return sites.apply(masked, weights, params, weights.shape, generator=generator)
 
         return composed(query, key, value, attn_mask, is_causal, factor, drop)
-    if query.is_cuda and generator is None and kernels._forced is None and not isinstance(rate.keep_prob, Tensor):
-        return _of_torch(query, key, value, attn_mask, float(rate.p), is_causal, scale, enable_gqa)
+    if query.is_cuda and generator is None and kernels._forced is None and number:
+        return _of_torch(query, key, value, attn_mask, rate.p, is_causal, scale, enable_gqa)
     mask_key = sites.new_key(query, params, generator)
-    if mask_key is None or (compiling and not isinstance(dropout_p, Rate) and _is_one(rate.keep_prob)):
+    # The rate of a layer is not looked at in compiled code.
+    if mask_key is None or (compiling and not isinstance(dropout_p, Rate) and number and rate.keep_prob == 1.0):
         return _of_torch(query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa)
     return attention(query, key, value, attn_mask, mask_key, params, is_causal, factor)
-
-
-def _is_one(keep_prob: Probability) -> bool:
-    return not isinstance(keep_prob, Tensor) and keep_prob == 1.0
 
 
 def _of_torch(
@@ -204,7 +207,7 @@ def _of_torch(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    p: float,
+    p: Any,
     is_causal: bool,
     scale: float | None,
     gqa: bool,

@@ -9,7 +9,7 @@ with the one in train mode, and the report has the result. All of it happens to 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -76,10 +76,15 @@ class Activation:
         return any(matches(pattern, name) for pattern in self._patterns)
 
     def survey(
-        self, inputs: Inputs, module: nn.Module | None = None, method: str | None = None, hooks: bool = False
+        self,
+        inputs: Inputs,
+        module: nn.Module | None = None,
+        method: str | None = None,
+        hooks: bool = False,
+        sample: Callable[[int, Inputs], None] | None = None,
     ) -> Any:
         """Finds the randomness in a call of the model or of a part of it: see `Survey`."""
-        return Survey(self, module or self.model, method or self._method).run(inputs, hooks)
+        return Survey(self, module or self.model, method or self._method, sample).run(inputs, hooks)
 
     @contextmanager
     def strict(self) -> Iterator[None]:

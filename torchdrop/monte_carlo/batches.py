@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -177,7 +178,7 @@ def read_batches(
     Warns:
         UserWarning: the second of a pair is left out, and the model could take it as an argument.
     """
-    home = next((t.device for t in (*model.parameters(), *model.buffers())), None)
+    home = next((t.device for t in chain(model.parameters(), model.buffers())), None)
     signature = Signature(model, method)
     convert = Conversion(model)
     if isinstance(inputs, (Tensor, tuple, Mapping)) or is_array(inputs) or is_record(inputs):

@@ -92,23 +92,12 @@ class Groups:
             raise ValueError("there are no samples yet")
         return {name: _merged(several[group] for group in sorted(several)) for name, several in self.moments.items()}
 
-    def leave_one_out(self, names: Iterable[str] | None = None) -> Iterator[dict[str, Any]]:
-        """Yields, for each group in turn, the moments over all samples but its own; needs two groups or more.
-
-        Args:
-            names: the observables, which must be kept by groups; all if None.
-        """
-        names, groups = list(self.moments if names is None else names), sorted(self.sizes)
-        apart = [self.moments[name] for name in names]
-        after = [[several[groups[-1]] for several in apart]]
-        for group in reversed(groups[1:-1]):
-            after.append(_joined([several[group] for several in apart], after[-1]))
-        yield dict(zip(names, after.pop(), strict=True))
-        before = [several[groups[0]] for several in apart]
-        for group in groups[1:-1]:
-            yield dict(zip(names, _joined(before, after.pop()), strict=True))
-            before = _joined(before, [several[group] for several in apart])
-        yield dict(zip(names, before, strict=True))
+    def leave_one_out(self) -> Iterator[dict[str, Any]]:
+        """Yields, for each group in turn, the moments over all samples but its own; needs two groups or more, and all
+        observables by groups."""
+        total = self.total()
+        for group in sorted(self.sizes):
+            yield {name: _without_each(total[name], [several[group]]) for name, several in self.moments.items()}
 
     def standard_errors(self, statistics: Mapping[str, Statistic]) -> dict[str, Tensor]:
         """Returns the Monte Carlo standard error of each statistic: its standard deviation over draws of the samples.
@@ -128,32 +117,37 @@ class Groups:
             Efron, Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 11; for groups of unequal size Busing,
             Meijer, van der Leeden, "Delete-m Jackknife for Unequal m", Statistics and Computing 9, 1999.
         """
-        total, groups = self.total(), sorted(self.sizes)
-        inverse_shares = [self.count / self.sizes[group] for group in groups]
-        whole = {name: one(total) for name, one in statistics.items() if self.rounds or not isinstance(one, Mean)}
+        total, errors = self.total(), dict[str, Tensor]()
+        jackknifed = {name: one for name, one in statistics.items() if self.rounds or not isinstance(one, Mean)}
+        for name, one in statistics.items():
+            if isinstance(one, Mean) and not self.rounds:
+                errors[name] = (total[one.observable].variance / self.count).sqrt()
+        errors |= self._jackknifed(jackknifed, total)
+        return {name: errors[name] for name in statistics}
+
+    def _jackknifed(self, statistics: Mapping[str, Statistic], total: Observed) -> dict[str, Tensor]:
+        whole = {name: one(total) for name, one in statistics.items()}
+        if len(self.sizes) < 2:
+            return {name: torch.full_like(value, math.nan) for name, value in whole.items()}
         moves: dict[str, list[Tensor]] = {name: [] for name in whole}
-        jackknifed = {name: one for name, one in statistics.items() if not isinstance(one, Mean)}
-        if jackknifed and len(groups) > 1:
-            for without, h in zip(self.leave_one_out(self._needed(jackknifed.values())), inverse_shares, strict=True):
-                for name, statistic in jackknifed.items():
-                    moves[name].append((h - 1) * (whole[name] - statistic(without)))
-        errors = {}
-        for name, statistic in statistics.items():
-            if isinstance(statistic, Mean) and not self.rounds:
-                errors[name] = (total[statistic.observable].variance / self.count).sqrt()
-                continue
-            if isinstance(statistic, Mean):
-                means = self.moments[statistic.observable]
-                moves[name] = [means[group].mean - whole[name] for group in groups]
-            enough = len(groups) > 1
-            errors[name] = _spread(moves[name], inverse_shares) if enough else torch.full_like(whole[name], math.nan)
-        return errors
+        inverse_shares: list[float] = []
+        for size in sorted(set(self.sizes.values())):
+            groups, h = [group for group in sorted(self.sizes) if self.sizes[group] == size], self.count / size
+            inverse_shares += [h] * len(groups)
+            without = {
+                name: _without_each(total[name], [self.moments[name][group] for group in groups])
+                for name in self._needed(statistics.values())
+            }
+            for name, statistic in statistics.items():
+                value = whole[name].unsqueeze(-2)
+                moves[name].append((h - 1) * (value - statistic(without).unflatten(-1, (len(groups), value.shape[-1]))))
+        return {name: _spread(torch.cat(several, -2), inverse_shares) for name, several in moves.items()}
 
     def _needed(self, statistics: Iterable[Statistic]) -> list[str]:
         """Returns the observables of these statistics, in the order in which they are kept."""
         named: set[str] = set()
-        for statistic in statistics:
-            named |= set(statistic.observables if isinstance(statistic, Derived) else self.moments)
+        for one in statistics:
+            named |= {one.observable} if isinstance(one, Mean) else set(getattr(one, "observables", self.moments))
         return [name for name in self.moments if name in named]
 
 
@@ -161,12 +155,29 @@ def _merged(several: Iterable[Any]) -> Any:
     return functools.reduce(lambda one, other: one.merged_with(other), several)
 
 
-def _joined(one: Sequence[Any], other: Sequence[Any]) -> list[Any]:
-    return [mine.merged_with(theirs) for mine, theirs in zip(one, other, strict=True)]
+def _without_each(total: Any, groups: Sequence[Any]) -> Any:
+    """Returns the moments over all samples but those of one group, for each of some groups of one size: side by side in
+    the last dimension, the places without the first, those without the second, ...
+
+    With total moments (n, mean, M) and a group's (m, mean_g, M_g), d = mean_g - mean and r = n - m, they are
+
+        mean - d m / r,    M - M_g - m d^2 n / r.
+
+    What is lost to cancellation is small compared with the group's own share of M, and so with the standard error.
+    """
+    m = groups[0].count
+    r = total.count - m
+    if isinstance(total, Counts):
+        return Counts(r, torch.cat([total.yes - one.yes for one in groups], -1))
+    mean, m2 = total.mean.unsqueeze(-2), total.m2.unsqueeze(-2)
+    move = torch.stack([one.mean for one in groups], -2).sub_(mean)
+    rest = torch.stack([one.m2 for one in groups], -2).addcmul_(move, move, value=m * total.count / r)
+    rest = (m2 - rest).clamp_(min=0.0)
+    return Moments(r, (mean - move.mul_(m / r)).flatten(-2), rest.flatten(-2))
 
 
-def _spread(moves: Sequence[Tensor], inverse_shares: Sequence[float]) -> Tensor:
-    """Returns the jackknife's standard error from d_g and h_g: see `Groups.standard_errors`."""
-    center = sum(move / h for move, h in zip(moves, inverse_shares, strict=True))
-    squares = [(move - center).square_() / (h - 1) for move, h in zip(moves, inverse_shares, strict=True)]
-    return torch.stack(squares).mean(0).sqrt_()
+def _spread(moves: Tensor, inverse_shares: Sequence[float]) -> Tensor:
+    """Returns the jackknife's standard error from d_g (..., groups, places) and h_g: see `Groups.standard_errors`."""
+    alike = len(set(inverse_shares)) == 1
+    h: Any = inverse_shares[0] if alike else moves.new_tensor(inverse_shares).unsqueeze(-1)
+    return (moves - (moves / h).sum(-2, keepdim=True)).square_().div_(h - 1).mean(-2).sqrt_()

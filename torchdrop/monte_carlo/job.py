@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,6 +20,9 @@ from .prediction import Prediction
 from .sample import Outputs, Sampler
 from .statistics import Collector
 from .strategy import Choice
+
+_WORTH_MEASURING = 2
+"""The number of chunks that a measurement of memory may save at most and that take about as much time as it does."""
 
 
 class Job:
@@ -75,10 +79,11 @@ class Job:
         self._choice.survey(inputs)
         memory, sampler = self._memory, self._sampler
         memory.row_elements, tasks = self._pick.by_name(sampler.row_elements), self._named_tasks()
-        plans = []
+        heights, chunks = [], []
         for memory.row_bytes in (sampler.least_bytes, sampler.most_bytes):
-            plans.append((memory.rows(inputs, tasks), memory.samples(inputs, tasks)))
-        if self._effort.latin or (plans[0] != plans[1] and not (self._chunk and memory.bound is None)):
+            heights.append(memory.rows(inputs, tasks))
+            chunks.append(math.ceil(self._effort.samples / (self._chunk or memory.samples(inputs, tasks))))
+        if self._effort.latin or heights[0] != heights[1] or chunks[1] - chunks[0] > _WORTH_MEASURING:
             memory.row_bytes = sampler.measured_bytes()
         self._prepared = True
 

@@ -10,7 +10,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ class Sampler:
         self.row_work: int = 1
         self.row_elements: tuple[int, ...] = ()
         self._few = Inputs((), {}, None)
+        self._borrowed = False
         self._reference: Outputs = ()
         self._row_dims: tuple[int | None, ...] = ()
 
@@ -81,6 +83,10 @@ class Sampler:
                 offsets=offsets,
             )
         )
+
+    def begin(self, number: int, inputs: Inputs) -> None:
+        """Begins a pass that is one sample."""
+        self._begin(torch.tensor(number, device=inputs.device), number, inputs, 0)
 
     def _cube(self, first: int) -> Hypercube | None:
         """Returns the hypercube that this sample belongs to."""
@@ -152,39 +158,72 @@ class Sampler:
         """Returns the outputs of a pass in eval mode, with nothing random."""
         return self._detached(self._activation.deterministic(self._own(inputs)))
 
-    def measure(self, inputs: Inputs, three: Any) -> float:
+    def measure(self, inputs: Inputs, three: Any, borrow: bool) -> float:
         """Takes two samples of two rows, one after another, as the reference for other strategies. If the data has one
         row, that has to do, unless the model takes its dimension away.
 
         Args:
             inputs: a batch.
-            three: the output of the model for three rows.
+            three: the output of the model for three rows, as sample 0.
+            borrow: whether rows of that may be sample 0. If outputs differ from it later, for example because rows
+                depend on each other, the reference is taken again.
 
         Returns:
             The share of a forward that comes before its first draw and can run once: of its calls, or of the bytes that
             they return if that is more.
         """
-        server, shapes = self._activation.server, self._pick(three)
+        server, first = self._activation.server, self._detached(three)
+        self._borrowed = borrow and inputs.rows != 1 and not self._activation.stateful
         for rows in (1, 2) if inputs.rows == 1 else (2,):
-            self._take_reference(inputs, rows)
-            if all(two.dim() == more.dim() + 1 for two, more in zip(self._reference, shapes, strict=True)):
+            self._take_reference((1,) if self._borrowed else (0, 1), inputs, rows)
+            if all(two.dim() == more.dim() + 1 for two, more in zip(self._reference, first, strict=True)):
                 break
         few = self._few.rows or 1
         self.row_work = (server.before + server.bytes) // few
         self.most_bytes, self.least_bytes = max(server.bytes // few, 1), max(server.largest // few, 1)
         layouts = [
             None if inputs.rows is None else find_layout((two.shape[1:], more.shape), (few, 3), more.shape)
-            for two, more in zip(self._reference, shapes, strict=True)
+            for two, more in zip(self._reference, first, strict=True)
         ]
         self._row_dims = tuple(layout.dim if layout else None for layout in layouts)
         self.row_elements = tuple(
-            more.numel() // (1 if dim is None else 3) for more, dim in zip(shapes, self._row_dims, strict=True)
+            more.numel() // (1 if dim is None else 3) for more, dim in zip(first, self._row_dims, strict=True)
         )
-        if server.prefix is None:
-            return 0.0
-        return max(server.prefix.tensors / max(server.calls, 1), server.before / max(server.before + server.bytes, 1))
+        share = 0.0
+        if server.prefix is not None:
+            work = server.before + server.bytes
+            share = max(server.prefix.tensors / max(server.calls, 1), server.before / max(work, 1))
+        if self._borrowed:
+            self._borrow(first)
+        return share
 
-    def _take_reference(self, inputs: Inputs, rows: int) -> None:
+    def _borrow(self, first: Outputs) -> None:
+        """Puts rows of a pass that was sample 0 before sample 1 of two rows."""
+        parts = zip(first, self._reference, self._row_dims, strict=True)
+        rows = [more if dim is None else more.narrow(dim, 0, two.shape[dim + 1]) for more, two, dim in parts]
+        pairs = list(zip(rows, self._reference, strict=True))
+        if all(one.shape == two.shape[1:] for one, two in pairs):
+            self._reference = tuple(torch.cat([one.unsqueeze(0), two]) for one, two in pairs)
+        else:  # the outputs of another number of rows differ in shape, but not by rows
+            self._take_own_reference()
+
+    def _take_own_reference(self) -> None:
+        self._borrowed = False
+        with self._apart():
+            self._reference = self.run("loop", self._few, (0, 1))
+
+    @contextmanager
+    def _apart(self) -> Iterator[None]:
+        """Restores what belongs to the passes of a batch after passes of two rows."""
+        server, report = self._activation.server, self._activation.report
+        prefix = server.prefix
+        self.keep_prefix()
+        try:
+            yield
+        finally:
+            server.draws, server.prefix = report.draws, prefix
+
+    def _take_reference(self, samples: Sequence[int], inputs: Inputs, rows: int) -> None:
         server = self._activation.server
         for self.writes in (False, True):
             self._few = inputs.first(rows)
@@ -192,7 +231,7 @@ class Sampler:
             self.keep_prefix()
             server.counts = True
             try:
-                self._reference = self.run("loop", self._few, (0, 1))
+                self._reference = self.run("loop", self._few, samples)
             finally:
                 server.counts = False
             if self._few.versions == before:
@@ -213,15 +252,13 @@ class Sampler:
 
     def works(self, strategy: str) -> str:
         """Says why a strategy differs from one sample after another; "" if it does not. Call `measure` before."""
-        prefix = self._activation.server.prefix
-        self.keep_prefix()
         try:
-            outputs = self.run(strategy, self._few, (0, 1))
+            if self._borrowed:
+                self._take_own_reference()
+            with self._apart():
+                outputs = self.run(strategy, self._few, (0, 1))
         except Exception as error:
             return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
-        finally:
-            self._activation.server.draws = self._activation.report.draws
-            self._activation.server.prefix = prefix
         if any(not _agree(a, b, b) for a, b in zip(outputs, self._reference, strict=True)):
             return "its outputs differ from those of one sample after another"
         return ""
@@ -229,6 +266,13 @@ class Sampler:
     def agrees(self, outputs: Outputs, samples: Sequence[int], rows: int | None) -> bool | None:
         """Whether the first rows of samples 0 and 1 have the outputs here that `measure` has found; None if that cannot
         be told, because it is other samples or no output has rows."""
+        same = self._agrees(outputs, samples, rows)
+        if same is False and self._borrowed:
+            self._take_own_reference()
+            same = self._agrees(outputs, samples, rows)
+        return same
+
+    def _agrees(self, outputs: Outputs, samples: Sequence[int], rows: int | None) -> bool | None:
         if samples[0] != 0 or (rows is not None and set(self._row_dims) == {None}):
             return None
         same, count = True, 2 if len(samples) > 1 and samples[1] == 1 else 1

@@ -9,26 +9,23 @@ from __future__ import annotations
 import functools
 import types
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from operator import is_
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core.torch_state import is_compiling
 from ..handlers.tracker import Tracker
-from .redirect import CALLS, COMPILED, beneath, is_nested, is_redirected
-
-_TABLES = ("_modules", "_parameters", "_buffers")
-_STANDARD = frozenset((*vars(nn.Module()), *CALLS, COMPILED))
-"""The attributes that every module has. None refers to another module, except for those that are handled separately."""
+from .attributes import CALLABLES, DEEPEST, MAPPED, TABLES, Known, Snapshot, Wanted, further, holds, is_own_tensor
+from .redirect import CALLS, COMPILED, beneath, is_redirected
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
-_CONTAINERS = (list, tuple, set, dict, OrderedDict)
-_CALLABLES = (types.MethodType, functools.partial, types.FunctionType)
-_MAPPED = frozenset((*_CONTAINERS, *_CALLABLES))
+_MANY = 4
+"""The number of passes of one kind after which all shells are compared at once, since taking a snapshot takes time. It
+doubles with each snapshot that does not hold any more."""
 
 
 def _no(module: nn.Module) -> bool:
@@ -48,8 +45,16 @@ class Shells:
         self._model, self._tracker, self._level = model, tracker, level
         self.names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
         self._of = {module: _empty(module) for module in self.names}
-        self._known: dict[nn.Module, _Known] = {}
+        self._known: dict[nn.Module, Known] = {}
         self._unwritten = False  # since the last refresh, as `write_back` has seen
+        self._wanted: tuple[Any, ...] = ()
+        self._passes = 0  # for which the same was wanted, since snapshots were taken
+        self._enough = _MANY
+        self._modules_then: Snapshot | None = None  # modules whose shells last
+        self._shells_then: Snapshot | None = None
+        self._varying: list[nn.Module] = []  # all others
+        self._varying_modules_then: Snapshot | None = None
+        self._varying_shells_then: Snapshot | None = None
         self._usual: dict[tuple[nn.Module, str], Entering] = {}
 
     def method(self, module: nn.Module, name: str) -> Callable[..., Any]:
@@ -78,31 +83,91 @@ class Shells:
             hooks: whether hooks run that are neither PyTorch's nor torchdrop's own.
         """
         level, copied = self._level if contexts else None, dict[int, Any]()
+        all_wanted = (*map(training, self._of), *map(apart, self._of), copies, hooks, level)
+        if all_wanted != self._wanted:
+            self._forget_snapshots()
+            self._wanted, self._passes = all_wanted, 0
+        self._passes += 1
+        if (
+            holds(self._modules_then)
+            and (self._unwritten or holds(self._shells_then))
+            and not self._has_new(self._varying)
+        ):
+            if not holds(self._varying_modules_then):
+                self._varying_shells_then = None
+            self._make_varying()
+            self._unwritten = False
+            return
         stale = []
         for module, shell in self._of.items():
-            wanted, known = _Wanted(training(module), apart(module), copies, hooks, level), self._known.get(module)
+            wanted, known = Wanted(training(module), apart(module), copies, hooks, level), self._known.get(module)
             current = known is not None and known.is_current(module, shell, wanted, not self._unwritten)
             if known is None or not current:
                 stale.append((module, wanted))
             elif known.wanted.training != wanted.training:
                 known.set_training(shell, wanted)
-        if any(child is not None and child not in self._of for m, _ in stale for child in m._modules.values()):
+        if self._has_new(module for module, _ in stale):
             for name, module in self._model.named_modules():
                 if module not in self._of:
                     self.names[module], self._of[module] = name, _empty(module)
-                    stale.append((module, _Wanted(training(module), apart(module), copies, hooks, level)))
+                    stale.append((module, Wanted(training(module), apart(module), copies, hooks, level)))
         for module, wanted in stale:
-            self._known[module] = _Known(module, self._rebuilt(module, wanted, copied), wanted)
+            self._make(module, wanted, copied)
+        self._take_snapshots(modules=True)
         self._unwritten = False
 
     def renew(self) -> None:
         """Puts the shells back to what `refresh` has made of them, for another pass of the same kind."""
+        self._passes += 1
+        if holds(self._shells_then):
+            self._make_varying()
+            return
         copied: dict[int, Any] = {}
         for module, known in self._known.items():
             if not (known.lasting and known.shell.are_of(self._of[module])):
-                self._known[module] = _Known(module, self._rebuilt(module, known.wanted, copied), known.wanted)
+                self._make(module, known.wanted, copied)
+        self._take_snapshots(modules=False)
 
-    def _rebuilt(self, module: nn.Module, wanted: _Wanted, copied: dict[int, Any]) -> nn.Module:
+    def _make(self, module: nn.Module, wanted: Wanted, copied: dict[int, Any]) -> None:
+        self._known[module] = Known(module, self._rebuilt(module, wanted, copied), wanted)
+
+    def _make_varying(self) -> None:
+        """Makes the shells that do not last, unless they are as they were, too. Some may share a container's copy."""
+        if holds(self._varying_shells_then):
+            return
+        self._varying_modules_then = self._varying_shells_then = None
+        copied: dict[int, Any] = {}
+        for module in self._varying:
+            self._make(module, self._known[module].wanted, copied)
+
+    def _take_snapshots(self, modules: bool) -> None:
+        """Takes what the next passes compare with, after so many of a kind that more are likely.
+
+        Args:
+            modules: whether the modules have been seen to be what their shells were made of.
+        """
+        self._forget_snapshots()
+        if self._passes >= self._enough:
+            lasts = {module: known.is_lasting(module) for module, known in self._known.items()}
+            lasting = [module for module in lasts if lasts[module]]
+            self._varying = [module for module in lasts if not lasts[module]]
+            self._shells_then = Snapshot(self._of[module] for module in lasting)
+            self._modules_then = Snapshot(lasting) if modules else None
+            if self._varying and all(self._known[module].is_contained(module) for module in self._varying):
+                shells = (self._of[module] for module in self._varying)
+                self._varying_shells_then = Snapshot(shells, contents=True)
+                self._varying_modules_then = Snapshot(self._varying, contents=True) if modules else None
+
+    def _forget_snapshots(self) -> None:
+        if self._shells_then is not None:  # so they are of little use
+            self._passes, self._enough = 0, 2 * self._enough
+        self._modules_then = self._shells_then = self._varying_modules_then = self._varying_shells_then = None
+
+    def _has_new(self, modules: Iterable[nn.Module]) -> bool:
+        """Whether a child of one of these modules has no shell yet."""
+        return any(child is not None and child not in self._of for m in modules for child in m._modules.values())
+
+    def _rebuilt(self, module: nn.Module, wanted: Wanted, copied: dict[int, Any]) -> nn.Module:
         """Returns a module's shell with the attributes that the module has now."""
         shell = self._of[module]
         if type(shell) is not type(module):  # parametrizations change it
@@ -110,16 +175,17 @@ class Shells:
             for attribute in CALLS:
                 self._usual.pop((shell, attribute), None)
         own = dict(module.__dict__)
-        for table in _TABLES:
+        for table in TABLES:
             own[table] = own[table].copy()
         children = own["_modules"]
         for name, child in children.items():
             children[name] = self._of.get(child)
-        for name in own.keys() - _STANDARD:
-            if type(own[name]) in _MAPPED:
+        others = further(own)
+        for name in others:
+            if type(own[name]) in MAPPED:
                 own[name] = self._mapped(own[name], copied if wanted.copies else None)
         if wanted.apart:
-            _clone_tensors(own, copied)
+            _clone_tensors(own, others, copied)
         if not wanted.hooks:
             for table in filter(own.get, _HOOKS):
                 own[table] = OrderedDict((key, hook) for key, hook in own[table].items() if _is_internal(hook))
@@ -155,25 +221,23 @@ class Shells:
         for module, shell in self._of.items():
             known = self._known[module]
             pairs = [(shell._buffers.get(name), buffer) for name, buffer in module._buffers.items()]
-            pairs += [
-                (vars(shell).get(name), value)
-                for name, value in known.module.own.items()
-                if _is_own_tensor((name, value))
-            ]
+            own = known.module.own
+            pairs += [(vars(shell).get(name), own[name]) for name in further(own) if is_own_tensor(own[name])]
             if any(_was_written(copy, value) for copy, value in pairs if copy is not value):
                 found.add(module)
         return found
 
     def write_back(self, apart: Callable[[nn.Module], bool]) -> None:
         """Writes attributes and buffers that a pass has bound on the shells back to the modules, except `apart`."""
-        for module, shell in self._of.items():
-            known = self._known[module]
+        for module in self._varying if holds(self._shells_then) else self._of:
+            known, shell = self._known[module], self._of[module]
             if apart(module) or known.shell.are_of(shell):
                 continue
-            known.lasting = False
+            known.lasting = known.contained = False
+            self._forget_snapshots()
             own = shell.__dict__
             for name, value in own.items():
-                if value is not known.shell.own.get(name, own) and name not in _TABLES:
+                if value is not known.shell.own.get(name, own) and name not in TABLES:
                     module.__dict__[name] = value
             for table, before in known.shell.tables.items():
                 for name, value in own[table].items():
@@ -192,9 +256,9 @@ class Shells:
         if isinstance(value, nn.Module):
             return self._of.get(value, value)
         kind = type(value)
-        if kind not in _MAPPED or depth > 4:
+        if kind not in MAPPED or depth > DEEPEST:
             return value
-        if kind in _CALLABLES:
+        if kind in CALLABLES:
             return self._mapped_callable(value, depth + 1)
         if copied is not None and id(value) in copied:
             return copied[id(value)]
@@ -233,91 +297,14 @@ class Shells:
         return functools.update_wrapper(copy, value)
 
 
-class _Wanted(NamedTuple):
-    """The arguments of `Shells.refresh`, as far as they concern one module."""
-
-    training: bool
-    apart: bool
-    copies: bool
-    hooks: bool
-    level: int | None
-
-
-class _Attributes:
-    """The attributes of a module at some time, to see if they are the same objects at another."""
-
-    __slots__ = ("_entries", "_names", "own", "tables")
-
-    def __init__(self, module: nn.Module) -> None:
-        self.own: dict[str, Any] = module.__dict__.copy()
-        self.tables: dict[str, dict[str, Any]] = {table: self.own[table].copy() for table in _TABLES}
-        self._names = list(self.own)
-        self._entries = [(name, len(known), list(known.values())) for name, known in self.tables.items()]
-
-    def are_of(self, module: nn.Module) -> bool:
-        """Whether the module has them still."""
-        now = module.__dict__
-        if len(now) != len(self._names) or not all(map(is_, self.own.values(), now.values())):
-            return False
-        for name, count, known in self._entries:
-            table = now[name]
-            if len(table) != count or (count and not all(map(is_, known, table.values()))):
-                return False
-        return list(now) == self._names
-
-
-class _Known:
-    """A module and its shell when the shell was last made.
-
-    Args:
-        module, shell: the module and its shell.
-        wanted: what was wanted of the shell.
-
-    Attributes:
-        lasting: whether the shell need not be made again while the attributes of both are the same objects.
-    """
-
-    __slots__ = ("_redirected", "_tensors", "lasting", "module", "shell", "wanted")
-
-    def __init__(self, module: nn.Module, shell: nn.Module, wanted: _Wanted) -> None:
-        self.module, self.shell, self.wanted = _Attributes(module), _Attributes(shell), wanted
-        attributes = self.module.own.items()
-        self._tensors = bool(module._buffers) or any(map(_is_own_tensor, attributes))
-        self._redirected = any(is_redirected(self.module.own.get(name)) for name in CALLS)
-        self.lasting: bool = not (wanted.apart and self._tensors) and not any(map(_varies, attributes))
-
-    def is_current(self, module: nn.Module, shell: nn.Module, wanted: _Wanted, may_be_written: bool) -> bool:
-        """Whether the shell is what is wanted, but for the training flag."""
-        was = self.wanted
-        return (
-            self.lasting
-            and not (self._tensors and wanted.apart)
-            and not (self._redirected and wanted.level != was.level)
-            and ((wanted.hooks and was.hooks) or not (module._forward_hooks or module._forward_pre_hooks))
-            and type(shell) is type(module)
-            and self.module.are_of(module)
-            and not (may_be_written and not self.shell.are_of(shell))
-        )
-
-    def set_training(self, shell: nn.Module, wanted: _Wanted) -> None:
-        """Gives the shell the training flag that is wanted."""
-        shell.__dict__["training"] = wanted.training
-        self.shell, self.wanted = _Attributes(shell), wanted
-
-
-def _is_own_tensor(attribute: tuple[str, Any]) -> bool:
-    name, value = attribute
-    return isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and name not in _STANDARD
-
-
-def _clone_tensors(own: dict[str, Any], copied: dict[int, Any]) -> None:
-    """Puts copies in the place of buffers, and of tensors among the attributes. All modules share a tensor's copy."""
+def _clone_tensors(own: dict[str, Any], others: Iterable[str], copied: dict[int, Any]) -> None:
+    """Puts copies in the place of buffers, and of tensors among other attributes. All modules share a tensor's copy."""
     for name, buffer in own["_buffers"].items():
         if buffer is not None:
             own["_buffers"][name] = _clone_of(buffer, copied)
-    for name, value in own.items():
-        if _is_own_tensor((name, value)):
-            own[name] = _clone_of(value, copied)
+    for name in others:
+        if is_own_tensor(own[name]):
+            own[name] = _clone_of(own[name], copied)
 
 
 def _clone_of(tensor: Tensor, copied: dict[int, Any]) -> Tensor:
@@ -340,19 +327,6 @@ def _is_internal(hook: Any) -> bool:
         hook = hook.func
     module = getattr(hook, "__module__", None) or type(hook).__module__
     return module.split(".")[0] in ("torch", "torchdrop")
-
-
-def _varies(attribute: tuple[str, Any]) -> bool:
-    """Whether the content of a module's attribute, which the shell's is made from, may change by itself."""
-    name, value = attribute
-    return (name in CALLS and is_nested(value)) if name in _STANDARD else _has_content(value)
-
-
-def _has_content(value: Any) -> bool:
-    kind = type(value)
-    if kind is tuple:
-        return any(map(_has_content, value))
-    return kind in _MAPPED and not (kind is types.FunctionType and value.__closure__ is None)
 
 
 def _empty(module: nn.Module) -> nn.Module:

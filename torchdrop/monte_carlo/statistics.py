@@ -299,7 +299,9 @@ class Collector:
 
     def _errors_of(self, statistics: Mapping[str, Statistic], dtype: torch.dtype | None) -> dict[str, Tensor]:
         jackknifed = any(not isinstance(one, Mean) for one in statistics.values())
-        return self._in_blocks(lambda part: part.standard_errors(statistics), dtype, 4 if jackknifed else 1)
+        return self._in_blocks(
+            lambda part: part.standard_errors(statistics), dtype, 2 * self.groups if jackknifed else 1
+        )
 
     def _in_blocks(
         self, compute: Callable[[Groups], dict[str, Tensor]], dtype: torch.dtype | None, parts: int = 1
@@ -307,8 +309,10 @@ class Collector:
         """Returns what is computed from the moments, block by block; blocks are smaller by a factor of `parts`."""
         known, out = self._known, dict[str, Tensor]()
         classes = max(math.prod(one.shape[1:-1]) for one in self._tensors())
-        for rows, places in known.blocks(classes * parts):
-            for name, values in compute(self._moments.part(rows, places)).items():
+        blocks = list(known.blocks(classes * parts))
+        for rows, places in blocks:
+            part = self._moments if len(blocks) == 1 else self._moments.part(rows, places)
+            for name, values in compute(part).items():
                 if name not in out:
                     out[name] = known.room(values, dtype or values.dtype)
                 out[name][rows, ..., places] = values

@@ -51,14 +51,14 @@ class Choice:
             ValueError: nothing is random in the model.
         """
         activation, sampler, report = self._activation, self._sampler, self._activation.report
-        activation.may_differentiate = True
-        three = activation.survey(inputs)
+        activation.may_differentiate, borrow = True, self._wanted == "auto"
+        three = activation.survey(inputs, sample=sampler.begin)
         try:
             with activation.strict():
-                share = sampler.measure(inputs, three)
+                share = sampler.measure(inputs, three, borrow)
         except UnknownSourceError:  # so a hook draws: it has to see the forwards of a survey, too
-            three = activation.survey(inputs, hooks=True)
-            share = sampler.measure(inputs, three)
+            three = activation.survey(inputs, hooks=True, sample=sampler.begin)
+            share = sampler.measure(inputs, three, borrow)
         if not report.active:
             off = "".join(f"\n  {s.module or '(model)'}: {s.kind}, {s.reason}" for s in report.inactive)
             raise ValueError(

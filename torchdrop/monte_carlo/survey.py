@@ -57,10 +57,18 @@ class Survey:
         activation: the activation of the model; its server and report get the result.
         module: the module that is called.
         method: the name of its method that is called.
+        sample: begins a pass of the server in Monte Carlo mode, of the sample of this number for these arguments.
     """
 
-    def __init__(self, activation: Activation, module: nn.Module, method: str) -> None:
+    def __init__(
+        self,
+        activation: Activation,
+        module: nn.Module,
+        method: str,
+        sample: Callable[[int, Inputs], None] | None = None,
+    ) -> None:
         self._activation, self._module, self._method = activation, module, method
+        self._sample = sample or self._begin
         self._model, self._shells, self._tracker = activation.model, activation.shells, activation.tracker
         self._server, self._report = activation.server, activation.report
         self._modules = dict(self._model.named_modules())
@@ -203,7 +211,7 @@ class Survey:
         before, states = foreign_states(), states_of(self._model)
         self._counted = self._counted or inputs.device.type not in ("cpu", "cuda")
         while True:
-            recorder = Trace(self._tracker, inputs.rows, states)
+            recorder = Trace(self._tracker, inputs.rows, states, self._counted)
             self._tracker.failed = None
             try:
                 with recorder, recorder.unseen if self._counted else nullcontext():
@@ -256,13 +264,16 @@ class Survey:
 
     def _forward(self, inputs: Inputs, sample: int = 0) -> Any:
         """Makes a forward in Monte Carlo mode."""
-        server = self._server
-        server.begin(Pass(0, torch.full((), sample, dtype=torch.int64, device=inputs.device), inputs.rows))
+        self._sample(sample, inputs)
         with self._activation.serving():
             out = self._call(inputs, self._activation.flagged.__contains__)
         self._activation.stateful |= self._shells.written()
-        self._report.draws = server.draws
+        self._report.draws = self._server.draws
         return out
+
+    def _begin(self, sample: int, inputs: Inputs) -> None:
+        number = torch.full((), sample, dtype=torch.int64, device=inputs.device)
+        self._server.begin(Pass(0, number, inputs.rows))
 
     def _reach(self, inputs: Inputs) -> Any:
         """Sets training flags until every source is served, as far as that helps: that of the module that makes the

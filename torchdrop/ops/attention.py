@@ -74,18 +74,26 @@ def _problem(
     heads = query.shape[-3] if query.dim() > 2 else 1
     if query.dim() > 2 and key.shape[-3] != heads:
         key, value = (t.repeat_interleave(heads // t.shape[-3], -3) for t in (key, value))
-    q, k, v = (t.reshape(-1, heads, *t.shape[-2:]) for t in (query, key, value))
+    q, k, v = (_in_four(t, heads) for t in (query, key, value))
     if bias is not None:
         if bias.dtype is not torch.bool:
             bias = bias.to(COMPUTE_DTYPE[q.dtype])
+        if bias.dim() == 0 or bias.shape[-1] != key.shape[-2] or bias.stride(-1) != 1:
+            bias = bias.expand(*bias.shape[:-1], key.shape[-2]).contiguous()
         bias = bias.expand(*query.shape[:-1], key.shape[-2])
-        if bias.dim() != 4:
-            bias = bias.reshape(-1, heads, *bias.shape[-2:])
+        bias = _in_four(bias, heads)
     return Problem(q, k, v, bias, is_causal, scale, mask_key, params)
+
+
+def _in_four(tensor: Tensor, heads: int) -> Tensor:
+    """Returns a tensor of shape (samples, heads, positions, features)."""
+    return tensor if tensor.dim() == 4 else tensor.reshape(-1, heads, *tensor.shape[-2:])
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     out, logsumexp = blockwise.forward(_problem(query, key, value, *rest))
+    if query.dim() == 4:
+        return out, logsumexp
     shape = query.shape[:-1]
     return out.reshape(*shape, value.shape[-1]), logsumexp.reshape(shape)
 
@@ -95,7 +103,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     problem = _problem(query, key, value, *rest)
     heads = problem.query.shape[1]
-    grad, out = (t.reshape(-1, heads, *t.shape[-2:]) for t in (grad, out))
+    grad, out = _in_four(grad, heads), _in_four(out, heads)
     of_query, of_key, of_value = blockwise.backward(problem, grad, out, logsumexp.reshape(problem.query.shape[:-1]))
     return (
         of_query.reshape(query.shape),

@@ -18,6 +18,7 @@
 #include "kernel_table.h"
 #include "numbers.h"
 #include "normal.h"
+#include "exponential.h"
 
 #define TD_ISA 0
 #include "instruction_set.h"
@@ -321,6 +322,8 @@ int td_select(int element_type, void *out, const void *in, const uint8_t *kept, 
                     &read);
     return 0;
 }
+
+#include "attention_calls.h"
 
 void td_philox_block(uint64_t block, const int64_t *key, uint32_t *words) {
     uint32_t blocks[4 * 32];

@@ -73,6 +73,45 @@ TD_EXPORT int td_select(int element_type, void *out, const void *in, const uint8
                         const int64_t *sizes, const int64_t *out_strides, const int64_t *in_strides,
                         const int64_t *kept_strides, const double *params, int threads, int width);
 
+/* What is added to the scores of attention. */
+enum td_bias_type {
+    TD_BIAS_NONE = 0,
+    TD_BIAS_SEEN = 1, /* bytes: 0 where a key may not be seen */
+    TD_BIAS_ADDED = 2 /* numbers of the scores' type */
+};
+
+/* One call of attention. A bias has these strides for samples, heads and queries; its keys are neighbors. `logsumexp`
+ * and `inner` have an element of the scores' type for each query of each head, and are contiguous. */
+typedef struct {
+    int64_t heads, queries, keys; /* of one sample */
+    int64_t is_causal;            /* whether query i may see only the keys 0 ... i */
+    double scale;                 /* of the scores */
+    int64_t bias_type;
+    const void *bias;
+    int64_t bias_strides[3];
+    void *logsumexp;
+    const void *inner; /* rowsum(gradient * output); NULL in forward */
+    const void *mask_key;
+    const double *params;
+} td_attention;
+
+/* The rows of some heads and queries of it, and their first columns. Heads are counted through all samples. All arrays
+ * have the shape (heads, rows, columns). Their rows begin `score_pitch` or `pitch` elements apart. */
+typedef struct {
+    int64_t first_head, heads, first_query, rows, columns, score_pitch, pitch;
+    void *scores;    /* query @ key', in float32 for the half types; they are overwritten */
+    void *weights;   /* the result, dropped and scaled; may be `scores` */
+    void *gradients; /* of weights, and then of the raw scores; NULL in forward */
+} td_attention_block;
+
+/* Scores become weights. Their logsumexp is written. TD_FLOAT16 is not served. */
+TD_EXPORT void td_attention_weights(int element_type, const td_attention *call, const td_attention_block *block,
+                                    int threads, int width);
+
+/* Scores become weights, and gradients of weights become gradients of scores. TD_FLOAT16 is not served. */
+TD_EXPORT void td_attention_gradients(int element_type, const td_attention *call, const td_attention_block *block,
+                                      int threads, int width);
+
 /* The four 32-bit words of one Philox block, for tests against published answers. */
 TD_EXPORT void td_philox_block(uint64_t block, const int64_t *key, uint32_t *words);
 

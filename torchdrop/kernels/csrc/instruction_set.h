@@ -47,11 +47,47 @@
 #endif
 #include "element.h"
 
+#define TD_ELEMENT f32
+#define TD_STORED uint32_t
+#define TD_REAL float
+#define TD_REAL_BITS uint32_t
+#define TD_LOAD(stored) td_float(stored)
+#define TD_ROUND(real) td_float_bits(real)
+#define TD_TO_BITS(real) td_float_bits(real)
+#define TD_FROM_BITS(bits) td_float(bits)
+#define TD_EXP(real) td_expf(real)
+#include "attention.h"
+
+#define TD_ELEMENT f64
+#define TD_STORED uint64_t
+#define TD_REAL double
+#define TD_REAL_BITS uint64_t
+#define TD_LOAD(stored) td_double(stored)
+#define TD_ROUND(real) td_double_bits(real)
+#define TD_TO_BITS(real) td_double_bits(real)
+#define TD_FROM_BITS(bits) td_double(bits)
+#define TD_EXP(real) td_exp(real)
+#include "attention.h"
+
+#define TD_ELEMENT bf16
+#define TD_STORED uint16_t
+#define TD_REAL float
+#define TD_REAL_BITS uint32_t
+#define TD_LOAD(stored) td_from_bf16(stored)
+#define TD_ROUND(real) td_to_bf16(real)
+#define TD_TO_BITS(real) td_float_bits(real)
+#define TD_FROM_BITS(bits) td_float(bits)
+#define TD_EXP(real) td_expf(real)
+#include "attention.h"
+
 #define TD_ELEMENT_KERNELS(element)                                                                                  \
     {                                                                                                                \
         TD_NAME(dropout_##element), TD_NAME(relu_dropout_##element), TD_NAME(select_##element),                      \
             TD_NAME(dropout_add_##element), TD_NAME(relu_dropout_backward_##element),                                \
     }
+
+#define TD_ATTENTION_KERNELS(element)                                                                                \
+    { TD_NAME(attention_weights_##element), TD_NAME(attention_gradients_##element) }
 
 static const td_kernels TD_NAME(kernels) = {
     .elements = {[TD_FLOAT32] = TD_ELEMENT_KERNELS(f32),
@@ -62,9 +98,13 @@ static const td_kernels TD_NAME(kernels) = {
     .random_bits = TD_NAME(random_bits),
     .standard_normal = TD_NAME(standard_normal),
     .stratified = TD_NAME(stratified),
+    .attention = {[TD_FLOAT32] = TD_ATTENTION_KERNELS(f32),
+                  [TD_FLOAT64] = TD_ATTENTION_KERNELS(f64),
+                  [TD_BFLOAT16] = TD_ATTENTION_KERNELS(bf16)},
 };
 
 #undef TD_ELEMENT_KERNELS
+#undef TD_ATTENTION_KERNELS
 #undef TD_ISA
 #undef TD_TARGET
 #undef TD_NAME

@@ -42,6 +42,19 @@ TD_TARGET static inline TD_INLINE uint16_t TD_NAME(decide)(uint64_t block, td_ke
     return tie ? TD_NAME(decide_ties)(block, key, upper, lower, bits, n) : upper;
 }
 
+/* Returns the bits of the elements from `index` on, and lowers n to the number of those that are there. */
+TD_TARGET static inline TD_INLINE const uint16_t *TD_NAME(decided_from)(td_decided *decided, uint64_t index, td_key key,
+                                                                       const td_params *params, int64_t *n) {
+    if (!decided->filled || index - decided->first >= TD_CHUNK) {
+        decided->first = index / 8 * 8;
+        decided->limit = TD_NAME(decide)(index / 8, key, params, decided->bits, TD_CHUNK);
+        decided->filled = 1;
+    }
+    const int64_t skip = (int64_t)(index - decided->first);
+    *n = td_min(*n, TD_CHUNK - skip);
+    return decided->bits + skip;
+}
+
 /* TD_KEEP_MASK: the byte is 1 where the element is kept, and 0 where it is dropped. */
 TD_TARGET static void TD_NAME(keep_mask)(char *out, const char *in, uint64_t index, int64_t n, td_key key,
                                          const td_params *params) {
