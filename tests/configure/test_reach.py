@@ -579,6 +579,7 @@ class TestCompiled:
     def test_disabled_where_no_rate_was_set(self) -> None:
         model, x = blocks(), data()
         replace(model)
+        set_keep_prob(model, {"*.drop": 1.0})
         compiled = torch.compile(model, backend="aot_eager")
         assert not torch.equal(compiled(x), compiled(x))
         with torchdrop.disabled(compiled):
