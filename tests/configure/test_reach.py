@@ -88,6 +88,11 @@ class Inherits(OtherName):
         return x
 
 
+class CallsItsBase(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
 class OfFunction(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return alpha(x)
@@ -119,7 +124,8 @@ class TestSearch:
     @pytest.mark.parametrize(
         ("kind", "calls"),
         [
-            (Block, ["F.dropout"]), (OtherName, ["F.dropout"]), (Inherits, []), (OfFunction, ["torch.alpha_dropout"]),
+            (Block, ["F.dropout"]), (CallsItsBase, ["F.dropout"]), (OtherName, ["F.dropout"]), (Inherits, []),
+            (OfFunction, ["torch.alpha_dropout"]),
             (OfAutograd, ["Tensor.bernoulli_"]), (OfMethod, ["Tensor.uniform_"]), (Quiet, []),
             (nn.LSTM, ["torch.lstm"]), (nn.GRUCell, []), (nn.Transformer, []), (nn.RReLU, ["F.rrelu"]),
             (nn.Sequential, []), (nn.Module, []),
@@ -573,6 +579,7 @@ class TestCompiled:
     def test_disabled_where_no_rate_was_set(self) -> None:
         model, x = blocks(), data()
         replace(model)
+        set_keep_prob(model, {"*.drop": 1.0})
         compiled = torch.compile(model, backend="aot_eager")
         assert not torch.equal(compiled(x), compiled(x))
         with torchdrop.disabled(compiled):
@@ -583,6 +590,7 @@ class TestCompiled:
         calls: list[tuple[Callable[..., Any], dict[str, Any]]] = [
             (lambda self, x: F.dropout1d(x.unsqueeze(-1), 0.5, self.training).squeeze(-1), {}),
             (lambda self, x: F.alpha_dropout(x, 0.5, self.training), {}),
+            (lambda self, x: F.alpha_dropout(F.feature_alpha_dropout(x, 0.5), 0.5), {}),  # off, by their defaults
             (lambda self, x: x * torch.rand(x.shape[0], 1) + x.new_empty(x.shape).bernoulli_(0.4), {}),
             (lambda self, x: F.gumbel_softmax(x), {}),
             (lambda self, x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.5 if self.training else 0.0), {}),
