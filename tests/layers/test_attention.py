@@ -253,6 +253,19 @@ def test_without_dropout_it_is_pytorchs_function() -> None:
                        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.2))  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_autocast_takes_it_as_it_takes_pytorchs(p: float, dtype: torch.dtype) -> None:
+    (q, k, v), _ = operands("none", dtype, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = F.scaled_dot_product_attention(q, k, v).dtype
+        y = seeded(0, scaled_dot_product_attention, q, k, v, dropout_p=p)
+    assert y.dtype == expected
+    y.sum().backward()
+    assert q.grad is not None
+    assert q.grad.dtype == dtype
+
+
 @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
 def test_one_key_is_drawn_whatever_the_rate(p: float) -> None:
     (q, k, v), _ = operands("none", torch.float32, 4, 4)

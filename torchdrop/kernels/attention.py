@@ -1,7 +1,7 @@
 """Attention with dropout on the CPU, block by block: nothing of the size queries times keys exists as a whole.
 
 A block is some heads of one sample, some of their queries, and all keys that these may see. Its products are BLAS's.
-What stands between them is one call for each block, of `weights` in forward and of `gradients` in backward.
+Between them there is one call for each block, of `weights` in forward and of `gradients` in backward.
 
     forward     X = s Q K' + bias        logsumexp = log sum exp X        P = exp(X - logsumexp)        O = (m P / k) V
     backward    dP = m (dO V') / k       dX = P (dP - D) with D = rowsum(dO O)
@@ -70,7 +70,7 @@ class Block(NamedTuple):
 
 
 class Kernel(Protocol):
-    """What stands between the products of a block, whose arrays have the shape (heads, queries, keys).
+    """The functions between the products of a block, whose arrays have the shape (heads, queries, keys).
 
     weights      overwrites raw scores; returns weights, dropped and scaled; writes the logsumexp
     gradients    overwrites raw scores and gradients of weights; returns weights, dropped and scaled, and the gradients

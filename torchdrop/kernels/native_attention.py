@@ -1,4 +1,4 @@
-"""What stands between the products of attention, in C: csrc/attention.h."""
+"""The calls of the C kernels between the products of attention (csrc/attention.h)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Buffer:
 
     Rows of float32 and float64 that are a multiple of a large power of two long are padded: one below the other their
     elements would compete for the same lines of the cache, and products with the transpose take up to a third longer.
-    Those of bfloat16 take longer where rows are padded.
+    Products of bfloat16 take longer where rows are padded.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:

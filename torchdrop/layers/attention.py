@@ -21,6 +21,7 @@ from .. import kernels
 from ..core import portable, sites
 from ..core.inputs import check_input
 from ..core.rate import Default, Probability, Rate, as_rate, rate_named
+from ..core.shard import is_dtensor
 from ..core.symbolic import holds_proxy, recorded
 from ..core.torch_state import function_modes, is_compiling, is_watched
 from ..ops.attention import attention, composed
@@ -176,6 +177,8 @@ def scaled_dot_product_attention(
     if holds_proxy(query, key, value, attn_mask):
         return recorded(scaled_dot_product_attention, locals())
     rate = dropout_p if isinstance(dropout_p, Rate) else _rate(dropout_p, keep_prob)
+    if isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type):
+        query, key, value, attn_mask = (_autocast(t, query.device.type) for t in (query, key, value, attn_mask))
     _check(query, key, value, attn_mask, enable_gqa)
     if is_causal and attn_mask is not None:
         attn_mask, is_causal = _both(attn_mask, query.shape[-2], key.shape[-2]), False
@@ -187,7 +190,7 @@ def scaled_dot_product_attention(
         return handle_torch_function(scaled_dot_product_attention, (query,), *args)
     factor = 1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else scale
     params = rate.params_for(_weights_shape(query, key, value, enable_gqa))
-    if watched or portable.is_wanted(compiling):
+    if watched or portable.is_wanted(compiling) or is_dtensor(query):
 
         def drop(weights: Tensor) -> Tensor:
             return sites.apply(masked, weights, params, weights.shape, generator=generator)
@@ -200,6 +203,12 @@ def scaled_dot_product_attention(
     if mask_key is None or (compiling and not isinstance(dropout_p, Rate) and number and rate.keep_prob == 1.0):
         return _of_torch(query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa)
     return attention(query, key, value, attn_mask, mask_key, params, is_causal, factor)
+
+
+def _autocast(tensor: Any, kind: str) -> Any:
+    """Returns a tensor in the type to which autocast takes PyTorch's function."""
+    wanted = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype is not torch.float64
+    return tensor.to(torch.get_autocast_dtype(kind)) if wanted else tensor
 
 
 def _of_torch(
