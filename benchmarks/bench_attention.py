@@ -199,7 +199,7 @@ def run(quick: bool) -> Result:
     begin = time.perf_counter()
     settle_allocator()
     report: Result = {"machine": machine.describe(torch.device("cpu")), "quick": quick}
-    effort = Effort(budget=0.2, min_rounds=3) if quick else Effort(budget=12.0)
+    effort = Effort(budget=0.2, min_rounds=3) if quick else Effort(budget=6.0)
     report["cells"] = [measure(cell, effort) for cell in cells(quick)]
     report["summary"] = verdicts(report)
     report["machine"]["load_after"] = machine.load()
