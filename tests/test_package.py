@@ -49,6 +49,7 @@ RANKS = {
     "configure": 6,
     "scheduler": 7,
     "aids": 7,
+    "calibrate": 7,
     "tune": 7,
     "": 8,
     "integrations": 9,
