@@ -120,6 +120,15 @@ class TestScores:
         assert not conformal_sets(rows, targets, method="aps", seed=6)(rows).members.equal(inside)
         assert sets.sizes.sum() < whole.sizes.sum()
 
+    def test_a_score_at_the_threshold_is_inside(self) -> None:
+        """All rows are alike, and so are their scores."""
+        rows, targets = PROBABILITIES[:1].expand(9, 3), torch.ones(9, dtype=torch.int64)
+        assert conformal_sets(rows, targets, method="lac")(rows)[0] == [0, 1]
+        assert conformal_sets(rows, targets, randomized=False)(rows)[0] == [0, 1]
+        new = conformal_sets(rows, targets, seed=1)(rows)
+        inside = new.members[:, 1]
+        assert not inside.all()  # new rows have random numbers of their own, some of them above all of the old ones
+
     def test_intervals(self) -> None:
         samples = torch.tensor([[-1.0], [1.0]]).expand(2, 9) * torch.arange(1.0, 10)
         prediction = regressed(samples)
