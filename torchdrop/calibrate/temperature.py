@@ -97,10 +97,11 @@ def temperature(prediction: ClassificationPrediction, targets: Tensor, *, on: st
     Example:
         >>> import torch, torchdrop
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 64), torch.nn.Dropout(0.5), torch.nn.Linear(64, 3)).eval()
-        >>> x, y = torch.randn(300, 4), torch.randint(3, (300,))
+        >>> x = torch.randn(300, 4)
         >>> result = torchdrop.mc_predict(model, x, samples=20, task="classification", seed=0, keep_samples=True)
+        >>> y = torch.where(torch.rand(300) < 0.7, result.predicted, torch.randint(3, (300,)))
         >>> fit = torchdrop.calibrate.temperature(result, y)
-        >>> fit.value > 1, fit.after < fit.before, fit(result).mean.shape
+        >>> fit.value < 1, fit.after < fit.before, fit(result).mean.shape
         (True, True, torch.Size([300, 3]))
     """
     _check(prediction)
