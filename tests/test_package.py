@@ -48,6 +48,7 @@ RANKS = {
     "monte_carlo": 6,
     "configure": 6,
     "scheduler": 7,
+    "acquisition": 7,
     "aids": 7,
     "calibrate": 7,
     "tune": 7,
