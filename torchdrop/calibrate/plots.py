@@ -174,7 +174,7 @@ def intervals_over(
             label = f"{name} ({int(chosen.sum())})"
             ax.plot(points[chosen], targets[chosen], "o", color=color, markersize=2.5, alpha=0.8, label=label)
     ax.set(xlabel="x", ylabel="y")
-    ax.legend(frameon=False, fontsize=9)
+    ax.legend(framealpha=0.8, edgecolor="none", fontsize=9, markerscale=2)
     return ax
 
 
