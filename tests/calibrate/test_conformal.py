@@ -184,7 +184,7 @@ class TestGuarantee:
     @pytest.mark.parametrize("method", ["aps", "raps"])
     def test_of_sets(self, method: str) -> None:
         """Each trial is a group of its own. An error of 0.1 would be noticed."""
-        trials = 4096
+        trials = 2048
         rows, targets = random_rows(20 * trials, 4, 1)
         trial, new = torch.arange(20 * trials) // 20, torch.arange(20 * trials) % 20 == 19
         fit = conformal_sets(rows[~new], targets[~new], method=method, groups=trial[~new])
