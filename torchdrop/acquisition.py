@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .core.checks import check_integer
 from .monte_carlo.classes import normalized
+from .monte_carlo.moments import wide
 from .monte_carlo.task_predictions import ClassificationPrediction
 
 ELEMENTS = 2**23
@@ -91,7 +92,7 @@ def batch_bald(
         chosen.append(best)
         joint.add(samples[:, best])
     device = prediction.mean.device
-    return Acquired(torch.tensor(chosen, device=device), torch.tensor(information, dtype=torch.float64, device=device))
+    return Acquired(torch.tensor(chosen, device=device), torch.tensor(information, dtype=samples.dtype, device=device))
 
 
 class _Joint:
@@ -147,4 +148,4 @@ def _samples(prediction: ClassificationPrediction) -> Tensor:
             "prediction must have one output for each row, in samples of shape (T, B, C), got shape "
             f"{tuple(samples.shape)}{' with places left out' if samples.isnan().any() else ''}"
         )
-    return samples.double()
+    return wide(samples)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
+from ..monte_carlo.moments import wide
 from ..monte_carlo.prediction import Prediction
 from ..monte_carlo.task_predictions import RegressionPrediction
 from .intervals import check_regression
@@ -98,4 +98,6 @@ def deviation_scale(prediction: Prediction, targets: Tensor) -> DeviationScale:
     if not value > 0:
         raise ValueError("targets must differ from the prediction's mean, got residuals that are all 0")
     fit = DeviationScale(value, scores(prediction, targets)["negative_log_likelihood"], 0.0)
-    return replace(fit, after=scores(fit(prediction.to(torch.float64)), targets)["negative_log_likelihood"])
+    return replace(
+        fit, after=scores(fit(prediction.to(wide(prediction.mean).dtype)), targets)["negative_log_likelihood"]
+    )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..configure.rate_sites import RateSite, rate_sites
 from ..configure.rates import shown
 from ..core.rate import Probability
+from ..monte_carlo.moments import wide
 from ..monte_carlo.prediction import Prediction
 from ..monte_carlo.task_predictions import ClassificationPrediction, MultiLabelPrediction
 from .scores import Comparison, scores
@@ -198,7 +199,7 @@ def scaled(keep_prob: Probability, factor: float) -> Probability:
 
 def _loss(prediction: Prediction, targets: Tensor) -> float:
     if isinstance(prediction, (ClassificationPrediction, MultiLabelPrediction)):
-        found = prediction.log_likelihood(targets).double()
+        found = wide(prediction.log_likelihood(targets))
         return -float(found[~found.isnan()].mean())
     if prediction.num_samples > 1 and not bool((prediction.std > 0).all()):
         return math.inf  # so little noise that it is lost in rounding

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..monte_carlo.gal import check_targets
+from ..monte_carlo.moments import wide
 from ..monte_carlo.prediction import Prediction
 from ..monte_carlo.task_predictions import ClassificationPrediction, MultiLabelPrediction
 from .conformal import Thresholds, check_alpha, check_groups, thresholds
@@ -46,7 +47,7 @@ class Intervals:
         return len(self.lower)
 
     def __repr__(self) -> str:
-        return f"{self.lower.numel()} intervals of mean width {self.width.double().mean():.4g}"
+        return f"{self.lower.numel()} intervals of mean width {wide(self.width).mean():.4g}"
 
     @property
     def width(self) -> Tensor:
@@ -64,11 +65,11 @@ class Intervals:
 
     def coverage(self, targets: Tensor) -> float:
         """Returns the share of targets that are in their interval; NaN without rows."""
-        return float(self.contain(targets).double().mean())
+        return float(wide(self.contain(targets)).mean())
 
     def coverage_of(self, groups: Tensor, targets: Tensor) -> dict[int, IntervalCoverage]:
         """Returns coverage and mean width by group, an integer for each row."""
-        inside, width = self.contain(targets).double(), self.width.double()
+        inside, width = wide(self.contain(targets)), wide(self.width)
         groups = check_groups(groups, len(self)).to(inside.device)
         return {
             int(name): IntervalCoverage(float(inside[groups == name].mean()), float(width[groups == name].mean()))
@@ -205,13 +206,13 @@ def check_regression(prediction: Any) -> Prediction:
 
 
 def _parts(prediction: Any, method: str, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns in float64 what an interval grows from, [lower, upper], and the unit in which it grows."""
+    """Returns what an interval grows from, [lower, upper], and the unit in which it grows."""
     prediction = check_regression(prediction)
-    mean = prediction.mean.double()
+    mean = wide(prediction.mean)
     if method == "absolute":
         return mean, mean, torch.ones_like(mean)
     if method == "scaled":
-        std = prediction.std.double()
+        std = wide(prediction.std)
         if not bool((std > 0).all()):
             raise ValueError(
                 "standard deviations must be positive for method='scaled', got "
@@ -219,7 +220,7 @@ def _parts(prediction: Any, method: str, alpha: float) -> tuple[Tensor, Tensor, 
             )
         return mean, mean, std
     lower, upper = prediction.interval(1 - alpha, method="samples")
-    return lower.double(), upper.double(), torch.ones_like(mean)
+    return wide(lower), wide(upper), torch.ones_like(mean)
 
 
 def check_values(targets: Any, of: Tensor) -> Tensor:
@@ -237,7 +238,7 @@ def check_values(targets: Any, of: Tensor) -> Tensor:
     check_targets(targets, of.shape)
     if targets.is_complex() or not bool(targets.isfinite().all()):
         raise ValueError("targets must be finite real numbers")
-    return targets.to(of.device, torch.float64)
+    return wide(targets.to(of.device))
 
 
 def _numbers(values: Tensor) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .._extras import BLUE, GREEN, ORANGE, VERMILION, axes_or_new, optional
+from ..monte_carlo.moments import wide
 from ..monte_carlo.plots import INNER, reliability_diagram
 from ..monte_carlo.prediction import Prediction
 from ..monte_carlo.task_predictions import ClassificationPrediction
@@ -116,7 +117,7 @@ def set_sizes(sets: Mapping[str, PredictionSets], targets: Tensor | None = None,
     for i, (name, one) in enumerate(sets.items()):
         shares = torch.bincount(one.sizes.cpu(), minlength=most + 1).double() / len(one)
         places = torch.arange(most + 1) + (i - (len(sets) - 1) / 2) * width
-        label = f"{name}: mean {one.sizes.double().mean():.3g}"
+        label = f"{name}: mean {wide(one.sizes).mean():.3g}"
         label += "" if targets is None else f", coverage {100 * one.coverage(targets):.1f} %"
         ax.bar(places.numpy(), shares.numpy(), width, color=COLORS[i % len(COLORS)], label=label)
     ax.set(xlabel="classes in a set", ylabel="share of rows")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..monte_carlo import metrics
+from ..monte_carlo.moments import wide
 from ..monte_carlo.prediction import Prediction, normal_quantile
 from ..monte_carlo.task_predictions import ClassificationPrediction
 from .intervals import check_values
@@ -83,20 +84,20 @@ def standardized(prediction: Prediction, targets: Tensor) -> tuple[Tensor, Tenso
     targets = check_values(targets, prediction.mean)
     if targets.numel() == 0:
         raise ValueError("targets must hold at least one row, got none")
-    std = prediction.std.double()
+    std = wide(prediction.std)
     if not bool((std > 0).all()):
         raise ValueError(
             f"standard deviations must be positive, got {int((~(std > 0)).sum())} of {std.numel()} that are not: take "
             "more samples, or give tau= or noise= to mc_predict"
         )
-    return (targets - prediction.mean.double()) / std, std
+    return (targets - wide(prediction.mean)) / std, std
 
 
 def interval_shares(prediction: Prediction, targets: Tensor, levels: tuple[float, ...]) -> Tensor:
     """Returns the share of targets in the central normal interval of each level, in float64."""
     z = standardized(prediction, targets)[0].abs().reshape(-1)
-    bounds = torch.tensor([normal_quantile((1 + level) / 2) for level in levels], dtype=torch.float64, device=z.device)
-    return (z <= bounds.unsqueeze(1)).double().mean(1).cpu()
+    bounds = torch.tensor([normal_quantile((1 + level) / 2) for level in levels], dtype=z.dtype, device=z.device)
+    return (z <= bounds.unsqueeze(1)).to(z.dtype).mean(1).cpu().double()
 
 
 def _crps(z: Tensor) -> Tensor:

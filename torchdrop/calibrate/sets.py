@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.checks import check_integer
 from ..monte_carlo.classes import normalized
+from ..monte_carlo.moments import wide
 from ..monte_carlo.task_predictions import ClassificationPrediction
 from .conformal import Thresholds, check_alpha, check_groups, thresholds
 
@@ -55,7 +56,7 @@ class PredictionSets:
         if not len(self):
             return text
         sizes = self.sizes
-        return f"{text}, of mean size {sizes.double().mean():.4g} and sizes {sizes.min()} to {sizes.max()}"
+        return f"{text}, of mean size {wide(sizes).mean():.4g} and sizes {sizes.min()} to {sizes.max()}"
 
     @property
     def sizes(self) -> Tensor:
@@ -72,11 +73,11 @@ class PredictionSets:
 
     def coverage(self, targets: Tensor) -> float:
         """Returns the share of rows whose set has the true class in it; NaN without rows."""
-        return float(self.contain(targets).double().mean())
+        return float(wide(self.contain(targets)).mean())
 
     def coverage_of(self, groups: Tensor, targets: Tensor) -> dict[int, SetCoverage]:
         """Returns coverage and mean size by group, an integer for each row: by class, if these are the targets."""
-        right, sizes = self.contain(targets).double(), self.sizes.double()
+        right, sizes = wide(self.contain(targets)), wide(self.sizes)
         groups = check_groups(groups, len(self)).to(right.device)
         return {
             int(name): SetCoverage(float(right[groups == name].mean()), float(sizes[groups == name].mean()))
@@ -264,7 +265,7 @@ def probabilities(prediction: Any) -> Tensor:
         )
     if not normalized(values, 1):
         raise ValueError("prediction must hold probabilities, in [0, 1] and with sum 1 over the classes")
-    return values.double()
+    return wide(values)
 
 
 def check_classes(targets: Any, of: Tensor) -> Tensor:
@@ -293,7 +294,7 @@ def _scores(rows: Tensor, method: str, penalty: float, k_reg: int, u: Tensor) ->
     if method == "lac":
         return 1 - rows
     ordered, order = rows.sort(dim=1, descending=True, stable=True)
-    scores = ordered.cumsum(1) - ordered + u.to(rows.device).unsqueeze(1) * ordered
+    scores = ordered.cumsum(1) - ordered + u.to(rows.device, rows.dtype).unsqueeze(1) * ordered
     if method == "raps":
         ranks = torch.arange(1, rows.shape[1] + 1, device=rows.device)
         scores = scores + penalty * (ranks - k_reg).clamp_min(0)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..monte_carlo import metrics
 from ..monte_carlo.classes import Classification
+from ..monte_carlo.moments import wide
 from ..monte_carlo.statistics import Collector
 from ..monte_carlo.task_predictions import ClassificationPrediction, predict_from
 from .scores import Comparison, scores
@@ -143,7 +144,7 @@ def _check(prediction: Any) -> None:
 
 def _logs(values: Tensor) -> Tensor:
     """Returns logarithms in float64, finite where a probability was rounded to 0."""
-    return values.double().clamp_min(torch.finfo(values.dtype).tiny).log()
+    return wide(values).clamp_min(torch.finfo(values.dtype).tiny).log()
 
 
 def _scaled_samples(prediction: ClassificationPrediction, value: float) -> ClassificationPrediction:
