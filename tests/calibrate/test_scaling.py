@@ -96,6 +96,16 @@ class TestTemperature:
         torch.testing.assert_close(found.weight_scaling, expected, rtol=1e-3, atol=1e-4)
         assert str(fit).startswith("temperature ")
 
+    @pytest.mark.parametrize("on", ["samples", "mean"])
+    def test_batches_stay(self, on: str) -> None:
+        model = torch.nn.Sequential(torch.nn.Linear(4, 32), torch.nn.Dropout(0.5), torch.nn.Linear(32, 3)).eval()
+        batches = iter(torch.randn(50, 4).split(40))
+        result = torchdrop.mc_predict(model, batches, 10, task="classification", seed=1, keep_samples=True)
+        fit = temperature(result, torch.where(torch.arange(50) % 4 > 0, result.predicted, 0), on=on)
+        found = fit(result)
+        assert [len(one) for one in found.batches()] == [40, 10]
+        assert found.batches()[1].mean.equal(found.mean[40:])
+
     def test_says_before_and_after(self) -> None:
         logits, targets = logits_and_targets()
         prediction = classified(logits.softmax(2))
