@@ -57,7 +57,7 @@ def test_every_block_of_python_is_an_example_that_runs() -> None:
     for guide in GUIDES:
         assert text(guide).count("```python") == len(EXAMPLES.findall(text(guide))), name(guide)
     with_examples = {name(guide) for guide in GUIDES if EXAMPLES.search(text(guide))}
-    parts = ("aids", "configure", "core", "integrations", "kernels", "layers", "monte_carlo", "tune")
+    parts = ("aids", "calibrate", "configure", "core", "integrations", "kernels", "layers", "monte_carlo", "tune")
     assert with_examples >= {f"torchdrop/{part}/README.md" for part in parts}
     assert with_examples >= {"README.md", "torchdrop/schedules.md", "torchdrop/seeds.md"}
 

@@ -1,6 +1,6 @@
 """torchdrop: dropout for PyTorch, exact, replayable and fast."""
 
-from . import functional, losses, monte_carlo, rules, schedules, tune
+from . import acquisition, calibrate, functional, losses, monte_carlo, rules, schedules, tune
 from ._version import __version__ as __version__
 from .aids import audit, check_cost_decreases, equivalent_l2, feature_statistics, max_norm, max_norm_
 from .configure import disabled, insert, keep_probs, replace, set_keep_prob
@@ -106,11 +106,13 @@ __all__ = [
     "Zoneout",
     "ZoneoutGRU",
     "ZoneoutLSTM",
+    "acquisition",
     "apply_mixout",
     "apply_targeted_dropout",
     "apply_weight_dropout",
     "audit",
     "available_backends",
+    "calibrate",
     "check_cost_decreases",
     "compact",
     "concrete_regularizers",

@@ -35,6 +35,7 @@ TABLES = [
     ("compact", "compact.json", "compact.py"),
     ("concrete", "concrete.json", "concrete.py"),
     ("sparsity", "sparsity.json", "sparsity.py"),
+    ("calibration", "calibration.json", "calibration.py"),
     ("language", "language.json", "language.py"),
     ("uci", "uci.json", "uci.py"),
     ("versions", "versions.json", "versions.py"),
