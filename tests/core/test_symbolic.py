@@ -92,6 +92,7 @@ def _arguments(name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         "mixout": ((torch.zeros_like(x),), kept),
         "multi_sample_dropout": ((nn.Linear(6, 6),), kept),
         "sparse_variational_kl": ((), {}),
+        "scaled_dot_product_attention": ((x, x), kept),
         "targeted_dropout": ((), {**kept, "target_fraction": 0.5}),
         "variational_kl": ((), {}),
         "zoneout": ((torch.zeros_like(x),), kept),
@@ -125,7 +126,8 @@ class Calls(nn.Module):
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_function_is_a_node_that_keeps_its_flag(name: str) -> None:
-    has_flag = name not in ("masksembles", "variational_kl", "sparse_variational_kl")
+    flagless = ("masksembles", "variational_kl", "sparse_variational_kl", "scaled_dot_product_attention")
+    has_flag = name not in flagless
     for flags in [{"training": True}, {"training": False}] if has_flag else [{}]:
         model, x = Calls(name, **flags), _input(name)
         traced = symbolic_trace(model)
