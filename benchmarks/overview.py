@@ -24,7 +24,10 @@ MARKERS = ("<!-- overview -->", "<!-- end of overview -->")
 """Between these lines of the README stands the table."""
 
 HEADER = ["what", "against", "times faster", "run"]
-RUNS = ["dropout-cpu", "fused-cpu", "variants-cpu", "monte-carlo-cpu", "search-cpu", "compact"]
+RUNS = [
+    "dropout-cpu", "fused-cpu", "variants-cpu", "monte-carlo-cpu", "search-cpu", "compact", "attention-cpu",
+    "training-cpu",
+]  # fmt: skip
 
 Report = dict[str, Any]
 
@@ -54,9 +57,14 @@ def rows() -> list[list[str]]:
     conv, encoder = (one(samples, short=short) for short in ("conv", "encoder"))
     search, step = load("search-cpu")["search"], one(load("compact")["steps"], case="MLP", keep_prob=0.5)
     both, size = "forward + backward", "32x96x28x28"
+    weights = one(load("attention-cpu")["cells"], label="(2, 8, 1024, 64)", dtype="float32")["contenders"]
 
     def dropout(section: str, **fields: Any) -> str:
         return factor(dropout_cells(section, **fields)[STOCK]["times_torchdrop"])
+
+    def trained(against: str) -> str:
+        cell = one(load("training-cpu")["cells"], model="BERT", mode="eager", precision="bfloat16")["times"][against]
+        return factor(cell if against == STOCK else [1.0 / ratio for ratio in reversed(cell)])
 
     def sampled(case: Report) -> str:
         return factor(case["contenders"]["usual loop"]["times_torchdrop"])
@@ -71,6 +79,14 @@ def rows() -> list[list[str]]:
         (f"`DropoutAdd`, {both}, 2^20", "torchdrop, not fused", factor(add["separate"]["times_fused"]), 1),
         (f"`DropBlock2d`, {both}, {size}", "torchvision", factor(block["torchvision"]["times_torchdrop"]), 2),
         (f"`DropPath`, {both}, {size}", "timm", factor(path["timm"]["times_torchdrop"]), 2),
+        (
+            f"attention with dropout, {both}, (2, 8, 1024, 64)",
+            "`torch.nn`",
+            factor(weights[STOCK]["times_torchdrop"]),
+            6,
+        ),
+        ("training step of BERT after `replace`, bfloat16", "`torch.nn`", trained(STOCK), 7),
+        ("training step of BERT after `replace`, bfloat16", "no dropout", trained("no dropout"), 7),
         (f"`mc_predict`, convolutional network, {conv['samples']} samples", "a loop", sampled(conv), 3),
         (f"`mc_predict`, transformer encoder, {encoder['samples']} samples", "a loop", sampled(encoder), 3),
         (f"`tune.cross_validate`, {search['models']} small networks", "a loop", f"{digits(search['ratio'])}x", 4),

@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -30,6 +31,13 @@ KINDS = ("none", "bool", "float", "keys", "causal", "both", "gqa", "strided")
 ROUNDINGS = {torch.float64: 64, torch.float32: 64, torch.bfloat16: 8, torch.float16: 8}
 """How many units in the last place of the largest element results may be off. The half types round each weight and each
 gradient of a weight once, independently, and the result."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _blocks_for_few_weights() -> Iterator[None]:
+    with mock.patch.object(operators, "FEW", 0):
+        yield
+
 
 needs_native = pytest.mark.skipif(native.library is None, reason="the C kernels are not built")
 
@@ -407,6 +415,19 @@ def test_each_road_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         scaled_dot_product_attention(q, k, v, dropout_p=0.1)
     scaled_dot_product_attention(q, k, v, torch.zeros(4, 4, requires_grad=True), 0.1)
     assert taken == ["_record", "_forward", "_forward", "composed"]
+
+
+def test_few_weights_are_computed_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    (q, k, v), _ = operands("none", torch.float32, 4, 5)
+    expected = seeded(3, scaled_dot_product_attention, q, k, v, dropout_p=0.5)
+    taken: list[int] = []
+    composed = operators.composed
+    monkeypatch.setattr(operators, "composed", lambda *a: taken.append(1) or composed(*a))
+    for few, roads in ((2 * 4 * 4 * 5 - 1, 0), (2 * 4 * 4 * 5, 1)):
+        monkeypatch.setattr(operators, "FEW", few)
+        out = seeded(3, scaled_dot_product_attention, q, k, v, dropout_p=0.5)
+        assert torch.allclose(out, expected, atol=1e-5)
+        assert len(taken) == roads
 
 
 Q = torch.zeros(2, 3, 4, 8)

@@ -133,9 +133,10 @@ def scaled_dot_product_attention(
     eval mode.
 
     On the CPU, forward and backward work through blocks of queries and heads. Nothing of the size queries times keys is
-    kept for backward, which computes weights and mask again. On CUDA PyTorch's own kernel serves, and the mask is its
-    own. Where the rate is a tensor, a generator is given, or `use_backend("reference")` asks for it, the mask there is
-    ours and the weights are kept. Half types have their softmax in float32.
+    kept for backward, which computes weights and mask again. Only if there are at most 2**17 weights in all, they are
+    computed as a whole and kept, which is faster then. On CUDA PyTorch's own kernel serves, and the mask is its own.
+    Where the rate is a tensor, a generator is given, or `use_backend("reference")` asks for it, the mask there is ours
+    and the weights are kept. Half types have their softmax in float32.
 
     Args:
         query: (..., heads, queries, features) in float16, bfloat16, float32 or float64.

@@ -229,8 +229,13 @@ class _Attended(torch.autograd.Function):
 _record = node_of(_Attended)  # `is_plain` has seen that there are no transforms
 
 
+FEW = 2**17
+"""So many weights at most are computed as a whole: the calls for a block would take longer than its work."""
+
+
 def _blockwise(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, params: MaskParams | Tensor) -> bool:
-    """Whether the kernels take these: on the CPU, with the same sizes but for groups of heads, and one rate."""
+    """Whether the kernels take these: on the CPU, with the same sizes but for groups of heads, one rate, and many
+    weights."""
     tensors = (query, key, value)
     if not query.is_cpu or query.dtype not in COMPUTE_DTYPE or any(t.dtype != query.dtype for t in tensors):
         return False
@@ -244,7 +249,7 @@ def _blockwise(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, p
         return False
     if bias is not None and bias.requires_grad and torch.is_grad_enabled():
         return False
-    return math.prod(query.shape[:-1]) * key.shape[-2] > 0
+    return math.prod(query.shape[:-1]) * key.shape[-2] > FEW
 
 
 def attention(
