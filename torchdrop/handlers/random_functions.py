@@ -165,17 +165,24 @@ def _recurrent(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> RandomCall:
     def served(slot: Slot, rate: float) -> Any:
         states = hx if isinstance(hx, (tuple, list)) else (hx,)
         directions, per_layer = 1 + bool(bidirectional), len(weights) // layers
-        data, finals = head[0], []
+        turned, finals = bool(rest and rest[0]), []  # of rows first; a layer has time first, and would turn it back
+
+        def other(data: Tensor) -> Tensor:
+            return data.transpose(0, 1) if turned else data
+
+        data = other(head[0])
         for layer in range(layers):
             if layer:
-                own_slot = slot.another(layer - 1)
-                data = own_slot.apply(operators.masked, data, slot.params(rate, data.shape), data.shape, False)
+                rows = other(data)
+                params = slot.params(rate, rows.shape)
+                data = other(slot.another(layer - 1).apply(operators.masked, rows, params, rows.shape, False))
             start = [h[layer * directions : (layer + 1) * directions] for h in states]
             first = type(hx)(start) if isinstance(hx, (tuple, list)) else start[0]
             own = weights[layer * per_layer : (layer + 1) * per_layer]
-            data, *final = func(data, *head[1:], first, own, biases, 1, 0.0, args[at], bidirectional, *rest)
+            time_first = [False] if rest else []
+            data, *final = func(data, *head[1:], first, own, biases, 1, 0.0, args[at], bidirectional, *time_first)
             finals.append(final)
-        return (data, *(torch.cat(parts) for parts in zip(*finals, strict=True)))
+        return (other(data), *(torch.cat(parts) for parts in zip(*finals, strict=True)))
 
     return RandomCall(
         func.__name__.split("_")[0],
