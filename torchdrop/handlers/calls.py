@@ -24,7 +24,13 @@ class Site(NamedTuple):
 
 
 class Slot(ABC):
-    """The masks and numbers of one random call."""
+    """The masks and numbers of one random call.
+
+    Attributes:
+        by_rows: whether the masks follow from the rows of the data, in the dimension in which the call was given them.
+    """
+
+    by_rows = True
 
     @abstractmethod
     def params(self, rate: Any, shape: Sequence[int]) -> MaskParams | Tensor:

@@ -167,22 +167,22 @@ def _recurrent(mode: Mode, func: Any, *args: Any, **kwargs: Any) -> RandomCall:
         directions, per_layer = 1 + bool(bidirectional), len(weights) // layers
         turned, finals = bool(rest and rest[0]), []  # of rows first; a layer has time first, and would turn it back
 
-        def other(data: Tensor) -> Tensor:
-            return data.transpose(0, 1) if turned else data
+        def dropped(data: Tensor, own: Slot) -> Tensor:
+            rows = data.transpose(0, 1) if turned and slot.by_rows else data
+            out = own.apply(operators.masked, rows, slot.params(rate, rows.shape), rows.shape, False)
+            return out if rows is data else out.transpose(0, 1)
 
-        data = other(head[0])
+        data = head[0].transpose(0, 1) if turned else head[0]
         for layer in range(layers):
             if layer:
-                rows = other(data)
-                params = slot.params(rate, rows.shape)
-                data = other(slot.another(layer - 1).apply(operators.masked, rows, params, rows.shape, False))
+                data = dropped(data, slot.another(layer - 1))
             start = [h[layer * directions : (layer + 1) * directions] for h in states]
             first = type(hx)(start) if isinstance(hx, (tuple, list)) else start[0]
             own = weights[layer * per_layer : (layer + 1) * per_layer]
             time_first = [False] if rest else []
             data, *final = func(data, *head[1:], first, own, biases, 1, 0.0, args[at], bidirectional, *time_first)
             finals.append(final)
-        return (other(data), *(torch.cat(parts) for parts in zip(*finals, strict=True)))
+        return (data.transpose(0, 1) if turned else data, *(torch.cat(parts) for parts in zip(*finals, strict=True)))
 
     return RandomCall(
         func.__name__.split("_")[0],

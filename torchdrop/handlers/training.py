@@ -43,6 +43,8 @@ _RATE = list(inspect.signature(F.multi_head_attention_forward).parameters).index
 class NewMasks(Slot):
     """Masks and numbers under keys that are drawn as torchdrop's layers draw theirs."""
 
+    by_rows = False
+
     def params(self, rate: Any, shape: Sequence[int]) -> MaskParams | Tensor:
         return as_rate(rate, None).params_for(shape)
 
