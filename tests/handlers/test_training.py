@@ -433,3 +433,30 @@ def test_threads_serve_their_own_modules() -> None:
     assert len(set(masks)) == 200
     assert dict(keep_probs(model)) == {"0.dropout:0": 0.75, "1.alpha_dropout:0": 0.75}
     assert not training._running.modules
+
+
+class Attends(nn.Module):
+    """Calls the function of nn.MultiheadAttention under a flag of its own, or within a checkpoint of its own."""
+
+    def __init__(self, flag: bool = True, checkpointed: bool = False) -> None:
+        super().__init__()
+        self.inner, self.flag, self.checkpointed = nn.MultiheadAttention(8, 2), flag, checkpointed
+
+    def attend(self, x: Tensor) -> Tensor:
+        m = self.inner
+        out, _ = F.multi_head_attention_forward(
+            x, x, x, 8, 2, m.in_proj_weight, m.in_proj_bias, None, None, False, 0.125, m.out_proj.weight,
+            m.out_proj.bias, training=self.flag, need_weights=False,
+        )  # fmt: skip
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.attend, x, use_reentrant=False) if self.checkpointed else self.attend(x)
+
+
+@pytest.mark.parametrize("model", [Attends(flag=False), Attends(checkpointed=True)], ids=["flag", "checkpoint"])
+def test_the_function_of_multihead_attention_keeps_its_flag_and_its_rate(model: nn.Module) -> None:
+    x = torch.randn(7, 3, 8)
+    expected = seeded(3, model, x)
+    replace(model)
+    assert torch.allclose(seeded(3, model, x), expected, atol=1e-6)

@@ -40,6 +40,10 @@ _SEEN = frozenset((*SERVED, *OPENED))
 _RATE = list(inspect.signature(F.multi_head_attention_forward).parameters).index("dropout_p")
 
 
+_STANDS_IN = 0.123456789
+"""A rate that no one chooses, in the place of the one that is given to attention with several heads."""
+
+
 class NewMasks(Slot):
     """Masks and numbers under keys that are drawn as torchdrop's layers draw theirs."""
 
@@ -137,7 +141,7 @@ class Training(TorchFunctionMode):
         """Serves the calls that a function of torch makes."""
         if func is F.multi_head_attention_forward and len(args) > _RATE and not self._handled:
             # It compares the rate with 0, which compiled code could not, and at 0 no key would be drawn.
-            self._given, args = args[_RATE], (*args[:_RATE], 0.5, *args[_RATE + 1 :])
+            self._given, args = args[_RATE], (*args[:_RATE], _STANDS_IN, *args[_RATE + 1 :])
         try:
             with self:
                 return OPENED[func](*args, **kwargs)
@@ -145,7 +149,9 @@ class Training(TorchFunctionMode):
             self._given = None
 
     def _serve(self, call: RandomCall) -> Any:
-        rate, on, own = call.rate if self._given is None else self._given, call.on, None
+        stands_in = self._given is not None and call.rate == _STANDS_IN  # not where its training flag is False
+        rate: Any = self._given if stands_in else call.rate
+        on, own = call.on, None
         if call.at is not None:
             name = self._name(call.kind)
             own = self._calls.own.get(name)
@@ -163,7 +169,7 @@ class Training(TorchFunctionMode):
                     "checkpointing, which makes it again in backward, where neither `disabled` nor a rate that was set "
                     "by name reaches it: switch checkpointing off in the model, or checkpoint the whole module"
                 )
-            return call.original()
+            return call.at(rate) if stands_in and call.at is not None else call.original()
         if off and not self._handled:
             return call.plain()
         if self._handled and own is not None and on and call.at is not None:
