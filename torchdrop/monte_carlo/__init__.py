@@ -6,6 +6,7 @@
 
 from ..handlers.sources import Source
 from .context import mc_dropout
+from .exported import MCExport, export
 from .gal import predictive_log_likelihood, tau_from_weight_decay, weight_decay_from_tau
 from .heads import Predictions
 from .predict import mc_predict
@@ -16,6 +17,7 @@ from .task_predictions import ClassificationPrediction, MultiLabelPrediction, Re
 
 __all__ = [
     "ClassificationPrediction",
+    "MCExport",
     "MCPredictor",
     "MultiLabelPrediction",
     "Prediction",
@@ -23,6 +25,7 @@ __all__ = [
     "RegressionPrediction",
     "Report",
     "Source",
+    "export",
     "mc_dropout",
     "mc_predict",
     "predictive_log_likelihood",
