@@ -179,7 +179,7 @@ class Pass:
         seed: Any,
         own: bool,
         params: MaskParams | Tensor,
-        shape: Sequence[int],
+        shape: list[int],
     ) -> Tensor:
         """Applies an operator with mask parameters to x, which has the keys' dimensions first, with a source's mask."""
         if self.hypercube is None:

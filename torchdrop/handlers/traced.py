@@ -44,7 +44,9 @@ class MaskNames:
 
     def keys(self, seed: int) -> Tensor:
         """Returns the keys of all masks under a seed, int64 of shape (masks, 2): the words of each mask's own seed."""
-        return torch.tensor([traceable.seed_words(_seed(seed, name)) for name in self], dtype=torch.int64).reshape(-1, 2)
+        return torch.tensor([traceable.seed_words(_seed(seed, name)) for name in self], dtype=torch.int64).reshape(
+            -1, 2
+        )
 
 
 def _seed(seed: int, name: Name) -> int:
@@ -95,7 +97,7 @@ class TracedPass(Pass):
         seed: Any,
         own: bool,
         params: MaskParams | Tensor,
-        shape: Sequence[int],
+        shape: list[int],
     ) -> Tensor:
         key = self._key(seed, own)
         if operator is operators.gaussian:

@@ -154,8 +154,8 @@ def masked_values(x: Tensor, kept: Tensor, params: MaskParams | Tensor) -> Tenso
     if not isinstance(params, MaskParams) or params.shift or params.fill:
         return masking.masked_values(x, kept, params)
     dtype = masking.COMPUTE_DTYPE[x.dtype]
-    ends = (torch.full((), end, dtype=dtype, device=x.device) for end in (math.inf, 0.0))
-    limit = torch.where(kept, *ends)
+    most, none = (torch.full((), end, dtype=dtype, device=x.device) for end in (math.inf, 0.0))
+    limit = torch.where(kept, most, none)
     return torch.minimum(torch.maximum(x.to(dtype) * params.scale, -limit), limit)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -183,10 +183,20 @@ def export(
         sampler = Sampler(activation, pick, seed, shared, None)
         settled = _surveyed(activation, sampler, pick, tasks, inputs, samples)
         few = inputs.first(_ROWS) if inputs.rows else inputs
-        passes = _passes(activation, sampler, pick, shared, few)
-        traced = TracedModel(model, passes, batch_dim, positional, list(few.kwargs), samples, settled)
-        program = _exported(traced, few)
-        _compare(program, traced, few)
+        program, failed = None, list[Exception]()
+        for passes in _passes(activation, sampler, pick, shared, few):
+            traced = TracedModel(model, passes, batch_dim, positional, list(few.kwargs), samples, settled)
+            try:
+                program = _exported(traced, few)
+            except RuntimeError as error:
+                failed.append(error)
+                if samples is None:  # all ways are the same for one sample
+                    break
+                continue
+            _compare(program, traced, few)
+            break
+        if program is None:
+            raise failed[-1]
     for what in activation.omissions():
         warnings.warn(f"export: {what}", UserWarning, stacklevel=2)
     return MCExport(program, passes.names, seed, samples, _output_names(program, samples), activation.report)
@@ -246,21 +256,19 @@ def _surveyed(
 
 def _passes(
     activation: Activation, sampler: Sampler, pick: Picker, shared: bool, inputs: Inputs
-) -> TracedPasses:
-    """Returns passes that run several samples in the first way that gives the outputs of one after another.
+) -> Iterator[TracedPasses]:
+    """Yields passes that run several samples in ways that give the outputs of one after another.
 
     Raises:
         ValueError: no way does.
     """
     activation.server.prefix = None  # the results that it keeps are those of other inputs
-    reference = sampler.run("loop", inputs, (0, 1))
-    reference = tuple(
-        out if dim is None else out.movedim(dim + 1, 1) for out, dim in zip(reference, sampler.row_dims, strict=True)
-    )
+    found, dims = sampler.run("loop", inputs, (0, 1)), sampler.row_dims
+    reference = tuple(out if dim is None else out.movedim(dim + 1, 1) for out, dim in zip(found, dims, strict=True))
     for strategy in STRATEGIES:
-        if strategy == "repeated" and (inputs.rows is None or None in sampler.row_dims):
+        if strategy == "repeated" and (inputs.rows is None or None in dims):
             continue
-        passes = TracedPasses(activation, pick, strategy, shared, sampler.row_dims)
+        passes = TracedPasses(activation, pick, strategy, shared, dims)
         try:
             outputs = passes.several(inputs, sampler.seed, 2)
         except Exception:
@@ -268,11 +276,12 @@ def _passes(
                 raise
             continue
         if all(agree(a, b, b) for a, b in zip(outputs, reference, strict=True)):
-            return passes
-    raise ValueError(
-        "two passes of the model with the same masks differ, so no program can repeat them: are there random numbers of "
-        "numpy or Python in the model's forward, or a state outside of its modules?"
-    )
+            yield passes
+        elif strategy == STRATEGIES[-1]:
+            raise ValueError(
+                "two passes of the model with the same masks differ, so no program can repeat them: are there random "
+                "numbers of numpy or Python in the model's forward, or a state outside of its modules?"
+            )
 
 
 def _exported(traced: TracedModel, inputs: Inputs) -> torch.export.ExportedProgram:
@@ -281,7 +290,7 @@ def _exported(traced: TracedModel, inputs: Inputs) -> torch.export.ExportedProgr
     Raises:
         RuntimeError: torch.export does not take the model.
     """
-    rows = torch.export.Dim("rows")
+    rows = torch.export.Dim("rows", min=1)
 
     def dynamic(leaf: Any) -> Any:
         has_rows = isinstance(leaf, Tensor) and leaf.dim() > 0 and inputs.dim is not None
@@ -293,7 +302,7 @@ def _exported(traced: TracedModel, inputs: Inputs) -> torch.export.ExportedProgr
     shapes = {name: tree_map(dynamic, value) for name, value in given.items()}
     shapes |= dict.fromkeys(arguments.keys() - inputs.kwargs.keys())
     try:
-        program = torch.export.export(traced.eval(), inputs.args, arguments, dynamic_shapes=shapes, strict=False)
+        program = torch.export.export(traced, inputs.args, arguments, dynamic_shapes=shapes, strict=False)
         for node in list(program.graph.nodes):
             if node.target is torch.ops.aten._assert_tensor_metadata.default:  # it fails under vmap
                 program.graph.erase_node(node)

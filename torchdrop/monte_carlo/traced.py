@@ -59,9 +59,7 @@ class TracedPasses:
 
     def one(self, inputs: Inputs, keys: Tensor | int, sample: Tensor, every: Tensor | None = None) -> Outputs:
         """Returns the outputs of one sample. For the arguments see `TracedPass`."""
-        return self._run(
-            inputs, TracedPass(self.names, keys, sample, inputs.rows, shared=self._shared, every=every)
-        )
+        return self._run(inputs, TracedPass(self.names, keys, sample, inputs.rows, shared=self._shared, every=every))
 
     def several(self, inputs: Inputs, keys: Tensor | int, count: int) -> Outputs:
         """Returns the outputs of the first samples, stacked in front, and then the rows."""
@@ -87,8 +85,7 @@ class TracedPasses:
         rest = iter(outputs)
         pick = self._pick
         return {
-            name: joined([next(rest) for _ in range(size)])
-            for name, size in zip(pick.names, pick.sizes, strict=True)
+            name: joined([next(rest) for _ in range(size)]) for name, size in zip(pick.names, pick.sizes, strict=True)
         }
 
 
@@ -120,6 +117,7 @@ class TracedModel(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
+        self.training = False  # its own flag only: the model keeps its flags
         self.passes, self._dim, self._samples, self._tasks = passes, dim, samples, dict(tasks)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
