@@ -140,7 +140,7 @@ def largest_difference(
 
 
 def taken(given: Given) -> Any:
-    return given["input"] if "input" in given else given
+    return given.get("input", given)
 
 
 def equalities(quick: bool, threads: int) -> Iterator[Result]:
