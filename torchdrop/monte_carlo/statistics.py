@@ -24,6 +24,9 @@ from .standard_errors import Errors, error_names, needs_groups
 
 Name = TypeVar("Name")
 
+Results = tuple[dict[str, Tensor], dict[str, Tensor], Tensor]
+"""Statistics by name, their standard errors, and whether `Collector.take` may be given them."""
+
 _ERROR = "standard error"
 
 
@@ -84,6 +87,7 @@ class Collector:
         self._kept: list[tuple[list[int], dict[str, Tensor]]] = []
         self._shape: OutputShape | None = None
         self._first: tuple[Tensor, ...] | None = None
+        self._results: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
 
     @property
     def count(self) -> int:
@@ -131,18 +135,40 @@ class Collector:
         if self._shape is None:
             refuse_nan(flat, samples)  # which could decide what is open
         task = task.settled(joined(flat))
-        each = len(samples) * math.prod(flat[0].shape[2:-1])
-        blocks = list(shape.blocks(each))
         if not task.finite(joined(flat)):
             refuse_nan(flat, samples)
             refuse([~one.isfinite() for one in task.observe(joined(flat)).values()], samples)
 
         same = self._same(flat)
+        if self._results is not None:
+            self._results, self._moments.sizes = None, {}
         self.task, self._shape = task, shape
         self._first = (self._first or tuple(part[0].clone() for part in flat)) if same else None
-        self._observe(flat, blocks, members, samples)
+        self._observe(flat, members, samples)
         for group, chosen in members.items():
             self._moments.sizes[group] = self._moments.sizes.get(group, 0) + len(chosen)
+
+    def results_of(self, outputs: Outputs, samples: Sequence[int]) -> Results:
+        """Returns the `results` of samples that are added to no others, for a task that is settled, and as a tensor
+        whether `take` may be given them: whether all outputs are finite, and some differ.
+
+        It reads no values, so that it can be recorded.
+        """
+        alone = Collector(self.task, self.groups, group_of=self._group_of, rounds=self.rounds, errors=self._errors)
+        outputs = raw(outputs)
+        alone._shape, flat = alone._filled(self.task, outputs)
+        members = alone._members(samples)
+        alone._observe(flat, members, samples)
+        alone._moments.sizes = {group: len(chosen) for group, chosen in members.items()}
+        finite = torch.stack([one.isfinite().all() for one in flat]).all()
+        return *alone.results(), finite & torch.stack([(one != one[0]).any() for one in flat]).any()
+
+    def take(self, results: Results, count: int) -> bool:
+        """Takes the results of so many samples in the place of their outputs. Returns whether it can."""
+        *statistics, fine = results
+        if self.task.takes_finite and bool(fine):
+            self._results, self._moments.sizes = (statistics[0], statistics[1]), {0: count}
+        return self._results is not None
 
     def _filled(self, task: Task, outputs: Outputs) -> tuple[OutputShape, list[Tensor]]:
         """Returns the outputs with one dimension of places, and a finite number at those that are not reported."""
@@ -192,11 +218,11 @@ class Collector:
     def _observe(
         self,
         flat: Sequence[Tensor],
-        blocks: Sequence[tuple[slice, slice]],
         members: Mapping[int, list[int]],
         samples: Sequence[int],
     ) -> None:
         """Adds the observables of the samples to the moments, block by block."""
+        blocks = list(self._known.blocks(len(samples) * math.prod(flat[0].shape[2:-1])))
         kept: dict[str, Tensor] = {}
         grouped, known, dtype = self._grouped(), self._known, self.dtype
         shares = self._moments.shares(members) if grouped else []
@@ -274,6 +300,8 @@ class Collector:
     def results(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Returns all of the task's statistics, and the standard errors that were chosen, in the results' dtype and
         the order of the outputs' dimensions."""
+        if self._results is not None:
+            return self._results
         statistics = self.task.statistics()
         chosen = {name: statistics[name] for name in self.errors}
         found = self._in_blocks(lambda part: _both(part, statistics, chosen), self.dtype, self._copies(chosen))
