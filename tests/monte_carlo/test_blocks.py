@@ -15,8 +15,8 @@ import torchdrop
 from torchdrop.monte_carlo import blocks
 from torchdrop.monte_carlo.blocks import OutputShape
 from torchdrop.monte_carlo.classes import Classification
+from torchdrop.monte_carlo.live_bytes import LiveBytes
 from torchdrop.monte_carlo.plain import Plain
-from torchdrop.monte_carlo.sample import LiveBytes
 from torchdrop.monte_carlo.standard_errors import DENSE, check_errors, error_names
 from torchdrop.monte_carlo.statistics import Collector
 from torchdrop.monte_carlo.task_predictions import predict_from

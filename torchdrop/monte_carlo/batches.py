@@ -183,7 +183,7 @@ class Reader:
         self._select, self._dim = select, dim
 
     def batches(self, inputs: Any) -> Iterator[Inputs]:
-        """Yields the batches. Those of an iterable are moved to the model's device.
+        """Yields the batches. An iterable's batches are moved to the model's device.
 
         Raises:
             TypeError: inputs of another type, a batch of an unexpected structure, or arguments that the model does not

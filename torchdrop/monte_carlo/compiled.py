@@ -24,7 +24,7 @@ MOST = 16
 """The most functions that are compiled for one predictor."""
 
 Results = Any
-"""What a function of the outputs returns: tensors with rows first, in containers."""
+"""Tensors with rows first, in containers: they are made of the outputs."""
 
 _PLAIN = (type(None), bool, int, float, str)
 

@@ -18,6 +18,8 @@ Observed = Mapping[str, Any]
 
 Statistic = Callable[[Observed], Tensor]
 
+VALUE, ERROR = "value", "standard error"
+
 
 @dataclass(frozen=True)
 class Mean:
@@ -126,6 +128,17 @@ class Groups:
             stack = Stack.of_all(self.stacks)
             total |= {name: one.total(stack.counts) for name, one in stack.moments.items()}
         return total
+
+    def results(
+        self, statistics: Mapping[str, Statistic], chosen: Mapping[str, Statistic]
+    ) -> Iterator[tuple[tuple[str, str], Tensor]]:
+        """Yields statistics under (name, `VALUE`), and the standard errors of those that are chosen under (name,
+        `ERROR`)."""
+        total = self.total()
+        for name, statistic in statistics.items():
+            yield (name, VALUE), statistic(total)
+        for name, error in self.standard_errors(chosen, total).items():
+            yield (name, ERROR), error
 
     def leave_one_out(self) -> Iterator[dict[str, Any]]:
         """Yields, for each group in turn, the moments over all samples but its own; needs two groups or more, and all

@@ -177,8 +177,8 @@ class MCPredictor:
 
 
 class Seen:
-    """What a model must still be for the next call: its modules with their attributes, the places of its parameters,
-    which may change in the same objects, and its hooks."""
+    """The modules of a model with their attributes, the places of its parameters, which may change in the same objects,
+    and its hooks: all that must be as it was for the next call."""
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = list(model.modules())

@@ -99,7 +99,7 @@ class StackedMoments:
 
 @dataclass
 class StackedCounts:
-    """How many values of several groups are true, as int32 of shape (G, rows, ..., places). See `Counts`."""
+    """The numbers of true values of several groups, as int32 of shape (G, rows, ..., places). See `Counts`."""
 
     yes: Tensor
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .blocks import Outputs, OutputShape, cut, flattened, joined, raw, refuse, refuse_nan
-from .groups import Groups, Mean, Statistic
+from .groups import ERROR, VALUE, Groups, Mean, Statistic
 from .moments import Counts, Moments, wide
 from .plain import Task
 from .stacks import StackedCounts, StackedMoments
@@ -26,8 +26,6 @@ Name = TypeVar("Name")
 
 Results = tuple[dict[str, Tensor], dict[str, Tensor], Tensor]
 """Statistics by name, their standard errors, and whether `Collector.take` may be given them."""
-
-_ERROR = "standard error"
 
 
 class Collector:
@@ -304,8 +302,8 @@ class Collector:
             return self._results
         statistics = self.task.statistics()
         chosen = {name: statistics[name] for name in self.errors}
-        found = self._in_blocks(lambda part: _both(part, statistics, chosen), self.dtype, self._copies(chosen))
-        return self._reported(found, ""), self._reported(found, _ERROR)
+        found = self._in_blocks(lambda part: part.results(statistics, chosen), self.dtype, self._copies(chosen))
+        return self._reported(found, VALUE), self._reported(found, ERROR)
 
     def _reported(self, found: Mapping[tuple[str, str], Tensor], kind: str) -> dict[str, Tensor]:
         masked = {
@@ -395,14 +393,3 @@ class Collector:
             for state in filled
             for samples, kept in state["kept"]
         ]
-
-
-def _both(
-    part: Groups, statistics: Mapping[str, Statistic], chosen: Mapping[str, Statistic]
-) -> Iterator[tuple[tuple[str, str], Tensor]]:
-    """Yields statistics and, under `_ERROR`, the standard errors of those that are chosen."""
-    total = part.total()
-    for name, statistic in statistics.items():
-        yield (name, ""), statistic(total)
-    for name, error in part.standard_errors(chosen, total).items():
-        yield (name, _ERROR), error
