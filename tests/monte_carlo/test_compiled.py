@@ -36,6 +36,17 @@ def encoder() -> nn.Module:
     return nn.Sequential(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(8, 3)).eval()
 
 
+class Centered(nn.Module):
+    """A model whose rows depend on each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x - x.mean(0))
+
+
 class Recurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -131,6 +142,28 @@ class TestAnswers:
         assert_close(predictor(iter(x.split(4))), whole)
         assert_close(predictor(iter(x.split(4))), whole)
         assert made.call_count == 2  # four rows and two, for rows that begin anywhere
+
+    def test_of_requests_that_are_laid_out_otherwise(self, made: mock.Mock) -> None:
+        predictor = torchdrop.MCPredictor(network(), 20, compile=True, seed=2, example=data(4, 4))
+        expected = predictor(data(4, 4)).mean
+        for other in (data(4, 4).t().contiguous().t(), torch.cat([data(4, 4)] * 2, 1)[:, :4], data(4, 4).double()):
+            torch.testing.assert_close(predictor(other.float()).mean, expected)
+        assert made.call_count == 1
+
+    def test_after_an_example_of_one_row(self, made: mock.Mock) -> None:
+        predictor = torchdrop.MCPredictor(network(), 20, compile=True, seed=2, example=data(1, 4))
+        for rows in (7, 8, 6, 5, 1):
+            assert_close(predictor(data(9, 4)[:rows]), torchdrop.mc_predict(network(), data(9, 4)[:rows], 20, seed=2))
+        assert made.call_count == 2
+
+    def test_where_rows_depend_on_each_other(self, made: mock.Mock) -> None:
+        model = Centered()
+        predictor = torchdrop.MCPredictor(model, 20, compile=True, seed=2, example=data(1, 4))
+        with pytest.warns(UserWarning, match="A row's outputs depend on the other rows of its batch"):
+            predictor(data(3, 4))
+        got = predictor(data(3, 4))
+        with pytest.warns(UserWarning, match="A row's outputs depend on the other rows of its batch"):
+            assert_close(got, torchdrop.mc_predict(model, data(3, 4), 20, seed=2))
 
     def test_follow_weights_that_change(self, made: mock.Mock) -> None:
         model, x = convolutional(), data(4, 1, 8, 8)

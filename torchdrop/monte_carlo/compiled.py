@@ -42,19 +42,15 @@ class CompiledSampler:
 
     Attributes:
         tried: whether a chunk has been run, or could not be.
+        said: why chunks were not compiled, if any was not.
     """
 
     def __init__(self, sampler: Sampler, rows_first: Callable[[Outputs], Outputs]) -> None:
         self._sampler, self._rows_first = sampler, rows_first
         self._functions: dict[Any, _Function] = {}
         self._reason = ""
-        self._news: list[str] = []
+        self.said: list[str] = []
         self.tried: bool = False
-
-    def news(self) -> list[str]:
-        """Returns why samples were not compiled, if that has not been told."""
-        news, self._news = self._news, []
-        return news
 
     def run(
         self,
@@ -73,7 +69,7 @@ class CompiledSampler:
             results: the function of the outputs, which is compiled, too; None for none.
 
         Returns:
-            None where it is not compiled. `news` has the reason.
+            None where it is not compiled. `said` has the reason.
         """
         self.tried = True
         rows = inputs.rows
@@ -84,7 +80,7 @@ class CompiledSampler:
         except NotCompiledError as error:
             if not self._reason:
                 self._reason = str(error)
-                self._news.append(f"samples are run without compilation, because {self._reason}")
+                self.said.append(f"samples are run without compilation, because {self._reason}")
                 self._sampler.note(f"Not compiled: {self._reason}")
             return None
         if size == rows or not rows or not size:
@@ -105,6 +101,7 @@ class CompiledSampler:
         results: Callable[[Outputs, Sequence[int]], Results] | None,
     ) -> tuple[Outputs, Results]:
         leaves, spec = tree_flatten((inputs.args, inputs.kwargs))
+        leaves = [_dense(leaf) for leaf in leaves]
         key = (
             strategy,
             len(samples),
@@ -216,6 +213,23 @@ def _lifted(graph: GraphModule) -> list[Tensor]:
     return list(tensors.values())
 
 
+_FORMATS = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
+
+
+def _format(tensor: Tensor) -> int | None:
+    """Returns the first memory format that a strided tensor has, as a place in `_FORMATS`; None if it has none."""
+    ranks = (tensor.dim(), 4, 5)
+    fitting = (place for place, rank in enumerate(ranks) if rank == tensor.dim())
+    return next((place for place in fitting if tensor.is_contiguous(memory_format=_FORMATS[place])), None)
+
+
+def _dense(leaf: Any) -> Any:
+    """Returns a tensor without gaps, so that requests with other strides need no other function."""
+    return (
+        leaf.contiguous() if type(leaf) is Tensor and leaf.layout is torch.strided and _format(leaf) is None else leaf
+    )
+
+
 def _described(leaf: Any) -> Any:
     """Returns what of an argument a recording is for.
 
@@ -223,7 +237,7 @@ def _described(leaf: Any) -> Any:
         NotCompiledError: it is an object of which that is not known.
     """
     if type(leaf) is Tensor and leaf.layout is torch.strided:
-        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device
+        return leaf.shape, _format(leaf), leaf.dtype, leaf.device
     if type(leaf) in _PLAIN:
         return type(leaf), leaf
     raise NotCompiledError(f"an argument is a {type(leaf).__name__}, which is not compiled")

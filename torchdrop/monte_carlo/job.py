@@ -68,6 +68,7 @@ class Job:
         self._valid = valid
         self._compiled = CompiledSampler(sampler, self._rows_first) if compile else None
         self._prepared = False
+        self._told: set[str] = set()
         self._next_row = 0
         self.identical = True
         self.reached: float | None = None
@@ -81,15 +82,12 @@ class Job:
         self.activation.list_sources()
         return self.activation.omissions()
 
-    def remarks(self, known: bool) -> list[str]:
-        """Returns what the user is to be told of the last prediction.
-
-        Args:
-            known: whether the decisions on the first batch have been told.
-        """
-        effort, said = self._effort, [] if known else [*self._choice.said, *self._doubts]
-        if self._compiled is not None:
-            said += self._compiled.news()
+    def remarks(self) -> list[str]:
+        """Returns what the user is to be told of the last prediction, and has not been told before if it lasts."""
+        effort = self._effort
+        lasting = [*self._choice.said, *self._doubts, *([] if self._compiled is None else self._compiled.said)]
+        said = [one for one in lasting if one not in self._told]
+        self._told |= set(lasting)
         if effort.samples > 1 and self.identical:
             said.append(f"all samples are identical. {ADVICE}")
         if self.reached is not None:
@@ -103,6 +101,8 @@ class Job:
         """Returns the predictions for one batch, by the outputs' names: one, or one for each block of its rows."""
         if not self._prepared:
             self._prepare(inputs)
+        elif self._choice.strategy:
+            self._choice.look_at_rows(inputs)
         return [self._run(block, weight_scaling) for block in self._blocks(inputs)]
 
     def _prepare(self, inputs: Inputs) -> None:
@@ -126,11 +126,7 @@ class Job:
         if height is None:
             yield inputs
             return
-        if choice.rows_alone is None:
-            few = inputs.part(0, min(max(height, 3), rows))
-            self.activation.server.prefix = None
-            outputs = self._sampler.run("loop", few, (0,), self._next_row)
-            choice.compared(bool(self._sampler.agrees(outputs, (0,), few.rows)), few)
+        choice.look_at_rows(inputs)
         if not choice.rows_alone:
             yield inputs
             return

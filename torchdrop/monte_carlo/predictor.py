@@ -136,7 +136,7 @@ class MCPredictor:
             if not known:
                 self._seen = Seen(self._model)
             self._job = job, reader
-            for what in [*said, *job.remarks(known)]:
+            for what in [*said, *job.remarks()]:
                 warnings.warn(f"{caller}: {what}", UserWarning, stacklevel=stacklevel + 1)
             return prediction
 

@@ -323,6 +323,19 @@ class Sampler:
             same = self._agrees(outputs, samples, rows)
         return same
 
+    def are_alone(self, inputs: Inputs) -> bool:
+        """Whether the outputs of the first row are the same with and without the others."""
+        with self._apart():
+            self._activation.server.prefix = None
+            one, few = (self.run("loop", inputs.first(rows), (0,)) for rows in (1, 3))
+        pairs = zip(one, few, self._row_dims, strict=True)
+        return all(
+            out.dim() == more.dim()
+            and _agree(out, more.narrow(dim + 1, 0, out.shape[dim + 1]), more.movedim(dim + 1, 0))
+            for out, more, dim in pairs
+            if dim is not None
+        )
+
     def _agrees(self, outputs: Outputs, samples: Sequence[int], rows: int | None) -> bool | None:
         if samples[0] != 0 or (rows is not None and set(self._row_dims) == {None}):
             return None
