@@ -18,7 +18,7 @@ from ..core.checks import check_integer
 from ..core.torch_state import VERSION, tree_flatten, tree_map
 from ..handlers.traced import MaskNames
 from .activate import Activation, check_masks, check_model, check_seed, check_sources, new_seed
-from .batches import read_batches
+from .batches import Reader
 from .classes import class_numbers
 from .heads import read_tasks
 from .inputs import Inputs
@@ -177,7 +177,7 @@ def export(
     activation = Activation(model, patterns, batch_dim, name)
     with torch.no_grad(), activation.kept_states() as states:
         states.keep()
-        inputs = next(iter(read_batches(example, select, batch_dim, model, name)))
+        inputs = next(Reader(model, name, select, batch_dim).batches(example))
         positional = _names(model, name, inputs)
         pick = Picker(select_output, noise == "log_variance", task)
         sampler = Sampler(activation, pick, seed, shared, None)
