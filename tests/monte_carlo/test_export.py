@@ -327,6 +327,15 @@ def test_wrong_arguments_are_refused(arguments: dict[str, Any], message: str) ->
         export(Masked(), data(5), **arguments)
 
 
+def test_outputs_of_onnx_get_their_names_though_others_have_them() -> None:
+    ir = pytest.importorskip("onnx_ir", reason="onnx is not installed")
+    first = ir.Node("", "Neg", [ir.Value(name="x")], name="first", outputs=[ir.Value(name="mean")])
+    second = ir.Node("", "Neg", first.outputs, name="second", outputs=[ir.Value(name="out")])
+    graph = ir.Graph(first.inputs, second.outputs, nodes=[first, second])
+    exported._name_outputs(graph, ["mean"])
+    assert (first.outputs[0].name, second.outputs[0].name, graph.outputs[0].name) == ("mean_of_first", "mean", "mean")
+
+
 def test_a_model_without_anything_random_is_refused() -> None:
     with pytest.raises(ValueError, match="nothing random is active in the model"):
         export(nn.Linear(4, 2), data(5))

@@ -97,14 +97,23 @@ class MCExport:
             raise ValueError(f"opset must be at least 18, which has bitwise operators on integers, got {opset}")
         for package in ("onnx", "onnxscript"):
             optional(package, "onnx")
-        converted = torch.onnx.export(
-            self.program, dynamo=True, output_names=list(self.outputs), opset_version=opset, verbose=False
-        )
+        converted = torch.onnx.export(self.program, dynamo=True, opset_version=opset, verbose=False)
         assert converted is not None
+        _name_outputs(converted.model.graph, self.outputs)
         converted.model.metadata_props["torchdrop"] = json.dumps(self.described())
         if path is not None:
             converted.save(path)
         return converted
+
+
+def _name_outputs(graph: Any, names: Sequence[str]) -> None:
+    """Gives names to the outputs of an ONNX graph. (The exporter's own `output_names` may be those of other values.)"""
+    for node in graph:
+        for value in node.outputs:
+            if value.name in names:
+                value.name = f"{value.name}_of_{node.name}"
+    for value, name in zip(graph.outputs, names, strict=True):
+        value.name = name
 
 
 def export(
@@ -239,7 +248,7 @@ def _surveyed(
         job = Job(activation, sampler, pick, tasks, plan, choice, None, memory, False, None)
         job.run(inputs, False)
         settled = job.tasks
-        for doubt in job.remarks(False):
+        for doubt in job.remarks():
             warnings.warn(f"export: {doubt}", UserWarning, stacklevel=3)
     loose = [source for source in activation.report.active if not source.replayable]
     if loose:
