@@ -49,6 +49,8 @@ def test_open_elements_are_decided_by_their_lower_bits() -> None:
     assert (bits < below)[open_].any()
     assert not (bits < below)[open_].all()
     assert torch.equal(traceable.keep_mask((2**16,), traced, below), bits < below)
+    for number in bits.flatten()[:4].tolist():  # an element is not below its own bits
+        assert torch.equal(traceable.keep_mask((2**16,), traced, number), bits < number)
 
 
 def test_normal_variates_are_those_of_the_reference_up_to_rounding() -> None:

@@ -251,25 +251,35 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Callable[[int], Any]]]] = {
 }
 
 
+def ways(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """The passes that are traced, run as they are, by the way in which several samples are run. `_passes` yields them
+    if they equal the sampler's for two samples; here they are compared with `mc_predict` for three."""
+    activation, pick = Activation(model, None, 0), Picker()
+    sampler, rows = Sampler(activation, pick, 5, False, None), Inputs((x,), {}, 0)
+    with torch.no_grad():
+        Choice(activation, sampler, "auto", 3).survey(rows)
+        found = {}
+        for one in exported._passes(activation, sampler, pick, False, rows):
+            (found[one.strategy],) = one.several(rows, one.names.keys(5), 3)
+    expected = torchdrop.mc_predict(model, x, 3, seed=5, keep_samples=True).samples
+    assert expected is not None
+    assert all(torch.allclose(one, expected, rtol=1e-5, atol=1e-5) for one in found.values())
+    return found
+
+
 @pytest.mark.parametrize(
     "name", [name for name, one in VARIANTS.items() if one.draws and one.own_rows and not one.skips]
 )
 def test_passes_of_all_variants_are_those_of_mc_predict(name: str) -> None:
-    """The passes that are traced, run as they are: `_passes` yields them if they equal the sampler's."""
     model = built(name, torch.device("cpu")).eval()
-    x = inputs_of(VARIANTS[name], torch.device("cpu"))
-    activation, pick = Activation(model, None, 0), Picker()
-    sampler = Sampler(activation, pick, 5, False, None)
-    rows = Inputs((x,), {}, 0)
-    with torch.no_grad():
-        Choice(activation, sampler, "auto", 3).survey(rows)
-        passes = list(exported._passes(activation, sampler, pick, False, rows))
-        assert passes
-        expected = torchdrop.mc_predict(model, x, 3, seed=5, keep_samples=True).samples
-        assert expected is not None
-        for one in passes:
-            (found,) = one.several(rows, one.names.keys(5), 3)
-            assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
+    found = ways(model, inputs_of(VARIANTS[name], torch.device("cpu")))
+    assert "loop" in found
+    assert name != "dropout" or list(found) == ["vectorized", "repeated", "loop"]
+
+
+def test_passes_of_several_masks_in_one_call_are_those_of_mc_predict() -> None:
+    model, inputs = recurrent()
+    assert list(ways(model, inputs(5))) == ["repeated", "loop"]
 
 
 class Noisy(nn.Module):

@@ -47,7 +47,7 @@ class TracedPasses:
     def __init__(
         self, activation: Activation, pick: Picker, strategy: str, shared: bool, row_dims: Sequence[int | None]
     ) -> None:
-        self._activation, self._pick, self._strategy = activation, pick, strategy
+        self._activation, self._pick, self.strategy = activation, pick, strategy
         self._shared, self._row_dims = shared, row_dims
         self.names = MaskNames()
 
@@ -64,10 +64,10 @@ class TracedPasses:
     def several(self, inputs: Inputs, keys: Tensor | int, count: int) -> Outputs:
         """Returns the outputs of the first samples, stacked in front, and then the rows."""
         numbers = torch.arange(count, device=inputs.device)
-        if self._strategy == "vectorized":
+        if self.strategy == "vectorized":
             one = partial(self.one, inputs, keys, every=numbers)
             outputs = torch.func.vmap(one, randomness="different")(numbers)
-        elif self._strategy == "repeated":
+        elif self.strategy == "repeated":
             run = TracedPass(self.names, keys, numbers, inputs.rows, shared=self._shared, folded=True)
             outputs = tuple(
                 out.unflatten(dim or 0, (count, -1)).movedim(dim or 0, 0)
