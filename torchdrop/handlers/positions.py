@@ -1,16 +1,17 @@
 """Masks that belong to places in a sequence: a step of a decoder has those that a pass over the whole sequence has.
 
-A mask is ordinarily numbered by the rows of its tensor, so that the fifth word has another mask when it comes alone, after
-four that a cache holds, than when all five come together. Here each dimension that grows with the words gets keys of its
-own: an element's mask follows from (seed, source, sample), the places of its words, and its number among the elements that
-have these places. Rows do not enter. So a sample is one function of sequences of any length, computed in any steps.
+A mask is ordinarily numbered by the rows of its tensor, so that the fifth word has another mask when it comes alone,
+after four that a cache holds, than when all five come together. Here each dimension that grows with the words gets
+keys of its own: an element's mask follows from (seed, source, sample), the places of its words, and its number among
+the elements that have these places. Rows do not enter. So a sample is one function of sequences of any length,
+computed in any steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,7 +49,9 @@ class Part(NamedTuple):
     rest: int = 1
 
 
-def find_parts(lengths: Mapping[str, int], base: Sequence[int], longer: Mapping[str, Sequence[int]]) -> list[list[Part]]:
+def find_parts(
+    lengths: Mapping[str, int], base: Sequence[int], longer: Mapping[str, Sequence[int]]
+) -> list[list[Part]]:
     """Finds the parts of each dimension from the shapes that a tensor has in several forwards.
 
     Args:
@@ -74,7 +77,9 @@ def find_parts(lengths: Mapping[str, int], base: Sequence[int], longer: Mapping[
             if other[dim] == size:
                 continue
             if other[dim] * length != size * (length + 1) or rest % length:
-                raise PlacelessError(f"dimension {dim} has {size} and {other[dim]} elements for {length} and {length + 1} {kind}")
+                raise PlacelessError(
+                    f"dimension {dim} has {size} and {other[dim]} elements for {length} and {length + 1} {kind}"
+                )
             parts.append(Part(kind))
             rest //= length
         found.append([*parts, Part("", rest)] if not parts or rest != 1 else parts)
@@ -85,8 +90,8 @@ class Positions:
     """Makes the slots of a model whose masks belong to places in a sequence.
 
     Args:
-        origin: the place, in the target, that has number 0. Where prompts are padded on the left to one length, that length
-            as the origin gives each word the same mask in any batch.
+        origin: the place, in the target, that has number 0. Where prompts are padded on the left to one length, that
+            length as the origin gives each word the same mask in any batch.
 
     Attributes:
         span: the words of the forward that runs.
@@ -135,7 +140,9 @@ class Positions:
     def _sized(self, site: Site, parts: Sequence[Part], size: int) -> list[tuple[str, int]]:
         if [part.kind for part in parts] == [""]:
             return [("", size)]
-        known = {part.kind: self.span.rows if part.kind == ROWS else part.rest for part in parts if part.kind in (ROWS, "")}
+        known = {
+            part.kind: self.span.rows if part.kind == ROWS else part.rest for part in parts if part.kind in (ROWS, "")
+        }
         words = size
         for number in known.values():
             words //= number or 1

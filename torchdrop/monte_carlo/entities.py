@@ -1,4 +1,4 @@
-"""Entities in token classification, as wholes: how many samples find the same span with the same type (`find_entities`)."""
+"""Entities in token classification, as wholes: the share of samples that find the same span and type."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def read_scheme(id2label: Mapping[Any, str] | Sequence[str], classes: int | None
     """Reads labels in the schemes IOB1, IOB2 (BIO), IOE, IOBES and BILOU: "O", or a prefix and a type, as "B-PER".
 
     Args:
-        id2label: the label of each class, as in ``model.config.id2label``: a mapping from their numbers, which may be strings, or a
-            sequence.
+        id2label: the label of each class, as in ``model.config.id2label``: a mapping from their numbers, which may be
+            strings, or a sequence.
         classes: the number of classes that there must be.
 
     Raises:
@@ -75,7 +75,8 @@ def read_scheme(id2label: Mapping[Any, str] | Sequence[str], classes: int | None
         prefix, dash, kind = labels[number].partition("-")
         if labels[number] != "O" and (prefix not in _PREFIXES or not dash or not kind):
             raise ValueError(
-                f"labels must be 'O' or a prefix out of {', '.join(_PREFIXES)}, a dash and a type, as 'B-PER', got {labels[number]!r}"
+                f"labels must be 'O' or a prefix out of {', '.join(_PREFIXES)}, a dash and a type, as 'B-PER', "
+                f"got {labels[number]!r}"
             )
         prefixes.append(prefix)
         types.append(kind)
@@ -89,10 +90,13 @@ def read_scheme(id2label: Mapping[Any, str] | Sequence[str], classes: int | None
 
 
 def spans(labels: Tensor, scheme: Scheme) -> Tensor:
-    """Returns the entities in sequences of labels, one a row: the sequence's indices, first place, place after the last, type.
+    """Returns the entities in sequences of labels, one a row: the sequence's indices, first place, end and type.
 
-    A label continues the entity before it if both are of one type, the one before does not end it, and this one does not begin
-    one. Any other label of a type begins an entity, so that "O I-PER I-PER" has one, as in the evaluation of CoNLL.
+    The end is the place after the last.
+
+    A label continues the entity before it if both are of one type, the one before does not end it, and this one does
+    not begin one. Any other label of a type begins an entity, so that "O I-PER I-PER" has one, as in the evaluation
+    of CoNLL.
 
     Args:
         labels: classes of shape (..., L), and a negative number where there is no token, which ends an entity.
@@ -112,7 +116,9 @@ def spans(labels: Tensor, scheme: Scheme) -> Tensor:
     types = types.masked_fill(absent, -1)
     length = labels.shape[-1]
     continues = torch.zeros_like(absent)
-    continues[..., 1:] = (types[..., 1:] >= 0) & (types[..., 1:] == types[..., :-1]) & ~begins[..., 1:] & ~ends[..., :-1]
+    continues[..., 1:] = (
+        (types[..., 1:] >= 0) & (types[..., 1:] == types[..., :-1]) & ~begins[..., 1:] & ~ends[..., :-1]
+    )
     # The next place that continues nothing ends an entity: a minimum over the places from the next one on.
     places = torch.arange(length, device=labels.device).masked_fill(continues, length)
     stops = torch.full_like(places, length)
@@ -132,9 +138,9 @@ def find_entities(
 ) -> list[list[Entity]]:
     """Returns the entities of each row, with the share of samples that have exactly the same.
 
-    The labels of the average prediction, and of each sample, are the most probable ones of each token, and become entities by
-    `spans`. Probabilities of tokens do not say how sure an entity is, because the tokens of one sample belong together; here each
-    sample is read as a whole.
+    The labels of the average prediction, and of each sample, are the most probable ones of each token, and become
+    entities by `spans`. Probabilities of tokens do not say how sure an entity is, because the tokens of one sample
+    belong together; here each sample is read as a whole.
 
     Args:
         prediction: labels of tokens, with ``keep_samples=True``. Tokens that it does not report are left out.
@@ -149,16 +155,16 @@ def find_entities(
 
     Raises:
         TypeError: a prediction of another kind.
-        ValueError: samples that were not kept, outputs that are no sequences, labels of another form, or word numbers or targets
-            of another shape.
+        ValueError: samples that were not kept, outputs that are no sequences, labels of another form, or word numbers
+            or targets of another shape.
 
     References:
-        Ramshaw and Marcus, "Text Chunking using Transformation-Based Learning", 1995 (IOB). Ratinov and Roth, "Design Challenges
-        and Misconceptions in Named Entity Recognition", CoNLL 2009 (BILOU).
+        Ramshaw and Marcus, "Text Chunking using Transformation-Based Learning", 1995 (IOB). Ratinov and Roth, "Design
+        Challenges and Misconceptions in Named Entity Recognition", CoNLL 2009 (BILOU).
 
     Example:
         >>> import torchdrop
-        >>> tagger = torch.nn.Sequential(torch.nn.Embedding(9, 32), torch.nn.Dropout(0.5), torch.nn.Linear(32, 3)).eval()
+        >>> tagger = torch.nn.Sequential(torch.nn.Embedding(9, 32), torch.nn.Dropout(0.5), torch.nn.Linear(32, 3))
         >>> tags = torchdrop.mc_predict(
         ...     tagger, torch.randint(9, (2, 5)), 20, task="classification", class_dim=-1, keep_samples=True
         ... )
@@ -191,7 +197,17 @@ def find_entities(
         reach, numbers = (ends[1] + 1, None) if extent is None else extent(row, *ends)
         span = (row, first, stop, kind)
         entities[row].append(
-            Entity(row, ends[0], reach, scheme.names[kind], shares[kind], max(entropy, 0.0), types, span in predicted, numbers)
+            Entity(
+                row,
+                ends[0],
+                reach,
+                scheme.names[kind],
+                shares[kind],
+                max(entropy, 0.0),
+                types,
+                span in predicted,
+                numbers,
+            )
         )
     return entities
 
@@ -214,9 +230,13 @@ class _Extent:
 def _tokens(prediction: ClassificationPrediction) -> tuple[Tensor, Tensor]:
     """Returns the most probable classes of the average (B, L) and of the samples (T, B, L)."""
     if not isinstance(prediction, ClassificationPrediction):
-        raise TypeError(f"prediction must be a ClassificationPrediction, got {type(prediction).__name__}: say task='classification'")
+        raise TypeError(
+            f"prediction must be a ClassificationPrediction, got {type(prediction).__name__}: say task='classification'"
+        )
     if prediction.mean.dim() != 3:
-        raise ValueError(f"prediction must be of tokens, with classes for each, got shape {tuple(prediction.mean.shape)}")
+        raise ValueError(
+            f"prediction must be of tokens, with classes for each, got shape {tuple(prediction.mean.shape)}"
+        )
     if prediction.samples is None:
         raise ValueError("entities need the samples, which were not kept: predict with keep_samples=True")
     return prediction.predicted.clamp_min(0), prediction.samples.argmax(prediction.class_dim + 1)
@@ -229,10 +249,14 @@ def _words(word_ids: Sequence[Sequence[int | None]] | Tensor, tokens: Tensor) ->
         rows = [[IGNORED if word is None else word for word in row] for row in word_ids]
         lengths = sorted({len(row) for row in rows})
         if len(rows) != len(tokens) or lengths != [tokens.shape[1]]:
-            raise ValueError(f"word_ids must be of shape {tuple(tokens.shape)}, got {len(rows)} rows of lengths {lengths}")
+            raise ValueError(
+                f"word_ids must be of shape {tuple(tokens.shape)}, got {len(rows)} rows of lengths {lengths}"
+            )
         words = torch.tensor(rows, device=tokens.device)
     if words.shape != tokens.shape or words.is_floating_point():
-        raise ValueError(f"word_ids must be integers of shape {tuple(tokens.shape)}, got {words.dtype} of {tuple(words.shape)}")
+        raise ValueError(
+            f"word_ids must be integers of shape {tuple(tokens.shape)}, got {words.dtype} of {tuple(words.shape)}"
+        )
     return words
 
 

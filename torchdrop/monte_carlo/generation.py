@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.checks import check_integer
-from ..handlers.positions import Positions, Span
-from ..seeding import start
 from .activate import ADVICE, Activation, check_model, check_seed, check_sources, new_seed
 from .context import Context
-from .inputs import Inputs
+from .prompt import SOURCE, TARGET, Prompt, find_positions
 from .sequences import (
     SequenceUncertainty,
     Similarity,
@@ -28,8 +25,7 @@ from .sequences import (
     similarities,
 )
 
-SOURCE, TARGET = "input_ids", "decoder_input_ids"
-_REFUSED = ("return_dict_in_generate", "num_return_sequences", "streamer", "assistant_model", "inputs", *(SOURCE, TARGET))
+_REFUSED = ("return_dict_in_generate", "num_return_sequences", "streamer", "assistant_model", "inputs", SOURCE, TARGET)
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -96,7 +92,9 @@ class GeneratedPrediction:
 
     def __repr__(self) -> str:
         lines = [f"GeneratedPrediction of {len(self)} sequences from {self.num_samples} samples, seed {self.seed}"]
-        lines.append(f"{'':>5}{'tokens':>8}{'total':>10}{'knowledge':>11}{'matches':>9}{'agreement':>11}{'similarity':>12}")
+        lines.append(
+            f"{'':>5}{'tokens':>8}{'total':>10}{'knowledge':>11}{'matches':>9}{'agreement':>11}{'similarity':>12}"
+        )
         found, similar, agreement, matches = self.uncertainty, self.similarity(), self.agreement, self.matches
         for row in range(len(self)):
             values = f"{int(self.valid[row].sum()):>8}{found.total[row]:>10.4g}{found.knowledge[row]:>11.4g}"
@@ -116,22 +114,23 @@ def mc_generate(
 ) -> GeneratedPrediction:
     """Generates sequences under the masks of T samples, and scores one sequence under the masks of all.
 
-    In a sample every step has the masks of one function: those of a word follow from (seed, source, sample) and its place,
-    and those of an attention weight from the places of both words. So it does not matter if a cache holds the words before,
-    or if the whole sequence is computed in one pass, and beams may be reordered. Masks are shared by all rows, and places count
-    from the end of the prompt, so the result of a prompt does not depend on the batch that it is in.
+    In a sample every step has the masks of one function: those of a word follow from (seed, source, sample) and its
+    place, and those of an attention weight from the places of both words. Different places have different masks, as in
+    train mode. So it does not matter if a cache holds the words before, or if the whole sequence is computed in one
+    pass, and beams may be reordered. Masks are shared by all rows, and places count from the end of the prompt, so the
+    result of a prompt does not depend on the batch that it is in.
 
     The reference is scored in one pass a sample (teacher forcing), which gives the entropies of each token; see
-    `GeneratedPrediction`. This makes T calls of ``model.generate`` and T passes more, and a few to find out where words are
-    in the model's tensors.
+    `GeneratedPrediction`. This makes T calls of ``model.generate`` and T passes more, and a few to find out where
+    words are in the model's tensors.
 
     Args:
         model: a model of transformers that generates, decoder-only or encoder-decoder, in train or eval mode.
         inputs: `input_ids` (B, P), or a mapping with them and other arguments, such as `attention_mask`. Prompts of
             decoder-only models are padded on the left, as `generate` wants it.
         samples: T.
-        generate_kwargs: arguments of ``model.generate``, such as `max_new_tokens`, `num_beams` or `do_sample`. Words that are drawn
-            follow from the seed and the sample.
+        generate_kwargs: arguments of ``model.generate``, such as `max_new_tokens`, `num_beams` or `do_sample`. Words
+            that are drawn follow from the seed and the sample.
         reference: the tokens (B, L) that are scored, without the prompt; by default those that the model generates with
             nothing random in it.
         seed: the seed of all masks; drawn from PyTorch's default generator if None.
@@ -142,23 +141,23 @@ def mc_generate(
 
     Raises:
         TypeError: a model that has no method `generate`, or inputs of another kind.
-        ValueError: inputs without `input_ids`, arguments that change what `generate` returns, a reference of another number
-            of rows, or a model with nothing random in it.
+        ValueError: inputs without `input_ids`, arguments that change what `generate` returns, a reference of another
+            number of rows, or a model with nothing random in it.
         PlacelessError: a random source whose tensors do not say where the words are.
 
     Warns:
         UserWarning: something that is random in train mode and could not be turned on.
 
     References:
-        Malinin and Gales, "Uncertainty Estimation in Autoregressive Structured Prediction", ICLR 2021. Gal and Ghahramani,
-        "A Theoretically Grounded Application of Dropout in Recurrent Neural Networks", NeurIPS 2016 (one mask for all steps).
+        Malinin and Gales, "Uncertainty Estimation in Autoregressive Structured Prediction", ICLR 2021.
 
     Example:
         >>> import transformers
-        >>> config = transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, eos_token_id=1, bos_token_id=1)
+        >>> config = transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, eos_token_id=1)
         >>> model = transformers.GPT2LMHeadModel(config).eval()
         >>> prompt = torch.randint(2, 50, (2, 4))
-        >>> result = mc_generate(model, prompt, samples=3, seed=0, generate_kwargs={"max_new_tokens": 5, "pad_token_id": 0})
+        >>> how = {"max_new_tokens": 5, "pad_token_id": 0}
+        >>> result = mc_generate(model, prompt, samples=3, seed=0, generate_kwargs=how)
         >>> result.sequences.shape[:2], result.mutual_information.shape == result.reference.shape
         (torch.Size([3, 2]), True)
     """
@@ -166,17 +165,17 @@ def mc_generate(
     check_integer("samples", samples, least=1)
     seed = new_seed() if seed is None else check_seed(seed)
     patterns = check_sources(original, sources)
-    prompt = _Prompt(original, named, options)
-    with torch.no_grad():
+    prompt = Prompt(original, named, options)
+    with torch.no_grad(), torch.random.fork_rng(_devices(prompt.ids)):
         if reference is None:
             with Context(Activation(original, (), 0), model, seed, True):
                 reference = prompt.generated(0, seed)
         else:
             reference = prompt.check(reference)
         context = Context(Activation(original, patterns, 0), model, seed, True)
-        with context, torch.random.fork_rng(_devices(prompt.ids)):
+        with context:
             report = context.activation.report
-            context.activation.server.positions = _positions(context, prompt)
+            find_positions(context, prompt)
             scored, drawn = TokenUncertainty(reference), []
             for number in range(samples):
                 with report.sample(number):
@@ -186,7 +185,7 @@ def mc_generate(
         raise ValueError(f"nothing random is active in the model. {ADVICE}{report.noted()}")
     for what in context.activation.omissions():
         warnings.warn(f"mc_generate: {what}", UserWarning, stacklevel=2)
-    length = max(len(one[0]) for one in drawn)
+    length = max(one.shape[1] for one in drawn)
     sequences = torch.stack([prompt.padded(one, length) for one in drawn])
     valid = prompt.valid(reference)
     return GeneratedPrediction(
@@ -204,105 +203,12 @@ def mc_generate(
     )
 
 
-class _Prompt:
-    """What a model generates from: the calls that generate, and that score what was generated."""
-
-    def __init__(self, model: Any, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-        self.model, self.inputs, self._options = model, dict(inputs), dict(options)
-        self.ids: Tensor = inputs[SOURCE]
-        self.translates: bool = bool(getattr(model.config, "is_encoder_decoder", False))
-        config = options.get("generation_config") or model.generation_config
-        ends = options.get("eos_token_id", config.eos_token_id)
-        ends = ends.flatten().tolist() if isinstance(ends, Tensor) else ends
-        self._ends: list[int] = [] if ends is None else list(ends) if isinstance(ends, Iterable) else [ends]
-        pad = options.get("pad_token_id", config.pad_token_id)
-        self._pad: int = int(pad) if pad is not None else (self._ends or [0])[0]
-        self._start: Tensor | None = None
-
-    @property
-    def length(self) -> int:
-        """The number of tokens that stand before the generated ones in what `generate` returns."""
-        return 1 if self.translates else self.ids.shape[1]
-
-    def generated(self, number: int, seed: int) -> Tensor:
-        """Returns the tokens that this sample generates, (B, L)."""
-        start(seed, f"generate {number}", torch.manual_seed)
-        whole = self.model.generate(**self.inputs, **self._options)
-        self._start = whole[:, : self.length]
-        return whole[:, self.length :]
-
-    def scores(self, tokens: Tensor) -> Tensor:
-        """Returns the scores of all words at the places of these tokens, (B, L, V), from one pass."""
-        if self.translates:
-            assert self._start is not None
-            whole = torch.cat([self._start, tokens], 1)[:, :-1]
-            return self.model(**self.inputs, decoder_input_ids=whole, use_cache=False, return_dict=True).logits
-        mask = self.inputs.get("attention_mask")
-        mask = torch.ones_like(self.ids) if mask is None else mask
-        mask = torch.cat([mask, mask.new_ones(tokens.shape)], 1)[:, :-1]
-        arguments = {**self.inputs, SOURCE: torch.cat([self.ids, tokens], 1)[:, :-1], "attention_mask": mask}
-        if "position_ids" in inspect.signature(self.model.forward).parameters:
-            arguments["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
-        return self.model(**arguments, use_cache=False, return_dict=True).logits[:, self.length - 1 :]
-
-    def valid(self, tokens: Tensor) -> Tensor:
-        """Returns which tokens (..., L) belong to a sequence: those up to the first that ends it, and that one."""
-        ends = torch.isin(tokens, torch.tensor(self._ends, device=tokens.device, dtype=tokens.dtype))
-        return ends.cumsum(-1) - ends.long() == 0
-
-    def padded(self, tokens: Tensor, length: int) -> Tensor:
-        return nn.functional.pad(tokens, (0, length - tokens.shape[1]), value=self._pad)
-
-    def check(self, reference: Any) -> Tensor:
-        integers = isinstance(reference, Tensor) and not reference.is_floating_point() and reference.dtype != torch.bool
-        if not integers or reference.dim() != 2 or len(reference) != len(self.ids) or not reference.shape[1]:
-            got = tuple(reference.shape) if isinstance(reference, Tensor) else type(reference).__name__
-            raise ValueError(f"reference must be tokens (B, L) for the {len(self.ids)} prompts, got {got}")
-        return reference.to(self.ids.device, torch.int64)
-
-    def probe(self, rows: int, source: int, target: int) -> dict[str, Any]:
-        """Returns the arguments of a pass over sequences of these sizes."""
-        ids = self.ids[:1, -1:]
-        words = ids.expand(rows, source if self.translates else target).contiguous()
-        arguments = {SOURCE: words, "attention_mask": torch.ones_like(words), "use_cache": False}
-        return arguments | ({TARGET: ids.expand(rows, target).contiguous()} if self.translates else {})
-
-
-def _positions(context: Context, prompt: _Prompt) -> Positions:
-    """Finds out where words are in the tensors of the model, from forwards over sequences of several lengths."""
-    positions = Positions(0 if prompt.translates else prompt.length)
-    report, model = context.activation.report, prompt.model
-    sizes = {"rows": 2, "source": 4, "target": 3} if prompt.translates else {"rows": 2, "target": 3}
-
-    def shapes(longer: str) -> dict[Any, tuple[int, ...]]:
-        now = {kind: size + (kind == longer) for kind, size in sizes.items()}
-        with report.sample(0), positions.recorded() as found:
-            model(**prompt.probe(now["rows"], now.get("source", 0), now["target"]))
-        return found
-
-    with report.sample(0):  # a survey, before places matter
-        arguments = prompt.probe(2, 4, 3)
-        model(**arguments)
-        if prompt.translates:
-            model.get_encoder()(**{name: arguments[name] for name in (SOURCE, "attention_mask")})
-    context.activation.server.positions = positions
-    positions.learn(sizes, shapes(""), {kind: shapes(kind) for kind in sizes})
-    context.watch = lambda inputs: setattr(positions, "span", _span(inputs))
-    return positions
-
-
-def _span(inputs: Inputs) -> Span:
-    """Returns the words that a call computes."""
-    words = inputs.kwargs.get(TARGET, inputs.kwargs.get(SOURCE))
-    held = next((value for value in inputs.kwargs.values() if hasattr(value, "get_seq_length")), None)
-    past = 0 if held is None else int(held.get_seq_length())
-    return Span(1) if words is None else Span(len(words), past, words.shape[1])
-
-
 def _checked(model: Any, inputs: Any, options: Any) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
     original = check_model(model)
     if not callable(getattr(original, "generate", None)):
-        raise TypeError(f"model must have a method `generate`, as those of transformers do, got {type(original).__name__}")
+        raise TypeError(
+            f"model must have a method `generate`, as those of transformers do, got {type(original).__name__}"
+        )
     named = {SOURCE: inputs} if isinstance(inputs, Tensor) else inputs
     if not isinstance(named, Mapping):
         raise TypeError(f"inputs must be a tensor of input_ids or a mapping with them, got {type(inputs).__name__}")
@@ -315,7 +221,9 @@ def _checked(model: Any, inputs: Any, options: Any) -> tuple[nn.Module, dict[str
         raise TypeError(f"generate_kwargs must be a mapping of arguments of generate, got {type(options).__name__}")
     wrong = [name for name in options if name in _REFUSED]
     if wrong:
-        raise ValueError(f"generate_kwargs must not hold {wrong[0]!r}: a sample is one sequence of tokens for each prompt")
+        raise ValueError(
+            f"generate_kwargs must not hold {wrong[0]!r}: a sample is one sequence of tokens for each prompt"
+        )
     return original, dict(named), dict(options)
 
 

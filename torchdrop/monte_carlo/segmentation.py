@@ -23,13 +23,13 @@ class RegionScores:
         volume: the mean number of pixels or voxels of each class over the samples, of shape (B, C).
         volume_std: its standard deviation over the samples; NaN with one sample.
         coefficient_of_variation: their ratio, the volume's relative uncertainty.
-        pairwise_dice: the mean Dice coefficient of a class over pairs of different samples; NaN with one sample. It is 1 where
-            all agree.
+        pairwise_dice: the mean Dice coefficient of a class over pairs of different samples; NaN with one sample. It
+            is 1 where all agree.
         iou: the intersection over union of all samples.
         region_uncertainty: the mean uncertainty of the pixels that are predicted as the class; NaN if there are none.
         uncertainty: the mean uncertainty of all pixels, of shape (B,).
-        foreground_uncertainty: that of all pixels that are not predicted as background; NaN if there are none, or if no class is
-            the background.
+        foreground_uncertainty: that of all pixels that are not predicted as background; NaN if there are none, or if
+            no class is the background.
         background: the class that is the background; None if none is.
     """
 
@@ -61,10 +61,10 @@ def region_scores(
 ) -> RegionScores:
     """Returns how uncertain a segmentation is, as a whole and by region, to sort out images whose segmentation is bad.
 
-    Let ``S_t`` be the pixels that sample t gives to a class, by the largest probability. The scores of the class are the
-    coefficient of variation of the volumes ``|S_t|``, the mean of ``2 |S_i and S_j| / (|S_i| + |S_j|)`` over pairs of samples,
-    ``|S_1 and ... and S_T| / |S_1 or ... or S_T|``, and the mean of the uncertainty where the class has the largest mean
-    probability. Pixels that the prediction does not report are left out.
+    Let ``S_t`` be the pixels that sample t gives to a class, by the largest probability. The scores of the class are
+    the coefficient of variation of the volumes ``|S_t|``, the mean of ``2 |S_i and S_j| / (|S_i| + |S_j|)`` over
+    pairs of samples, ``|S_1 and ... and S_T| / |S_1 or ... or S_T|``, and the mean of the uncertainty where the class
+    has the largest mean probability. Pixels that the prediction does not report are left out.
 
     Predict with ``masks="shared"`` or independent masks as you like: no score compares two images.
 
@@ -76,16 +76,17 @@ def region_scores(
 
     Raises:
         TypeError: a prediction of another kind.
-        ValueError: samples that were not kept, outputs without pixels, another statistic, or a background that is no class.
+        ValueError: samples that were not kept, outputs without pixels, another statistic, or a background that is no
+            class.
 
     References:
-        Roy, Conjeti, Navab, Wachinger, "Inherent Brain Segmentation Quality Control from Fully ConvNet Monte Carlo Sampling",
-        MICCAI 2018, and "Bayesian QuickNAT: Model uncertainty in deep whole-brain segmentation for structure-wise quality
-        control", NeuroImage 195, 2019 (the four structure-wise measures).
+        Roy, Conjeti, Navab, Wachinger, "Inherent Brain Segmentation Quality Control from Fully ConvNet Monte Carlo
+        Sampling", MICCAI 2018, and "Bayesian QuickNAT: Model uncertainty in deep whole-brain segmentation for
+        structure-wise quality control", NeuroImage 195, 2019 (the four structure-wise measures).
 
     Example:
         >>> import torchdrop
-        >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3), torch.nn.Dropout2d(0.5), torch.nn.Conv2d(8, 2, 1)).eval()
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3), torch.nn.Dropout2d(0.5), torch.nn.Conv2d(8, 2, 1))
         >>> images = torch.randn(3, 1, 16, 16)
         >>> maps = torchdrop.mc_predict(model, images, 10, task="classification", keep_samples=True, seed=0)
         >>> scores = region_scores(maps)
@@ -101,7 +102,9 @@ def region_scores(
     labels = prediction.samples.argmax(prediction.class_dim + 1)
     if prediction.valid is not None:
         labels = labels.where(prediction.valid, IGNORED)
-    volumes, dice, iou = (torch.stack(columns, -1) for columns in zip(*(_agreement(labels == c) for c in range(classes)), strict=True))
+    volumes, dice, iou = (
+        torch.stack(columns, -1) for columns in zip(*(_agreement(labels == c) for c in range(classes)), strict=True)
+    )
     mean = volumes.mean(0)
     std = volumes.std(0) if len(volumes) > 1 else torch.full_like(mean, torch.nan)
     predicted = prediction.predicted.flatten(1)
@@ -110,10 +113,15 @@ def region_scores(
     foreground = shown & (predicted != background) if background is not None else shown & False
     dtype = prediction.mean.dtype
     return RegionScores(
-        *(score.to(dtype) for score in (mean, std, std / mean, dice, iou, regions)),
-        _mean_where(values, shown).to(dtype),
-        _mean_where(values, foreground).to(dtype),
-        background,
+        volume=mean.to(dtype),
+        volume_std=std.to(dtype),
+        coefficient_of_variation=(std / mean).to(dtype),
+        pairwise_dice=dice.to(dtype),
+        iou=iou.to(dtype),
+        region_uncertainty=regions.to(dtype),
+        uncertainty=_mean_where(values, shown).to(dtype),
+        foreground_uncertainty=_mean_where(values, foreground).to(dtype),
+        background=background,
     )
 
 
@@ -125,12 +133,16 @@ def checked_uncertainty(prediction: ClassificationPrediction, uncertainty: str) 
         ValueError: another statistic, or outputs without pixels.
     """
     if not isinstance(prediction, ClassificationPrediction):
-        raise TypeError(f"prediction must be a ClassificationPrediction, got {type(prediction).__name__}: say task='classification'")
+        raise TypeError(
+            f"prediction must be a ClassificationPrediction, got {type(prediction).__name__}: say task='classification'"
+        )
     known = ("predictive_entropy", "mutual_information", "expected_entropy", "variation_ratio")
     if uncertainty not in known:
         raise ValueError(f"uncertainty must be one of {', '.join(map(repr, known))}, got {uncertainty!r}")
     if prediction.mean.dim() < 3:
-        raise ValueError(f"prediction must be of pixels or voxels, (B, C, ...), got shape {tuple(prediction.mean.shape)}")
+        raise ValueError(
+            f"prediction must be of pixels or voxels, (B, C, ...), got shape {tuple(prediction.mean.shape)}"
+        )
     found: Tensor = getattr(prediction, uncertainty)
     return wide(found).flatten(1)
 

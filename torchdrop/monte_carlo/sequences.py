@@ -1,4 +1,4 @@
-"""Sequences of tokens in several samples: how uncertain each token and each sequence is, and how far the samples agree."""
+"""Sequences of tokens in several samples: the uncertainty of each token and sequence, and the samples' agreement."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class TokenUncertainty:
         tokens: the tokens that are scored, of shape (B, L).
 
     References:
-        Malinin and Gales, "Uncertainty Estimation in Autoregressive Structured Prediction", ICLR 2021, section 3, with samples
-        that are weighted alike at every token.
+        Malinin and Gales, "Uncertainty Estimation in Autoregressive Structured Prediction", ICLR 2021, section 3,
+        with samples that are weighted alike at every token.
 
     Example:
         >>> collected = TokenUncertainty(torch.tensor([[0]]))
@@ -87,9 +87,10 @@ class SequenceUncertainty(NamedTuple):
 def sequence_uncertainty(log_probs: Tensor, valid: Tensor) -> SequenceUncertainty:
     """Returns the uncertainty of sequences from the log-probabilities of their tokens.
 
-    ``P_t(y) = prod_l p_t(y_l | y_1, ..., y_(l-1))`` is the probability of the whole sequence in sample t. The average is over
-    whole sequences, for each sample is one model of them. Both measures are those of one sequence, divided by its length L;
-    their means over sequences that are drawn from the average are the entropy rate and the reverse mutual information.
+    ``P_t(y) = prod_l p_t(y_l | y_1, ..., y_(l-1))`` is the probability of the whole sequence in sample t. The average
+    is over whole sequences, for each sample is one model of them. Both measures are those of one sequence, divided by
+    its length L; their means over sequences that are drawn from the average are the entropy rate and the reverse
+    mutual information.
 
     Args:
         log_probs: the tokens' log-probabilities, of shape (T, B, L).
@@ -106,7 +107,8 @@ def sequence_uncertainty(log_probs: Tensor, valid: Tensor) -> SequenceUncertaint
     """
     if log_probs.dim() != 3 or valid.shape != log_probs.shape[1:]:
         raise ValueError(
-            f"log_probs must be of shape (T, B, L) and valid of shape (B, L), got {tuple(log_probs.shape)} and {tuple(valid.shape)}"
+            f"log_probs must be of shape (T, B, L) and valid of shape (B, L), got {tuple(log_probs.shape)} and "
+            f"{tuple(valid.shape)}"
         )
     logs = log_probs.where(valid, 0.0).sum(2)
     length = valid.sum(1).clamp_min(1)
@@ -152,11 +154,11 @@ def similarities(sequences: Tensor, lengths: Tensor, similarity: Similarity | No
     first, inside = _numbered(sequences, lengths)
     if similarity is None:
         kept = sequences.where(inside, -1)
-        table = []
-        for tokens, length in zip(kept, lengths, strict=True):  # one sample with all others, as (T, B, L) is enough memory
+        rows = []
+        for tokens, length in zip(kept, lengths, strict=True):  # one sample with all others, to save memory
             same = ((kept == tokens) & inside).sum(2)
-            table.append(torch.where(torch.maximum(lengths, length) > 0, same / torch.maximum(lengths, length), 1.0))
-        return torch.stack(table)
+            rows.append(torch.where(torch.maximum(lengths, length) > 0, same / torch.maximum(lengths, length), 1.0))
+        return torch.stack(rows)
     table = torch.ones(len(sequences), *lengths.shape, device=sequences.device)
     for row, numbers in enumerate(first.T):
         distinct = numbers.unique().tolist()
