@@ -9,6 +9,7 @@ computed in any steps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -21,10 +22,10 @@ from ..ops import operators, random_bits
 from .calls import Site
 from .masks import MaskSlot, Pass, source_seed, written
 
-ROWS, SOURCE, TARGET = "rows", "source", "target"
+ROWS, SOURCE, TARGET, HELD = "rows", "source", "target", "held"
 
-Shapes = Mapping[Site, Sequence[int]]
-"""The shape of the tensor of each random call of a forward."""
+Shapes = Mapping[Site, tuple[Sequence[int], Sequence[int]]]
+"""The shape of the tensor of each random call of a forward, and that of its mask."""
 
 
 class PlacelessError(RuntimeError):
@@ -43,7 +44,8 @@ class Span(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A factor of a dimension's size: it counts rows, words of the source or target, or `rest` other elements."""
+    """A factor of a dimension's size: it counts rows, words of the source or the target, words of the target together
+    with those that a cache holds, or `rest` other elements."""
 
     kind: str
     rest: int = 1
@@ -65,9 +67,9 @@ def find_parts(
     Example:
         >>> shapes = {"rows": (12, 3, 3), "target": (8, 4, 4)}
         >>> [[part.kind for part in parts] for parts in find_parts({"rows": 2, "target": 3}, (8, 3, 3), shapes)]
-        [['rows', ''], ['target'], ['target']]
+        [['rows', ''], ['target'], ['held']]
     """
-    found = []
+    found: list[list[Part]] = []
     for dim, size in enumerate(base):
         parts, rest = [], size
         for kind, length in lengths.items():
@@ -80,7 +82,9 @@ def find_parts(
                 raise PlacelessError(
                     f"dimension {dim} has {size} and {other[dim]} elements for {length} and {length + 1} {kind}"
                 )
-            parts.append(Part(kind))
+            # Attention has scores of queries, which are new words, and keys, some of which a cache may hold.
+            again = kind == TARGET and any(part.kind == TARGET for before in found for part in before)
+            parts.append(Part(HELD if again else kind))
             rest //= length
         found.append([*parts, Part("", rest)] if not parts or rest != 1 else parts)
     return found
@@ -101,10 +105,11 @@ class Positions:
         self.span: Span = Span(1)
         self._origin = origin
         self._parts: dict[Site, list[list[Part]]] | None = None
-        self._shapes: dict[Site, tuple[int, ...]] = {}
+        self._shared: dict[Site, list[bool]] = {}
+        self._shapes: dict[Site, tuple[Sequence[int], Sequence[int]]] = {}
 
     @contextmanager
-    def recorded(self) -> Iterator[dict[Site, tuple[int, ...]]]:
+    def recorded(self) -> Iterator[Shapes]:
         """Yields the shapes of the tensors of all random calls within it, which get masks without places."""
         self._parts, self._shapes = None, {}
         yield self._shapes
@@ -115,59 +120,62 @@ class Positions:
         Raises:
             PlacelessError: they cannot be found. The message names the module.
         """
-        self._parts = {}
-        for site, shape in base.items():
+        self._parts, self._shared = {}, {}
+        for site, (shape, mask) in base.items():
             try:
-                self._parts[site] = find_parts(lengths, shape, {kind: shapes[site] for kind, shapes in longer.items()})
+                others = {kind: shapes[site][0] for kind, shapes in longer.items()}
+                self._parts[site] = find_parts(lengths, shape, others)
             except (PlacelessError, KeyError) as error:
                 why = "it is not called every time" if isinstance(error, KeyError) else str(error)
                 raise _placeless(site, why) from error
+            self._shared[site] = [size != own for size, own in zip(shape, mask, strict=True)]
 
     def slot(self, run: Pass, site: Site, seed: int) -> PositionSlot:
         """Returns the slot of a random call."""
         return PositionSlot(self, run, site, seed)
 
-    def split(self, site: Site, shape: Sequence[int]) -> list[list[tuple[str, int]]]:
+    def split(self, site: Site, shape: Sequence[int], mask: Sequence[int]) -> list[list[tuple[str, int]]]:
         """Returns for each dimension of a tensor the kinds and sizes of its parts."""
         if self._parts is None:
-            self._shapes.setdefault(site, tuple(shape))
+            self._shapes.setdefault(site, (tuple(shape), tuple(mask)))
             return [[("", size)] for size in shape]
         parts = self._parts.get(site)
         if parts is None or len(parts) != len(shape):
             raise _placeless(site, "it was not met when the lengths of sequences were compared")
-        return [self._sized(site, dim, size) for dim, size in zip(parts, shape, strict=True)]
-
-    def _sized(self, site: Site, parts: Sequence[Part], size: int) -> list[tuple[str, int]]:
-        if [part.kind for part in parts] == [""]:
-            return [("", size)]
-        known = {
-            part.kind: self.span.rows if part.kind == ROWS else part.rest for part in parts if part.kind in (ROWS, "")
-        }
-        words = size
-        for number in known.values():
-            words //= number or 1
-        alone = [part.kind for part in parts] in ([ROWS], [ROWS, ""])
-        if alone:  # beams multiply rows
-            known[ROWS], words = size // known.get("", 1), 1
-        sized = [(part.kind, known.get(part.kind, words)) for part in parts]
-        total = 1
-        for _, number in sized:
-            total *= number
-        if total != size:
-            raise _placeless(site, f"a dimension of {size} elements does not fit {self.span}")
+        sized = [self._sized(dim, size) for dim, size in zip(parts, shape, strict=True)]
+        others = math.prod(part.rest for dim in parts for part in dim if part.kind == "")
+        wholes = [math.prod(size for _, size in dim) for dim in sized]
+        if wholes != list(shape) or math.prod(size for dim in sized for kind, size in dim if kind == "") != others:
+            raise _placeless(site, f"its shape {tuple(shape)} does not fit {self.span}")
         return sized
+
+    def shared(self, site: Site, dims: int) -> list[bool]:
+        """Returns for each dimension of a tensor whether its mask has one element there, for all."""
+        return self._shared.get(site, [False] * dims)
+
+    def _sized(self, parts: Sequence[Part], size: int) -> list[tuple[str, int]]:
+        kinds = [part.kind for part in parts]
+        if kinds == [""]:
+            return [("", size)]
+        if kinds == [TARGET] and self.span.new == 1 < size:
+            # Heads that share keys may come in the place of queries, if there is one query only.
+            return [("", size), (TARGET, 1)]
+        rest = math.prod(part.rest for part in parts)
+        if kinds in ([ROWS], [ROWS, ""]):  # beams multiply rows
+            return [(part.kind, size // rest if part.kind == ROWS else rest) for part in parts]
+        known = {ROWS: self.span.rows, "": rest}
+        words = size // math.prod(known[kind] for kind in kinds if kind in known)
+        return [(kind, known.get(kind, words)) for kind in kinds]
 
     def places(self, site: Site, kinds: Sequence[str], sizes: Sequence[int], device: torch.device) -> list[Tensor]:
         """Returns the numbers of the words along dimensions of these kinds and sizes."""
-        found, end = [], self.span.past + (self.span.new or 0)
-        for number, (kind, size) in enumerate(zip(kinds, sizes, strict=True)):
-            first = 0
-            if kind == TARGET:
-                queries = TARGET not in kinds[:number]
-                if queries and self.span.new is not None and size != self.span.new:
-                    raise _placeless(site, f"a dimension of {size} words does not fit {self.span}")
-                # A cache that holds the last words only, or that has room for words to come, begins elsewhere.
-                first = (self.span.past if queries else max(end - size, 0)) - self._origin
+        found = []
+        for kind, size in zip(kinds, sizes, strict=True):
+            if kind == TARGET and size != (self.span.new or size):
+                raise _placeless(site, f"a dimension of {size} words does not fit {self.span}")
+            # A cache that holds the last words only, or that has room for words to come, begins elsewhere.
+            held = max(self.span.past + (self.span.new or 0) - size, 0)
+            first = {SOURCE: 0, TARGET: self.span.past - self._origin, HELD: held - self._origin}[kind]
             found.append(torch.arange(first, first + size, device=device))
         return found
 
@@ -196,9 +204,7 @@ class _Arranged(NamedTuple):
         """Returns the sizes of the parts of a tensor of this shape, or one that is broadcast to it, in their order."""
         sizes = []
         for size, dim in zip(of, self.parts, strict=True):
-            whole = 1
-            for _, number in dim:
-                whole *= number
+            whole = math.prod(number for _, number in dim)
             sizes += [number if size == whole and not (shared and kind == ROWS) else 1 for kind, number in dim]
         return [sizes[part] for part in self.order]
 
@@ -236,10 +242,11 @@ class PositionSlot(MaskSlot):
         return self if not number else PositionSlot(self._positions, self._run, self._site, seed)
 
     def _arranged(self, shape: Sequence[int], mask: Sequence[int]) -> _Arranged:
-        parts = self._positions.split(self._site, shape)
-        wide = [size == other for size, other in zip(shape, mask, strict=True)]
-        flat = [(kind, own) for dim, own in zip(parts, wide, strict=True) for kind, _ in dim]
-        keyed = [number for number, (kind, own) in enumerate(flat) if own and kind in (SOURCE, TARGET)]
+        parts = self._positions.split(self._site, shape, mask)
+        shared = self._positions.shared(self._site, len(shape))
+        own = [size == other and not one for size, other, one in zip(shape, mask, shared, strict=True)]
+        flat = [(kind, alone) for dim, alone in zip(parts, own, strict=True) for kind, _ in dim]
+        keyed = [number for number, (kind, alone) in enumerate(flat) if alone and kind in (SOURCE, TARGET, HELD)]
         rest = [number for number in range(len(flat)) if number not in keyed]
         return _Arranged(parts, keyed + rest, len(keyed))
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..handlers.positions import Positions, Span
+from ..handlers.positions import PlacelessError, Positions, Shapes, Span
 from ..seeding import start
 from .context import Context
 from .inputs import Inputs
@@ -90,7 +90,7 @@ def find_positions(context: Context, prompt: Prompt) -> None:
     report, model = context.activation.report, prompt.model
     sizes = {"rows": 2, "source": 4, "target": 3} if prompt.translates else {"rows": 2, "target": 3}
 
-    def shapes(longer: str) -> dict[Any, tuple[int, ...]]:
+    def shapes(longer: str) -> Shapes:
         now = {kind: size + (kind == longer) for kind, size in sizes.items()}
         with report.sample(0), positions.recorded() as found:
             model(**prompt.probe(now["rows"], now.get("source", 0), now["target"]))
@@ -110,5 +110,10 @@ def _span(inputs: Inputs) -> Span:
     """Returns the words that a call computes."""
     words = inputs.kwargs.get(TARGET, inputs.kwargs.get(SOURCE))
     held = next((value for value in inputs.kwargs.values() if hasattr(value, "get_seq_length")), None)
-    past = 0 if held is None else int(held.get_seq_length())
+    try:
+        past = 0 if held is None else int(held.get_seq_length())
+    except ValueError as error:
+        raise PlacelessError(
+            "the model's cache does not say how many words it holds: give generate_kwargs={'use_cache': False}"
+        ) from error
     return Span(1) if words is None else Span(len(words), past, words.shape[1])

@@ -126,7 +126,8 @@ def token_uncertainty(
         >>> entropies = {"predictive_entropy": 2 * one, "expected_entropy": one, "mutual_information": one}
         >>> tokens = {"sequences": torch.ones(1, 1, 2), "lengths": torch.full((1, 1), 2)}
         >>> scored = {"reference": torch.tensor([[5, 7]]), "valid": one > 0, "log_probs": one.log().unsqueeze(0)}
-        >>> ax = token_uncertainty(GeneratedPrediction(**tokens, **entropies, **scored, num_samples=1, seed=0), ["a", "b"])
+        >>> result = GeneratedPrediction(**tokens, **entropies, **scored, num_samples=1, seed=0)
+        >>> ax = token_uncertainty(result, ["a", "b"])
         >>> [text.get_text() for text in ax.get_xticklabels()]
         ['a', 'b']
     """
