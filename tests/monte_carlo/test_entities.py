@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import torchdrop
-from torchdrop.monte_carlo import ClassificationPrediction, Entity, find_entities
+from torchdrop.monte_carlo import ClassificationPrediction, find_entities
 from torchdrop.monte_carlo.classes import Classification
 from torchdrop.monte_carlo.entities import read_scheme, spans
 from torchdrop.monte_carlo.plain import Plain
@@ -72,7 +72,9 @@ def test_spans_are_those_of_a_reader(labels: list[str]) -> None:
         seen += len(found)
     assert seen > 300
     together = spans(torch.tensor(every[:100]), scheme)
-    alone = [[row, *span] for row, tags in enumerate(every[:100]) for span in spans(torch.tensor(tags), scheme).tolist()]
+    alone = [
+        [row, *span] for row, tags in enumerate(every[:100]) for span in spans(torch.tensor(tags), scheme).tolist()
+    ]
     assert together.tolist() == alone
 
 
@@ -81,7 +83,7 @@ def test_probabilities_are_shares_of_samples(labels: list[str]) -> None:
     tags = random_tags(labels)
     result = prediction(tags, labels)
     found = find_entities(result, labels)
-    entities = sum(found, [])
+    entities = [entity for row in found for entity in row]
     assert len(entities) > 4
     assert len({entity.probability for entity in entities}) > 2
     for row in range(3):
@@ -127,17 +129,15 @@ def test_the_order_of_samples_and_rows_does_not_matter() -> None:
 
 
 def test_words_speak_by_their_first_token() -> None:
-    """The words are [0 0] [1] [2 2 2], between special tokens. Continuing tokens have tags that would break entities."""
+    """The words are [0 0] [1] [2 2 2], between special tokens. Tokens that continue words would break entities."""
     words: list[int | None] = [None, 0, 0, 1, 2, 2, 2, None]
     tags = torch.tensor([[[3, 1, 3, 2, 3, 0, 1, 1]], [[3, 1, 0, 2, 0, 3, 1, 1]]])
     (found,) = find_entities(prediction(tags, BIO), BIO, word_ids=[words])
-    assert [(one.start, one.stop, one.type, one.probability, one.words) for one in found][0] == (
-        1, 4, "PER", 1.0, (0, 2),
-    )  # fmt: skip
+    assert (found[0].start, found[0].stop, found[0].type, found[0].probability) == (1, 4, "PER", 1.0)
+    assert found[0].words == (0, 2)
     (every,) = find_entities(prediction(tags, BIO), BIO, word_ids=[words], least=0.5)
-    assert [(one.start, one.stop, one.type, one.probability, one.words) for one in every][-1] == (
-        4, 7, "LOC", 0.5, (2, 3),
-    )  # fmt: skip
+    assert (every[-1].start, every[-1].stop, every[-1].type, every[-1].probability) == (4, 7, "LOC", 0.5)
+    assert every[-1].words == (2, 3)
     numbers = torch.tensor([[-100 if word is None else word for word in words]])
     assert find_entities(prediction(tags, BIO), BIO, word_ids=numbers, least=0.5) == [every]
 
@@ -187,12 +187,12 @@ def test_a_model_of_transformers() -> None:
     )
     entities = find_entities(result, model.config.id2label, least=0.1)  # type: ignore[arg-type]
     assert len(entities) == 2
-    assert sum(entities, [])
+    assert entities[0] + entities[1]
 
 
 class TestBadInput:
     def test_labels_of_another_form(self) -> None:
-        with pytest.raises(ValueError, match="labels must be 'O' or a prefix out of .* got 'PER'"):
+        with pytest.raises(ValueError, match=r"labels must be 'O' or a prefix out of .* got 'PER'"):
             read_scheme(["O", "PER"])
         with pytest.raises(ValueError, match="got 'X-PER'"):
             read_scheme(["O", "X-PER"])
@@ -206,7 +206,7 @@ class TestBadInput:
         assert find_entities(result, {str(n): label for n, label in enumerate(BIO)}) == find_entities(result, BIO)
 
     def test_no_samples(self) -> None:
-        with pytest.raises(ValueError, match="entities need the samples.*keep_samples=True"):
+        with pytest.raises(ValueError, match=r"entities need the samples.*keep_samples=True"):
             find_entities(replace(prediction(random_tags(BIO), BIO), samples=None), BIO)
 
     def test_no_sequences(self) -> None:

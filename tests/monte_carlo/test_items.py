@@ -198,8 +198,8 @@ class TestModels:
             assert torch.equal(mc_items(model, inputs, 5, items=items, seed=0)[0].frequency, first)
 
     def test_another_number_of_images(self) -> None:
+        counts = iter([2, 1])
         with pytest.raises(ValueError, match="as many sets in each sample, got 1 after 2"):
-            counts = iter([2, 1])
             mc_items(Detector().eval(), torch.zeros(2, 1), 3, items=lambda y: items(y)[: next(counts)], seed=0)
 
     def test_items_of_another_kind(self) -> None:

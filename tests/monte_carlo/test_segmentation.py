@@ -163,7 +163,7 @@ def test_a_model() -> None:
 
 class TestBadInput:
     def test_samples_that_were_not_kept(self) -> None:
-        with pytest.raises(ValueError, match="scores of regions need the samples.*keep_samples=True"):
+        with pytest.raises(ValueError, match=r"scores of regions need the samples.*keep_samples=True"):
             region_scores(replace(predicted(maps(), 3), samples=None))
 
     def test_another_kind(self) -> None:
@@ -177,7 +177,7 @@ class TestBadInput:
             region_scores(predicted(torch.randint(3, (4, 2)), 3))
 
     def test_another_statistic(self) -> None:
-        with pytest.raises(ValueError, match="uncertainty must be one of 'predictive_entropy'.*got 'std'"):
+        with pytest.raises(ValueError, match=r"uncertainty must be one of 'predictive_entropy'.*got 'std'"):
             region_scores(predicted(maps(), 3), uncertainty="std")
 
     @pytest.mark.parametrize("background", [3, -1])
