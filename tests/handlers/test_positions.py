@@ -75,6 +75,8 @@ class TestSteps:
             assert torch.equal(part, whole[..., past : past + new, : past + new])
         heads = whole.view(2, 4, 49)[0].T
         assert len({tuple(pair.tolist()) for pair in heads}) > 10  # of the 16 that there can be
+        words = slot(positions, Span(2, 0, 7)).numbers(random_bits.random_bits, shape(2, 5, 7), None)
+        assert words.unique().numel() == 4 * 49  # each pair of places has a mask of its own
 
     def test_a_cache_of_the_last_words(self) -> None:
         positions = learned(SCORES)
