@@ -105,8 +105,11 @@ class TestSteps:
         assert torch.equal(kept(learned(FLAT), Span(3, 2, 4), (12, 8)).view(3, 4, 8), hidden)
 
     def test_beams(self) -> None:
+        """Their rows are more than those that the arguments of the call tell of."""
         few = kept(learned(HIDDEN), Span(2, 0, 4), (2, 4, 8))
-        assert torch.equal(kept(learned(HIDDEN), Span(6, 0, 4), (6, 4, 8))[:2], few)
+        assert torch.equal(kept(learned(HIDDEN), Span(2, 0, 4), (6, 4, 8))[:2], few)
+        few = kept(learned(FOLDED), Span(2, 0, 4), (8, 4, 4))
+        assert torch.equal(kept(learned(FOLDED), Span(2, 0, 4), (24, 4, 4))[:8], few)
 
     def test_padding_on_the_left(self) -> None:
         """Places count from the origin, the end of the prompt."""

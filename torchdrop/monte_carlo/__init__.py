@@ -12,7 +12,7 @@ from .gal import predictive_log_likelihood, tau_from_weight_decay, weight_decay_
 from .generation import GeneratedPrediction, mc_generate
 from .heads import Predictions
 from .items import from_scores, mc_items
-from .merging import Items, Observations, merge_items
+from .merging import Items, Observations, iou, merge_items
 from .predict import mc_predict
 from .prediction import Prediction
 from .predictor import MCPredictor
@@ -36,6 +36,7 @@ __all__ = [
     "Source",
     "find_entities",
     "from_scores",
+    "iou",
     "mc_dropout",
     "mc_generate",
     "mc_items",

@@ -187,16 +187,20 @@ def mc_generate(
         warnings.warn(f"mc_generate: {what}", UserWarning, stacklevel=2)
     length = max(one.shape[1] for one in drawn)
     sequences = torch.stack([prompt.padded(one, length) for one in drawn])
-    valid = prompt.valid(reference)
+    valid, dtype = prompt.valid(reference), _dtype(original)
+
+    def at_tokens(values: Tensor) -> Tensor:
+        return values.where(valid, torch.nan).to(dtype)
+
     return GeneratedPrediction(
         sequences=sequences,
         lengths=prompt.valid(sequences).sum(-1),
         reference=reference,
         valid=valid,
-        log_probs=scored.log_probs.where(valid, torch.nan),
-        predictive_entropy=scored.predictive_entropy.where(valid, torch.nan),
-        expected_entropy=scored.expected_entropy.where(valid, torch.nan),
-        mutual_information=scored.mutual_information.where(valid, torch.nan),
+        log_probs=at_tokens(scored.log_probs),
+        predictive_entropy=at_tokens(scored.predictive_entropy),
+        expected_entropy=at_tokens(scored.expected_entropy),
+        mutual_information=at_tokens(scored.mutual_information),
         num_samples=samples,
         seed=seed,
         report=report,
@@ -229,3 +233,9 @@ def _checked(model: Any, inputs: Any, options: Any) -> tuple[nn.Module, dict[str
 
 def _devices(ids: Tensor) -> list[int]:
     return [ids.device.index or 0] if ids.is_cuda else []
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """Returns the dtype of statistics: that of the model, or float32 for half types."""
+    found = next((one.dtype for one in model.parameters() if one.is_floating_point()), torch.float32)
+    return torch.promote_types(found, torch.float32)

@@ -110,11 +110,11 @@ def sequence_uncertainty(log_probs: Tensor, valid: Tensor) -> SequenceUncertaint
             f"log_probs must be of shape (T, B, L) and valid of shape (B, L), got {tuple(log_probs.shape)} and "
             f"{tuple(valid.shape)}"
         )
-    logs = log_probs.where(valid, 0.0).sum(2)
+    logs = wide(log_probs).where(valid, 0.0).sum(2)
     length = valid.sum(1).clamp_min(1)
     likelihood = logs.logsumexp(0) - math.log(len(logs))
     knowledge = (likelihood - logs.mean(0)).clamp_min(0) / length
-    return SequenceUncertainty(likelihood, -likelihood / length, knowledge)
+    return SequenceUncertainty(*(one.to(log_probs.dtype) for one in (likelihood, -likelihood / length, knowledge)))
 
 
 def exact_agreement(sequences: Tensor, lengths: Tensor) -> Tensor:
