@@ -199,7 +199,8 @@ class TestMasks:
 
     @pytest.mark.parametrize("make", MANY)
     def test_a_prompt_in_a_batch_and_alone(self, make: Callable[[], nn.Module]) -> None:
-        """Decoder-only models have padding on the left, and encoders on the right."""
+        """Decoder-only models have padding on the left, and encoders on the right. It is known from the mask, or, as in
+        `generate`, from the token of padding."""
         model, ids = make(), prompts()
         mask = torch.ones_like(ids)
         given = slice(0, 3) if model.config.is_encoder_decoder else slice(2, 5)  # type: ignore[union-attr]
@@ -207,6 +208,7 @@ class TestMasks:
         ids[1, padding], mask[1, padding] = 0, 0
         batch = mc_generate(model, {"input_ids": ids, "attention_mask": mask}, 3, seed=0, generate_kwargs=NEW)
         alone = mc_generate(model, ids[1:2, given], 3, seed=0, generate_kwargs=NEW)
+        same(batch, mc_generate(model, ids, 3, seed=0, generate_kwargs=NEW))
         for number in range(3):
             length = int(alone.lengths[number, 0])
             assert int(batch.lengths[number, 1]) == length
@@ -234,7 +236,7 @@ class TestPrediction:
         model, ids = make(0.3), prompts(2)
         result = mc_generate(model, ids, 4, seed=0, generate_kwargs={**NEW, "eos_token_id": None})
         translates = model.config.is_encoder_decoder  # type: ignore[union-attr]
-        probabilities = torch.zeros(4, 2, 6, 99, dtype=torch.float64)
+        probabilities = torch.zeros(4, 2, 6, 99)
         with Steps(model, ids) as steps:
             for number in range(4):
                 with steps.sample(number):
@@ -246,7 +248,7 @@ class TestPrediction:
                     for step in range(6):
                         out = model(**given, **{name: words}, past_key_values=held, use_cache=True)
                         held = out.past_key_values
-                        probabilities[number, :, step] = out.logits[:, -1].double().softmax(-1)
+                        probabilities[number, :, step] = out.logits[:, -1].softmax(-1)
                         words = result.reference[:, step : step + 1]
         assert result.valid.all()
         chosen = probabilities.gather(3, result.reference.expand(4, -1, -1).unsqueeze(3)).squeeze(3)
@@ -256,6 +258,7 @@ class TestPrediction:
         torch.testing.assert_close(result.predictive_entropy, total, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(result.expected_entropy, expected, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(result.mutual_information, total - expected, atol=1e-4, rtol=1e-3)
+        assert result.log_probs.dtype == result.uncertainty.total.dtype == torch.float32
         whole = chosen.prod(2)
         torch.testing.assert_close(result.uncertainty.log_likelihood, whole.mean(0).log(), atol=1e-3, rtol=1e-4)
         torch.testing.assert_close(result.uncertainty.total, -whole.mean(0).log() / 6, atol=1e-3, rtol=1e-4)

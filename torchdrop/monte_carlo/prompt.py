@@ -30,6 +30,10 @@ class Prompt:
         self._ends: list[int] = [] if ends is None else list(ends) if isinstance(ends, Iterable) else [ends]
         pad = options.get("pad_token_id", config.pad_token_id)
         self._pad: int = int(pad) if pad is not None else (self._ends or [0])[0]
+        self._named = inspect.signature(model.forward).parameters
+        if "attention_mask" in self._named and inputs.get("attention_mask") is None:
+            padded = pad is not None and pad not in self._ends  # as `generate` takes it
+            self.inputs["attention_mask"] = (self.ids != pad).long() if padded else torch.ones_like(self.ids)
         self._start: Tensor | None = None
 
     @property
@@ -50,12 +54,12 @@ class Prompt:
             assert self._start is not None
             whole = torch.cat([self._start, tokens], 1)[:, :-1]
             return self.model(**self.inputs, decoder_input_ids=whole, use_cache=False, return_dict=True).logits
-        mask = self.inputs.get("attention_mask")
-        mask = torch.ones_like(self.ids) if mask is None else mask
-        mask = torch.cat([mask, mask.new_ones(tokens.shape)], 1)[:, :-1]
-        arguments = {**self.inputs, SOURCE: torch.cat([self.ids, tokens], 1)[:, :-1], "attention_mask": mask}
-        if "position_ids" in inspect.signature(self.model.forward).parameters:
-            arguments["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
+        arguments = {**self.inputs, SOURCE: torch.cat([self.ids, tokens], 1)[:, :-1]}
+        if "attention_mask" in arguments:
+            mask: Tensor = arguments["attention_mask"]
+            mask = arguments["attention_mask"] = torch.cat([mask, mask.new_ones(tokens.shape)], 1)[:, :-1]
+            if "position_ids" in self._named:
+                arguments["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
         return self.model(**arguments, use_cache=False, return_dict=True).logits[:, self.length - 1 :]
 
     def valid(self, tokens: Tensor) -> Tensor:
@@ -77,7 +81,9 @@ class Prompt:
         """Returns the arguments of a pass over sequences of these sizes."""
         ids = self.ids[:1, -1:]
         words = ids.expand(rows, source if self.translates else target).contiguous()
-        arguments = {SOURCE: words, "attention_mask": torch.ones_like(words), "use_cache": False}
+        arguments = {SOURCE: words, "use_cache": False}
+        if "attention_mask" in self._named:
+            arguments["attention_mask"] = torch.ones_like(words)
         return arguments | ({TARGET: ids.expand(rows, target).contiguous()} if self.translates else {})
 
 
@@ -100,7 +106,7 @@ def find_positions(context: Context, prompt: Prompt) -> None:
         arguments = prompt.probe(2, 4, 3)
         model(**arguments)
         if prompt.translates:
-            model.get_encoder()(**{name: arguments[name] for name in (SOURCE, "attention_mask")})
+            model.get_encoder()(**{name: arguments[name] for name in arguments if name in (SOURCE, "attention_mask")})
     context.activation.server.positions = positions
     positions.learn(sizes, shapes(""), {kind: shapes(kind) for kind in sizes})
     context.watch = lambda inputs: setattr(positions, "span", _span(inputs))
