@@ -24,6 +24,7 @@ from torchdrop.monte_carlo.sequences import (
     sequence_uncertainty,
     similarities,
 )
+from torchdrop.seeding import start
 
 transformers = pytest.importorskip("transformers")
 
@@ -306,6 +307,30 @@ class TestPrediction:
         same(first, mc_generate(model, ids, 3, seed=0, generate_kwargs=drawn))
         other = mc_generate(model, ids, 3, seed=1, generate_kwargs=drawn)
         assert first.sequences.shape != other.sequences.shape or not torch.equal(first.sequences, other.sequences)
+        report: Any = first.report
+        assert {source.kind for source in report.active} == {"dropout", "attention"}
+
+    def test_words_are_drawn_as_generate_draws_them(self) -> None:
+        model, ids = gpt2(1e-12), prompts()
+        drawn = {**NEW, "do_sample": True, "eos_token_id": None, "temperature": 30.0}
+        result = mc_generate(model, ids, 2, seed=0, generate_kwargs=drawn)
+        with torch.random.fork_rng():
+            start(0, "generate 1", torch.manual_seed)
+            plain = model.generate(ids, **drawn)  # type: ignore[operator]
+        assert torch.equal(result.sequences[1], plain[:, 5:])
+        assert not torch.equal(result.sequences[0], result.sequences[1])
+
+    def test_draws_that_have_no_places(self) -> None:
+        model = gpt2()
+        inner = model.transformer.drop  # type: ignore[union-attr]
+
+        class Shuffled(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return inner(x)[..., torch.randperm(x.shape[-1])] if self.training else inner(x)  # type: ignore[operator]
+
+        model.transformer.drop = Shuffled()  # type: ignore[union-attr]
+        with pytest.warns(UserWarning, match=r"do not follow from the places of words \(transformer.drop: randperm\)"):
+            mc_generate(model, prompts(), 2, seed=0, generate_kwargs=NEW)
 
     def test_the_model_stays_as_it_was(self) -> None:
         """In train mode the reference is without dropout, too."""

@@ -146,7 +146,8 @@ def mc_generate(
         PlacelessError: a random source whose tensors do not say where the words are.
 
     Warns:
-        UserWarning: something that is random in train mode and could not be turned on.
+        UserWarning: something that is random in train mode and could not be turned on, or whose draws differ between
+            the steps of a sample.
 
     References:
         Malinin and Gales, "Uncertainty Estimation in Autoregressive Structured Prediction", ICLR 2021.
@@ -168,13 +169,16 @@ def mc_generate(
     prompt = Prompt(original, named, options)
     with torch.no_grad(), torch.random.fork_rng(_devices(prompt.ids)):
         if reference is None:
-            with Context(Activation(original, (), 0), model, seed, True):
+            plain = Context(Activation(original, (), 0), model, seed, True)
+            with plain:
+                _leave_words(plain)
                 reference = prompt.generated(0, seed)
         else:
             reference = prompt.check(reference)
         context = Context(Activation(original, patterns, 0), model, seed, True)
         with context:
             report = context.activation.report
+            _leave_words(context)
             find_positions(context, prompt)
             scored, drawn = TokenUncertainty(reference), []
             for number in range(samples):
@@ -183,7 +187,14 @@ def mc_generate(
                     scored.add(prompt.scores(reference))
     if not report.active:
         raise ValueError(f"nothing random is active in the model. {ADVICE}{report.noted()}")
-    for what in context.activation.omissions():
+    said = context.activation.omissions()
+    loose = [source for source in report.active if not source.replayable]
+    if loose:
+        listed = ", ".join(f"{source.module or '(model)'}: {source.kind}" for source in loose)
+        said.append(
+            f"the draws of some sources do not follow from the places of words ({listed}), so they differ by step"
+        )
+    for what in said:
         warnings.warn(f"mc_generate: {what}", UserWarning, stacklevel=2)
     length = max(one.shape[1] for one in drawn)
     sequences = torch.stack([prompt.padded(one, length) for one in drawn])
@@ -205,6 +216,11 @@ def mc_generate(
         seed=seed,
         report=report,
     )
+
+
+def _leave_words(context: Context) -> None:
+    """Leaves the draws of `generate` itself to PyTorch: those of words are no source of the model."""
+    context.activation.server.elsewhere = None
 
 
 def _checked(model: Any, inputs: Any, options: Any) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:

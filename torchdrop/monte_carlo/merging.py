@@ -128,9 +128,9 @@ def merge_items(
     References:
         Miller, Nicholson, Dayoub, Suenderhauf, "Dropout Sampling for Robust Object Detection in Open-Set Conditions",
         ICRA 2018 (groups of overlapping boxes, their mean box and classes). Miller, Dayoub, Milford, Suenderhauf,
-        "Evaluating Merging Strategies for Sampling-based Uncertainty Techniques in Object Detection", ICRA 2019
-        (affinities, and the constraint, which they call intra-sample exclusivity). Sokal and Michener, "A Statistical
-        Method for Evaluating Systematic Relationships", 1958 (average linkage).
+        "Evaluating Merging Strategies for Sampling-based Uncertainty Techniques in Object Detection", ICRA 2019, which
+        compares affinities and clusterings; others than this one. Sokal and Michener, "A Statistical Method for
+        Evaluating Systematic Relationships", 1958 (average linkage).
 
     Example:
         >>> boxes = torch.tensor([[0.0, 0.0, 2.0, 2.0], [9.0, 9.0, 10.0, 10.0]])

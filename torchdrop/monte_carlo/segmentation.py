@@ -82,7 +82,7 @@ def region_scores(
     References:
         Roy, Conjeti, Navab, Wachinger, "Inherent Brain Segmentation Quality Control from Fully ConvNet Monte Carlo
         Sampling", MICCAI 2018, and "Bayesian QuickNAT: Model uncertainty in deep whole-brain segmentation for
-        structure-wise quality control", NeuroImage 195, 2019 (the four structure-wise measures).
+        structure-wise quality control", NeuroImage 195, 2019 (structure-wise measures).
 
     Example:
         >>> import torchdrop

@@ -26,8 +26,8 @@ class TokenUncertainty:
         tokens: the tokens that are scored, of shape (B, L).
 
     References:
-        Malinin and Gales, "Uncertainty Estimation in Autoregressive Structured Prediction", ICLR 2021, section 3,
-        with samples that are weighted alike at every token.
+        Malinin and Gales, "Uncertainty Estimation in Autoregressive Structured Prediction", ICLR 2021 (token-level
+        measures), with samples that are weighted alike at every token.
 
     Example:
         >>> collected = TokenUncertainty(torch.tensor([[0]]))
@@ -97,8 +97,8 @@ def sequence_uncertainty(log_probs: Tensor, valid: Tensor) -> SequenceUncertaint
         valid: whether a place has a token, of shape (B, L). What stands elsewhere does not matter, even NaN.
 
     References:
-        Malinin and Gales, "Uncertainty Estimation in Autoregressive Structured Prediction", ICLR 2021, section 3.1 and
-        appendix A (sequence-level measures, expectation of products).
+        Malinin and Gales, "Uncertainty Estimation in Autoregressive Structured Prediction", ICLR 2021
+        (sequence-level measures, expectation of products).
 
     Example:
         >>> logs = torch.tensor([[[0.5, 0.5]], [[0.25, 1.0]]]).log()
