@@ -128,6 +128,15 @@ def test_the_order_of_samples_and_rows_does_not_matter() -> None:
     assert [one._replace(row=1) for one in alone] == found[1]
 
 
+def test_classes_in_another_dimension() -> None:
+    tags = random_tags(BIO)
+    collector = Collector(Classification("logits", class_dim=1), keep_samples=True)
+    collector.add(4.0 * nn.functional.one_hot(tags, 5).double().movedim(-1, 2), range(6))
+    found = predict_from(collector)
+    assert found.mean.shape == (3, 5, 9)
+    assert find_entities(found, BIO, least=0.2) == find_entities(prediction(tags, BIO), BIO, least=0.2)  # type: ignore[arg-type]
+
+
 def test_words_speak_by_their_first_token() -> None:
     """The words are [0 0] [1] [2 2 2], between special tokens. Tokens that continue words would break entities."""
     words: list[int | None] = [None, 0, 0, 1, 2, 2, 2, None]
