@@ -189,7 +189,7 @@ def _placeless(site: Site, why: str) -> PlacelessError:
 
 
 class _Arranged(NamedTuple):
-    """How a tensor is taken apart: its parts, and their order with places in front."""
+    """A tensor taken apart: its parts, and their order with places in front."""
 
     parts: list[list[tuple[str, int]]]
     order: list[int]

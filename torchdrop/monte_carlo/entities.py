@@ -38,7 +38,7 @@ class Entity(NamedTuple):
 
 
 class Scheme(NamedTuple):
-    """What the classes of a model mean: tensors with an element for each class."""
+    """The meaning of a model's classes: tensors with an element for each class."""
 
     begins: Tensor
     """Whether the class begins an entity whatever stands before (B, S, U)."""

@@ -17,7 +17,7 @@ class Items(NamedTuple):
     """The items that one sample has found in one image or other input."""
 
     values: Tensor
-    """What describes each, as the corners (x1, y1, x2, y2) of its box, of shape (N, D)."""
+    """Numbers that describe each, as the corners (x1, y1, x2, y2) of its box, of shape (N, D)."""
     probabilities: Tensor
     """The probabilities of its classes, of shape (N, C)."""
 

@@ -18,7 +18,7 @@ SOURCE, TARGET = "input_ids", "decoder_input_ids"
 
 
 class Prompt:
-    """What a model generates from: the calls that generate, and that score what was generated."""
+    """The prompts of a model, and its calls that generate from them and score what was generated."""
 
     def __init__(self, model: Any, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         self.model, self.inputs, self._options = model, dict(inputs), dict(options)
