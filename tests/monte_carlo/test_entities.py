@@ -43,11 +43,20 @@ def read(tags: Sequence[str | None]) -> list[tuple[int, int, str]]:
     return found
 
 
-def prediction(tags: Tensor, labels: Sequence[str], sharp: float = 4.0) -> ClassificationPrediction:
-    """A prediction whose samples have these classes (T, B, L), with classes in the last dimension."""
-    logits = sharp * nn.functional.one_hot(tags, len(labels)).double()
+def logits(tags: Tensor, labels: Sequence[str]) -> Tensor:
+    """Logits of these classes (T, B, L). They differ a little, so that no two classes have one mean probability."""
+    scores = 4.0 * nn.functional.one_hot(tags, len(labels)).double()
+    return scores + 0.1 * torch.randn(scores.shape).clamp(-5, 5)
+
+
+def prediction(tags: Tensor, labels: Sequence[str]) -> ClassificationPrediction:
+    """A prediction whose samples have these classes, in the last dimension."""
+    return prediction_of(logits(tags, labels))
+
+
+def prediction_of(scores: Tensor) -> ClassificationPrediction:
     collector = Collector(Classification("logits", class_dim=-1), keep_samples=True)
-    collector.add(logits, range(len(tags)))
+    collector.add(scores, range(len(scores)))
     found = predict_from(collector)
     assert isinstance(found, ClassificationPrediction)
     return found
@@ -110,55 +119,56 @@ def test_known_answers() -> None:
 
 
 def test_entities_that_the_average_has_not() -> None:
-    tags = torch.tensor([[[1, 2, 0]], [[1, 2, 0]], [[1, 0, 0]], [[0, 0, 3]]])
+    tags = torch.tensor([[[1, 2, 0]], [[1, 2, 0]], [[1, 2, 0]], [[1, 0, 0]], [[0, 0, 3]]])
     result = prediction(tags, BIO)
     (every,) = find_entities(result, BIO, least=0.0)
     assert [(one.start, one.stop, one.type, one.probability, one.predicted) for one in every] == [
-        (0, 1, "PER", 0.25, False), (0, 2, "PER", 0.5, True), (2, 3, "LOC", 0.25, False),
+        (0, 1, "PER", 0.2, False), (0, 2, "PER", 0.6, True), (2, 3, "LOC", 0.2, False),
     ]  # fmt: skip
     assert [one.predicted for one in find_entities(result, BIO, least=0.3)[0]] == [True]
 
 
 def test_the_order_of_samples_and_rows_does_not_matter() -> None:
-    tags = random_tags(BIO)
-    found = find_entities(prediction(tags, BIO), BIO, least=0.2)
-    again = find_entities(prediction(tags[torch.randperm(6)], BIO), BIO, least=0.2)
+    given = logits(random_tags(BIO), BIO)
+    found = find_entities(prediction_of(given), BIO, least=0.2)
+    again = find_entities(prediction_of(given[torch.randperm(6)]), BIO, least=0.2)
     assert found == again
-    alone = find_entities(prediction(tags[:, 1:2], BIO), BIO, least=0.2)[0]
+    alone = find_entities(prediction_of(given[:, 1:2]), BIO, least=0.2)[0]
     assert [one._replace(row=1) for one in alone] == found[1]
 
 
 def test_classes_in_another_dimension() -> None:
-    tags = random_tags(BIO)
+    given = logits(random_tags(BIO), BIO)
     collector = Collector(Classification("logits", class_dim=1), keep_samples=True)
-    collector.add(4.0 * nn.functional.one_hot(tags, 5).double().movedim(-1, 2), range(6))
+    collector.add(given.movedim(-1, 2), range(6))
     found = predict_from(collector)
     assert found.mean.shape == (3, 5, 9)
-    assert find_entities(found, BIO, least=0.2) == find_entities(prediction(tags, BIO), BIO, least=0.2)  # type: ignore[arg-type]
+    assert find_entities(found, BIO, least=0.2) == find_entities(prediction_of(given), BIO, least=0.2)  # type: ignore[arg-type]
 
 
 def test_words_speak_by_their_first_token() -> None:
     """The words are [0 0] [1] [2 2 2], between special tokens. Tokens that continue words would break entities."""
     words: list[int | None] = [None, 0, 0, 1, 2, 2, 2, None]
     tags = torch.tensor([[[3, 1, 3, 2, 3, 0, 1, 1]], [[3, 1, 0, 2, 0, 3, 1, 1]]])
-    (found,) = find_entities(prediction(tags, BIO), BIO, word_ids=[words])
+    made = prediction(tags, BIO)
+    (found,) = find_entities(made, BIO, word_ids=[words])
     assert (found[0].start, found[0].stop, found[0].type, found[0].probability) == (1, 4, "PER", 1.0)
     assert found[0].words == (0, 2)
-    (every,) = find_entities(prediction(tags, BIO), BIO, word_ids=[words], least=0.5)
+    (every,) = find_entities(made, BIO, word_ids=[words], least=0.5)
     assert (every[-1].start, every[-1].stop, every[-1].type, every[-1].probability) == (4, 7, "LOC", 0.5)
     assert every[-1].words == (2, 3)
     numbers = torch.tensor([[-100 if word is None else word for word in words]])
-    assert find_entities(prediction(tags, BIO), BIO, word_ids=numbers, least=0.5) == [every]
+    assert find_entities(made, BIO, word_ids=numbers, least=0.5) == [every]
 
 
 def test_targets_say_which_tokens_count() -> None:
-    tags = random_tags(BIO, rows=2)
+    given = logits(random_tags(BIO, rows=2), BIO)
     labels = torch.randint(5, (2, 9))
     labels[0, ::3], labels[1, 4:] = -100, -100
-    found = find_entities(prediction(tags, BIO), BIO, labels=labels)
+    found = find_entities(prediction_of(given), BIO, labels=labels)
     for row in range(2):
         kept = (labels[row] != -100).nonzero().flatten()
-        (alone,) = find_entities(prediction(tags[:, row : row + 1, kept], BIO), BIO)
+        (alone,) = find_entities(prediction_of(given[:, row : row + 1, kept]), BIO)
         expected = [(int(kept[one.start]), int(kept[one.stop - 1]) + 1, one.type, one.probability) for one in alone]
         assert [(one.start, one.stop, one.type, one.probability) for one in found[row]] == expected
 

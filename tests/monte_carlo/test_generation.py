@@ -295,6 +295,9 @@ class TestPrediction:
         assert torch.equal(own.reference, free.sequences[1])
         assert (own.matches >= 1 / 3).all()
         same(own, mc_generate(model, ids, 3, seed=0, generate_kwargs=NEW, reference=own.reference))
+        how = {**NEW, "eos_token_id": None}
+        begun = mc_generate(model, ids, 3, seed=0, generate_kwargs=how, reference=free.sequences[1, :, :3])
+        assert begun.matches.tolist() == [0, 0, 0]  # all are longer
 
     def test_words_that_are_drawn_follow_from_the_seed(self) -> None:
         model, ids = gpt2(), prompts()

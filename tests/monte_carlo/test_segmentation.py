@@ -21,11 +21,20 @@ from torchdrop.monte_carlo.task_predictions import predict_from
 STATISTICS = ("predictive_entropy", "mutual_information", "expected_entropy", "variation_ratio")
 
 
-def predicted(labels: Tensor, classes: int, sharp: float = 3.0) -> ClassificationPrediction:
-    """A prediction whose samples have these label maps (T, B, ...)."""
-    logits = sharp * nn.functional.one_hot(labels, classes).movedim(-1, 2).double()
+def logits(labels: Tensor, classes: int) -> Tensor:
+    """Logits of these label maps (T, B, ...), a little different so that no two classes have one mean probability."""
+    scores = 3.0 * nn.functional.one_hot(labels, classes).movedim(-1, 2).double()
+    return scores + 0.1 * torch.randn(scores.shape).clamp(-5, 5)
+
+
+def predicted(labels: Tensor, classes: int) -> ClassificationPrediction:
+    """A prediction whose samples have these label maps."""
+    return prediction_of(logits(labels, classes))
+
+
+def prediction_of(scores: Tensor) -> ClassificationPrediction:
     collector = Collector(Classification("logits"), keep_samples=True)
-    collector.add(logits, range(len(labels)))
+    collector.add(scores, range(len(scores)))
     prediction = predict_from(collector)
     assert isinstance(prediction, ClassificationPrediction)
     return prediction
@@ -117,32 +126,32 @@ def test_one_sample_has_no_spread() -> None:
 
 
 def test_the_order_of_samples_and_images_does_not_matter() -> None:
-    labels = maps()
-    scores = region_scores(predicted(labels, 3))
-    same(scores, region_scores(predicted(labels[torch.randperm(7)], 3)))
-    alone = region_scores(predicted(labels[:, 1:2], 3))
+    given = logits(maps(), 3)
+    scores = region_scores(prediction_of(given))
+    same(scores, region_scores(prediction_of(given[torch.randperm(7)])))
+    alone = region_scores(prediction_of(given[:, 1:2]))
     torch.testing.assert_close(alone.pairwise_dice[0], scores.pairwise_dice[1])
 
 
 def test_large_images_are_compared_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    labels = maps(shape=(11, 13))
-    whole = region_scores(predicted(labels, 3))
-    assert labels.numel() < _ELEMENTS
+    made = predicted(maps(shape=(11, 13)), 3)
+    whole = region_scores(made)
+    assert _ELEMENTS > 7 * 3 * 11 * 13
     monkeypatch.setattr("torchdrop.monte_carlo.segmentation._ELEMENTS", 100)
-    same(whole, region_scores(predicted(labels, 3)))
+    same(whole, region_scores(made))
 
 
 def test_places_that_are_not_reported_do_not_count() -> None:
-    labels, valid = maps(images=1), torch.ones(1, 5, 4, dtype=torch.bool)
+    given, valid = logits(maps(images=1), 3), torch.ones(1, 5, 4, dtype=torch.bool)
     valid[:, 3:] = False
-    whole = predicted(labels, 3)
+    whole = prediction_of(given)
     parts = {name: getattr(whole, name) for name in ("mean", *STATISTICS)}
     hidden: Any = {
         name: value.where(valid.unsqueeze(1) if name == "mean" else valid, torch.nan) for name, value in parts.items()
     }
     assert whole.samples is not None
     hidden["samples"] = whole.samples.where(valid.unsqueeze(1), torch.nan)
-    same(region_scores(replace(whole, valid=valid, **hidden)), region_scores(predicted(labels[:, :, :3], 3)))
+    same(region_scores(replace(whole, valid=valid, **hidden)), region_scores(prediction_of(given[:, :, :, :3])))
 
 
 def test_a_model() -> None:
