@@ -287,6 +287,22 @@ class TestPrediction:
             missing = getattr(scored, name).isnan()
             assert torch.equal(missing, (~scored.valid).expand_as(missing)), name
 
+    def test_sequences_that_end_otherwise(self) -> None:
+        """Where no token ends a sequence, its length is the number of words that were generated."""
+
+        class Stops(transformers.StoppingCriteria):  # type: ignore[misc,name-defined]
+            def __init__(self) -> None:
+                self.calls = 0
+
+            def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+                self.calls += 1
+                return torch.full((len(input_ids),), self.calls in (6, 8))
+
+        how = {**NEW, "eos_token_id": None, "stopping_criteria": [Stops()]}
+        result = mc_generate(gpt2(), prompts(), 2, seed=0, generate_kwargs=how)
+        assert result.lengths.tolist() == [[2, 2, 2], [6, 6, 6]]  # after six words of the reference
+        assert result.sequences[0, :, 2:].unique().tolist() == [0]
+
     def test_a_reference_of_ones_own(self) -> None:
         model, ids = gpt2(), prompts()
         free = mc_generate(model, ids, 3, seed=0, generate_kwargs=NEW)

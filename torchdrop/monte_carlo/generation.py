@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..core.checks import check_integer
 from .activate import ADVICE, Activation, check_model, check_seed, check_sources, new_seed
 from .context import Context
 from .prompt import SOURCE, TARGET, Prompt, find_positions
+from .report import Report
 from .sequences import (
     SequenceUncertainty,
     Similarity,
@@ -169,43 +171,30 @@ def mc_generate(
     prompt = Prompt(original, named, options)
     with torch.no_grad(), torch.random.fork_rng(_devices(prompt.ids)):
         if reference is None:
-            plain = Context(Activation(original, (), 0), model, seed, True)
-            with plain:
-                _leave_words(plain)
+            with _entered(Context(Activation(original, (), 0), model, seed, True)):
                 reference = prompt.generated(0, seed)
         else:
             reference = prompt.check(reference)
-        context = Context(Activation(original, patterns, 0), model, seed, True)
-        with context:
+        scored, drawn = TokenUncertainty(reference), []
+        with _entered(Context(Activation(original, patterns, 0), model, seed, True)) as context:
             report = context.activation.report
-            _leave_words(context)
             find_positions(context, prompt)
-            scored, drawn = TokenUncertainty(reference), []
+            if not report.active:
+                raise ValueError(f"nothing random is active in the model. {ADVICE}{report.noted()}")
             for number in range(samples):
                 with report.sample(number):
                     drawn.append(prompt.generated(number, seed))
                     scored.add(prompt.scores(reference))
-    if not report.active:
-        raise ValueError(f"nothing random is active in the model. {ADVICE}{report.noted()}")
-    said = context.activation.omissions()
-    loose = [source for source in report.active if not source.replayable]
-    if loose:
-        listed = ", ".join(f"{source.module or '(model)'}: {source.kind}" for source in loose)
-        said.append(
-            f"the draws of some sources do not follow from the places of words ({listed}), so they differ by step"
-        )
-    for what in said:
+    for what in [*context.activation.omissions(), *_loose(report)]:
         warnings.warn(f"mc_generate: {what}", UserWarning, stacklevel=2)
-    length = max(one.shape[1] for one in drawn)
-    sequences = torch.stack([prompt.padded(one, length) for one in drawn])
     valid, dtype = prompt.valid(reference), _dtype(original)
 
     def at_tokens(values: Tensor) -> Tensor:
         return values.where(valid, torch.nan).to(dtype)
 
     return GeneratedPrediction(
-        sequences=sequences,
-        lengths=prompt.valid(sequences).sum(-1),
+        sequences=prompt.stacked(drawn),
+        lengths=torch.stack([prompt.valid(one).sum(-1) for one in drawn]),
         reference=reference,
         valid=valid,
         log_probs=at_tokens(scored.log_probs),
@@ -218,9 +207,19 @@ def mc_generate(
     )
 
 
-def _leave_words(context: Context) -> None:
-    """Leaves the draws of `generate` itself to PyTorch: those of words are no source of the model."""
-    context.activation.server.elsewhere = None
+@contextmanager
+def _entered(context: Context) -> Iterator[Context]:
+    """Enters a context in which PyTorch draws the words of `generate`: they are no source of the model."""
+    with context:
+        context.activation.server.elsewhere = None
+        yield context
+
+
+def _loose(report: Report) -> list[str]:
+    """Lists the sources whose draws are not masks that belong to places."""
+    loose = [f"{source.module or '(model)'}: {source.kind}" for source in report.active if not source.replayable]
+    what = f"the draws of some sources do not follow from the places of words ({', '.join(loose)}), so steps differ"
+    return [what] if loose else []
 
 
 def _checked(model: Any, inputs: Any, options: Any) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -67,8 +67,11 @@ class Prompt:
         ends = torch.isin(tokens, torch.tensor(self._ends, device=tokens.device, dtype=tokens.dtype))
         return ends.cumsum(-1) - ends.long() == 0
 
-    def padded(self, tokens: Tensor, length: int) -> Tensor:
-        return nn.functional.pad(tokens, (0, length - tokens.shape[1]), value=self._pad)
+    def stacked(self, sequences: Sequence[Tensor]) -> Tensor:
+        """Returns sequences (B, L) of several lengths as one tensor, with padding at their ends."""
+        length = max(one.shape[1] for one in sequences)
+        padded = [nn.functional.pad(one, (0, length - one.shape[1]), value=self._pad) for one in sequences]
+        return torch.stack(padded)
 
     def check(self, reference: Any) -> Tensor:
         integers = isinstance(reference, Tensor) and not reference.is_floating_point() and reference.dtype != torch.bool
