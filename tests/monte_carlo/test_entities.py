@@ -68,7 +68,7 @@ def random_tags(labels: Sequence[str], samples: int = 6, rows: int = 3, length: 
     return torch.where(torch.rand(noise.shape) < 0.3, noise, base)
 
 
-@pytest.mark.parametrize("labels", [BIO, BILOU, IOBES], ids=["BIO", "BILOU", "IOBES"])
+@pytest.mark.parametrize("labels", [BIO, BIO[::-1], BILOU, IOBES], ids=["BIO", "O last", "BILOU", "IOBES"])
 def test_spans_are_those_of_a_reader(labels: list[str]) -> None:
     scheme = read_scheme(labels)
     every = [list(one) for one in itertools.product(range(len(labels)), repeat=3)]  # all sequences of three tags
@@ -125,6 +125,7 @@ def test_entities_that_the_average_has_not() -> None:
     assert [(one.start, one.stop, one.type, one.probability, one.predicted) for one in every] == [
         (0, 1, "PER", 0.2, False), (0, 2, "PER", 0.6, True), (2, 3, "LOC", 0.2, False),
     ]  # fmt: skip
+    assert find_entities(result, BIO, least=0.2) == [every]
     assert [one.predicted for one in find_entities(result, BIO, least=0.3)[0]] == [True]
 
 
