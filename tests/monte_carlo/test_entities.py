@@ -174,6 +174,23 @@ def test_targets_say_which_tokens_count() -> None:
         assert [(one.start, one.stop, one.type, one.probability) for one in found[row]] == expected
 
 
+@pytest.mark.parametrize("labels", [BIO, BIO[::-1]], ids=["O first", "O last"])
+def test_places_that_are_not_reported_are_left_out(labels: list[str]) -> None:
+    tags, valid = random_tags(labels, rows=1), torch.ones(1, 9, dtype=torch.bool)
+    tags[..., 2], tags[..., 5] = labels.index("B-PER"), labels.index("I-PER")
+    given = logits(tags, labels)
+    valid[0, [0, 3, 4, 8]] = False
+    made, kept = prediction_of(given), valid[0].nonzero().flatten()
+    assert made.samples is not None
+    mean, samples = (one.where(valid.unsqueeze(-1), torch.nan) for one in (made.mean, made.samples))
+    (found,) = find_entities(replace(made, valid=valid, mean=mean, samples=samples), labels, least=0.1)
+    (alone,) = find_entities(prediction_of(given[:, :, kept]), labels, least=0.1)
+    assert [(one.start, one.stop, one.type, one.probability) for one in found] == [
+        (int(kept[one.start]), int(kept[one.stop - 1]) + 1, one.type, one.probability) for one in alone
+    ]
+    assert any(one.start < 3 and one.stop > 5 for one in found)  # over a place that is left out
+
+
 def test_padding_is_left_out() -> None:
     class Tagger(nn.Module):
         def __init__(self) -> None:
