@@ -181,11 +181,13 @@ class TestSeveral:
     @pytest.mark.parametrize("kind", ["convolution", "recurrent", "transformer"])
     def test_of_other_models(self, kind: str) -> None:
         model, inputs = MODELS[kind]()
-        program = export(model, inputs(3), 4, task="classification", class_dim=1, masks="shared", seed=2)
+        program = export(model, inputs(3), 4, task="classification", scores="logits", masks="shared", seed=2)
         run = program.program.module()
         for rows in ROWS:
             given = inputs(rows)
-            expected = torchdrop.mc_predict(model, given, 4, task="classification", class_dim=1, masks="shared", seed=9)
+            expected = torchdrop.mc_predict(
+                model, given, 4, task="classification", scores="logits", masks="shared", seed=9
+            )
             args, named = ((given,), {}) if isinstance(given, Tensor) else ((), given)
             found = run(*args, mask_keys=program.keys(9), **named)
             for name in ("mean", "variance", "mutual_information"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -97,7 +98,11 @@ class MCExport:
             raise ValueError(f"opset must be at least 18, which has bitwise operators on integers, got {opset}")
         for package in ("onnx", "onnxscript"):
             optional(package, "onnx")
-        converted = torch.onnx.export(self.program, dynamo=True, opset_version=opset, verbose=False)
+        buffer = io.BytesIO()  # a copy: the exporter leaves open sizes in a program, with which AOTInductor fails then
+        torch.export.save(self.program, buffer)
+        buffer.seek(0)
+        program = torch.export.load(buffer)
+        converted = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
         assert converted is not None
         _name_outputs(converted.model.graph, self.outputs)
         converted.model.metadata_props["torchdrop"] = json.dumps(self.described())
