@@ -28,9 +28,9 @@ def cnn(seed: int) -> nn.Module:
     """Two convolutions and two linear layers, after LeCun et al. (1998), with dropout before both linear ones."""
     torch.manual_seed(seed)
     return nn.Sequential(
-        nn.Unflatten(1, (1, 28, 28)), nn.Conv2d(1, 16, 5), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), torchdrop.Dropout(RATE),
-        nn.Linear(512, 128), nn.ReLU(), torchdrop.Dropout(RATE), nn.Linear(128, mnist.CLASSES),
+        nn.Unflatten(1, (1, 28, 28)), nn.Conv2d(1, 8, 5), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(8, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), torchdrop.Dropout(RATE),
+        nn.Linear(256, 128), nn.ReLU(), torchdrop.Dropout(RATE), nn.Linear(128, mnist.CLASSES),
     )  # fmt: skip
 
 
@@ -43,7 +43,7 @@ class Kind:
     updates: int
 
 
-KINDS = (Kind("MLP", mlp, 2000), Kind("CNN", cnn, 1000))
+KINDS = (Kind("MLP", mlp, 1000), Kind("CNN", cnn, 1000))
 
 
 class Part(NamedTuple):
