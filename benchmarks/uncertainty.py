@@ -1,6 +1,6 @@
 """Uncertainty of networks on MNIST: one pass, Monte Carlo dropout as it is and calibrated, and deep ensembles.
 
-python benchmarks/uncertainty.py --data FILE [--threads 2]
+python benchmarks/uncertainty.py --data FILE [--processes 2] [--threads 1]
 python benchmarks/uncertainty.py --render FILE
 python benchmarks/uncertainty_figure.py    # draws the figure, and fills in the tables of README.md
 
@@ -36,10 +36,13 @@ FILE is MNIST, see benchmarks/mnist.py.
 
 from __future__ import annotations
 
+import multiprocessing
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import command
 import machine
@@ -47,107 +50,147 @@ import mnist
 import torch
 import uncertainty_summary
 from harness import settle_allocator
-from uncertainty_networks import KINDS, RATE, Kind, Part, all_rotations, parts, trained
+from torch import Tensor
+from uncertainty_networks import KINDS, RATE, Kind, all_rotations, parts, trained
 from uncertainty_scores import ANGLES, Judged, bound, judged, mean_of, over_groups, with_error
 from uncertainty_ways import DETERMINISTIC, ENSEMBLE_CALIBRATED, MONTE_CARLO, Inputs, Single, ensembles
 
-GROUPS, MEMBERS, SAMPLES, TURNED = 5, 5, 50, 500
-TRAINING, HELD_OUT = 10_000, 2_000
-UPDATES_IF_QUICK = 100
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many groups there are, of how many networks, and how many samples and digits each network has."""
+
+    groups: int = 5
+    members: int = 5
+    samples: int = 50
+    training_images: int = 10_000
+    held_out_images: int = 2_000
+    turned_images: int = 500
 
 
-class Progress:
-    """Prints what was done, how long it took and how much is left."""
-
-    def __init__(self, steps: int) -> None:
-        self._steps, self._done, self._begin = steps, 0, time.perf_counter()
-
-    def step(self, what: str) -> None:
-        self._done += 1
-        seconds = time.perf_counter() - self._begin
-        left = seconds / self._done * (self._steps - self._done)
-        print(f"{what}; {seconds:.0f} s, about {left:.0f} s left", flush=True)
+QUICK = Sizes(groups=2, members=2, samples=10, training_images=500, held_out_images=200, turned_images=50)
+KINDS_IF_QUICK = tuple(replace(kind, updates=100) for kind in KINDS)
 
 
-def group(
-    kind: Kind,
-    part: Part,
-    tests: tuple[Inputs, torch.Tensor, torch.Tensor],
-    seeds: Sequence[int],
-    updates: int,
-    samples: int,
-    progress: Progress,
-) -> tuple[dict[str, Judged], dict[str, float]]:
-    """What is found in each way with the networks of a group, and the mean of what was fitted.
+class Found(NamedTuple):
+    """What a group of networks gives: the scores in each way, what was fitted, and the processor time it took."""
 
-    Args:
-        tests: the digits, and their labels: of the test digits, and of those that are turned.
-        seeds: one for each network.
-    """  # fmt: skip
-    inputs, *labels = tests
+    judged: dict[str, Judged]
+    fitted: dict[str, float]
+    cpu_seconds: float
+
+
+def of_group(digits: mnist.Digits, sizes: Sizes, kind: Kind, group: int) -> Found:
+    """Trains the networks of a group, and scores them alone (the mean over them) and together."""
+    begin = time.process_time()
+    part = parts(digits, sizes.groups, sizes.training_images, sizes.held_out_images)[group]
+    inputs, labels, turned_labels = tests(digits, sizes)
     of_members, fitted, members = [], [], []
-    for seed in seeds:
-        single = Single(trained(kind, part, seed, updates), part, samples, seed)
+    for seed in range(group * sizes.members, (group + 1) * sizes.members):
+        single = Single(trained(kind, part, seed), part, sizes.samples, seed)
         found, needed = {}, {}
         for way, outputs in single.predictions(inputs):
-            found[way] = judged(way, outputs, *labels)
+            found[way] = judged(way, outputs, labels, turned_labels)
             if way in (DETERMINISTIC, MONTE_CARLO):
                 needed[way] = outputs
-        members.append(single.member(needed[DETERMINISTIC], needed[MONTE_CARLO], max(1, samples // len(seeds))))
+        passes = sizes.samples // sizes.members
+        members.append(single.member(needed[DETERMINISTIC], needed[MONTE_CARLO], passes))
         of_members.append(found)
         fitted.append(single.fitted)
-        progress.step(f"{kind.name}, network {seed}: error {100 * found[DETERMINISTIC]['scores']['error']:.2f} %")
+        print(f"{kind.name}, network {seed}: error {100 * found[DETERMINISTIC]['scores']['error']:.2f} %", flush=True)
     together, temperature = ensembles(members, part.held_out_labels)
-    of_ensembles = {way: judged(way, outputs, *labels) for way, outputs in together.items()}
-    return mean_of(of_members) | of_ensembles, mean_of(fitted) | {ENSEMBLE_CALIBRATED: temperature}
+    of_ensembles = {way: judged(way, outputs, labels, turned_labels) for way, outputs in together.items()}
+    return Found(
+        mean_of(of_members) | of_ensembles,
+        mean_of(fitted) | {ENSEMBLE_CALIBRATED: temperature},
+        time.process_time() - begin,
+    )
 
 
-def measure(digits: mnist.Digits, quick: bool) -> dict[str, Any]:
+def tests(digits: mnist.Digits, sizes: Sizes) -> tuple[Inputs, Tensor, Tensor]:
+    """The test digits, with some of them turned, and the labels of the former and of the latter."""
+    count = len(digits.test_labels)
+    chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[: sizes.turned_images]
+    turned = all_rotations(digits.test_images[chosen], ANGLES)
+    return Inputs(digits.test_images, turned), digits.test_labels, digits.test_labels[chosen]
+
+
+@dataclass(frozen=True)
+class Work:
+    """The work on one group, as it is sent to a process."""
+
+    data: Path
+    threads: int
+    sizes: Sizes
+    kind: int
+    group: int
+    quick: bool = False
+
+    def done(self) -> Found:
+        torch.set_num_threads(self.threads)
+        settle_allocator()
+        kinds = KINDS_IF_QUICK if self.quick else KINDS
+        return of_group(load(self.data, self.sizes, self.quick), self.sizes, kinds[self.kind], self.group)
+
+
+def load(data: Path, sizes: Sizes, quick: bool) -> mnist.Digits:
+    digits = mnist.load(data)
+    return digits.first(sizes.groups * (sizes.training_images + sizes.held_out_images)) if quick else digits
+
+
+def measure(data: Path, quick: bool, processes: int, threads: int) -> dict[str, Any]:
     """Trains all networks, and reports the scores of each kind in each way."""
-    begin, cpu = time.perf_counter(), time.process_time()
+    begin, sizes, kinds = time.perf_counter(), QUICK if quick else Sizes(), KINDS_IF_QUICK if quick else KINDS
+    torch.set_num_threads(threads)
     facts = machine.describe(torch.device("cpu"))
-    groups, members, samples = (2, 2, 10) if quick else (GROUPS, MEMBERS, SAMPLES)
-    training, held_out, turned = (500, 200, 50) if quick else (TRAINING, HELD_OUT, TURNED)
-    if quick:
-        digits = digits.first(groups * (training + held_out))
-    chosen = torch.randperm(len(digits.test_labels), generator=torch.Generator().manual_seed(0))[:turned]
-    inputs = Inputs(digits.test_images, all_rotations(digits.test_images[chosen], ANGLES))
-    tests = (inputs, digits.test_labels, digits.test_labels[chosen])
-    progress = Progress(len(KINDS) * groups * members)
+    digits = load(data, sizes, quick)
+    work = [
+        Work(data, threads, sizes, kind, group, quick) for kind in range(len(kinds)) for group in range(sizes.groups)
+    ]
+    if processes == 1:
+        found = told(map(Work.done, work), len(work), begin)
+    else:
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+            found = told(pool.map(Work.done, work), len(work), begin)
     results = []
-    for kind in KINDS:
-        updates = UPDATES_IF_QUICK if quick else kind.updates
-        found = [
-            group(kind, part, tests, range(i * members, (i + 1) * members), updates, samples, progress)
-            for i, part in enumerate(parts(digits, groups, training, held_out))
-        ]
-        fitted = [one for _, one in found]
-        results.append({
-            "kind": kind.name, "updates": updates, "rate": RATE,
-            **over_groups([one for one, _ in found]),
-            "fitted": {way: with_error([one[way] for one in fitted]) for way in fitted[0]},
-        })  # fmt: skip
+    for i, kind in enumerate(kinds):
+        groups = found[i * sizes.groups : (i + 1) * sizes.groups]
+        fitted = {way: with_error([group.fitted[way] for group in groups]) for way in groups[0].fitted}
+        scores = over_groups([group.judged for group in groups])
+        results.append({"kind": kind.name, "updates": kind.updates, "rate": RATE, **scores, "fitted": fitted})
     settings = {
-        "groups": groups, "members": members, "samples": samples, "training_images": training,
-        "held_out_images": held_out, "test_images": len(digits.test_labels), "turned_images": turned,
-        "angles": list(ANGLES), "bound": bound(groups), "quick": quick, "seconds": time.perf_counter() - begin,
-        "cpu_seconds": time.process_time() - cpu,
+        **asdict(sizes), "test_images": len(digits.test_labels), "angles": list(ANGLES), "bound": bound(sizes.groups),
+        "quick": quick, "processes": processes, "seconds": time.perf_counter() - begin,
+        "cpu_seconds": sum(group.cpu_seconds for group in found),
     }  # fmt: skip
     return {"machine": facts, "settings": settings, "networks": results}
 
 
+def told(groups: Iterable[Found], count: int, begin: float) -> list[Found]:
+    """The groups, with a line for each that says how much time has passed and is left."""
+    found = []
+    for group in groups:
+        found.append(group)
+        seconds = time.perf_counter() - begin
+        left = seconds / len(found) * (count - len(found))
+        print(f"{len(found)} of {count} groups, {seconds:.0f} s, about {left:.0f} s left", flush=True)
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = command.parser(__doc__, "uncertainty.json", "few digits, networks and samples; judges and writes nothing")
+    parser.set_defaults(threads=1)
     parser.add_argument("--data", type=Path, metavar="FILE", help="MNIST; see above")
+    parser.add_argument("--processes", type=int, default=2, help="how many groups are worked on at a time")
     options = parser.parse_args(arguments)
     if command.rendered(options, uncertainty_summary.render):
         return
     if options.data is None:
         parser.error(f"--data FILE is needed. {mnist.SOURCES}")
-    torch.set_num_threads(options.threads)
-    settle_allocator()
+    if options.processes < 1:
+        parser.error(f"--processes must be at least 1, got {options.processes}")
     try:
-        report = measure(mnist.load(options.data), options.quick)
+        report = measure(options.data, options.quick, options.processes, options.threads)
     except (FileNotFoundError, ImportError, ValueError) as error:
         parser.error(str(error))
     print(uncertainty_summary.render(report))

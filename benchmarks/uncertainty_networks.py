@@ -72,9 +72,9 @@ def parts(digits: mnist.Digits, groups: int, training: int, held_out: int) -> li
     ]
 
 
-def trained(kind: Kind, part: Part, seed: int, updates: int) -> nn.Module:
+def trained(kind: Kind, part: Part, seed: int) -> nn.Module:
     """A network that has learned a part; its initial weights, batches and masks depend on `seed` alone."""
-    return calibration.train(kind.build(seed), part.images, part.labels, updates, seed)
+    return calibration.train(kind.build(seed), part.images, part.labels, kind.updates, seed)
 
 
 def rotated(images: Tensor, degrees: float) -> Tensor:
