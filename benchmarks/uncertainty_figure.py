@@ -92,7 +92,7 @@ def curves(
 def row(network: Report, angles: list[int]) -> list[str]:
     """The three plots of one kind of network."""
     kind, rotation, lefts = network["kind"], network["rotation"], [SIDE + i * (PLOT + GAP) for i in range(3)]
-    degrees = {angle: f"{angle}°" for angle in angles if angle % 45 == 0}
+    degrees = {float(angle): f"{angle}°" for angle in angles if angle % 45 == 0}
     shares = {share / 100: f"{share} %" for share in range(50, 101, 10)}
 
     def rotated(name: str, ways: Sequence[str]) -> dict[str, dict[str, list[float]]]:
