@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from uncertainty_ways import MONTE_CARLO, ONE_PASS, WAYS, Outputs
 
@@ -18,6 +19,9 @@ ANGLES = tuple(range(0, 181, 15))
 
 OUTSIDE = 90
 """The angle at which digits are told from upright ones by their uncertainty."""
+
+LOWEST = math.log(torch.finfo(torch.float32).tiny)
+"""The least log-likelihood that counts: a probability that is smaller may have been rounded to 0."""
 
 COVERAGES = tuple(percent / 100 for percent in range(50, 101))
 """The shares of the most certain predictions for which the error is reported."""
@@ -61,7 +65,7 @@ def under_rotation(prediction: ClassificationPrediction, labels: Tensor) -> Judg
         one.double().split(rows) for one in (prediction.predictive_entropy, prediction.mutual_information)
     )
     wrong = (prediction.predicted != labels.repeat(len(ANGLES))).double().split(rows)
-    likelihood = prediction.log_likelihood(labels.repeat(len(ANGLES))).double().split(rows)
+    likelihood = prediction.log_likelihood(labels.repeat(len(ANGLES))).double().clamp_min(LOWEST).split(rows)
     outside = metrics.out_of_distribution_auroc(entropy[ANGLES.index(0)], entropy[ANGLES.index(OUTSIDE)])
     return {
         "entropy": [float(one.mean()) for one in entropy],
@@ -92,11 +96,10 @@ def mean_of(found: Sequence[Any]) -> Any:
 
 
 def with_error(values: Sequence[float]) -> dict[str, float]:
-    """The mean over independent groups and its standard error."""
-    return {
-        "mean": rounded(statistics.fmean(values)),
-        "standard_error": rounded(statistics.stdev(values) / math.sqrt(len(values))),
-    }
+    """The mean over independent groups and its standard error, which is NaN where a value is infinite or NaN."""
+    finite = all(map(math.isfinite, values))
+    spread = statistics.stdev(values) if finite else math.nan
+    return {"mean": rounded(statistics.fmean(values)), "standard_error": rounded(spread / math.sqrt(len(values)))}
 
 
 def rounded(value: float) -> float:

@@ -171,6 +171,9 @@ class TestScores:
         assert scores["mutual_information"][turn] == pytest.approx(float((entropy - expected_entropy)[rows].mean()))
         assert scores["error"][turn] == float((p[rows].argmax(1) != labels).double().mean())
         assert scores["negative_log_likelihood"][turn] == pytest.approx(float(F.nll_loss(p[rows].log(), labels)))
+        sure = torch.eye(10, dtype=torch.float64)[torch.zeros(angles * 4, dtype=torch.long)]
+        lost = uncertainty_scores.under_rotation(pooled(sure.unsqueeze(0)), labels)["negative_log_likelihood"]
+        assert lost == pytest.approx([-math.log(torch.finfo(torch.float32).tiny)] * angles)
         both = torch.cat([entropy[:4], entropy[rows]]).numpy()
         assert scores["outside_auroc"] == auroc(np.arange(8) >= 4, both)
 
@@ -251,6 +254,11 @@ class TestGroups:
     def test_mean_of(self) -> None:
         nested = [{"a": [1.0, 2.0], "b": None, "c": {"d": 1.0}}, {"a": [3.0, 4.0], "b": None, "c": {"d": 2.0}}]
         assert uncertainty_scores.mean_of(nested) == {"a": [2.0, 3.0], "b": None, "c": {"d": 1.5}}
+
+    def test_infinite_values_have_no_standard_error(self) -> None:
+        found = uncertainty_scores.with_error([1.0, math.inf])
+        assert found["mean"] == math.inf
+        assert math.isnan(found["standard_error"])
 
     def test_the_bound_is_students(self) -> None:
         assert uncertainty_scores.bound(5) == pytest.approx(2.776, abs=1e-3)
