@@ -35,6 +35,7 @@ TABLES = [
     ("variants", "variants-cpu.json", "bench_variants.py"),
     ("fused", "fused-cpu.json", "bench_fused.py"),
     ("attention", "attention-cpu.json", "bench_attention.py"),
+    ("export", "export-cpu.json", "bench_export.py"),
     ("compact", "compact.json", "compact.py"),
     ("concrete", "concrete.json", "concrete.py"),
     ("sparsity", "sparsity.json", "sparsity.py"),

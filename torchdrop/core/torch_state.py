@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -175,6 +176,19 @@ def is_exporting() -> bool:
     Dynamo of PyTorch 2.8 takes the public function for true in all compiled code. It calls this one.
     """
     return _is_exporting()
+
+
+@contextmanager
+def as_eager() -> Iterator[None]:
+    """Within it, Python code that torch.export runs is not told so: handlers see the calls that they see in eager mode,
+    and a rate is a number. The tensors are those of the trace."""
+    state = torch.compiler
+    before = state._is_compiling_flag, getattr(state, "_is_exporting_flag", False)
+    state._is_compiling_flag = state._is_exporting_flag = False
+    try:
+        yield
+    finally:
+        state._is_compiling_flag, state._is_exporting_flag = before
 
 
 def check_compiled_code_is_replaceable() -> None:

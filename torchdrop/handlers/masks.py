@@ -154,6 +154,14 @@ class Pass:
         self._streams: dict[bool, Tensor] = {}
         self._offsets = offsets
 
+    def seed_of(self, *name: object) -> Any:
+        """Returns the seed of the source of this name."""
+        return source_seed(self.seed, *name)
+
+    def another(self, seed: Any, number: int) -> Any:
+        """Returns the seed of a further mask, by its number, of the source with this seed."""
+        return source_seed(seed, number)
+
     def key(self, seed: int, own: bool) -> Tensor:
         """Returns keys (..., 2): for each sample if they are folded, and for each row if rows have their own masks."""
         stream = self._streams.get(own)
@@ -165,7 +173,25 @@ class Pass:
         stream = samples << 32
         return stream.unsqueeze(-1) | self._row_numbers if own else stream
 
-    def words(self, seed: int, shape: Sequence[int], own: bool) -> Tensor:
+    def apply(
+        self,
+        operator: operators.Operator,
+        x: Tensor,
+        seed: Any,
+        own: bool,
+        params: MaskParams | Tensor,
+        shape: list[int],
+    ) -> Tensor:
+        """Applies an operator with mask parameters to x, which has the keys' dimensions first, with a source's mask."""
+        if self.hypercube is None:
+            return operator(x, self.key(seed, own), params, shape)
+        if operator is not operators.masked:
+            return _gaussian(x, self.words(seed, shape, own), params)
+        shift, choice = self.unit_keys(seed, own)
+        stratified = _Stratified.folded if self.folded else _Stratified.apply
+        return stratified(x, self.offsets(), shift, choice, params, shape)
+
+    def words(self, seed: Any, shape: Sequence[int], own: bool) -> Tensor:
         """Makes the 32-bit draws of a source, int64 of shape ``key.shape[:-1] + shape``."""
         if self.hypercube is None:
             return random_bits.random_bits(self.key(seed, own), shape)
@@ -174,6 +200,10 @@ class Pass:
         table = self.offsets()
         member = member * table.shape[-1] >> 32
         return first + (table[:, member] if self.folded else table[member]) & ONE - 1
+
+    def normal(self, words: Tensor) -> Tensor:
+        """Makes standard normal variates of 32-bit draws."""
+        return _normal(words)
 
     def unit_keys(self, seed: int, own: bool) -> tuple[Tensor, Tensor]:
         """Returns the keys of the two draws that a unit makes for a hypercube: its shift and its permutation."""
@@ -202,14 +232,14 @@ class MaskSlot(Slot):
         find: returns the layout of the source's tensor from its shape and its mask's.
     """
 
-    def __init__(self, run: Pass, seed: int, find: Callable[[Sequence[int], Sequence[int]], Layout | None]) -> None:
+    def __init__(self, run: Pass, seed: Any, find: Callable[[Sequence[int], Sequence[int]], Layout | None]) -> None:
         self._run, self._seed, self._find = run, seed, find
         self._layout: Layout | None = None
         self._own = False
 
     def another(self, number: int) -> MaskSlot:
         """Returns the place of one of several masks that one call draws; the first of them is this one."""
-        return self if not number else MaskSlot(self._run, source_seed(self._seed, number), self._find)
+        return self if not number else MaskSlot(self._run, self._run.another(self._seed, number), self._find)
 
     def _place(self, shape: Sequence[int], mask: Sequence[int]) -> None:
         self._layout = self._find(shape, mask)
@@ -266,17 +296,10 @@ class MaskSlot(Slot):
     ) -> Tensor:
         """Applies an operator with mask parameters to x, with this source's mask of this shape."""
         self._place(x.shape, shape)
-        run, arranged, mask_shape = self._run, self._forward(x), self._mask_shape(shape)
+        arranged, mask_shape = self._forward(x), self._mask_shape(shape)
         params = self._law(params, x.dim())
-        if run.hypercube is None:
-            out = operator(arranged, run.key(self._seed, self._own), params, mask_shape)
-            out = out if arranged is x else self._back(out)
-        elif operator is operators.masked:
-            shift, choice = run.unit_keys(self._seed, self._own)
-            stratified = _Stratified.folded if run.folded else _Stratified.apply
-            out = self._back(stratified(arranged, run.offsets(), shift, choice, params, mask_shape))
-        else:
-            out = self._back(_gaussian(arranged, run.words(self._seed, mask_shape, self._own), params))
+        out = self._run.apply(operator, arranged, self._seed, self._own, params, mask_shape)
+        out = out if arranged is x else self._back(out)
         return written(x, out) if inplace else out
 
     def numbers(self, numbers: random_bits.Numbers, shape: Sequence[int], params: MaskParams | Tensor | None) -> Tensor:
@@ -285,7 +308,7 @@ class MaskSlot(Slot):
         if numbers is random_bits.random_bits:
             return words
         if numbers is random_bits.standard_normal:
-            return _normal(words)
+            return self._run.normal(words)
         assert params is not None
         return words < unpack_params(params, words.device)[0]
 
@@ -300,7 +323,7 @@ class MaskSlot(Slot):
         return self._back(words.expand(*self._lead, *words.shape[len(self._lead) :]))
 
     def normal(self, like: Tensor) -> Tensor:
-        return _normal(self.words(like)).to(like.dtype)
+        return self._run.normal(self.words(like)).to(like.dtype)
 
     def params(self, rate: Any, shape: Sequence[int]) -> MaskParams:
         return mask_params(1.0 - rate)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.torch_state import is_compiling, transforms_active, tree_flatten
 from .base import SEEN, Handler, checkpointed, innermost, refuse_checkpoint
 from .calls import RandomCall, Site
-from .masks import Layout, MaskSlot, NotVectorizableError, Pass, find_layout, source_seed
+from .masks import Layout, MaskSlot, NotVectorizableError, Pass, find_layout
 from .positions import Positions
 from .prefix import Prefix
 from .sources import UNCHECKED, Seen, Source
@@ -66,7 +66,7 @@ class Substitute(Handler):
         self.elsewhere: Callable[[Substitute, Any, Any, Any], Any] | None = None
         self.positions: Positions | None = None
         self._chosen, self._inner = chosen, inner
-        self._seeds: dict[tuple[int, Site], int] = {}
+        self._seeds: dict[tuple[Any, Site], Any] = {}
 
     def begin(self, run: Pass) -> None:
         """Begins this pass."""
@@ -173,9 +173,8 @@ class Substitute(Handler):
         assert run is not None
         seed = self._seeds.get((run.seed, site))
         if seed is None:
-            seed = self._seeds[run.seed, site] = source_seed(
-                run.seed, self._inner.get(site.module, site.module), site.kind, site.number
-            )
+            name = (self._inner.get(site.module, site.module), site.kind, site.number)
+            seed = self._seeds[run.seed, site] = run.seed_of(*name)
         if self.positions is not None:
             return self.positions.slot(run, site, seed)
         return MaskSlot(run, seed, lambda shape, mask: self._layout(source, shape, mask))
@@ -188,7 +187,7 @@ class Substitute(Handler):
         seen = source.seen
         if seen is None:
             source.seen = Seen(run.rows, tuple(shape), tuple(mask))
-        elif seen.rows is not None and seen.rows != run.rows and not source.placed:
+        elif not source.placed and seen.rows is not None and seen.rows != run.rows:
             source.layout = find_layout((shape, seen.shape), (run.rows, seen.rows), seen.mask)
             source.placed = True
             if source.layout is None and tuple(shape) != seen.shape:

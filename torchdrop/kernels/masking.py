@@ -101,8 +101,15 @@ def apply_mask(x: Tensor, kept: Tensor, params: MaskParams | Tensor, out: Tensor
     return out.copy_(masked_values(x, kept, params))
 
 
+def normal_values(x: Tensor, z: Tensor, params: MaskParams | Tensor) -> Tensor:
+    """Returns ``x * (1 + scale * z)`` in x's element type. The factor is computed in double precision."""
+    dtype = COMPUTE_DTYPE[x.dtype]
+    factor = 1.0 + unpack_params(params, x.device)[1] * z
+    return (x.to(dtype) * factor.to(dtype)).to(x.dtype)
+
+
 def apply_normal(x: Tensor, z: Tensor, params: MaskParams | Tensor, out: Tensor | None = None) -> Tensor:
-    """Returns ``x * (1 + scale * z)``. The factor is computed in double precision."""
+    """Writes `normal_values` to `out` or to a new tensor with x's strides."""
     dtype = COMPUTE_DTYPE[x.dtype]
     factor = 1.0 + unpack_params(params, x.device)[1] * z
     if out is None:

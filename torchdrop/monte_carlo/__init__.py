@@ -2,12 +2,13 @@
 
 `mc_dropout` turns a model's randomness on; `mc_predict` runs samples and returns their statistics, and
 `MCPredictor` does so again and again. `mc_generate` is for sequences, `mc_items` for outputs whose number varies,
-`region_scores` for segmentations, and `find_entities` for labels of tokens.
+`region_scores` for segmentations, and `find_entities` for labels of tokens. `export` makes programs for other runtimes.
 """
 
 from ..handlers.sources import Source
 from .context import mc_dropout
 from .entities import Entity, find_entities
+from .exported import MCExport, export
 from .gal import predictive_log_likelihood, tau_from_weight_decay, weight_decay_from_tau
 from .generation import GeneratedPrediction, mc_generate
 from .heads import Predictions
@@ -25,6 +26,7 @@ __all__ = [
     "Entity",
     "GeneratedPrediction",
     "Items",
+    "MCExport",
     "MCPredictor",
     "MultiLabelPrediction",
     "Observations",
@@ -34,6 +36,7 @@ __all__ = [
     "RegressionPrediction",
     "Report",
     "Source",
+    "export",
     "find_entities",
     "from_scores",
     "iou",

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..core.torch_state import dispatch_modes
+from ..core.torch_state import dispatch_modes, is_exporting
 from .blocks import Outputs
 from .groups import Derived, Mean, Observed, Statistic
 from .moments import wide
@@ -90,7 +90,8 @@ def _softmax(logits: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
 def _votes(values: Tensor, top: Tensor) -> Tensor:
     """Returns whether a class is the most probable one, the first of them if several are."""
     votes = values == top
-    if not dispatch_modes() and int(votes.count_nonzero()) == top.numel():  # a recording cannot ask
+    recorded = dispatch_modes() or is_exporting()  # and cannot ask
+    if not recorded and int(votes.count_nonzero()) == top.numel():
         return votes
     return torch.zeros_like(votes).scatter_(2, values.argmax(2, keepdim=True), True)
 

@@ -56,9 +56,9 @@ class Inputs:
         self.dim: int | None = None
         self.rows: int | None = None
         if dim is not None and not any(is_packed(value) or is_graph(value) or _is_spread(value) for value in values):
-            sizes = {_size(t, dim) for t in self.tensors}
-            if len(sizes) == 1 and None not in sizes:
-                self.dim, self.rows = dim, sizes.pop()
+            sizes = [_size(t, dim) for t in self.tensors]  # symbols, while a graph is traced, which have no hash
+            if sizes and sizes[0] is not None and all(size == sizes[0] for size in sizes):
+                self.dim, self.rows = dim, sizes[0]
 
     @classmethod
     def of(cls, inputs: Any, dim: int | None) -> Inputs:

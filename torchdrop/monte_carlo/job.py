@@ -73,6 +73,11 @@ class Job:
         self.identical = True
         self.reached: float | None = None
 
+    @property
+    def tasks(self) -> dict[str, Task]:
+        """The tasks of the outputs, by name, with all that a batch has decided."""
+        return self._named_tasks()
+
     def restart(self) -> None:
         """Begins another prediction, for which all that is known of the model and of its outputs holds."""
         self._next_row, self.identical, self.reached = 0, True, None

@@ -310,7 +310,7 @@ class Sampler:
                 outputs = self.run(strategy, self._few, (0, 1))
         except Exception as error:
             return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
-        if any(not _agree(a, b, b) for a, b in zip(outputs, self._reference, strict=True)):
+        if any(not agree(a, b, b) for a, b in zip(outputs, self._reference, strict=True)):
             return "its outputs differ from those of one sample after another"
         return ""
 
@@ -331,7 +331,7 @@ class Sampler:
         pairs = zip(one, few, self._row_dims, strict=True)
         return all(
             out.dim() == more.dim()
-            and _agree(out, more.narrow(dim + 1, 0, out.shape[dim + 1]), more.movedim(dim + 1, 0))
+            and agree(out, more.narrow(dim + 1, 0, out.shape[dim + 1]), more.movedim(dim + 1, 0))
             for out, more, dim in pairs
             if dim is not None
         )
@@ -348,7 +348,7 @@ class Sampler:
                 here, there = here.narrow(dim + 1, 0, size), there.narrow(dim + 1, 0, size)
             elif rows is not None:
                 continue
-            same = same and _agree(here, there, two)
+            same = same and agree(here, there, two)
         return same
 
 
@@ -364,7 +364,7 @@ def _check_shapes(outputs: Sequence[Outputs], samples: Sequence[int]) -> None:
             )
 
 
-def _agree(values: Tensor, reference: Tensor, samples: Tensor) -> bool:
+def agree(values: Tensor, reference: Tensor, samples: Tensor) -> bool:
     """Whether values equal the reference up to rounding, which is small compared with the spread of these samples."""
     if values.shape != reference.shape:
         return False
