@@ -327,12 +327,10 @@ class Sampler:
         """Whether the outputs of the first row are the same with and without the others."""
         with self._apart():
             self._activation.server.prefix = None
-            one, few = (self.run("loop", inputs.first(rows), (0,)) for rows in (1, 3))
-        pairs = zip(one, few, self._row_dims, strict=True)
+            one, few = (self.run("loop", inputs.first(rows), (0, 1)) for rows in (1, 3))
         return all(
-            out.dim() == more.dim()
-            and agree(out, more.narrow(dim + 1, 0, out.shape[dim + 1]), more.movedim(dim + 1, 0))
-            for out, more, dim in pairs
+            _begins_as(more, out, dim + 1)
+            for out, more, dim in zip(one, few, self._row_dims, strict=True)
             if dim is not None
         )
 
@@ -350,6 +348,12 @@ class Sampler:
                 continue
             same = same and agree(here, there, two)
         return same
+
+
+def _begins_as(several: Tensor, one: Tensor, dim: int) -> bool:
+    """Whether samples of several rows agree with those of the first row."""
+    first = several.narrow(dim, 0, one.shape[dim]) if one.dim() == several.dim() else several
+    return agree(one, first, first)
 
 
 def _check_shapes(outputs: Sequence[Outputs], samples: Sequence[int]) -> None:
