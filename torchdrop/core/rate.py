@@ -17,7 +17,7 @@ from ..random import check_generator
 from .exported import switched
 from .portable import refuse_script
 from .shard import is_dtensor
-from .torch_state import is_compiling, transforms_active
+from .torch_state import is_compiling, tensor_for_graphs, transforms_active
 
 Probability = float | Tensor
 """A probability of keeping or of dropping, for all elements or as a tensor that broadcasts against the mask."""
@@ -131,6 +131,10 @@ def realized(keep_prob: Probability) -> Probability:
     return mask_params(keep_prob).threshold / ONE
 
 
+CAPTURED = {"cuda"}
+"""The types of devices whose work is captured, to be replayed without looking at the host's memory."""
+
+
 class Rate:
     """A keep probability that has been checked, with the mask parameters that follow from it.
 
@@ -159,15 +163,46 @@ class Rate:
         self.params: Any = given
         if given is None and not (isinstance(keep_prob, Tensor) or is_compiling()):
             self.params = mask_params(keep_prob, formula)
-        self._compiled: Tensor | None = None
+        self._tensor: Tensor | None = None
+        self._holder: int | None = None
         self._given_as_p = given_as_p
 
-    def held(self) -> Rate:
-        """Returns the rate as a layer holds it: with parameters as a tensor, which compiled code takes as an input."""
+    def held(self, layer: Rated) -> Rate:
+        """Returns the rate as this layer holds it: with parameters as a tensor, which compiled code takes as an input.
+
+        The tensor is on the device to which the layer was moved. On CUDA it is the tensor of the layer's last rate, and
+        gets new numbers, because captured graphs read the memory that was there when they were captured. Copies of a
+        layer share their rate at first, so each gets a tensor of its own with its next rate.
+        """
         # Compiled code makes the parameters of a layer that is built there when it needs one, from the rate.
-        if not is_compiling() and isinstance(self.params, MaskParams):
-            self._compiled = self.params.tensor()
+        if is_compiling() or not isinstance(self.params, MaskParams):
+            return self
+        if self._holder not in (None, id(layer)):
+            return Rate(self.keep_prob, self.p, self.formula, self.params, self._given_as_p).held(layer)
+        before: Any = getattr(layer, "rate", None)
+        last = before._tensor if isinstance(before, Rate) else None
+        given = self.params.tensor()
+        if last is None or last.device.type not in CAPTURED:
+            self._tensor = given
+        elif before._holder == id(layer):
+            self._tensor = last.copy_(given, non_blocking=True)
+        else:
+            self._tensor = tensor_for_graphs(given, last.device)
+        self._holder = id(layer)
         return self
+
+    def move(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Moves the tensor that compiled code takes to where this function, which is applied to a layer's tensors,
+        moves them, if that is a CPU or a CUDA device."""
+        if self._tensor is None or is_compiling():
+            return
+        device = function(torch.empty(1, device=self._tensor.device)).device
+        if device == self._tensor.device:
+            return
+        if device.type in CAPTURED:
+            self._tensor = tensor_for_graphs(self.params.tensor(), device)
+        elif device.type == "cpu":
+            self._tensor = self.params.tensor()
 
     def params_for(self, shape: Sequence[int]) -> MaskParams | Tensor:
         """Returns the parameters for a mask of this shape.
@@ -177,13 +212,13 @@ class Rate:
         """
         if not is_compiling():
             return params_for(self.keep_prob, self.formula, shape) if self.params is None else self.params
-        if self._compiled is None:
+        if self._tensor is None:
             return params_for(self._exact(), self.formula, shape)
-        return switched(self._compiled, self.formula)
+        return switched(self._tensor, self.formula)
 
     def compiled_p(self) -> Probability:
         """Returns the probability of dropping as a tensor, if it is a number that a layer holds."""
-        return self.p if self._compiled is None else 1.0 - self._compiled[0] / ONE
+        return self.p if self._tensor is None else 1.0 - self._tensor[0] / ONE
 
     def _exact(self) -> Probability:
         """Returns `keep_prob`, as a tensor where it is a difference: of Python's numbers the compiler of PyTorch before
@@ -321,7 +356,12 @@ class Rated(_DropoutNd):
             setter(self, value)
 
     def _set(self, p: Any, keep_prob: Any) -> None:
-        self.rate: Any = as_rate(p, keep_prob, self._formula, self._check_rate).held()
+        self.rate: Any = as_rate(p, keep_prob, self._formula, self._check_rate).held(self)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self.rate.move(fn)
+        return self
 
     def _check_rate(self, keep_prob: Probability) -> None:
         """Refuses rates in [0, 1] that the layer cannot have. By default there are none."""

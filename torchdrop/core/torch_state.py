@@ -166,6 +166,15 @@ def is_exporting() -> bool:
     return _is_exporting()
 
 
+def tensor_for_graphs(values: Tensor, device: torch.device) -> Tensor:
+    """Returns a copy of `values` on a CUDA device whose memory captured graphs read in place. Other inputs of compiled
+    code are copied for each of their replays."""
+    with torch.inference_mode(False):
+        tensor = values.to(device, non_blocking=True)
+    tensor._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined] # as torch._dynamo.mark_static_address
+    return tensor
+
+
 def check_compiled_code_is_replaceable() -> None:
     """Raises RuntimeError if there is compiled code that `forget_compiled_code` cannot replace."""
     frames = sys.modules.get("torch._dynamo.convert_frame")
