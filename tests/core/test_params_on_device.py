@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import torchdrop
 from tests.seeding import seeded
 from torchdrop import functional as TF
-from torchdrop.core import rate as rates
+from torchdrop.core import held_params
 from torchdrop.kernels.mask_params import ONE, alpha, mask_params
 
 DEVICE = torch.device("cuda", 0)
@@ -113,14 +113,14 @@ def test_a_layer_that_was_not_moved_is_served_too(fake: None) -> None:
 def test_what_moves_no_tensor_moves_no_parameters(fake: None) -> None:
     for change in (nn.Module.half, nn.Module.bfloat16, nn.Module.double, nn.Module.float):
         layer = torchdrop.Dropout(0.25)
-        tensor = layer.rate._tensor
+        tensor = layer.rate._held.tensor
         change(layer)
-        assert layer.rate._tensor is tensor
+        assert layer.rate._held.tensor is tensor
         assert tensor.dtype == torch.float64
     layer = torchdrop.Dropout(0.25)
-    tensor = layer.to("meta").rate._tensor
+    tensor = layer.to("meta").rate._held.tensor
     assert tensor.is_cpu
-    assert layer.to_empty(device="cpu").rate._tensor is tensor
+    assert layer.to_empty(device="cpu").rate._held.tensor is tensor
 
 
 def test_parameters_are_in_no_state_and_in_no_buffer(fake: None) -> None:
@@ -132,33 +132,33 @@ def test_parameters_are_in_no_state_and_in_no_buffer(fake: None) -> None:
 @pytest.fixture
 def in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if graphs of the CPU's work were captured, so that there are numbers to look at."""
-    monkeypatch.setattr(rates, "CAPTURED", {"cpu"})
+    monkeypatch.setattr(held_params, "CAPTURED", {"cpu"})
 
 
 def numbers(layer: Any) -> list[float]:
-    found: list[float] = layer.rate._tensor.tolist()
+    found: list[float] = layer.rate._held.tensor.tolist()
     return found
 
 
 def test_memory_has_the_numbers_of_the_last_rate(in_place: None) -> None:
     layer = torchdrop.AlphaDropout(0.25)
-    tensor = layer.rate._tensor
+    tensor = layer.rate._held.tensor
     layer.keep_prob = 0.5
-    assert layer.rate._tensor is tensor
+    assert layer.rate._held.tensor is tensor
     given = mask_params(0.5, alpha)
     assert numbers(layer) == [given.threshold, given.scale, given.shift, given.fill]
     layer.keep_prob = torch.rand(8)  # has parameters for each element, which are computed in each call
-    assert layer.rate._tensor is None
+    assert layer.rate._held is None
 
 
 @pytest.mark.slow
 def test_compiled_code_reads_new_rates_from_the_same_memory(in_place: None) -> None:
     layer, graphs, x = torchdrop.Dropout(0.25), Graphs(), torch.ones(4096)
-    compiled, tensor = torch.compile(layer, fullgraph=True, backend=graphs), layer.rate._tensor
+    compiled, tensor = torch.compile(layer, fullgraph=True, backend=graphs), layer.rate._held.tensor
     for keep_prob in (0.75, 0.5, 1.0, 0.0, 0.9):
         layer.keep_prob = keep_prob
         assert torch.equal(seeded(1, compiled, x), seeded(1, layer, x))
-        assert layer.rate._tensor is tensor
+        assert layer.rate._held.tensor is tensor
     assert graphs.count == 1
 
 
@@ -186,9 +186,9 @@ def test_copies_have_memory_of_their_own_before_their_rates_differ(
         changed.keep_prob = keep_prob
         assert numbers(kept) == before
         assert numbers(changed)[0] == keep_prob * ONE
-    tensor = other.rate._tensor
+    tensor = other.rate._held.tensor
     other.keep_prob = 0.75
-    assert other.rate._tensor is tensor
+    assert other.rate._held.tensor is tensor
 
 
 def test_a_rate_that_two_layers_are_given_is_none_that_they_share(in_place: None) -> None:

@@ -15,9 +15,10 @@ from ..kernels.mask_params import ONE, Formula, MaskParams, inverted, mask_param
 from ..kernels.masking import SERVED
 from ..random import check_generator
 from .exported import switched
+from .held_params import HeldParams
 from .portable import refuse_script
 from .shard import is_dtensor
-from .torch_state import is_compiling, tensor_for_graphs, transforms_active
+from .torch_state import is_compiling, transforms_active
 
 Probability = float | Tensor
 """A probability of keeping or of dropping, for all elements or as a tensor that broadcasts against the mask."""
@@ -53,9 +54,7 @@ def read_rate(p: Any, keep_prob: Any) -> tuple[Probability, Probability]:
     if p is not DEFAULT_P and p is not None:
         raise TypeError(f"give the rate as p or as keep_prob, not both: got p={p} and keep_prob={keep_prob}")
     keep_prob = _checked("keep_prob", keep_prob)
-    if isinstance(keep_prob, Tensor):
-        return keep_prob, 1.0 - keep_prob
-    return keep_prob, round(1.0 - keep_prob, 15)
+    return keep_prob, 1.0 - keep_prob if isinstance(keep_prob, Tensor) else round(1.0 - keep_prob, 15)
 
 
 def _checked(name: str, value: Any) -> Probability:
@@ -131,10 +130,6 @@ def realized(keep_prob: Probability) -> Probability:
     return mask_params(keep_prob).threshold / ONE
 
 
-CAPTURED = {"cuda"}
-"""The types of devices whose work is captured, to be replayed without looking at the host's memory."""
-
-
 class Rate:
     """A keep probability that has been checked, with the mask parameters that follow from it.
 
@@ -163,46 +158,17 @@ class Rate:
         self.params: Any = given
         if given is None and not (isinstance(keep_prob, Tensor) or is_compiling()):
             self.params = mask_params(keep_prob, formula)
-        self._tensor: Tensor | None = None
-        self._holder: int | None = None
+        self._held: HeldParams | None = None
         self._given_as_p = given_as_p
 
     def held(self, layer: Rated) -> Rate:
-        """Returns the rate as this layer holds it: with parameters as a tensor, which compiled code takes as an input.
-
-        The tensor is on the device to which the layer was moved. On CUDA it is the tensor of the layer's last rate, and
-        gets new numbers, because captured graphs read the memory that was there when they were captured. Copies of a
-        layer share their rate at first, so each gets a tensor of its own with its next rate.
-        """
+        """Returns the rate as a layer holds it: with parameters as a tensor, which compiled code takes as an input."""
         # Compiled code makes the parameters of a layer that is built there when it needs one, from the rate.
         if is_compiling() or not isinstance(self.params, MaskParams):
             return self
-        if self._holder not in (None, id(layer)):
-            return Rate(self.keep_prob, self.p, self.formula, self.params, self._given_as_p).held(layer)
-        before: Any = getattr(layer, "rate", None)
-        last = before._tensor if isinstance(before, Rate) else None
-        given = self.params.tensor()
-        if last is None or last.device.type not in CAPTURED:
-            self._tensor = given
-        elif before._holder == id(layer):
-            self._tensor = last.copy_(given, non_blocking=True)
-        else:
-            self._tensor = tensor_for_graphs(given, last.device)
-        self._holder = id(layer)
-        return self
-
-    def move(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Moves the tensor that compiled code takes to where this function, which is applied to a layer's tensors,
-        moves them, if that is a CPU or a CUDA device."""
-        if self._tensor is None or is_compiling():
-            return
-        device = function(torch.empty(1, device=self._tensor.device)).device
-        if device == self._tensor.device:
-            return
-        if device.type in CAPTURED:
-            self._tensor = tensor_for_graphs(self.params.tensor(), device)
-        elif device.type == "cpu":
-            self._tensor = self.params.tensor()
+        rate = self if self._held is None else Rate(self.keep_prob, self.p, self.formula, self.params)
+        rate._held = HeldParams(self.params, id(layer), getattr(getattr(layer, "rate", None), "_held", None))
+        return rate
 
     def params_for(self, shape: Sequence[int]) -> MaskParams | Tensor:
         """Returns the parameters for a mask of this shape.
@@ -212,13 +178,13 @@ class Rate:
         """
         if not is_compiling():
             return params_for(self.keep_prob, self.formula, shape) if self.params is None else self.params
-        if self._tensor is None:
+        if self._held is None:
             return params_for(self._exact(), self.formula, shape)
-        return switched(self._tensor, self.formula)
+        return switched(self._held.tensor, self.formula)
 
     def compiled_p(self) -> Probability:
         """Returns the probability of dropping as a tensor, if it is a number that a layer holds."""
-        return self.p if self._tensor is None else 1.0 - self._tensor[0] / ONE
+        return self.p if self._held is None else 1.0 - self._held.tensor[0] / ONE
 
     def _exact(self) -> Probability:
         """Returns `keep_prob`, as a tensor where it is a difference: of Python's numbers the compiler of PyTorch before
@@ -359,9 +325,9 @@ class Rated(_DropoutNd):
         self.rate: Any = as_rate(p, keep_prob, self._formula, self._check_rate).held(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
-        self.rate.move(fn)
-        return self
+        if self.rate._held is not None:
+            self.rate._held.move(self.rate.params, fn)
+        return super()._apply(fn, recurse)
 
     def _check_rate(self, keep_prob: Probability) -> None:
         """Refuses rates in [0, 1] that the layer cannot have. By default there are none."""

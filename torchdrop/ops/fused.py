@@ -31,10 +31,11 @@ from ..core.torch_state import (
     dispatch_modes,
     is_compiling,
     is_plain,
+    lower_in_inductor,
     node_of,
     transforms_active,
 )
-from ..kernels import native, triton
+from ..kernels import inductor, native, triton
 from ..kernels.mask_params import MaskParams, tensor_beside
 from ..kernels.masking import COMPUTE_DTYPE, WHOLE
 from .arguments import check_activation, check_activation_backward, check_add
@@ -157,7 +158,7 @@ torch.library.define(
 
 
 def _implement(name: str, run: Callable[..., Tensor], check: Callable[..., None]) -> None:
-    qualified = f"torchdrop::{name}"
+    qualified, registered = f"torchdrop::{name}", getattr(torch.ops.torchdrop, name).default
 
     @torch.library.impl(qualified, "default")
     def implementation(x: Tensor, *args: Any) -> Tensor:
@@ -167,6 +168,7 @@ def _implement(name: str, run: Callable[..., Tensor], check: Callable[..., None]
     @torch.library.register_fake(qualified)
     def fake(x: Tensor, *args: Any) -> Tensor:
         check(qualified, x, *args)
+        lower_in_inductor(registered, getattr(inductor, name))  # it is loaded by now if it compiles this call
         return torch.empty_like(x)
 
 

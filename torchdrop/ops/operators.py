@@ -36,9 +36,11 @@ from ..core.torch_state import (
     functionalize_active,
     is_compiling,
     is_plain,
+    lower_in_inductor,
     node_of,
     transforms_active,
 )
+from ..kernels import inductor
 from ..kernels.mask_params import MaskParams, tensor_beside
 from ..kernels.mask_params import linear as linear_part
 from ..kernels.masking import COMPUTE_DTYPE, WHOLE, MaskSlice, masked_values
@@ -119,7 +121,9 @@ def _normal_composed(drawn: Callable[..., Tensor], x: Tensor, params: Tensor) ->
     return (x.to(dtype) * drawn(torch.ones_like(x, dtype=dtype), params)).to(x.dtype)
 
 
-def _define(name: str, run: Runner, composed: Composed) -> Operator:
+def _define(
+    name: str, run: Runner, composed: Composed, expression: Callable[..., inductor.Element | None] | None = None
+) -> Operator:
     qualified = f"torchdrop::{name}"
     rest = "SymInt[] shape, SymInt[] part=[], bool linear=False"
     torch.library.define(qualified, f"(Tensor x, Tensor key, Tensor params, {rest}) -> Tensor")
@@ -137,6 +141,8 @@ def _define(name: str, run: Runner, composed: Composed) -> Operator:
         x: Tensor, key: Tensor, params: Tensor, shape: Sequence[int], part: Sequence[int] = (), linear: bool = False
     ) -> Tensor:
         check_masked(qualified, x, key, params, shape, part)
+        if expression is not None:
+            lower_in_inductor(registered, expression)  # it is loaded by now if it compiles this call
         return torch.empty_like(x)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -251,7 +257,7 @@ def _define(name: str, run: Runner, composed: Composed) -> Operator:
     return call
 
 
-masked: Operator = _define("masked", kernels.masked, _mask_composed)
+masked: Operator = _define("masked", kernels.masked, _mask_composed, inductor.masked)
 """``masked(x, key, params, shape, inplace=False, part=WHOLE, linear=False)``: ``x * scale + shift`` where kept, `fill`
 elsewhere. With `linear`, shift and fill are taken for 0.
 
