@@ -25,6 +25,7 @@ RESULTS = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
 TABLES = [
     ("speed", "dropout-cpu.json", "bench_dropout.py"),
     ("monte carlo", "monte-carlo-cpu.json", "bench_monte_carlo.py"),
+    ("serve", "serve-cpu.json", "bench_serve.py"),
     ("dense", "dense-cpu.json", "bench_dense.py"),
     ("mc models", "mc-models-cpu.json", "mc_models.py"),
     ("search", "search-cpu.json", "bench_search.py"),

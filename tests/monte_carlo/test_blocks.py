@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -14,8 +15,8 @@ import torchdrop
 from torchdrop.monte_carlo import blocks
 from torchdrop.monte_carlo.blocks import OutputShape
 from torchdrop.monte_carlo.classes import Classification
+from torchdrop.monte_carlo.live_bytes import LiveBytes
 from torchdrop.monte_carlo.plain import Plain
-from torchdrop.monte_carlo.sample import LiveBytes
 from torchdrop.monte_carlo.standard_errors import DENSE, check_errors, error_names
 from torchdrop.monte_carlo.statistics import Collector
 from torchdrop.monte_carlo.task_predictions import predict_from
@@ -143,9 +144,9 @@ class TestMemory:
 def collected_tensors(outputs: Tensor, errors: Any) -> Iterator[Tensor]:
     collector = Collector(Classification("logits"), errors=errors)
     collector.add(outputs, range(len(outputs)))
-    for several in collector.state()["moments"].values():
-        for one in several.values():
-            yield from (value for value in vars(one).values() if isinstance(value, Tensor))
+    groups = collector.state()["moments"]
+    for one in itertools.chain(*(stack.moments.values() for stack in groups.stacks), *groups.whole.values()):
+        yield from (value for value in vars(one).values() if isinstance(value, Tensor))
 
 
 class TestChoice:

@@ -51,6 +51,25 @@ class TestAnswers:
         for some in rows:
             assert torch.allclose(some, rows[-1][: len(some)], atol=1e-6)
 
+    def test_where_the_first_had_one_row_and_rows_depend_on_each_other(self) -> None:
+        class Centered(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.body = network()
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.body(x - x.mean(0))
+
+        model = Centered()
+        predictor = torchdrop.MCPredictor(model, 20, seed=3, example=data(1))
+        with pytest.warns(UserWarning, match="^mc_predict: A row's outputs depend on the other rows of its batch"):
+            expected = torchdrop.mc_predict(model, data(), 20, seed=3)
+        with pytest.warns(UserWarning, match="^MCPredictor: A row's outputs depend on the other rows of its batch"):
+            got = predictor(data())
+        assert torch.allclose(got.mean, expected.mean, atol=1e-6)
+        assert torch.equal(got.mean, predictor(data()).mean)  # which warns no more
+        assert got.strategy == expected.strategy != "repeated"
+
     def test_in_threads(self) -> None:
         predictor, found = torchdrop.MCPredictor(network(), 20), {}
         expected = predictor(data()).mean

@@ -506,7 +506,7 @@ class TestProcesses:
                 chosen = [sample for sample in chunk if owner[sample % 7] == rank]
                 mine.add(outputs[chosen], chosen)
             states.append(pickle.loads(pickle.dumps(mine.state())))
-        assert sum(len(state["sizes"]) for state in states) == 7
+        assert sum(len(state["moments"].sizes) for state in states) == 7
         merged = Collector(Classification(), **options)
         merged.load(states, "cpu")
         assert (merged.count, merged.task, merged.identical) == (25, Classification("logits"), False)

@@ -60,6 +60,9 @@ pop_function_mode = _pop_mode_temporarily
 without_transforms = temporarily_clear_interpreter_stack
 """A context in which no transform of torch.func is active: a number that is drawn there is an ordinary tensor."""
 
+below_autograd: Any = torch._C._AutoDispatchBelowAutograd
+"""A context in which calls do not look whether they are to be differentiated, which takes more time than they do."""
+
 without_dispatch_modes = _disable_current_modes
 """A context in which no dispatch mode is on."""
 
@@ -68,6 +71,14 @@ current_cuda_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", to
 
 _creation_meta = torch._C._autograd._get_creation_meta
 _MADE_AS_USUAL = torch._C._autograd.CreationMeta.DEFAULT
+
+
+def compile_graph(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    """Compiles a graph of operators with Inductor for inputs of these shapes. torch.compile would first look at its
+    Python code, and compare what it has seen there at each call, which takes longer than a small model."""
+    from torch._inductor import compile as inductor_compile
+
+    return inductor_compile(graph, inputs)
 
 
 def _no_bfloat16() -> bool:

@@ -136,7 +136,7 @@ class Pass:
         samples: Tensor,
         rows: int | None,
         *,
-        first_row: int = 0,
+        first_row: int | Tensor = 0,
         shared: bool = False,
         folded: bool = False,
         hypercube: Hypercube | None = None,
@@ -149,7 +149,8 @@ class Pass:
         self.folded = folded
         self.hypercube = hypercube
         self.copies: int = samples.numel() if folded else 1
-        self._row_numbers = torch.arange(first_row, first_row + (rows or 0), device=samples.device)
+        numbers = torch.arange(rows or 0, device=samples.device)
+        self._row_numbers = numbers + first_row if isinstance(first_row, Tensor) or first_row else numbers
         self._streams: dict[bool, Tensor] = {}
         self._offsets = offsets
 

@@ -13,6 +13,7 @@ from ..core.torch_state import is_compiling, transforms_active, tree_flatten
 from .base import SEEN, Handler, checkpointed, innermost, refuse_checkpoint
 from .calls import RandomCall, Site
 from .masks import Layout, MaskSlot, NotVectorizableError, Pass, find_layout, source_seed
+from .positions import Positions
 from .prefix import Prefix
 from .sources import UNCHECKED, Seen, Source
 from .tracker import Tracker
@@ -44,6 +45,7 @@ class Substitute(Handler):
         largest: the bytes of the largest of them, which are fewer.
         before: the bytes of the tensors that calls before the first draw return, as a measure of their work.
         elsewhere: a function that gets the calls made while no module of a model runs; None if none are served.
+        positions: makes the slots instead, where masks belong to places in a sequence and not to rows.
     """
 
     def __init__(self, tracker: Tracker, chosen: Callable[[str], bool], inner: Mapping[str, str]) -> None:
@@ -62,6 +64,7 @@ class Substitute(Handler):
         self.draws_own: Callable[[], None] = lambda: None
         self.counts: bool = False
         self.elsewhere: Callable[[Substitute, Any, Any, Any], Any] | None = None
+        self.positions: Positions | None = None
         self._chosen, self._inner = chosen, inner
         self._seeds: dict[tuple[int, Site], int] = {}
 
@@ -173,6 +176,8 @@ class Substitute(Handler):
             seed = self._seeds[run.seed, site] = source_seed(
                 run.seed, self._inner.get(site.module, site.module), site.kind, site.number
             )
+        if self.positions is not None:
+            return self.positions.slot(run, site, seed)
         return MaskSlot(run, seed, lambda shape, mask: self._layout(source, shape, mask))
 
     def _layout(self, source: Source, shape: Sequence[int], mask: Sequence[int]) -> Layout | None:

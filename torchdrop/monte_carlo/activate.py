@@ -127,6 +127,11 @@ class Activation:
             s for s in self.server.sources.values() if (s.active or s.reason) and id(s) not in known
         ]
 
+    @property
+    def draws_foreign(self) -> bool:
+        """Whether a pass draws numbers that are not served."""
+        return FOREIGN in self.report.notes or not self.report.replayable
+
     def own_numbers(self) -> AbstractContextManager[Any]:
         """Seeds PyTorch's generators for a pass that draws from them. Only one thread at a time can do so."""
         run = self.server.run

@@ -147,6 +147,8 @@ class Conversion:
         self._device = torch.device("cpu") if floating is None else floating.device
 
     def __call__(self, inputs: Any) -> Any:
+        if type(inputs) is Tensor:
+            return inputs
         return map_leaves(lambda leaf: self._tensor(leaf) if is_array(leaf) else leaf, inputs)
 
     def _tensor(self, value: Any) -> Any:
@@ -164,45 +166,56 @@ class Conversion:
         return tensor.to(self._device, self._dtype if tensor.is_floating_point() else None)
 
 
-def read_batches(
-    inputs: Any, select: Callable[[Any], Any] | None, dim: int | None, model: nn.Module, method: str = "__call__"
-) -> Iterator[Inputs]:
-    """Yields the batches in the inputs of `mc_predict`. An iterable's batches are moved to the model's device, and
-    arrays become tensors (see `Conversion`).
+class Reader:
+    """Reads the inputs of `mc_predict` for one model. Arrays become tensors (see `Conversion`).
 
-    Raises:
-        TypeError: inputs of another type, a batch of an unexpected structure, or arguments that the model does not
-            take.
-        ValueError: a tensor on another device than the model's.
-
-    Warns:
-        UserWarning: the second of a pair is left out, and the model could take it as an argument.
+    Args:
+        model: the model.
+        method: the name of the method that gets them.
+        select: the user's function that gets the inputs out of a batch.
+        dim: the dimension that counts rows.
     """
-    home = next((t.device for t in chain(model.parameters(), model.buffers())), None)
-    signature = Signature(model, method)
-    convert = Conversion(model)
-    if isinstance(inputs, (Tensor, tuple, Mapping)) or is_array(inputs) or is_record(inputs):
-        one = arguments(convert(inputs if select is None else select(inputs)), signature, dim)
-        if home is not None and one.tensors and one.device != home:
-            raise ValueError(
-                f"inputs are on {one.device} and the model is on {home}: pass inputs.to({str(home)!r}), or a "
-                "DataLoader, whose batches are moved"
+
+    def __init__(self, model: nn.Module, method: str, select: Callable[[Any], Any] | None, dim: int | None) -> None:
+        self._home = next((t.device for t in chain(model.parameters(), model.buffers())), None)
+        self._signature = Signature(model, method)
+        self._convert = Conversion(model)
+        self._select, self._dim = select, dim
+
+    def batches(self, inputs: Any) -> Iterator[Inputs]:
+        """Yields the batches. An iterable's batches are moved to the model's device.
+
+        Raises:
+            TypeError: inputs of another type, a batch of an unexpected structure, or arguments that the model does not
+                take.
+            ValueError: a tensor on another device than the model's.
+
+        Warns:
+            UserWarning: the second of a pair is left out, and the model could take it as an argument.
+        """
+        home, select = self._home, self._select
+        if isinstance(inputs, (Tensor, tuple, Mapping)) or is_array(inputs) or is_record(inputs):
+            one = arguments(self._convert(inputs if select is None else select(inputs)), self._signature, self._dim)
+            if home is not None and one.tensors and one.device != home:
+                raise ValueError(
+                    f"inputs are on {one.device} and the model is on {home}: pass inputs.to({str(home)!r}), or a "
+                    "DataLoader, whose batches are moved"
+                )
+            yield one
+            return
+        if isinstance(inputs, (list, str)) or not isinstance(inputs, Iterable):
+            kind = type(inputs).__name__
+            if isinstance(inputs, list):
+                kind += ": pass tuple(inputs) if they are arguments, iter(inputs) if they are batches"
+            raise TypeError(
+                "inputs must be a tensor or array, a tuple of positional arguments, a mapping of named ones, or an "
+                f"iterable of batches such as a DataLoader, got {kind}"
             )
-        yield one
-        return
-    if isinstance(inputs, (list, str)) or not isinstance(inputs, Iterable):
-        kind = type(inputs).__name__
-        if isinstance(inputs, list):
-            kind += ": pass tuple(inputs) if they are arguments, iter(inputs) if they are batches"
-        raise TypeError(
-            "inputs must be a tensor or array, a tuple of positional arguments, a mapping of named ones, or an "
-            f"iterable of batches such as a DataLoader, got {kind}"
-        )
-    doubtful: set[str] = set()
-    for batch in inputs:
-        chosen = _without_targets(batch, signature, doubtful) if select is None else select(batch)
-        one = arguments(convert(chosen), signature, dim)
-        yield one if home is None else one.to(home)
+        doubtful: set[str] = set()
+        for batch in inputs:
+            chosen = _without_targets(batch, self._signature, doubtful) if select is None else select(batch)
+            one = arguments(self._convert(chosen), self._signature, self._dim)
+            yield one if home is None else one.to(home)
 
 
 def _without_targets(batch: Any, signature: Signature, doubtful: set[str]) -> Any:

@@ -75,12 +75,14 @@ class OutputShape:
     places: tuple[int, ...]
     classes_innermost: bool
 
-    def room(self, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """Returns memory for all rows and places of what is like (rows, ..., places), in the order of the outputs'."""
+    def room(self, like: Tensor, dtype: torch.dtype, groups: int | None = None) -> Tensor:
+        """Returns memory for all rows and places of what is like (rows, ..., places), in the order of the outputs', and
+        for so many groups of them in front."""
         middle, places = like.shape[1:-1], math.prod(self.places)
+        lead = (self.rows,) if groups is None else (groups, self.rows)
         if self.classes_innermost and middle:
-            return like.new_empty((self.rows, places, *middle), dtype=dtype).movedim(1, -1)
-        return like.new_empty((self.rows, *middle, places), dtype=dtype)
+            return like.new_empty((*lead, places, *middle), dtype=dtype).movedim(len(lead), -1)
+        return like.new_empty((*lead, *middle, places), dtype=dtype)
 
     def blocks(self, each: int) -> Iterator[tuple[slice, slice]]:
         """Yields rows and places, in blocks of about `BLOCK` elements if a row has so many at each place."""

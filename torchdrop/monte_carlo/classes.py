@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..core.torch_state import dispatch_modes
 from .blocks import Outputs
 from .groups import Derived, Mean, Observed, Statistic
 from .moments import wide
@@ -89,7 +90,7 @@ def _softmax(logits: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
 def _votes(values: Tensor, top: Tensor) -> Tensor:
     """Returns whether a class is the most probable one, the first of them if several are."""
     votes = values == top
-    if int(votes.count_nonzero()) == top.numel():
+    if not dispatch_modes() and int(votes.count_nonzero()) == top.numel():  # a recording cannot ask
         return votes
     return torch.zeros_like(votes).scatter_(2, values.argmax(2, keepdim=True), True)
 
@@ -219,6 +220,10 @@ class Classification:
             "scores='logits' if they are, or task='multilabel' if they are the probabilities of several labels"
         )
         return replace(self, scores="logits", doubt=f"{self.doubt}. {doubt}" if self.doubt else doubt)
+
+    @property
+    def takes_finite(self) -> bool:
+        return self.scores == "logits"
 
     def finite(self, outputs: Outputs) -> bool:
         values = one_tensor(outputs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -86,7 +86,7 @@ def mc_dropout(
     original = check_model(model)
     shared = check_masks(masks)
     activation = Activation(original, check_sources(original, sources), batch_dim)
-    context = _Context(activation, model, new_seed() if seed is None else check_seed(seed), shared)
+    context = Context(activation, model, new_seed() if seed is None else check_seed(seed), shared)
     with context:
         yield context.activation.report
     for what in context.activation.omissions():
@@ -97,8 +97,12 @@ def mc_dropout(
         warnings.warn(f"mc_dropout: {what}. {ADVICE}{report.noted()}", UserWarning, stacklevel=3)
 
 
-class _Context:
-    """The handler of calls of the model's modules, and of its methods, within `mc_dropout`."""
+class Context:
+    """The handler of calls of the model's modules, and of its methods, within `mc_dropout`.
+
+    Attributes:
+        watch: is called with the inputs of each call of the model, or of a part of it, before that is made.
+    """
 
     def __init__(self, activation: Activation, called: nn.Module, seed: int, shared: bool) -> None:
         self.activation, self._called = activation, called
@@ -108,6 +112,7 @@ class _Context:
         self._surveyed: set[tuple[nn.Module, str]] = set()
         self._redirected = Redirected(called, self._call)
         self.failed = False
+        self.watch: Callable[[Inputs], None] = lambda inputs: None
         self._around: set[Any] = set()  # the frames that the block is in
         self._outermost: Any = None
 
@@ -174,6 +179,7 @@ class _Context:
         activation, shells = self.activation, self.activation.shells
         with without_function_modes():
             self._begin(outermost, inputs.rows, inputs.device)
+            self.watch(inputs)
         apart = activation.flagged.__contains__
         with activation.kept_states(), activation.own_numbers(), activation.strict():
             shells.refresh(apart, apart, copies=False)

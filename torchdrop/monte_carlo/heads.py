@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .plain import Task
 from .prediction import Prediction
-from .statistics import Collector
+from .statistics import Collector, Results
 from .task_predictions import predict_from
 from .tasks import read_task
 
@@ -97,6 +97,15 @@ class Heads:
                 if not name:
                     raise
                 raise type(error)(f"output {name!r}: {error}") from error
+
+    def take(self, results: Mapping[str, Results], count: int) -> bool:
+        """Takes the results of so many samples, if all collectors can. See `Collector.take`."""
+        return all(collector.take(results[name], count) for name, collector in self.collectors.items())
+
+    def results_of(self, tensors: Sequence[Tensor], samples: Sequence[int]) -> dict[str, Results]:
+        """Returns what `Collector.results_of` does for each output."""
+        split = zip(self.collectors.items(), self._split(tensors), strict=True)
+        return {name: collector.results_of(output, samples) for (name, collector), output in split}
 
     def state(self) -> dict[str, Any]:
         """Returns the states of all collectors, for processes to exchange. See `load`."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .activate import ADVICE, Activation
+from .compiled import CompiledSampler
 from .heads import Heads
 from .inputs import Inputs, valid_places
 from .memory import GROUPS, MemoryPlan
@@ -18,11 +19,13 @@ from .plain import Task
 from .plan import ROUND, SamplePlan
 from .prediction import Prediction
 from .sample import Outputs, Sampler
-from .statistics import Collector
+from .statistics import Collector, Results
 from .strategy import Choice
 
 _WORTH_MEASURING = 2
 """The number of chunks that a measurement of memory may save at most and that take about as much time as it does."""
+
+ResultsOf = Callable[[Outputs, Sequence[int]], dict[str, Results]]
 
 
 class Job:
@@ -39,6 +42,7 @@ class Job:
         memory: the bound on memory.
         keep_samples: whether all samples are kept.
         valid: the places that are reported: see `mc_predict`.
+        compile: whether samples are run by compiled functions, where they can be.
 
     Attributes:
         identical: whether all samples were equal.
@@ -57,11 +61,14 @@ class Job:
         memory: MemoryPlan,
         keep_samples: bool,
         valid: str | Tensor | None,
+        compile: bool = False,
     ) -> None:
         self.activation, self._sampler, self._pick, self._effort = activation, sampler, pick, effort
         self._tasks, self._choice, self._chunk, self._memory, self._keep = tasks, choice, chunk, memory, keep_samples
         self._valid = valid
+        self._compiled = CompiledSampler(sampler, self._rows_first) if compile else None
         self._prepared = False
+        self._told: set[str] = set()
         self._next_row = 0
         self.identical = True
         self.reached: float | None = None
@@ -75,13 +82,12 @@ class Job:
         self.activation.list_sources()
         return self.activation.omissions()
 
-    def remarks(self, known: bool) -> list[str]:
-        """Returns what the user is to be told of the last prediction.
-
-        Args:
-            known: whether the decisions on the first batch have been told.
-        """
-        effort, said = self._effort, [] if known else [*self._choice.said, *self._doubts]
+    def remarks(self) -> list[str]:
+        """Returns what the user is to be told of the last prediction, and has not been told before if it lasts."""
+        effort = self._effort
+        lasting = [*self._choice.said, *self._doubts, *([] if self._compiled is None else self._compiled.said)]
+        said = [one for one in lasting if one not in self._told]
+        self._told |= set(lasting)
         if effort.samples > 1 and self.identical:
             said.append(f"all samples are identical. {ADVICE}")
         if self.reached is not None:
@@ -95,6 +101,8 @@ class Job:
         """Returns the predictions for one batch, by the outputs' names: one, or one for each block of its rows."""
         if not self._prepared:
             self._prepare(inputs)
+        elif self._choice.strategy:
+            self._choice.look_at_rows(inputs)
         return [self._run(block, weight_scaling) for block in self._blocks(inputs)]
 
     def _prepare(self, inputs: Inputs) -> None:
@@ -118,11 +126,7 @@ class Job:
         if height is None:
             yield inputs
             return
-        if choice.rows_alone is None:
-            few = inputs.part(0, min(max(height, 3), rows))
-            self.activation.server.prefix = None
-            outputs = self._sampler.run("loop", few, (0,), self._next_row)
-            choice.compared(bool(self._sampler.agrees(outputs, (0,), few.rows)), few)
+        choice.look_at_rows(inputs)
         if not choice.rows_alone:
             yield inputs
             return
@@ -135,11 +139,12 @@ class Job:
         effort, groups = self._effort, max(GROUPS, self._effort.processes)
         valid = valid_places(self._valid, inputs, self._next_row)
         heads = total = self._heads(groups, valid)
-        done = False
+        done, results_of = False, heads.results_of if self._needs_no_samples(weight_scaling) else None
         self._sampler.keep_prefix()
         for step in effort.steps():
-            for samples, outputs in self._sampled(inputs, effort.mine(step, groups)):
-                heads.add(self._rows_first(outputs), samples)
+            for samples, outputs, results in self._sampled(inputs, effort.mine(step, groups), results_of):
+                if results is None or not heads.take(results, len(samples)):
+                    heads.add(outputs, samples)
             total = self._merged(heads, groups, valid, inputs.device)
             done = self._close_enough(total)
             if done:
@@ -148,6 +153,9 @@ class Job:
         if effort.tolerance is not None and not done:
             self.reached = max(self.reached or 0.0, _largest_error(total))
         self._tasks, self.identical = total.tasks, self.identical and total.identical
+        if self._compiled is not None and not self._compiled.tried:  # the first samples were run to decide
+            first = next(effort.chunks(range(effort.samples), self._size(self._choice.strategy, inputs)))
+            self._sample(inputs, first, results_of and self._heads(groups, valid).results_of)
         self._next_row += inputs.rows or 0
         return total.predictions(
             self._weight_scaling(inputs) if weight_scaling else None,
@@ -156,8 +164,16 @@ class Job:
             report=self.activation.report,
         )
 
-    def _sampled(self, inputs: Inputs, samples: Sequence[int]) -> Iterator[tuple[Sequence[int], Outputs]]:
-        """Yields chunks of these samples with their outputs."""
+    def _needs_no_samples(self, weight_scaling: bool) -> bool:
+        """Whether a prediction is made of the statistics of its samples alone."""
+        effort = self._effort
+        more = self._keep or weight_scaling or self._valid is not None
+        return not more and effort.processes == 1 and effort.tolerance is None
+
+    def _sampled(
+        self, inputs: Inputs, samples: Sequence[int], results_of: ResultsOf | None
+    ) -> Iterator[tuple[Sequence[int], Outputs, Any]]:
+        """Yields chunks of these samples with their outputs, and what `_sample` returns beside these."""
         choice, effort = self._choice, self._effort
         if samples and not choice.strategy:
             chosen, outputs = choice.first(
@@ -165,9 +181,24 @@ class Job:
             )
             self.activation.report.chunk = 1 if choice.strategy == "loop" else self._size(choice.strategy, inputs)
             samples = samples[len(chosen) :]
-            yield chosen, outputs
+            yield chosen, self._rows_first(outputs), None
         for chunk in effort.chunks(samples, self._size(choice.strategy, inputs)):
-            yield chunk, self._sampler.run(choice.strategy, inputs, chunk, self._next_row)
+            yield chunk, *self._sample(inputs, chunk, results_of)
+
+    def _sample(
+        self, inputs: Inputs, samples: Sequence[int], results_of: ResultsOf | None
+    ) -> tuple[Outputs, dict[str, Results] | None]:
+        """Returns the outputs of these samples, rows first, and what a function makes of the outputs of all samples, if
+        that is compiled with them."""
+        strategy = self._choice.strategy
+        if self._compiled is not None:
+            whole = results_of if len(samples) == self._effort.samples else None
+            alone = bool(self._choice.rows_alone)
+            found = self._compiled.run(strategy, inputs, samples, self._next_row, alone, whole)
+            if found is not None:
+                self.activation.report.compiled = True
+                return found
+        return self._rows_first(self._sampler.run(strategy, inputs, samples, self._next_row)), None
 
     @property
     def _doubts(self) -> list[str]:

@@ -94,6 +94,10 @@ class MultiLabel:
             return self
         return replace(self, scores="probabilities" if _inside(one_tensor(outputs)) else "logits")
 
+    @property
+    def takes_finite(self) -> bool:
+        return self.scores == "logits"
+
     def finite(self, outputs: Outputs) -> bool:
         values = one_tensor(outputs)
         if self.scores == "logits":  # infinite ones have probability 0 or 1

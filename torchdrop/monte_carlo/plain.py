@@ -39,6 +39,10 @@ class Task(Protocol):
     def settled(self, outputs: Outputs) -> Task:
         """Returns the task with all open questions decided by the first chunk of arranged outputs."""
 
+    @property
+    def takes_finite(self) -> bool:
+        """Whether the task can take all finite outputs, with finite observables."""
+
     def finite(self, outputs: Outputs) -> bool:
         """Returns whether all observables of arranged outputs are finite. Raises ValueError if it cannot take them."""
 
@@ -93,6 +97,8 @@ class Plain:
 
     def settled(self, outputs: Outputs) -> Plain:
         return self
+
+    takes_finite: ClassVar[bool] = True
 
     def finite(self, outputs: Outputs) -> bool:
         return all_finite(one_tensor(outputs))

@@ -22,6 +22,7 @@ class Report:
         rows: the dimension of the inputs that holds the rows of data; None if the inputs are one whole.
         strategy: the strategy of the samples: "vectorized", "repeated" or "loop"; None before.
         chunk: the number of samples that were run at a time; None before.
+        compiled: whether samples were run by compiled functions.
         notes: further remarks.
         unseen: the number of random draws of a train-mode forward in places where calls cannot be seen.
         outside: the number of calls of dropout, off and with a rate, that belong to no forward of the model.
@@ -34,6 +35,7 @@ class Report:
     rows: int | None = None
     strategy: str | None = None
     chunk: int | None = None
+    compiled: bool = False
     notes: list[str] = field(default_factory=list)
     unseen: int = 0
     outside: int = 0
@@ -119,5 +121,5 @@ class Report:
             why = "; ".join(filter(None, (source.known, source.reason, "" if source.replayable else "not replayable")))
             lines.append(f"  {source.module or '(model)':{width}}  {source.kind:<14} {rate}  {state}  {why}")
         if self.strategy:
-            lines.append(f"Samples: {self.strategy}, {self.chunk} at a time")
+            lines.append(f"Samples: {self.strategy}, {self.chunk} at a time{', compiled' if self.compiled else ''}")
         return "\n".join([*lines, *counts, *self.notes])

@@ -9,21 +9,35 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..core.torch_state import DispatchMode, elements, tree_flatten
 from ..handlers.masks import Hypercube, Pass, find_layout
 from ..handlers.prefix import Prefix
 from .activate import Activation
 from .inputs import Inputs
+from .live_bytes import LiveBytes
 
 Outputs = tuple[Tensor, ...]
+
+
+class Chunk(NamedTuple):
+    """Samples that are run together.
+
+    Args:
+        samples: their numbers.
+        numbers: the same as a tensor.
+        offsets: their strata in a Latin hypercube, if it is one.
+    """
+
+    samples: Sequence[int]
+    numbers: Tensor
+    offsets: Tensor | None
+
 
 STRATEGIES = ("vectorized", "repeated", "loop")
 
@@ -66,7 +80,7 @@ class Sampler:
         samples: Tensor,
         first: int,
         inputs: Inputs,
-        first_row: int,
+        first_row: int | Tensor,
         *,
         folded: bool = False,
         offsets: Tensor | None = None,
@@ -109,50 +123,87 @@ class Sampler:
         repeats = not (self.writes or activation.differentiates or activation.stateful)
         activation.server.prefix = Prefix() if repeats else None
 
-    def run(self, strategy: str, inputs: Inputs, samples: Sequence[int], first_row: int = 0) -> Outputs:
-        """Returns the outputs of these samples of one hypercube, stacked in front: (samples, ...)."""
-        run = getattr(self, f"_{strategy}")
-        if strategy == "repeated":
+    def chunk(self, samples: Sequence[int], device: torch.device) -> Chunk:
+        """Returns samples of one hypercube."""
+        numbers, cube = torch.tensor(samples, device=device), self._cube(samples[0])
+        return Chunk(samples, numbers, None if cube is None else cube.offsets(numbers % cube.size))
+
+    def run(
+        self,
+        strategy: str,
+        inputs: Inputs,
+        samples: Sequence[int],
+        first_row: int | Tensor = 0,
+        chunk: Chunk | None = None,
+    ) -> Outputs:
+        """Returns the outputs of these samples of one hypercube, stacked in front: (samples, ...).
+
+        Args:
+            strategy: one of `STRATEGIES`.
+            inputs: the batch.
+            samples: the numbers of the samples.
+            first_row: the number of the batch's first row.
+            chunk: what `chunk` returns for them, where this is recorded, or compared with a recording. Then nothing
+                is kept from earlier chunks of the batch.
+        """
+        run = {"loop": self._loop, "vectorized": self._vectorized, "repeated": self._repeated}[strategy]
+        if strategy == "repeated" or chunk is not None:
             self._activation.server.prefix = None
         prefix = self._activation.server.prefix
+        chunk = self.chunk(samples, inputs.device) if chunk is None else chunk
         with self._activation.serving():
             try:
-                return run(inputs, samples, first_row)
+                return run(inputs, chunk, first_row)
             except Exception:
                 if prefix is None or not prefix.length:
                     raise
                 prefix.drop()  # something read a tensor that was not kept, or a pass made other calls
-                return run(inputs, samples, first_row)
+                return run(inputs, chunk, first_row)
 
-    def _loop(self, inputs: Inputs, samples: Sequence[int], first_row: int) -> Outputs:
+    def _loop(self, inputs: Inputs, chunk: Chunk, first_row: int | Tensor) -> Outputs:
         outputs: list[Outputs] = []
-        for number in samples:
-            self._begin(torch.tensor(number, device=inputs.device), number, inputs, first_row)
+        for place, number in enumerate(chunk.samples):
+            offsets = None if chunk.offsets is None else chunk.offsets[place]
+            self._begin(chunk.numbers[place], number, inputs, first_row, offsets=offsets)
             outputs.append(self._call(inputs, again=bool(outputs)))
-        _check_shapes(outputs, samples)
+        _check_shapes(outputs, chunk.samples)
         return tuple(torch.stack(parts) for parts in zip(*outputs, strict=True))
 
-    def _vectorized(self, inputs: Inputs, samples: Sequence[int], first_row: int) -> Outputs:
-        numbers, cube = torch.tensor(samples, device=inputs.device), self._cube(samples[0])
-        offsets = None if cube is None else cube.offsets(numbers % cube.size)
-
+    def _vectorized(self, inputs: Inputs, chunk: Chunk, first_row: int | Tensor) -> Outputs:
         def one(sample: Tensor, offsets: Tensor | None) -> Outputs:
-            self._begin(sample, samples[0], inputs, first_row, offsets=offsets)
+            self._begin(sample, chunk.samples[0], inputs, first_row, offsets=offsets)
             return self._call(inputs)
 
-        in_dims = (0, None if offsets is None else 0)
-        return torch.func.vmap(one, in_dims=in_dims, randomness="different")(numbers, offsets)
+        in_dims = (0, None if chunk.offsets is None else 0)
+        return torch.func.vmap(one, in_dims=in_dims, randomness="different")(chunk.numbers, chunk.offsets)
 
-    def _repeated(self, inputs: Inputs, samples: Sequence[int], first_row: int) -> Outputs:
+    def _repeated(self, inputs: Inputs, chunk: Chunk, first_row: int | Tensor) -> Outputs:
         if inputs.rows is None or None in self._row_dims:
             raise ValueError("the inputs and outputs have no rows that could be repeated")
-        copies = len(samples)
-        self._begin(torch.tensor(samples, device=inputs.device), samples[0], inputs, first_row, folded=True)
-        folded = inputs.folded(copies)
-        outputs = self._call(folded)
+        copies = len(chunk.samples)
+        self._begin(chunk.numbers, chunk.samples[0], inputs, first_row, folded=True, offsets=chunk.offsets)
+        outputs = self._call(inputs.folded(copies))
         return tuple(
             out.unflatten(dim, (copies, -1)).movedim(dim, 0) for out, dim in zip(outputs, self._row_dims, strict=True)
         )
+
+    def not_recorded(self, strategy: str) -> str:
+        """Returns why calls that are recorded once, and made again, would not be samples; "" if they are."""
+        activation = self._activation
+        reasons = {
+            "they are run one after another": strategy == "loop",
+            "the masks of a Latin hypercube are made outside of PyTorch": self._hypercube is not None,
+            "the model draws numbers that cannot be repeated": activation.draws_foreign,
+            "the model writes to its inputs, or to buffers or tensors of its own": self.writes
+            or bool(activation.stateful),
+            "the model differentiates in its forward": activation.differentiates,
+            "the model has hooks of the user, which would not run again": activation.shells.has_foreign_hooks,
+        }
+        return next((reason for reason, holds in reasons.items() if holds), "")
+
+    def note(self, what: str) -> None:
+        """Adds a remark to the report."""
+        self._activation.report.notes.append(what)
 
     def deterministic(self, inputs: Inputs) -> Outputs:
         """Returns the outputs of a pass in eval mode, with nothing random."""
@@ -272,6 +323,19 @@ class Sampler:
             same = self._agrees(outputs, samples, rows)
         return same
 
+    def are_alone(self, inputs: Inputs) -> bool:
+        """Whether the outputs of the first row are the same with and without the others."""
+        with self._apart():
+            self._activation.server.prefix = None
+            one, few = (self.run("loop", inputs.first(rows), (0,)) for rows in (1, 3))
+        pairs = zip(one, few, self._row_dims, strict=True)
+        return all(
+            out.dim() == more.dim()
+            and _agree(out, more.narrow(dim + 1, 0, out.shape[dim + 1]), more.movedim(dim + 1, 0))
+            for out, more, dim in pairs
+            if dim is not None
+        )
+
     def _agrees(self, outputs: Outputs, samples: Sequence[int], rows: int | None) -> bool | None:
         if samples[0] != 0 or (rows is not None and set(self._row_dims) == {None}):
             return None
@@ -309,48 +373,3 @@ def _agree(values: Tensor, reference: Tensor, samples: Tensor) -> bool:
         t.double().square().mean().sqrt() for t in (values - reference, reference, samples[0] - samples[-1])
     )
     return bool(difference <= 1e-2 * spread + max(1e-5, 8 * epsilon) * size) or not bool(size.isfinite())
-
-
-class LiveBytes(DispatchMode):
-    """The most bytes that tensors made within the context hold at once.
-
-    Args:
-        counting: whether tensors that are made now count.
-    """
-
-    def __init__(self, counting: Callable[[], bool]) -> None:
-        super().__init__()
-        self.peak: int = 0
-        self._counting = counting
-        self._live: dict[int, tuple[int, int]] = {}
-        self._total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if self._counting():
-            old = {_pointer(t) for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)} - self._live.keys()
-            for tensor in tree_flatten(out)[0]:
-                if isinstance(tensor, Tensor) and _pointer(tensor) not in old:
-                    self._hold(tensor)
-            self.peak = max(self.peak, self._total)
-        return out
-
-    def _hold(self, tensor: Tensor) -> None:
-        pointer, size = _pointer(tensor), elements(tensor).untyped_storage().nbytes()
-        _, rate_sites = self._live.get(pointer, (0, 0))
-        if not rate_sites:
-            self._total += size
-        self._live[pointer] = size, rate_sites + 1
-        weakref.finalize(tensor, self._release, pointer)
-
-    def _release(self, pointer: int) -> None:
-        size, rate_sites = self._live.get(pointer, (0, 0))
-        if rate_sites > 1:
-            self._live[pointer] = size, rate_sites - 1
-        elif rate_sites == 1:
-            del self._live[pointer]
-            self._total -= size
-
-
-def _pointer(tensor: Tensor) -> int:
-    return elements(tensor).untyped_storage().data_ptr()

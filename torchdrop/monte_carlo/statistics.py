@@ -10,16 +10,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .blocks import Outputs, OutputShape, cut, flattened, joined, raw, refuse, refuse_nan
-from .groups import Groups, Mean, Statistic
-from .moments import Counts, Moments
+from .groups import ERROR, VALUE, Groups, Mean, Statistic
+from .moments import Counts, Moments, wide
 from .plain import Task
+from .stacks import StackedCounts, StackedMoments
 from .standard_errors import Errors, error_names, needs_groups
+
+Name = TypeVar("Name")
+
+Results = tuple[dict[str, Tensor], dict[str, Tensor], Tensor]
+"""Statistics by name, their standard errors, and whether `Collector.take` may be given them."""
 
 
 class Collector:
@@ -79,6 +85,7 @@ class Collector:
         self._kept: list[tuple[list[int], dict[str, Tensor]]] = []
         self._shape: OutputShape | None = None
         self._first: tuple[Tensor, ...] | None = None
+        self._results: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
 
     @property
     def count(self) -> int:
@@ -126,18 +133,40 @@ class Collector:
         if self._shape is None:
             refuse_nan(flat, samples)  # which could decide what is open
         task = task.settled(joined(flat))
-        each = len(samples) * math.prod(flat[0].shape[2:-1])
-        blocks = list(shape.blocks(each))
         if not task.finite(joined(flat)):
             refuse_nan(flat, samples)
             refuse([~one.isfinite() for one in task.observe(joined(flat)).values()], samples)
 
         same = self._same(flat)
+        if self._results is not None:
+            self._results, self._moments.sizes = None, {}
         self.task, self._shape = task, shape
         self._first = (self._first or tuple(part[0].clone() for part in flat)) if same else None
-        self._observe(flat, blocks, members, samples)
+        self._observe(flat, members, samples)
         for group, chosen in members.items():
             self._moments.sizes[group] = self._moments.sizes.get(group, 0) + len(chosen)
+
+    def results_of(self, outputs: Outputs, samples: Sequence[int]) -> Results:
+        """Returns the `results` of samples that are added to no others, for a task that is settled, and as a tensor
+        whether `take` may be given them: whether all outputs are finite, and some differ.
+
+        It reads no values, so that it can be recorded.
+        """
+        alone = Collector(self.task, self.groups, group_of=self._group_of, rounds=self.rounds, errors=self._errors)
+        outputs = raw(outputs)
+        alone._shape, flat = alone._filled(self.task, outputs)
+        members = alone._members(samples)
+        alone._observe(flat, members, samples)
+        alone._moments.sizes = {group: len(chosen) for group, chosen in members.items()}
+        finite = torch.stack([one.isfinite().all() for one in flat]).all()
+        return *alone.results(), finite & torch.stack([(one != one[0]).any() for one in flat]).any()
+
+    def take(self, results: Results, count: int) -> bool:
+        """Takes the results of so many samples in the place of their outputs. Returns whether it can."""
+        *statistics, fine = results
+        if self.task.takes_finite and bool(fine):
+            self._results, self._moments.sizes = (statistics[0], statistics[1]), {0: count}
+        return self._results is not None
 
     def _filled(self, task: Task, outputs: Outputs) -> tuple[OutputShape, list[Tensor]]:
         """Returns the outputs with one dimension of places, and a finite number at those that are not reported."""
@@ -187,50 +216,52 @@ class Collector:
     def _observe(
         self,
         flat: Sequence[Tensor],
-        blocks: Sequence[tuple[slice, slice]],
         members: Mapping[int, list[int]],
         samples: Sequence[int],
     ) -> None:
         """Adds the observables of the samples to the moments, block by block."""
+        blocks = list(self._known.blocks(len(samples) * math.prod(flat[0].shape[2:-1])))
         kept: dict[str, Tensor] = {}
-        grouped, all_places = self._grouped(), list(range(len(samples)))
-        known, dtype = self._known, self.dtype
-        targets: dict[str, list[tuple[Any, list[int]]]] = {}
-        for rows, places in blocks:
+        grouped, known, dtype = self._grouped(), self._known, self.dtype
+        shares = self._moments.shares(members) if grouped else []
+        for number, (rows, places) in enumerate(blocks):
             for name, values in self.task.observe(cut(flat, (rows, places))).items():
-                if name not in targets:
-                    alone = {next(iter(self._moments.moments.get(name, members))): all_places}
-                    targets[name] = [
-                        (self._target(name, group, values, len(blocks)), chosen)
-                        for group, chosen in (members if name in grouped else alone).items()
-                    ]
-                for target, chosen in targets[name]:
-                    piece = target if len(blocks) == 1 else target.part(rows, places)
-                    piece.add(_chosen(values, chosen))
+                if number == 0:
+                    self._make_room(name, name in grouped, values, len(blocks))
+                if name in grouped:
+                    for share in shares:
+                        share.add(name, values, rows, places)
+                else:
+                    whole = self._moments.whole[name][0]
+                    (whole if len(blocks) == 1 else whole.part(rows, places)).add(values)
                 if self.keep_samples and name in self.task.kept:
                     if name not in kept:
                         kept[name] = torch.stack([known.room(values[0], dtype)] * len(samples))
                     kept[name][:, rows, ..., places] = values
+        for share in shares:
+            share.close()
         if len(blocks) > 1:
-            for several in targets.values():
-                for target, chosen in several:
-                    target.count += len(chosen)
+            for whole in self._moments.whole.values():
+                whole[0].count += len(samples)
         if kept:
             self._kept.append((list(samples), kept))
 
-    def _target(self, name: str, group: int, values: Tensor, blocks: int) -> Moments | Counts:
-        """Returns the moments that a group's values are added to, with memory for all blocks if there are several."""
-        several = self._moments.moments.setdefault(name, {})
-        if group not in several:
-            counted = values.dtype == torch.bool
-            if blocks == 1:
-                several[group] = Counts() if counted else Moments()
-            elif counted:
-                several[group] = Counts(0, self._known.room(values[0], torch.int32).zero_())
-            else:
-                mean = self._known.room(values[0], values.dtype).zero_()
-                several[group] = Moments(0, mean, torch.zeros_like(mean))
-        return several[group]
+    def _make_room(self, name: str, grouped: bool, values: Tensor, blocks: int) -> None:
+        """Makes memory for the moments of an observable, where there is none."""
+        counted = values.dtype == torch.bool
+        dtype = torch.int32 if counted else wide(values[:0]).dtype
+        if grouped:
+            for stack in self._moments.stacks if blocks > 1 else ():
+                if name not in stack.moments:
+                    room = self._known.room(values[0], dtype, len(stack.groups))
+                    one = StackedCounts(room) if counted else StackedMoments(room, torch.empty_like(room))
+                    stack.moments[name] = one
+        elif name not in self._moments.whole:
+            whole: Moments | Counts = Counts() if counted else Moments()
+            if blocks > 1:
+                room = self._known.room(values[0], dtype).zero_()
+                whole = Counts(0, room) if counted else Moments(0, room, torch.zeros_like(room))
+            self._moments.whole[name] = [whole]
 
     def _grouped(self) -> set[str]:
         """Returns the observables that must be kept by groups."""
@@ -267,14 +298,17 @@ class Collector:
     def results(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Returns all of the task's statistics, and the standard errors that were chosen, in the results' dtype and
         the order of the outputs' dimensions."""
+        if self._results is not None:
+            return self._results
         statistics = self.task.statistics()
         chosen = {name: statistics[name] for name in self.errors}
-        values = self._in_blocks(lambda part: _values(part, statistics), self.dtype)
-        errors = self._errors_of(chosen, self.dtype)
-        return self._reported(values), self._reported(errors)
+        found = self._in_blocks(lambda part: part.results(statistics, chosen), self.dtype, self._copies(chosen))
+        return self._reported(found, VALUE), self._reported(found, ERROR)
 
-    def _reported(self, several: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        masked = {name: self._masked(values, values.dim() == 3) for name, values in several.items()}
+    def _reported(self, found: Mapping[tuple[str, str], Tensor], kind: str) -> dict[str, Tensor]:
+        masked = {
+            name: self._masked(one, one.dim() == 3) for (name, its_kind), one in found.items() if its_kind == kind
+        }
         return {name: self.task.restored(values, self._dims) for name, values in masked.items()}
 
     def _masked(self, values: Tensor, classes: bool) -> Tensor:
@@ -294,47 +328,43 @@ class Collector:
 
     def standard_errors(self, statistics: Mapping[str, Statistic]) -> dict[str, Tensor]:
         """Returns the Monte Carlo standard error of each statistic. See `Groups.standard_errors`."""
-        errors = self._errors_of(statistics, None)
+        errors = self._in_blocks(lambda part: part.standard_errors(statistics).items(), None, self._copies(statistics))
         return {name: self._known.unflattened(values) for name, values in errors.items()}
 
-    def _errors_of(self, statistics: Mapping[str, Statistic], dtype: torch.dtype | None) -> dict[str, Tensor]:
-        jackknifed = any(not isinstance(one, Mean) for one in statistics.values())
-        return self._in_blocks(
-            lambda part: part.standard_errors(statistics), dtype, 2 * self.groups if jackknifed else 1
-        )
+    def _copies(self, statistics: Mapping[str, Statistic]) -> int:
+        """Returns how many numbers are made of each element for the standard errors of these statistics."""
+        return 2 * self.groups if any(not isinstance(one, Mean) for one in statistics.values()) else 1
 
     def _in_blocks(
-        self, compute: Callable[[Groups], dict[str, Tensor]], dtype: torch.dtype | None, parts: int = 1
-    ) -> dict[str, Tensor]:
+        self, compute: Callable[[Groups], Iterable[tuple[Name, Tensor]]], dtype: torch.dtype | None, parts: int
+    ) -> dict[Name, Tensor]:
         """Returns what is computed from the moments, block by block; blocks are smaller by a factor of `parts`."""
-        known, out = self._known, dict[str, Tensor]()
+        known, out = self._known, dict[Name, Tensor]()
         classes = max(math.prod(one.shape[1:-1]) for one in self._tensors())
         blocks = list(known.blocks(classes * parts))
+        if len(blocks) == 1:
+            return {name: values.to(dtype or values.dtype) for name, values in compute(self._moments)}
         for rows, places in blocks:
-            part = self._moments if len(blocks) == 1 else self._moments.part(rows, places)
-            for name, values in compute(part).items():
+            for name, values in compute(self._moments.part(rows, places)):
                 if name not in out:
                     out[name] = known.room(values, dtype or values.dtype)
                 out[name][rows, ..., places] = values
         return out
 
     def _tensors(self) -> Iterator[Tensor]:
-        for several in self._moments.moments.values():
-            for one in several.values():
-                yield one.yes if isinstance(one, Counts) else one.mean
+        for stack in self._moments.stacks[:1]:
+            for one in stack.moments.values():
+                yield (one.yes if isinstance(one, StackedCounts) else one.mean)[0]
+        for several in self._moments.whole.values():
+            yield several[0].yes if isinstance(several[0], Counts) else several[0].mean
 
     def state(self) -> dict[str, Any]:
         """Returns all collected moments and samples, on the CPU, for processes to pickle and exchange. See `load`."""
-        moments = {
-            name: {group: one.to("cpu") for group, one in several.items()}
-            for name, several in self._moments.moments.items()
-        }
         return {
             "task": self.task,
             "shape": self._shape,
             "first": None if self._first is None else tuple(part.cpu() for part in self._first),
-            "sizes": self._moments.sizes,
-            "moments": moments,
+            "moments": self._moments.to("cpu"),
             "kept": [(samples, {name: one.cpu() for name, one in kept.items()}) for samples, kept in self._kept],
         }
 
@@ -345,7 +375,7 @@ class Collector:
             ValueError: a group in two states, or states of other tasks or of outputs of other shapes.
         """
         filled = [state for state in states if state["shape"] is not None]
-        held = [group for state in filled for group in state["sizes"]]
+        held = [group for state in filled for group in state["moments"].sizes]
         if len(held) > len(set(held)):
             raise ValueError(f"states must hold different groups, got {held}")
         tasks, shapes = {state["task"] for state in filled}, {state["shape"].outputs for state in filled}
@@ -357,26 +387,9 @@ class Collector:
         firsts = [state["first"] for state in filled]
         same = all(first is not None and all(map(torch.equal, firsts[0], first)) for first in firsts)
         self._first = tuple(part.to(device) for part in firsts[0]) if same else None
-        self._moments = Groups(self.rounds, {group: size for state in filled for group, size in state["sizes"].items()})
-        for state in filled:
-            for name, several in state["moments"].items():
-                mine = self._moments.moments.setdefault(name, {})
-                mine |= {group: one.to(device) for group, one in several.items()}
+        self._moments = Groups.joined([state["moments"].to(device) for state in filled])
         self._kept = [
             (samples, {name: one.to(device) for name, one in kept.items()})
             for state in filled
             for samples, kept in state["kept"]
         ]
-
-
-def _chosen(values: Tensor, chosen: Sequence[int]) -> Tensor:
-    """Returns the values at these places of the first dimension, without a copy if they are equally far apart."""
-    step = chosen[1] - chosen[0] if len(chosen) > 1 else 1
-    if list(chosen) == list(range(chosen[0], chosen[-1] + 1, step)):
-        return values[chosen[0] : chosen[-1] + 1 : step]
-    return values.index_select(0, torch.tensor(chosen, device=values.device))
-
-
-def _values(part: Groups, statistics: Mapping[str, Statistic]) -> dict[str, Tensor]:
-    total = part.total()
-    return {name: statistic(total) for name, statistic in statistics.items()}

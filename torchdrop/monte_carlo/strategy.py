@@ -132,6 +132,15 @@ class Choice:
         self.compared(same, inputs)
         return outputs, ""
 
+    def look_at_rows(self, inputs: Inputs) -> None:
+        """Finds out whether rows depend on each other, if all batches before this one had a single row. If they do, the
+        strategy is chosen anew."""
+        if self.rows_alone is None and (inputs.rows or 0) > 1:
+            self.compared(self._sampler.are_alone(inputs), inputs)
+            if not self.rows_alone and self.strategy == "repeated" and self._wanted == "auto":
+                self.strategy = ""
+                self._order.remove("repeated")
+
     def compared(self, alone: bool, inputs: Inputs) -> None:
         """Notes whether a row's outputs are the same in any batch."""
         if self.rows_alone is None and (inputs.rows or 0) > 1:

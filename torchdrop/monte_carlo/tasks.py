@@ -62,6 +62,10 @@ class Regression:
     def settled(self, outputs: Outputs) -> Regression:
         return self
 
+    @property
+    def takes_finite(self) -> bool:
+        return self.noise is None
+
     def finite(self, outputs: Outputs) -> bool:
         if self.noise is None:
             return all_finite(one_tensor(outputs))
