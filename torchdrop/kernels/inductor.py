@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ..core.torch_state import InductorGraph
+from ..core.torch_inductor import InductorGraph
 from .mask_params import ONE
 from .reference import SECOND_PLANE
 

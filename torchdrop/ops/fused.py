@@ -27,11 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import kernels
+from ..core.torch_inductor import lower_in_inductor
 from ..core.torch_state import (
     dispatch_modes,
     is_compiling,
     is_plain,
-    lower_in_inductor,
     node_of,
     transforms_active,
 )

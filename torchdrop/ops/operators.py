@@ -31,12 +31,12 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .. import kernels
+from ..core.torch_inductor import lower_in_inductor
 from ..core.torch_state import (
     forward_mode_active,
     functionalize_active,
     is_compiling,
     is_plain,
-    lower_in_inductor,
     node_of,
     transforms_active,
 )
