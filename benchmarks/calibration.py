@@ -80,8 +80,8 @@ def train(
     return model.eval()
 
 
-def classified(model: nn.Module, x: Tensor, samples: int, **options: Any) -> ClassificationPrediction:
-    prediction = torchdrop.mc_predict(model, x, samples, task="classification", seed=0, **options)
+def classified(model: nn.Module, x: Tensor, samples: int, seed: int = 0, **options: Any) -> ClassificationPrediction:
+    prediction = torchdrop.mc_predict(model, x, samples, task="classification", seed=seed, **options)
     assert isinstance(prediction, ClassificationPrediction)
     return prediction
 

@@ -45,3 +45,16 @@ def write(report: dict[str, Any], options: argparse.Namespace, result: str, judg
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(report, indent=1) + "\n")
     print(f"\nwritten to {output.name}")
+
+
+def fill(file: Path, markers: tuple[str, str], section: str) -> None:
+    """Puts a section between the two lines of a file that mark its place.
+
+    Raises:
+        ValueError: the file has no such lines.
+    """
+    head, begin, rest = file.read_text(encoding="utf-8").partition(markers[0])
+    _, end, tail = rest.partition(markers[1])
+    if not (begin and end):
+        raise ValueError(f"{file.name} has no lines {markers[0]} and {markers[1]}")
+    file.write_text(f"{head}{begin}\n{section}\n{end}{tail}", encoding="utf-8")

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
-from xml.sax.saxutils import escape
 
+import command
 from command import RESULTS
 from harness import digits, factor, markdown_table
+from panel import HEIGHT, PANEL, TOP, Panel, svg
 from summary import BOTH, FORWARD, LIMIT, OURS, STOCK, where
 
 README = RESULTS.parents[1] / "README.md"
@@ -111,62 +109,9 @@ def shown(text: str) -> str:
     return text.partition(MARKERS[0])[2].partition(MARKERS[1])[0].strip()
 
 
-def fill(file: Path) -> None:
-    """Puts the section between the markers of a file that has them."""
-    head, begin, rest = file.read_text(encoding="utf-8").partition(MARKERS[0])
-    _, end, tail = rest.partition(MARKERS[1])
-    if not (begin and end):
-        raise ValueError(f"{file.name} has no lines {MARKERS[0]} and {MARKERS[1]}")
-    file.write_text(f"{head}{begin}\n{section()}\n{end}{tail}", encoding="utf-8")
-
-
 # The colors are Okabe and Ito's, which color-blind readers can tell apart.
 COLORS = {STOCK: "#D55E00", OURS: "#0072B2", LIMIT: "#666666", "averaged": "#0072B2", "scaled": "#D55E00"}
-WIDTH, HEIGHT, PANEL, SIDE, TOP, BOTTOM = 860, 340, 340, 64, 52, 52
-
-
-@dataclass
-class Panel:
-    """Axes of one plot: logarithmic in x, and in y if `log`. What is drawn is collected in `parts`."""
-
-    left: int
-    x: tuple[float, float]
-    y: tuple[float, float]
-    log: bool = True
-    parts: list[str] = field(default_factory=list)
-
-    def place(self, x: float, y: float) -> tuple[float, float]:
-        """Where a point of the data is in the picture."""
-        scale: Callable[[float], float] = math.log if self.log else float
-        across = (math.log(x) - math.log(self.x[0])) / (math.log(self.x[1]) - math.log(self.x[0]))
-        up = (scale(y) - scale(self.y[0])) / (scale(self.y[1]) - scale(self.y[0]))
-        return round(self.left + across * PANEL, 1), round(HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM), 1)
-
-    def line(self, points: Sequence[tuple[float, float]], color: str, style: str = "") -> None:
-        placed = " ".join(f"{x},{y}" for x, y in (self.place(*point) for point in points))
-        self.parts.append(f'<polyline points="{placed}" fill="none" stroke="{color}" stroke-width="2"{style}/>')
-
-    def dots(self, points: Sequence[tuple[float, float]], color: str) -> None:
-        for x, y in (self.place(*point) for point in points):
-            self.parts.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{color}"/>')
-
-    def label(self, x: float, y: float, text: str, color: str = "#222", style: str = "") -> None:
-        self.parts.append(f'<text x="{x}" y="{y}" fill="{color}"{style}>{escape(text)}</text>')
-
-    def axes(self, title: str, xs: dict[float, str], ys: dict[float, str], x_name: str, y_name: str) -> None:
-        bottom, middle = HEIGHT - BOTTOM, ' text-anchor="middle"'
-        for value, name in ys.items():
-            _, y = self.place(self.x[0], value)
-            self.parts.append(f'<path d="M{self.left},{y}h{PANEL}" stroke="#ddd"/>')
-            self.label(self.left - 6, y + 4, name, style=' text-anchor="end"')
-        for value, name in xs.items():
-            x, _ = self.place(value, self.y[0])
-            self.parts.append(f'<path d="M{x},{bottom}v4" stroke="#222"/>')
-            self.label(x, bottom + 18, name, style=middle)
-        self.parts.append(f'<path d="M{self.left},{TOP}V{bottom}H{self.left + PANEL}" fill="none" stroke="#222"/>')
-        self.label(self.left, TOP - 28, title, style=' font-weight="bold" font-size="14"')
-        self.label(self.left, TOP - 10, y_name, "#555")
-        self.label(self.left + PANEL / 2, bottom + 38, x_name, "#555", middle)
+WIDTH, SIDE = 860, 64
 
 
 def speed_panel(left: int) -> Panel:
@@ -213,19 +158,14 @@ def monte_carlo_panel(left: int) -> Panel:
 def figure() -> str:
     """The figure as SVG, which is the same text wherever it is made."""
     panels = [speed_panel(SIDE), monte_carlo_panel(SIDE + PANEL + 96)]
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
-        'font-family="Helvetica, Arial, sans-serif" font-size="12">'
-    )
-    ground = '<rect width="100%" height="100%" fill="white"/>'
-    return "\n".join([head, ground, *(part for panel in panels for part in panel.parts), "</svg>"]) + "\n"
+    return svg(WIDTH, HEIGHT, [part for panel in panels for part in panel.parts])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
     FIGURE.write_text(figure(), encoding="utf-8")
-    fill(README)
+    command.fill(README, MARKERS, section())
 
 
 if __name__ == "__main__":

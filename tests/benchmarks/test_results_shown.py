@@ -8,8 +8,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
+import command
 import cuda_summary
 import overview
+import panel as panels
 import pytest
 import training_summary
 import versions
@@ -95,29 +97,29 @@ class TestOverview:
         assert drawn.count("polyline") == 5
 
     def test_points_are_where_the_axes_say(self) -> None:
-        panel = overview.Panel(100, (1, 100), (0.1, 10))
-        assert panel.place(1, 0.1) == (100, overview.HEIGHT - overview.BOTTOM)
-        assert panel.place(10, 1) == (100 + overview.PANEL / 2, (overview.TOP + overview.HEIGHT - overview.BOTTOM) / 2)
-        assert panel.place(100, 10) == (100 + overview.PANEL, overview.TOP)
-        linear = overview.Panel(100, (1, 100), (0, 4), log=False)
+        panel = panels.Panel(100, (1, 100), (0.1, 10))
+        assert panel.place(1, 0.1) == (100, panels.HEIGHT - panels.BOTTOM)
+        assert panel.place(10, 1) == (100 + panels.PANEL / 2, (panels.TOP + panels.HEIGHT - panels.BOTTOM) / 2)
+        assert panel.place(100, 10) == (100 + panels.PANEL, panels.TOP)
+        linear = panels.Panel(100, (1, 100), (0, 4), log=False)
         assert linear.place(1, 2)[1] == panel.place(1, 1)[1]
 
     def test_points_lie_inside(self) -> None:
         for element in ElementTree.fromstring(overview.figure()):
             if element.tag.endswith("circle"):
-                assert overview.TOP <= float(element.attrib["cy"]) <= overview.HEIGHT - overview.BOTTOM
+                assert panels.TOP <= float(element.attrib["cy"]) <= panels.HEIGHT - panels.BOTTOM
                 assert 0 <= float(element.attrib["cx"]) <= overview.WIDTH
 
     def test_is_filled_in_where_the_markers_are(self, tmp_path: Path) -> None:
         file = tmp_path / "README.md"
         file.write_text("before\n\n<!-- overview -->\nold\n<!-- end of overview -->\n\nafter\n")
-        overview.fill(file)
+        command.fill(file, overview.MARKERS, overview.section())
         assert file.read_text() == (
             f"before\n\n<!-- overview -->\n{overview.section()}\n<!-- end of overview -->\n\nafter\n"
         )
         file.write_text("no place")
         with pytest.raises(ValueError, match="has no lines <!-- overview -->"):
-            overview.fill(file)
+            command.fill(file, overview.MARKERS, overview.section())
 
 
 def times(value: float) -> str:
