@@ -249,8 +249,8 @@ def cell_row(result: dict[str, Any]) -> list[str]:
 _WIDTHS = [44, 10, 10, 17, 18, 10]
 
 
-def run(device: torch.device, quick: bool) -> dict[str, Any]:
-    """Measures everything, printing as it goes."""
+def run(device: torch.device, quick: bool, save: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
+    """Measures everything, printing as it goes. `save` gets what there is after each cell."""
     effort = Effort(budget=0.5, min_rounds=5) if quick else Effort(budget=4.0, batch=2e-2)
     begin = time.perf_counter()
     report: dict[str, Any] = {"machine": machine.describe(device), "quick": quick, "cells": []}
@@ -260,6 +260,8 @@ def run(device: torch.device, quick: bool) -> dict[str, Any]:
     for cell in cells(quick):
         report["cells"].append(measure(cell, device, effort))
         print(text_row(cell_row(report["cells"][-1]), _WIDTHS), flush=True)
+        if save is not None:
+            save(report)
     report["memory"] = kept_and_peak(device, (2**16, 2**18) if quick else (2**24, 2**26))
     rows = [cuda_summary.memory_row(result) for result in report["memory"]]
     print(f"\nbytes an element, {DTYPE}\n{text_table(cuda_summary.MEMORY_HEADER, rows, left=2)}")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import torchdrop
 from torchdrop import functional as TF
@@ -76,6 +76,42 @@ def test_a_captured_graph_draws_new_masks_and_backward_has_them(name: str) -> No
     assert not torch.equal(found[0][0], found[2][0])
     if name == "dropout":
         assert torch.equal(found[2][0], x * found[2][1])
+
+
+RATED: dict[str, Callable[[], nn.Module]] = {
+    "dropout": lambda: torchdrop.Dropout(0.5),
+    "alpha": lambda: torchdrop.AlphaDropout(0.5),
+    "gaussian": lambda: torchdrop.GaussianDropout(0.5),
+    "add": lambda: torchdrop.DropoutAdd(0.5),
+    "relu": lambda: torchdrop.ReLUDropout(0.5),
+    "gelu": lambda: torchdrop.GELUDropout(0.5),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moved", [True, False])
+@pytest.mark.parametrize("name", RATED)
+def test_a_new_rate_takes_effect_in_a_captured_graph_and_compiles_nothing(name: str, moved: bool) -> None:
+    """Calls after the first ones replay a graph. A layer that was not moved has its parameters copied for each call."""
+    torch.compiler.reset()
+    layer = RATED[name]()
+    if moved:
+        layer = layer.to(CUDA)
+    x = torch.randn(64, 8, 16, device=CUDA, requires_grad=True)
+    others = (x.detach(),) if name == "add" else ()
+    compiled, counts = torch.compile(layer, fullgraph=True, mode="reduce-overhead"), []
+    for step, keep_prob in enumerate((0.5, 0.5, 0.5, 0.9, 0.25, 1.0, 0.0, 0.75, 0.75)):
+        layer.keep_prob = keep_prob  # type: ignore[assignment]
+        found = []
+        for function in (compiled, layer):
+            torch.compiler.cudagraph_mark_step_begin()
+            torch.manual_seed(step)
+            y = function(x, *others)
+            (gradient,) = torch.autograd.grad(y.sum(), x)
+            found.append((y.detach().clone(), gradient.clone()))
+        torch.testing.assert_close(*found)
+        counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert counts[0] == counts[-1]
 
 
 @pytest.mark.slow

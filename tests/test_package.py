@@ -32,6 +32,7 @@ RANKS = {
     "_extras": 0,
     "core.checks": 0,
     "core.hooks": 0,
+    "core.torch_inductor": 0,
     "core.torch_state": 0,
     "core.names": 0,
     "kernels": 1,

@@ -205,9 +205,11 @@ def _move(p: Program, modes: list[str], to: Any, source: Any) -> None:
 
 
 def _convert(p: Program, modes: list[str], to: str, *sources: str) -> None:
-    *how, wanted, given = modes
+    *how, wanted, given = (mode for mode in modes if mode != "ftz")
     values = [p.value(source, given) for source in sources]
-    assert how in ([], ["rn"], ["rni"], ["rzi"])
+    assert how in ([], ["rn"], ["rni"], ["rzi"], ["sat"])
+    if how == ["sat"]:
+        values = [np.clip(v, 0.0, 1.0) for v in values]
     if how in (["rni"], ["rzi"]):
         values = [np.rint(v) if how == ["rni"] else np.trunc(v) for v in values]
     if wanted in ("bf16x2", "f16x2"):
@@ -230,14 +232,16 @@ def _shift(p: Program, modes: list[str], to: str, source: str, by: str, left: bo
 def _product(p: Program, modes: list[str], to: str, *sources: str) -> None:
     mode, kind = modes[0], modes[-1]
     if mode == "hi":
-        a, b = (p.raw(one, 32).astype(np.uint64) for one in sources)
-        p.result(to, a * b >> np.uint64(32), kind)
+        assert kind in ("u32", "s32")
+        wide = np.dtype(np.uint64 if kind == "u32" else np.int64)
+        a, b = (p.value(one, kind).astype(wide) for one in sources)
+        p.result(to, a * b >> wide.type(32), kind)
         return
     if mode == "wide":
         kind = f"{kind[0]}{2 * _bits(kind)}"
         a, b = (p.value(one, modes[-1]).astype(p.value("0", kind).dtype) for one in sources[:2])
     else:
-        assert mode in ("lo", "rn")
+        assert mode in ("lo", "rn") or modes == [kind]  # without a word ptxas may fuse it with an addition
         a, b = p.value(sources[0], kind), p.value(sources[1], kind)
     p.result(to, a * b + p.value(sources[2], kind) if len(sources) > 2 else a * b, kind)
 

@@ -53,6 +53,7 @@ NUMBERS = torch.randn(32, generator=torch.Generator().manual_seed(2))
     [
         ("mul.wide.u32 %rd9, %r3, -7; cvt.u32.u64 %r9, %rd9;", lambda i: i * -7),
         ("mul.hi.u32 %r9, %r3, %r1;", lambda i: i % 2**32 * 1000003 >> 32),
+        ("mul.hi.s32 %r9, %r3, -1000003;", lambda i: i * -1000003 >> 32),
         ("shr.s32 %r8, %r3, 3; shr.u32 %r9, %r8, 1;", lambda i: (i >> 3) % 2**32 >> 1),
         ("shl.b32 %r9, %r3, 32;", lambda i: i * 0),
         ("shr.s32 %r9, %r3, 40;", lambda i: i >> 63),
@@ -84,6 +85,10 @@ def test_numbers_are_rounded_as_pytorch_rounds_them() -> None:
     assert ptx.rounded(np.array([np.nan], np.float32)).tolist() == [0x7FFF]
     body = "mul.rn.f32 %r8, %r3, 0f40400000; fma.rn.f32 %r9, %r8, %r3, 0f3F000000;"
     assert torch.allclose(run(body, NUMBERS), 3 * NUMBERS**2 + 0.5)
+
+
+def test_numbers_are_clipped_between_0_and_1() -> None:
+    assert torch.equal(run("cvt.sat.ftz.f32.f32 %r9, %r3;", NUMBERS), NUMBERS.clamp(0.0, 1.0))
 
 
 def test_threads_that_part_meet_again() -> None:

@@ -282,13 +282,16 @@ def test_one_set_of_parameters_in_the_devices_memory_is_read_there(dtype: torch.
     x[::5] = -0.0
     in_memory = here(drawn.tensor())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backend, "_arguments_of", lambda params: (in_memory, (0, 0, 0.0, 0.0, 0.0), True))
-        assert identical(masked(x, KEY, in_memory, (300,)), reference.masked(x, KEY, drawn, (300,)))
+        patch.setattr(backend, "params_by_value", lambda one: one)  # as of memory that the host does not read
         grouped = x.reshape(100, 3)
-        assert identical(masked(grouped, KEY, in_memory, (100, 1)), reference.masked(grouped, KEY, drawn, (100, 1)))
+        for linear, meant in ((False, drawn), (True, drawn.linear())):
+            y = backend.masked(here(x), here(KEY), in_memory, (300,), linear=linear)
+            assert identical(y, reference.masked(x, KEY, meant, (300,)))
+            y = backend.masked(here(grouped), here(KEY), in_memory, (100, 1), linear=linear)
+            assert identical(y, reference.masked(grouped, KEY, meant, (100, 1)))
         if formula is inverted:
-            y = backend.dropout_add(here(x), None, here(residual), here(KEY), in_memory)
-            assert identical(cast(Tensor, y), added(x, None, residual, drawn))
+            sums = backend.dropout_add(here(x), None, here(residual), here(KEY), in_memory)
+            assert identical(cast(Tensor, sums), added(x, None, residual, drawn))
             given, kept = here(x), here(residual)
             g = backend.activation_dropout_backward(given, kept, here(KEY), in_memory, "relu")
             wide = COMPUTE_DTYPE[dtype]

@@ -62,15 +62,15 @@ def masked(x: Tensor, key: Tensor, given_params: Any, shape: Any, part: MaskSlic
     )
 
 
-def in_memory(x: Tensor, given_params: MaskParams, shape: Any) -> Case:
+def in_memory(x: Tensor, given_params: MaskParams, shape: Any, linear: bool = False) -> Case:
     """As if the parameters were in a device's memory."""
 
     def call() -> Tensor:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(backend, "params_by_value", lambda one: one)
-            return backend.masked(x, KEY, given_params.tensor(), shape)
+            return backend.masked(x, KEY, given_params.tensor(), shape, linear=linear)
 
-    return call, lambda: reference.masked(x, KEY, given_params, shape)
+    return call, lambda: reference.masked(x, KEY, given_params.linear() if linear else given_params, shape)
 
 
 def exact_cases(dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
@@ -93,6 +93,7 @@ def exact_cases(dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
     yield "groups, keys", masked(x, KEYS, some, (40, 1))
     yield "parameters in memory", in_memory(x, some, shape)
     yield "affine parameters in memory", in_memory(x, affine, shape)
+    yield "their linear part in memory", in_memory(x, affine, shape, linear=True)
     yield "groups, parameters in memory", in_memory(x, some, (3, 40, 1))
     for name, given in (("add", None), ("add bias", bias)):
         yield (
@@ -210,7 +211,7 @@ def main(architecture: int, dtypes: list[torch.dtype]) -> None:
     print(json.dumps(found))
 
 
-@pytest.mark.parametrize(("dtypes", "count"), [(("bfloat16", "float16"), 35), (("float32", "float64"), 50)])
+@pytest.mark.parametrize(("dtypes", "count"), [(("bfloat16", "float16"), 36), (("float32", "float64"), 51)])
 def test_compiled_kernels_give_the_references_bits(dtypes: tuple[str, ...], count: int, cache: Path) -> None:  # noqa: F811
     found = apart("tests.kernels.test_triton_compiled", cache, "90", *dtypes)
     assert len(found) == count

@@ -132,7 +132,7 @@ class RateSite:
     def restore(self, state: Any) -> None:
         if isinstance(self.module, Rated):
             keep_prob, p = state
-            self.module.rate = Rate(keep_prob, p, self.module._formula).held()
+            self.module.rate = Rate(keep_prob, p, self.module._formula).held(self.module)
         else:
             setattr(self.module, self.attribute or "p", state[1])
 

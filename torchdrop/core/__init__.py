@@ -6,5 +6,5 @@ checks        arguments that are refused, with the same words everywhere
 shard         masks of tensors that are parts of larger ones
 symbolic, exported, portable   graphs of torch.fx, torch.export, torch.jit.trace and ONNX
 names         patterns over the names in a model
-torch_state   the state of PyTorch, and the only place that names its private parts
+torch_state   the state of PyTorch; it and torch_inductor are the only places that name its private parts
 """

@@ -15,6 +15,7 @@ from ..kernels.mask_params import ONE, Formula, MaskParams, inverted, mask_param
 from ..kernels.masking import SERVED
 from ..random import check_generator
 from .exported import switched
+from .held_params import HeldParams
 from .portable import refuse_script
 from .shard import is_dtensor
 from .torch_state import is_compiling, transforms_active
@@ -53,9 +54,7 @@ def read_rate(p: Any, keep_prob: Any) -> tuple[Probability, Probability]:
     if p is not DEFAULT_P and p is not None:
         raise TypeError(f"give the rate as p or as keep_prob, not both: got p={p} and keep_prob={keep_prob}")
     keep_prob = _checked("keep_prob", keep_prob)
-    if isinstance(keep_prob, Tensor):
-        return keep_prob, 1.0 - keep_prob
-    return keep_prob, round(1.0 - keep_prob, 15)
+    return keep_prob, 1.0 - keep_prob if isinstance(keep_prob, Tensor) else round(1.0 - keep_prob, 15)
 
 
 def _checked(name: str, value: Any) -> Probability:
@@ -159,15 +158,17 @@ class Rate:
         self.params: Any = given
         if given is None and not (isinstance(keep_prob, Tensor) or is_compiling()):
             self.params = mask_params(keep_prob, formula)
-        self._compiled: Tensor | None = None
+        self._held: HeldParams | None = None
         self._given_as_p = given_as_p
 
-    def held(self) -> Rate:
+    def held(self, layer: Rated) -> Rate:
         """Returns the rate as a layer holds it: with parameters as a tensor, which compiled code takes as an input."""
         # Compiled code makes the parameters of a layer that is built there when it needs one, from the rate.
-        if not is_compiling() and isinstance(self.params, MaskParams):
-            self._compiled = self.params.tensor()
-        return self
+        if is_compiling() or not isinstance(self.params, MaskParams):
+            return self
+        rate = self if self._held is None else Rate(self.keep_prob, self.p, self.formula, self.params)
+        rate._held = HeldParams(self.params, id(layer), getattr(getattr(layer, "rate", None), "_held", None))
+        return rate
 
     def params_for(self, shape: Sequence[int]) -> MaskParams | Tensor:
         """Returns the parameters for a mask of this shape.
@@ -177,13 +178,13 @@ class Rate:
         """
         if not is_compiling():
             return params_for(self.keep_prob, self.formula, shape) if self.params is None else self.params
-        if self._compiled is None:
+        if self._held is None:
             return params_for(self._exact(), self.formula, shape)
-        return switched(self._compiled, self.formula)
+        return switched(self._held.tensor, self.formula)
 
     def compiled_p(self) -> Probability:
         """Returns the probability of dropping as a tensor, if it is a number that a layer holds."""
-        return self.p if self._compiled is None else 1.0 - self._compiled[0] / ONE
+        return self.p if self._held is None else 1.0 - self._held.tensor[0] / ONE
 
     def _exact(self) -> Probability:
         """Returns `keep_prob`, as a tensor where it is a difference: of Python's numbers the compiler of PyTorch before
@@ -321,7 +322,12 @@ class Rated(_DropoutNd):
             setter(self, value)
 
     def _set(self, p: Any, keep_prob: Any) -> None:
-        self.rate: Any = as_rate(p, keep_prob, self._formula, self._check_rate).held()
+        self.rate: Any = as_rate(p, keep_prob, self._formula, self._check_rate).held(self)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        if self.rate._held is not None:
+            self.rate._held.move(self.rate.params, fn)
+        return super()._apply(fn, recurse)
 
     def _check_rate(self, keep_prob: Probability) -> None:
         """Refuses rates in [0, 1] that the layer cannot have. By default there are none."""

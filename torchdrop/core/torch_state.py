@@ -1,4 +1,4 @@
-"""The state of PyTorch at the moment of a call. No other file names private parts of torch.
+"""The state of PyTorch at the moment of a call. Only `torch_inductor` also names private parts of torch.
 
 If a new version of torch moves one of them, only this file changes. It imports nothing of torchdrop, so every other
 file may import it.
@@ -189,6 +189,15 @@ def as_eager() -> Iterator[None]:
         yield
     finally:
         state._is_compiling_flag, state._is_exporting_flag = before
+
+
+def tensor_for_graphs(values: Tensor, device: torch.device) -> Tensor:
+    """Returns a copy of `values` on a CUDA device whose memory captured graphs read in place. Other inputs of compiled
+    code are copied for each of their replays."""
+    with torch.inference_mode(False):
+        tensor = values.to(device, non_blocking=True)
+    tensor._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined] # as torch._dynamo.mark_static_address
+    return tensor
 
 
 def check_compiled_code_is_replaceable() -> None:

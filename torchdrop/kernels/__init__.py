@@ -30,6 +30,7 @@ from torch import Tensor
 
 from . import aten, native, reference, triton
 from .mask_params import ONE, MaskParams
+from .mask_params import linear as linear_part
 from .masking import COMPUTE_DTYPE, WHOLE, MaskSlice, apply_normal, params_by_value, unpack_params
 
 BACKENDS: tuple[ModuleType, ...] = (native, triton, aten, reference)
@@ -141,13 +142,19 @@ def masked(
     shape: Sequence[int],
     part: MaskSlice = WHOLE,
     out: Tensor | None = None,
+    linear: bool = False,
 ) -> Tensor:
     """Returns ``x * scale + shift`` where an element's random bits are below the threshold, and ``fill`` elsewhere.
 
     `shape` is the mask's shape without the keys' dimensions. It has ones where elements of x share their random bits.
+    With `linear`, shift and fill are taken for 0.
     """
-    given = params if x.is_cpu else params_by_value(params)
-    return backend_for(x.device, x.dtype).masked(x, key, given, shape, part, out)
+    given, backend = params if x.is_cpu else params_by_value(params), backend_for(x.device, x.dtype)
+    if linear and backend is triton:
+        return triton.masked(x, key, given, shape, part, out, linear)
+    if linear:
+        given = linear_part(params_by_value(given))
+    return backend.masked(x, key, given, shape, part, out)
 
 
 def gaussian(
@@ -157,8 +164,12 @@ def gaussian(
     shape: Sequence[int],
     part: MaskSlice = WHOLE,
     out: Tensor | None = None,
+    linear: bool = False,
 ) -> Tensor:
-    """Returns ``x * (1 + scale * z)`` with standard normal z of this shape, which is broadcast where it has ones."""
+    """Returns ``x * (1 + scale * z)`` with standard normal z of this shape, which is broadcast where it has ones.
+
+    It is linear in x, with or without `linear`.
+    """
     z = backend_for(x.device, x.dtype).standard_normal(shape, key, part)
     return apply_normal(x, z, params if x.is_cpu else params_by_value(params), out)
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.torch_state import is_compiling
+
 ONE = 2**32
 """The threshold of keep_prob 1: every 32-bit integer is below it."""
 
@@ -137,6 +139,18 @@ def params_tensor(keep_prob: Tensor, formula: Formula = inverted) -> Tensor:
     below = torch.where(k <= 0, torch.zeros_like(k), torch.where(k >= 1, torch.full_like(k, ONE), below))
     scale, shift, fill = formula(below.clamp(min=1) / ONE)
     return torch.stack([below, scale, shift, torch.where(below > 0, fill, torch.zeros_like(fill))], -1)
+
+
+def tensor_beside(params: MaskParams | Tensor, device: torch.device) -> Tensor:
+    """Returns the parameters as a tensor for a registered operator that works on this device.
+
+    In compiled code the tensor is on that device. A captured graph would read one on the host when it is captured, and
+    never again (PyTorch issue 190233). The compiler keeps a copy that is made here out of captured graphs.
+    """
+    tensor = params.tensor() if isinstance(params, MaskParams) else params
+    if not is_compiling() or tensor.device == device or not has_float64(device):
+        return tensor
+    return tensor.to(device, non_blocking=device.type != "cpu")
 
 
 def keeps_all(params: MaskParams | Tensor) -> bool:

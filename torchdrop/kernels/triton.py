@@ -21,6 +21,7 @@ from torch import Tensor
 from ..core.torch_state import current_cuda_device, without_dispatch_modes
 from . import reference
 from .mask_params import ONE, MaskParams
+from .mask_params import linear as linear_part
 from .masking import COMPUTE_DTYPE, WHOLE, MaskSlice, apply_mask, params_by_value, unpack_params
 from .rows import group_size, has_plan, plan_rows
 
@@ -133,14 +134,16 @@ def _values(params: MaskParams) -> Values:
     return high, params.threshold - (high << 16), params.scale, params.shift, params.fill
 
 
-def _arguments_of(params: MaskParams | Tensor) -> tuple[Tensor | None, Values, bool]:
+def _arguments_of(params: MaskParams | Tensor, linear: bool) -> tuple[Tensor | None, Values, bool]:
     """Returns the memory that a kernel reads mask parameters from, or None and their values.
 
-    The third result says whether kept elements may be shifted, or dropped ones filled.
+    The third result says whether kept elements may be shifted, or dropped ones filled. With `linear` they are not.
     """
     params = params_by_value(params)
     if isinstance(params, Tensor):
-        return params.contiguous(), (0, 0, 0.0, 0.0, 0.0), True
+        return params.contiguous(), (0, 0, 0.0, 0.0, 0.0), not linear
+    if linear:
+        params = params.linear()
     return None, _values(params), bool(params.shift or params.fill)
 
 
@@ -201,6 +204,7 @@ def _rows(
     params: MaskParams | Tensor,
     shape: Sequence[int],
     part: MaskSlice,
+    linear: bool = False,
 ) -> None:
     """Runs the kernel for contiguous elements of a mask of shape ``key.shape[:-1] + shape``, for which `has_plan` is
     true. `makes` is "product", "mask" or "random_bits"."""
@@ -217,7 +221,7 @@ def _rows(
     short = skip + length <= _SHORT_VECTORS * lanes and rows > 1
     vectors = _SHORT_VECTORS if short else _vectors()
     chunks = -(-(skip + length) // (vectors * lanes))
-    in_memory, values, affine = _arguments_of(given)
+    in_memory, values, affine = _arguments_of(given, linear)
     _launch(
         "rows", rows * chunks, (out, x, key.contiguous(), in_memory),
         (*values, part.start, length, pitch, rows_per_key, chunks),
@@ -284,31 +288,36 @@ def masked(
     shape: Sequence[int],
     part: MaskSlice = WHOLE,
     out: Tensor | None = None,
+    linear: bool = False,
 ) -> Tensor:
     if out is None:
         out = torch.empty_like(x)
+    if linear and isinstance(params, MaskParams):
+        params = params.linear()
     contiguous = x.is_contiguous() and out.is_contiguous()
     if contiguous and part == WHOLE and type(params) is MaskParams and key.dim() == 1 and tuple(shape) == x.shape:
         return masked_row(x, key.contiguous(), params, out)
     in_rows = (*key.shape[:-1], *shape) == x.shape and has_plan(params, key, shape, part)
     width = 0 if in_rows or part.run else group_size(x, key, params, shape)
     if not (in_rows or width):
-        return apply_mask(x, keep_mask(shape, key, params, part), params, out)
+        return apply_mask(x, keep_mask(shape, key, params, part), linear_part(params) if linear else params, out)
     if not contiguous:
-        return out.copy_(masked(x.contiguous(), key, params, shape, part))
+        return out.copy_(masked(x.contiguous(), key, params, shape, part, None, linear))
     if in_rows:
-        _rows("product", out, x, key, params, shape, part)
+        _rows("product", out, x, key, params, shape, part, linear)
     else:
-        _groups(out, x, key, params, part.start, width)
+        _groups(out, x, key, params, part.start, width, linear)
     return out
 
 
-def _groups(out: Tensor, x: Tensor, key: Tensor, params: MaskParams | Tensor, start: int, width: int) -> None:
+def _groups(
+    out: Tensor, x: Tensor, key: Tensor, params: MaskParams | Tensor, start: int, width: int, linear: bool
+) -> None:
     keys = math.prod(key.shape[:-1])
     count = x.numel() // (keys * width)
     tile_width, tile_groups = next((tile for tile in _TILES if width <= tile[0]), _TILES[-1])
     tiles, chunks = -(-(start % 8 + count) // tile_groups), -(-width // tile_width)
-    in_memory, values, affine = _arguments_of(params)
+    in_memory, values, affine = _arguments_of(params, linear)
     _launch(
         "groups", keys * tiles * chunks, (out, x, key.contiguous(), in_memory),
         (*values, start, count, width, tiles, chunks), (affine, width % 8 == 0, tile_groups, tile_width),
@@ -325,7 +334,7 @@ def dropout_add(
         return None
     out, lanes, vectors = torch.empty_like(x), _lanes(x), _vectors()
     if x.numel():
-        in_memory, values, affine = _arguments_of(params)
+        in_memory, values, affine = _arguments_of(params, True)
         _launch(
             "add", -(-x.numel() // (vectors * lanes)), (out, x, bias, residual, key.contiguous(), in_memory),
             (*values, x.numel(), width), (affine, width % lanes == 0, vectors, lanes),
@@ -340,7 +349,7 @@ def activation_dropout(x: Tensor, key: Tensor, params: MaskParams | Tensor, acti
 def _activation(x: Tensor, grad: Tensor | None, key: Tensor, params: MaskParams | Tensor, activation: str) -> Tensor:
     out, lanes, vectors = torch.empty_like(x), _lanes(x), _vectors()
     if x.numel():
-        in_memory, values, affine = _arguments_of(params)
+        in_memory, values, affine = _arguments_of(params, True)
         _launch(
             "activation", -(-x.numel() // (vectors * lanes)), (out, x, grad, key.contiguous(), in_memory),
             (*values, x.numel()), (affine, activation, vectors, lanes),
@@ -357,7 +366,7 @@ def activation_dropout_backward(
         return _activation(kept, grad, key, params, activation)
     out, elements = torch.empty_like(grad), _vectors() * _lanes(grad)
     if grad.numel():
-        in_memory, values, _ = _arguments_of(params)
+        in_memory, values, _ = _arguments_of(params, True)
         _launch(
             "relu_backward", -(-grad.numel() // elements), (out, grad, kept, in_memory),
             (values[2], values[4], grad.numel()), (elements,),

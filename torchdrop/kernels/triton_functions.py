@@ -98,18 +98,21 @@ def computed(number, pointer):
 
 
 @triton.jit
-def read_params(mask_params, high, low, scale, shift, fill, pointer):
+def read_params(mask_params, high, low, scale, shift, fill, pointer, affine: tl.constexpr):
     """Reads the parameters: the threshold in two halves, and the other numbers in the type that is computed in.
 
-    A shift of 0 becomes -0, because the addition of -0 changes nothing, not even the sign of a zero.
+    Shift and fill are read from memory only if the map is affine. A shift of 0 becomes -0, because the addition of -0
+    changes nothing, not even the sign of a zero.
     """
     if mask_params is not None:
         threshold = tl.minimum(tl.maximum(tl.load(mask_params), 0.0), 4294967296.0).to(tl.int64)
         high = tl.minimum(threshold >> 16, 0xFFFF)
         high, low = high.to(tl.int32), (threshold - (high << 16)).to(tl.int32)
-        scale, shift, fill = tl.load(mask_params + 1), tl.load(mask_params + 2), tl.load(mask_params + 3)
-        negative_zero = tl.full([], _SIGN, tl.int64).to(tl.float64, bitcast=True)  # a -0.0 would be taken for 0
-        shift = tl.where((shift == 0.0) & (fill == 0.0), negative_zero, shift)
+        scale = tl.load(mask_params + 1)
+        if affine:
+            shift, fill = tl.load(mask_params + 2), tl.load(mask_params + 3)
+            negative_zero = tl.full([], _SIGN, tl.int64).to(tl.float64, bitcast=True)  # a -0.0 would be taken for 0
+            shift = tl.where((shift == 0.0) & (fill == 0.0), negative_zero, shift)
     return high, low, computed(scale, pointer), computed(shift, pointer), computed(fill, pointer)
 
 

@@ -91,7 +91,7 @@ def rows(
         x += place + column
     vector = index // lanes + chunk * vectors + tl.arange(0, vectors)
     each = element_offsets(vectors, lanes)
-    high, low, scale, shift, fill = read_params(mask_params, high, low, scale, shift, fill, out)
+    high, low, scale, shift, fill = read_params(mask_params, high, low, scale, shift, fill, out, affine)
     if (column >= 0) & (column + vectors * lanes <= length):
         _rows_body(out, x, each, None, vector, seed, stream, high, low, scale, shift, fill, makes, affine, lanes)
     else:
@@ -119,7 +119,7 @@ def groups(
     seed, stream = tl.load(key + 2 * of_key), tl.load(key + 2 * of_key + 1)
     index = tile * tile_groups + start
     group = tile * tile_groups - index % 8 + tl.arange(0, tile_groups)
-    high, low, scale, shift, fill = read_params(mask_params, high, low, scale, shift, fill, out)
+    high, low, scale, shift, fill = read_params(mask_params, high, low, scale, shift, fill, out, affine)
     vector = index // 8 + tl.arange(0, tile_groups // 8)
     kept = tl.reshape(keep_mask(vector, seed, stream, high, low, 8), [tile_groups, 1])
     if aligned:
@@ -168,7 +168,7 @@ def add(
             column = (of_row % period.to(tl.int32) * lanes)[:, None] + tl.arange(0, lanes)[None, :]
         else:
             column = ((first % width).to(tl.int32) + each) % width.to(tl.int32)
-    high, low, scale, shift, fill = read_params(mask_params, high, low, scale, shift, fill, out)
+    high, low, scale, shift, fill = read_params(mask_params, high, low, scale, shift, fill, out, affine)
     if first + vectors * lanes <= length:
         _add_body(
             out, x, bias, residual, each, None, column, vector, seed, stream, high, low, scale, shift, fill, affine,
@@ -234,7 +234,7 @@ def activation(
         grad += first
     vector = chunk * vectors + tl.arange(0, vectors)
     each = element_offsets(vectors, lanes)
-    high, low, scale, shift, fill = read_params(mask_params, high, low, scale, shift, fill, out)
+    high, low, scale, shift, fill = read_params(mask_params, high, low, scale, shift, fill, out, affine)
     if first + vectors * lanes <= length:
         _activation_body(
             out, x, grad, each, None, vector, seed, stream, high, low, scale, shift, fill, affine, function, lanes
@@ -261,7 +261,7 @@ def relu_backward(
     first = tl.program_id(0).to(tl.int64) * elements
     out, grad, kept = out + first, grad + first, kept + first
     if mask_params is not None:
-        scale, fill = tl.load(mask_params + 1), tl.load(mask_params + 3)
+        scale = tl.load(mask_params + 1)
     each = tl.arange(0, elements)
     scale, fill = computed(scale, out), computed(fill, out)
     if first + elements <= length:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..core.torch_state import dispatch_modes, is_compiling, is_plain, node_of, transforms_active
 from ..kernels import attention as blockwise
 from ..kernels.attention import Problem
-from ..kernels.mask_params import MaskParams
+from ..kernels.mask_params import MaskParams, tensor_beside
 from ..kernels.masking import COMPUTE_DTYPE
 from .arguments import check_attention
 from .operators import fitting, masked
@@ -190,7 +190,7 @@ def _gradients(
         again = composed(q, k, v, bias, is_causal, scale, _differentiable(mask_key, params))
         return torch.autograd.grad(again, (q, k, v), grad, create_graph=True)
     if is_compiling() or dispatch_modes() or not (is_plain(grad) and grad.dtype == out.dtype):
-        tensor = params.tensor() if isinstance(params, MaskParams) else params
+        tensor = tensor_beside(params, grad.device)
         return torch.ops.torchdrop.attention_backward(grad, *kept, bias, mask_key, tensor, is_causal, scale)
     return _backward(grad, *kept, *rest)
 
@@ -267,7 +267,7 @@ def attention(
     if mask_key.dim() == 1 and _blockwise(query, key, value, bias, params):
         operands = (query, key, value) if bias is None else (query, key, value, bias)
         if compiling and not transforms_active():
-            tensor = params.tensor() if isinstance(params, MaskParams) else params
+            tensor = tensor_beside(params, query.device)
             return torch.ops.torchdrop.attention(query, key, value, bias, mask_key, tensor, is_causal, scale)[0]
         if not compiling and all(map(is_plain, operands)):
             if torch.is_grad_enabled() and any(t.requires_grad for t in operands):

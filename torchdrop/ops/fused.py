@@ -5,11 +5,11 @@ With m a mask of x's shape and k its keep probability, the operators are
     dropout_add         residual + m (x + bias) / k
     activation_dropout  m f(x) / k, with f the rectifier or GELU
 
-They take a mask's threshold and scale, not its shift and fill. Each is one kernel if the backend has one for the case
-at hand, and is composed of its plain parts otherwise, with the same result: half types are computed in float32 and
-rounded once at the end (except for the parts of GELU, which each round their result). Backward draws the mask again
-from the key. A rectifier also keeps its output, zero where either of the two made it zero; GELU keeps its input, as it
-does alone.
+They take a mask's threshold and scale, not its shift and fill, as do the kernels that backends have for them. Each is
+one kernel if the backend has one for the case at hand, and is composed of its plain parts otherwise, with the same
+result: half types are computed in float32 and rounded once at the end (except for the parts of GELU, which each round
+their result). Backward draws the mask again from the key. A rectifier also keeps its output, zero where either of the
+two made it zero; GELU keeps its input, as it does alone.
 
 The derivatives are `_add_gradients` and `gradient`. The registered backwards and the lean nodes `_Added` and
 `_Activated` call them, for the reasons that ops/operators.py gives: in eager mode the lean nodes take less than half
@@ -27,10 +27,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import kernels
-from ..core.torch_state import dispatch_modes, is_compiling, is_plain, node_of, transforms_active
-from ..kernels import native, triton
-from ..kernels.mask_params import MaskParams, linear
-from ..kernels.masking import COMPUTE_DTYPE, WHOLE, params_by_value
+from ..core.torch_inductor import lower_in_inductor
+from ..core.torch_state import (
+    dispatch_modes,
+    is_compiling,
+    is_plain,
+    node_of,
+    transforms_active,
+)
+from ..kernels import inductor, native, triton
+from ..kernels.mask_params import MaskParams, tensor_beside
+from ..kernels.masking import COMPUTE_DTYPE, WHOLE
 from .arguments import check_activation, check_activation_backward, check_add
 from .operators import fitting, masked
 
@@ -80,26 +87,21 @@ def _composed_gradient(grad: Tensor, kept: Tensor, activation: str, drop: Drop) 
 
 def _written(key: Tensor, params: MaskParams | Tensor) -> Drop:
     """Returns a function that writes its result to the tensor it is given."""
-    return lambda x: kernels.masked(x, key, params, x.shape, WHOLE, x)
+    return lambda x: kernels.masked(x, key, params, x.shape, WHOLE, x, True)
 
 
 def _fresh(key: Tensor, params: MaskParams | Tensor) -> Drop:
-    return lambda x: kernels.masked(x, key, params, x.shape)
+    return lambda x: kernels.masked(x, key, params, x.shape, WHOLE, None, True)
 
 
 def _differentiable(key: Tensor, params: MaskParams | Tensor) -> Drop:
-    return lambda x: masked(x, key, params, x.shape)
+    return lambda x: masked(x, key, params, x.shape, False, WHOLE, True)
 
 
 def _kernel(x: Tensor) -> Any:
     """Returns the backend for x if it has kernels for these operators, or None."""
     backend = kernels.backend_for(x.device, x.dtype)
     return backend if backend in FUSED else None
-
-
-def _for_kernel(backend: Any, params: MaskParams | Tensor) -> MaskParams | Tensor:
-    """Returns the parameters that a kernel gets. The native kernels read only threshold and scale."""
-    return params if backend is native else linear(params_by_value(params))
 
 
 def _laid_out_as(x: Tensor, out: Tensor) -> Tensor:
@@ -115,10 +117,9 @@ def _add(x: Tensor, bias: Tensor | None, residual: Tensor, key: Tensor, params: 
     by_column = bias is None or bias.shape == x.shape[-1:]
     out = None
     if backend is not None and by_column:
-        out = backend.dropout_add(x, bias, residual, key, _for_kernel(backend, params))
+        out = backend.dropout_add(x, bias, residual, key, params)
     if out is None:
-        drop = _fresh(key, linear(params_by_value(params)))
-        out = _laid_out_as(x, composed_add(x, bias, residual, drop))
+        out = _laid_out_as(x, composed_add(x, bias, residual, _fresh(key, params)))
     return out
 
 
@@ -128,12 +129,8 @@ def _activation(x: Tensor, key: Tensor, params: MaskParams | Tensor, activation:
     backend = _kernel(x)
     out = None
     if backend is not None:
-        out = backend.activation_dropout(x, key, _for_kernel(backend, params), activation)
-    return (
-        out
-        if out is not None
-        else _laid_out_as(x, composed_activation(x, activation, _written(key, linear(params_by_value(params)))))
-    )
+        out = backend.activation_dropout(x, key, params, activation)
+    return out if out is not None else _laid_out_as(x, composed_activation(x, activation, _written(key, params)))
 
 
 def _activation_backward(
@@ -161,7 +158,7 @@ torch.library.define(
 
 
 def _implement(name: str, run: Callable[..., Tensor], check: Callable[..., None]) -> None:
-    qualified = f"torchdrop::{name}"
+    qualified, registered = f"torchdrop::{name}", getattr(torch.ops.torchdrop, name).default
 
     @torch.library.impl(qualified, "default")
     def implementation(x: Tensor, *args: Any) -> Tensor:
@@ -171,6 +168,7 @@ def _implement(name: str, run: Callable[..., Tensor], check: Callable[..., None]
     @torch.library.register_fake(qualified)
     def fake(x: Tensor, *args: Any) -> Tensor:
         check(qualified, x, *args)
+        lower_in_inductor(registered, getattr(inductor, name))  # it is loaded by now if it compiles this call
         return torch.empty_like(x)
 
 
@@ -191,7 +189,7 @@ def _add_gradients(
     """Returns the gradients of x, bias and residual."""
     of_x, of_bias, of_residual = ctx.needs_input_grad[:3]
     grad = fitting(grad, ctx.shape, key.device)
-    dropped = masked(grad, key, linear(params), grad.shape) if of_x or of_bias else None
+    dropped = _differentiable(key, params)(grad) if of_x or of_bias else None
     summed = dropped.sum_to_size(ctx.bias) if of_bias and dropped is not None else None
     return dropped if of_x else None, summed, grad if of_residual else None
 
@@ -218,10 +216,10 @@ torch.library.register_autograd("torchdrop::activation_dropout", _activation_gra
 
 def gradient(grad: Tensor, kept: Tensor, key: Tensor, params: MaskParams | Tensor, activation: str) -> Tensor:
     """Returns the gradient of `activation_dropout`, in one pass if it is not to be differentiated again."""
-    params, grad = linear(params), fitting(grad, kept.shape, kept.device)
+    grad = fitting(grad, kept.shape, kept.device)
     if not torch.is_grad_enabled():
         if is_compiling() or dispatch_modes():
-            tensor = params.tensor() if isinstance(params, MaskParams) else params
+            tensor = tensor_beside(params, grad.device)
             return torch.ops.torchdrop.activation_dropout_backward(grad, kept, key, tensor, activation)
         if is_plain(grad) and is_plain(kept) and grad.dtype == kept.dtype:
             return _activation_backward(grad, kept, key, params, activation)
@@ -274,7 +272,7 @@ def dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor, key: Tensor, p
     if not _fusible(key, params, *operands):
         return composed_add(x, bias, residual, _differentiable(key, params))
     if is_compiling():
-        tensor = params.tensor() if isinstance(params, MaskParams) else params
+        tensor = tensor_beside(params, x.device)
         return torch.ops.torchdrop.dropout_add(x, bias, residual, key, tensor)
     if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
         return _record_add(x, bias, residual, key, params)
@@ -290,7 +288,7 @@ def activation_dropout(x: Tensor, key: Tensor, params: MaskParams | Tensor, acti
     if not _fusible(key, params, x):
         return composed_activation(x, activation, _differentiable(key, params))
     if is_compiling():
-        tensor = params.tensor() if isinstance(params, MaskParams) else params
+        tensor = tensor_beside(params, x.device)
         return torch.ops.torchdrop.activation_dropout(x, key, tensor, activation)
     if x.requires_grad and torch.is_grad_enabled():
         return _record_activation(x, key, params, activation)

@@ -2,7 +2,8 @@
 
 ``torchdrop::masked`` and ``torchdrop::gaussian`` are linear in x up to a constant, and their derivative is the same map
 under the parameters' linear part. Backward, double backward, forward mode and vmap all follow from that one fact, so
-both operators come out of `_define`.
+both operators come out of `_define`. They take the parameters whole, and a flag which says that only the linear part is
+meant: to compute a tensor with that part would take a kernel of its own in every backward.
 
 All paths give the same result:
 
@@ -30,6 +31,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .. import kernels
+from ..core.torch_inductor import lower_in_inductor
 from ..core.torch_state import (
     forward_mode_active,
     functionalize_active,
@@ -38,7 +40,9 @@ from ..core.torch_state import (
     node_of,
     transforms_active,
 )
-from ..kernels.mask_params import MaskParams, linear
+from ..kernels import inductor
+from ..kernels.mask_params import MaskParams, tensor_beside
+from ..kernels.mask_params import linear as linear_part
 from ..kernels.masking import COMPUTE_DTYPE, WHOLE, MaskSlice, masked_values
 from .arguments import check_masked
 
@@ -76,7 +80,8 @@ def _batch(
     params: Tensor,
     shape: Sequence[int],
     part: Sequence[int] = WHOLE,
-) -> tuple[Tensor, Tensor, Tensor, list[int], Sequence[int]]:
+    linear: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, list[int], Sequence[int], bool]:
     """Returns the arguments of one call that does what `batch_size` calls would, with the new dimension first.
 
     A batched key gives every call its own mask; an unbatched one is shared, so the mask has a one there. A part is one
@@ -97,7 +102,7 @@ def _batch(
             params = params.reshape(batch_size, *[1] * (x.dim() - 1), params.shape[-1])
     elif params.dim() > 1:
         params = params.unsqueeze(0)
-    return x, key, params, shape, part
+    return x, key, params, shape, part, linear
 
 
 Composed = Callable[[Callable[..., Tensor], Tensor, Tensor], Tensor]
@@ -116,31 +121,38 @@ def _normal_composed(drawn: Callable[..., Tensor], x: Tensor, params: Tensor) ->
     return (x.to(dtype) * drawn(torch.ones_like(x, dtype=dtype), params)).to(x.dtype)
 
 
-def _define(name: str, run: Runner, composed: Composed) -> Operator:
+def _define(
+    name: str, run: Runner, composed: Composed, expression: Callable[..., inductor.Element | None] | None = None
+) -> Operator:
     qualified = f"torchdrop::{name}"
-    torch.library.define(qualified, "(Tensor x, Tensor key, Tensor params, SymInt[] shape, SymInt[] part=[]) -> Tensor")
+    rest = "SymInt[] shape, SymInt[] part=[], bool linear=False"
+    torch.library.define(qualified, f"(Tensor x, Tensor key, Tensor params, {rest}) -> Tensor")
     registered = getattr(torch.ops.torchdrop, name).default
 
     @torch.library.impl(qualified, "default")
     def implementation(
-        x: Tensor, key: Tensor, params: Tensor, shape: Sequence[int], part: Sequence[int] = ()
+        x: Tensor, key: Tensor, params: Tensor, shape: Sequence[int], part: Sequence[int] = (), linear: bool = False
     ) -> Tensor:
         check_masked(qualified, x, key, params, shape, part)
-        return run(x, key, params, tuple(shape), MaskSlice(*part) if any(part) else WHOLE)
+        return run(x, key, params, tuple(shape), MaskSlice(*part) if any(part) else WHOLE, linear=linear)
 
     @torch.library.register_fake(qualified)
-    def fake(x: Tensor, key: Tensor, params: Tensor, shape: Sequence[int], part: Sequence[int] = ()) -> Tensor:
+    def fake(
+        x: Tensor, key: Tensor, params: Tensor, shape: Sequence[int], part: Sequence[int] = (), linear: bool = False
+    ) -> Tensor:
         check_masked(qualified, x, key, params, shape, part)
+        if expression is not None:
+            lower_in_inductor(registered, expression)  # it is loaded by now if it compiles this call
         return torch.empty_like(x)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, key, params, ctx.shape, *part = inputs
-        ctx.part = part[0] if part else WHOLE
+        _, key, params, ctx.shape, *others = inputs
+        ctx.part = others[0] if others else WHOLE
         ctx.save_for_backward(key, params)
 
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         key, params = ctx.saved_tensors
-        return registered(grad, key, linear(params), ctx.shape, ctx.part), None, None, None, None
+        return registered(grad, key, params, ctx.shape, ctx.part, True), None, None, None, None, None
 
     def batched(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Tensor, int]:
         return registered(*_batch(info.batch_size, in_dims, *args)), 0
@@ -150,8 +162,10 @@ def _define(name: str, run: Runner, composed: Composed) -> Operator:
 
     class Transformed(torch.autograd.Function):
         @staticmethod
-        def forward(x: Tensor, key: Tensor, params: Tensor, shape: Sequence[int], part: Sequence[int]) -> Tensor:
-            return registered(x, key, params, shape, part)
+        def forward(
+            x: Tensor, key: Tensor, params: Tensor, shape: Sequence[int], part: Sequence[int], linear: bool
+        ) -> Tensor:
+            return registered(x, key, params, shape, part, linear)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -159,24 +173,28 @@ def _define(name: str, run: Runner, composed: Composed) -> Operator:
             ctx.save_for_forward(inputs[1], inputs[2])
 
         @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
             key, params = ctx.saved_tensors
-            return transformed(grad, key, cast(Tensor, linear(params)), ctx.shape, ctx.part), None, None, None, None
+            return transformed(grad, key, params, ctx.shape, ctx.part, True), None, None, None, None, None
 
         @staticmethod
         def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
             key, params = ctx.saved_tensors
-            return transformed(tangent, key, cast(Tensor, linear(params)), ctx.shape, ctx.part)
+            return transformed(tangent, key, params, ctx.shape, ctx.part, True)
 
         @staticmethod
         def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Tensor, int]:
             return transformed(*_batch(info.batch_size, in_dims, *args)), 0
 
-    def transformed(x: Tensor, key: Tensor, params: Tensor, shape: Sequence[int], part: Sequence[int]) -> Tensor:
-        return Transformed.apply(x, key, params, shape, part)
+    def transformed(
+        x: Tensor, key: Tensor, params: Tensor, shape: Sequence[int], part: Sequence[int], linear: bool
+    ) -> Tensor:
+        return Transformed.apply(x, key, params, shape, part, linear)
 
-    def written(x: Tensor, key: Tensor, params: MaskParams | Tensor, shape: Sequence[int], part: MaskSlice) -> Tensor:
-        run(x, key, params, shape, part, x)
+    def written(
+        x: Tensor, key: Tensor, params: MaskParams | Tensor, shape: Sequence[int], part: MaskSlice, linear: bool
+    ) -> Tensor:
+        run(x, key, params, shape, part, x, linear)
         if not x.is_inference():
             increment_version(x)  # a kernel writes through an address, unseen by autograd
         return x
@@ -193,17 +211,19 @@ def _define(name: str, run: Runner, composed: Composed) -> Operator:
             shape: Sequence[int],
             inplace: bool,
             part: MaskSlice,
+            linear: bool,
         ) -> Tensor:
             ctx.key, ctx.params, ctx.shape, ctx.part, ctx.whole = key, params, shape, part, x.shape
             if inplace:
                 ctx.mark_dirty(x)
-                return written(x, key, params, shape, part)
-            return run(x, key, params, shape, part)
+                return written(x, key, params, shape, part, linear)
+            return run(x, key, params, shape, part, None, linear)
 
         @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None, None]:
             grad = fitting(grad, ctx.whole, ctx.key.device)
-            return call(grad, ctx.key, linear(ctx.params), ctx.shape, False, ctx.part), None, None, None, None, None
+            out = call(grad, ctx.key, ctx.params, ctx.shape, False, ctx.part, True)
+            return out, None, None, None, None, None, None
 
     record = node_of(Recorded)  # `is_plain` has seen that there are no transforms
 
@@ -214,28 +234,32 @@ def _define(name: str, run: Runner, composed: Composed) -> Operator:
         shape: Sequence[int],
         inplace: bool = False,
         part: MaskSlice = WHOLE,
+        linear: bool = False,
     ) -> Tensor:
         if not is_compiling() and is_plain(x):
             if x.requires_grad and torch.is_grad_enabled():
-                return record(x, key, params, shape, inplace, part)
-            return written(x, key, params, shape, part) if inplace else run(x, key, params, shape, part)
-        if isinstance(params, MaskParams):
-            params = params.tensor()
+                return record(x, key, params, shape, inplace, part, linear)
+            if inplace:
+                return written(x, key, params, shape, part, linear)
+            return run(x, key, params, shape, part, None, linear)
+        params = tensor_beside(params, x.device)
         if not (transforms_active() or (not is_compiling() and forward_mode_active())):
-            out = registered(x, key, params, shape, part)
+            out = registered(x, key, params, shape, part, linear)
         elif (
             is_compiling() or functionalize_active()
         ):  # an operator's own derivative cannot be combined with torch.func's there
-            out = composed(lambda ones, params: registered(ones, key, params, shape, part), x, params)
+            given = cast(Tensor, linear_part(params)) if linear else params
+            out = composed(lambda ones, params: registered(ones, key, params, shape, part), x, given)
         else:
-            out = transformed(x, key, params, shape, part)
+            out = transformed(x, key, params, shape, part, linear)
         return x.copy_(out) if inplace else out
 
     return call
 
 
-masked: Operator = _define("masked", kernels.masked, _mask_composed)
-"""``masked(x, key, params, shape, inplace=False, part=WHOLE)``: ``x * scale + shift`` where kept, `fill` elsewhere.
+masked: Operator = _define("masked", kernels.masked, _mask_composed, inductor.masked)
+"""``masked(x, key, params, shape, inplace=False, part=WHOLE, linear=False)``: ``x * scale + shift`` where kept, `fill`
+elsewhere. With `linear`, shift and fill are taken for 0.
 
 Differentiable in x. A set of mask parameters given as a tensor gets no gradient.
 """

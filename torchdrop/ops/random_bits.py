@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..kernels.mask_params import MaskParams, has_float64
+from ..kernels.mask_params import MaskParams, has_float64, tensor_beside
 from .arguments import check_numbers
 
 Numbers = Callable[..., Tensor]
@@ -58,9 +58,8 @@ def _define(name: str, dtype: torch.dtype, run: Callable[..., Tensor]) -> Number
     torch.library.register_vmap(qualified, batched)
 
     def call(key: Tensor, shape: Sequence[int], params: MaskParams | Tensor | None = None) -> Tensor:
-        if isinstance(params, MaskParams):
-            params = params.tensor()
-        return registered(key, tuple(shape), params)
+        given = None if params is None else tensor_beside(params, key.device)
+        return registered(key, tuple(shape), given)
 
     return call
 
