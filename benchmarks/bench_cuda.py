@@ -4,25 +4,28 @@ python benchmarks/bench_cuda.py [--fill benchmarks/README.md] [--quick] [--outpu
 python benchmarks/bench_cuda.py --render FILE
 
 Times are CUDA events', medians of interleaved rounds; a ratio is taken within each round. What is timed has passed its
-checks first. The table says of each row what is required and whether it holds.
+checks first. What matters most comes first. The table says of each row what is required and whether it holds.
 """
 
 from __future__ import annotations
 
+import math
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import checks
+import bench_monte_carlo
 import command
 import cuda_summary
 import machine
 import memory
+import monte_carlo_models
 import torch
-import torch.nn.functional as F
+from cuda_contenders import BLOCK_P, DTYPE, Map, P, pair, quarters, wrong
 from cuda_summary import COMPILED_OURS, COMPILED_STOCK, COPY, OURS, STOCK
 from harness import (
     Call,
@@ -34,21 +37,23 @@ from harness import (
     duration,
     rotating,
     text_row,
-    text_table,
 )
 from summary import BOTH, FORWARD
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 
 import torchdrop
-from torchdrop import functional as TF
 from torchdrop import kernels
 
 RESULT = "cuda.json"
-P = 0.5
-DTYPE = torch.bfloat16
 
-Map = Callable[..., Tensor]
+Size = Literal["whole", "quick", "tiny"]
+Result = dict[str, Any]
+Step = tuple[str, str, Callable[[], list[Result]]]
+"""Where in the report its results go, its label, and what measures it."""
+
+LARGE = ("dropout", "dropout_add", "gelu_dropout_add")
 
 
 @dataclass(frozen=True)
@@ -56,75 +61,72 @@ class Cell:
     """One question: this operation, at this size, in this direction.
 
     Args:
-        operation: "dropout" of one tensor, or "dropout_add" of two.
+        section: where it is shown and what is asked of it.
+        operation: "dropout" of one tensor, "dropout_add" or "gelu_dropout_add" of two, or "block", a transformer's.
         elements: of each tensor.
         mode: forward, or forward and backward.
-        section: where it is shown and what is asked of it.
+        shape: of a block's input, (batch, length, width).
     """
 
     section: str
     operation: str
     elements: int
     mode: str = BOTH
+    shape: tuple[int, ...] = ()
 
     def inputs(self, device: torch.device) -> tuple[Tensor, ...]:
         """Small multiples of 1/4 other than 0, of which dropout at 1/2 and sums are exact in bfloat16."""
-        seeds = (1, 2)[: 2 if self.operation == "dropout_add" else 1]
-        return tuple(quarters(self.elements, device, seed).requires_grad_(self.mode == BOTH) for seed in seeds)
+        seeds = (1, 2)[: 2 if self.operation.endswith("_add") else 1]
+        shape = self.shape or (self.elements,)
+        return tuple(
+            quarters(self.elements, device, seed).view(shape).requires_grad_(self.mode == BOTH) for seed in seeds
+        )
 
     def label(self) -> str:
-        return f"{self.operation}, 2^{self.elements.bit_length() - 1}, {self.mode}"
+        size = self.shape or f"2^{self.elements.bit_length() - 1}"
+        return f"{self.operation}, {size}, {self.mode}"
+
+    def pair(self, device: torch.device) -> tuple[Map, Map]:
+        """torchdrop's and torch.nn's."""
+        return pair(self.operation, self.shape[-1] if self.shape else 0, device)
 
 
-def quarters(n: int, device: torch.device, seed: int) -> Tensor:
-    """A million of them, over and over: the host takes long to draw more."""
-    period = min(n, 2**20)
-    x = (checks.sample((period,), torch.float32, "cpu", seed) * 4).round().clamp(-8, 8) / 4
-    return torch.where(x == 0, 0.25, x).to(device, DTYPE).repeat(n // period)
-
-
-def cells(quick: bool) -> Iterator[Cell]:
-    """In the order in which they are shown."""
-    large = 2**22 if quick else 2**28
-    yield Cell("large", "dropout", large)
-    yield Cell("large", "dropout_add", large)
+def cells(size: Size) -> Iterator[Cell]:
+    """In the order in which they are measured."""
+    large = {"whole": 2**28, "quick": 2**22, "tiny": 2**12}[size]
+    for operation in LARGE:
+        yield Cell("large", operation, large)
+    shape = (2, 16, 64) if size == "tiny" else (8, 512, 1024)
+    yield Cell("block", "block", math.prod(shape), BOTH, shape)
     for mode in (FORWARD, BOTH):
-        for exponent in (10, 16) if quick else range(10, 17, 2):
+        for exponent in range(10, 17, 2) if size == "whole" else (10, 16):
             yield Cell("launch", "dropout", 2**exponent, mode)
 
 
-def added(x: Tensor, residual: Tensor) -> Tensor:
-    """What is written where there is no fused operator."""
-    return F.dropout(x, P) + residual
-
-
-def fused(x: Tensor, residual: Tensor) -> Tensor:
-    return TF.dropout_add(x, residual, P)
-
-
-def contenders(cell: Cell) -> dict[str, Map]:
-    ours, stock = (torchdrop.Dropout(P), nn.Dropout(P)) if cell.operation == "dropout" else (fused, added)
+def contenders(cell: Cell, device: torch.device, backend: str = "inductor") -> dict[str, Map]:
+    ours, stock = cell.pair(device)
     maps: dict[str, Map] = {OURS: ours, STOCK: stock}
-    if cell.section == "large":
-        maps |= compiled(cell.operation)
+    if cell.section != "launch":
+        maps |= compiled(ours, stock, backend)
     return maps
 
 
-def compiled(operation: str) -> dict[str, Map]:
-    """Compiled anew, with functions of their own, so that no limit on recompilations is met."""
+def compiled(ours: Map, stock: Map, backend: str = "inductor") -> dict[str, Map]:
+    """Compiled anew, so that no limit on recompilations is met."""
     torch.compiler.reset()
     inductor.compile_threads = 1
-    ours, stock = (torchdrop.Dropout(P), nn.Dropout(P)) if operation == "dropout" else (fused, added)
     return {
-        COMPILED_STOCK: torch.compile(stock, dynamic=False, fullgraph=True),
-        COMPILED_OURS: torch.compile(ours, dynamic=False, fullgraph=True),
+        COMPILED_STOCK: torch.compile(stock, dynamic=False, fullgraph=True, backend=backend),
+        COMPILED_OURS: torch.compile(ours, dynamic=False, fullgraph=True, backend=backend),
     }
 
 
-def fault(name: str, function: Map, inputs: Sequence[Tensor]) -> str | None:
+def fault(
+    name: str, function: Map, inputs: Sequence[Tensor], operation: str = "dropout", eager: Map | None = None
+) -> str | None:
     """Why a contender is not timed: "wrong: ..." or "n/a: ...". None where it computes what it should."""
     try:
-        found = wrong(function, inputs)
+        found = wrong(operation, function, inputs, eager if name == COMPILED_OURS else None)
     except Exception as error:  # a compiler that is missing or fails is a result too
         if name not in (COMPILED_STOCK, COMPILED_OURS):
             raise
@@ -133,22 +135,10 @@ def fault(name: str, function: Map, inputs: Sequence[Tensor]) -> str | None:
     return found and f"wrong: {found}"
 
 
-def wrong(function: Map, inputs: Sequence[Tensor]) -> str | None:
-    """What is wrong with it, or None. A residual can be taken off again, since all of it is exact."""
-    if len(inputs) == 1:
-        return checks.dropout_fault(function, inputs[0], P)
-    x, residual = inputs
-    held = residual.detach()
-    found = checks.dropout_fault(lambda x: function(x, held) - held, x, P)
-    if found or not residual.requires_grad:
-        return found
-    g = torch.full_like(held, 0.75)
-    (gradient,) = torch.autograd.grad(function(x.detach(), residual), residual, g)
-    return None if torch.equal(gradient, g) else "a gradient of the residual other than g"
-
-
 def _both(function: Map, inputs: Sequence[Tensor], g: Tensor) -> Call:
-    return lambda: torch.autograd.grad(function(*inputs), inputs, g)
+    """Gradients of inputs and parameters."""
+    wanted = [*inputs, *(function.parameters() if isinstance(function, nn.Module) else ())]
+    return lambda: torch.autograd.grad(function(*inputs), wanted, g)
 
 
 def step(function: Map, cell: Cell, inputs: Sequence[Sequence[Tensor]]) -> Call:
@@ -171,11 +161,12 @@ def measure(
     effort: Effort,
     maps: dict[str, Map] | None = None,
     clock: Clock | None = None,
-) -> dict[str, Any]:
+    backend: str = "inductor",
+) -> Result:
     """The cell's result: for each contender its seconds and, against torchdrop, the ratio of times, or its fault."""
-    maps = contenders(cell) if maps is None else maps
+    maps = contenders(cell, device, backend) if maps is None else maps
     given = cell.inputs(device)
-    faults = {name: fault(name, function, given) for name, function in maps.items()}
+    faults = {name: fault(name, function, given, cell.operation, maps.get(OURS)) for name, function in maps.items()}
     for name, why in faults.items():
         if why:
             print(f"    {cell.label()}, {name}: {why}", flush=True)
@@ -185,9 +176,10 @@ def measure(
     if cell.section == "large" and cell.operation == "dropout":
         calls[COPY] = copying(given[0])
     compared = compare(calls, effort, clock or clock_for(device))
-    result: dict[str, Any] = {
+    result: Result = {
         "section": cell.section, "label": cell.label(), "operation": cell.operation, "elements": cell.elements,
-        "mode": cell.mode, "dtype": str(DTYPE).removeprefix("torch."), "p": P, "rounds": compared.rounds,
+        "mode": cell.mode, "dtype": str(DTYPE).removeprefix("torch."), "p": BLOCK_P if cell.operation == "block" else P,
+        "rounds": compared.rounds,
         "contenders": {name: {"fault": why} for name, why in faults.items() if why},
     }  # fmt: skip
     for name in calls:
@@ -196,35 +188,38 @@ def measure(
             entry["times_torchdrop"] = compared.ratio(name, OURS)
         if name == COMPILED_OURS and COMPILED_STOCK in calls:
             entry["times_torch_compiled"] = compared.ratio(name, COMPILED_STOCK)
+        if cell.operation == "block":  # its function is compiled already
+            entry["kept"] = memory.saved_bytes(maps[name], given[0]).live / cell.elements
         result["contenders"][name] = entry
     return result
 
 
-def kept_and_peak(device: torch.device, sizes: Sequence[int]) -> list[dict[str, Any]]:
-    """For each operation and contender, bytes an element that are kept for backward, and at the peak of both passes.
+def kept_and_peak(
+    operation: str, device: torch.device, sizes: Sequence[int], backend: str = "inductor"
+) -> list[Result]:
+    """For each contender, bytes an element that are kept for backward, and at the peak of both passes.
 
     They are the differences between two sizes, so what does not grow is not in them.
     """
     found = []
-    for operation in ("dropout", "dropout_add"):
-        for name in (OURS, STOCK, COMPILED_STOCK, COMPILED_OURS):
-            result: dict[str, Any] = {"operation": operation, "contender": name, "sizes": list(sizes)}
-            try:
-                small, large = (_bytes(operation, name, n, device) for n in sizes)
-            except Exception as error:  # as in `fault`
-                if name not in (COMPILED_STOCK, COMPILED_OURS):
-                    raise
-                found.append(result | {"fault": f"n/a: {type(error).__name__}"})
-                continue
-            for what in ("kept", "peak"):
-                result[what] = (large[what] - small[what]) / (sizes[1] - sizes[0])
-            found.append(result)
+    for name in (OURS, STOCK, COMPILED_STOCK, COMPILED_OURS):
+        result: Result = {"operation": operation, "contender": name, "sizes": list(sizes)}
+        try:
+            small, large = (_bytes(operation, name, n, device, backend) for n in sizes)
+        except Exception as error:  # as in `fault`
+            if name not in (COMPILED_STOCK, COMPILED_OURS):
+                raise
+            found.append(result | {"fault": f"n/a: {type(error).__name__}"})
+            continue
+        for what in ("kept", "peak"):
+            result[what] = (large[what] - small[what]) / (sizes[1] - sizes[0])
+        found.append(result)
     return found
 
 
-def _bytes(operation: str, name: str, n: int, device: torch.device) -> dict[str, int]:
+def _bytes(operation: str, name: str, n: int, device: torch.device, backend: str) -> dict[str, int]:
     cell = Cell("large", operation, n)
-    function = contenders(cell)[name]
+    function = contenders(cell, device, backend)[name]
     given = cell.inputs(device)
     x, others = given[0], [other.detach() for other in given[1:]]
     if device.type == "cuda":
@@ -233,7 +228,32 @@ def _bytes(operation: str, name: str, n: int, device: torch.device) -> dict[str,
     return {"kept": saved.largest, "peak": memory.peak_bytes(_both(function, given, torch.ones_like(x)), device)}
 
 
-def cell_row(result: dict[str, Any]) -> list[str]:
+def new_rates(device: torch.device, n: int = 2**20) -> list[Result]:
+    """Whether a layer's new keep_prob takes effect in a compiled function whose graph was captured with another one."""
+    torch.compiler.reset()
+    inductor.compile_threads = 1
+    counters.clear()
+    layer = torchdrop.Dropout(P).to(device)
+    step = torch.compile(layer, fullgraph=True, mode="reduce-overhead")
+    x = torch.ones(n, device=device, dtype=DTYPE, requires_grad=True)
+    asked, kept, compilations = (P, P, P, 0.9, 0.25, 0.75), [], []
+    for keep_prob in asked:
+        layer.keep_prob = keep_prob
+        torch.compiler.cudagraph_mark_step_begin()
+        y = step(x)
+        (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
+        kept.append([float(one.count_nonzero()) / n for one in (y, gradient)])
+        compilations.append(counters["stats"]["unique_graphs"])
+    skipped = counters["inductor"]["cudagraph_skips"]
+    return [
+        {
+            "elements": n, "asked": asked[3:], "kept": kept[3:],
+            "recompilations": compilations[-1] - compilations[2], "graphs_skipped": skipped,
+        }
+    ]  # fmt: skip
+
+
+def cell_row(result: Result) -> list[str]:
     row = [result["label"]]
     for name in cuda_summary.COLUMNS:
         entry = result["contenders"].get(name)
@@ -246,32 +266,74 @@ def cell_row(result: dict[str, Any]) -> list[str]:
     return row
 
 
-_WIDTHS = [44, 10, 10, 17, 18, 10]
+_WIDTHS = [48, 10, 10, 17, 18, 10]
 
 
-def run(device: torch.device, quick: bool, save: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
-    """Measures everything, printing as it goes. `save` gets what there is after each cell."""
-    effort = Effort(budget=0.5, min_rounds=5) if quick else Effort(budget=4.0, batch=2e-2)
+def steps(device: torch.device, size: Size) -> Iterator[Step]:
+    """All that is measured, what matters most first. A whole run takes less than five minutes."""
+    large, small = (Effort(budget=4.0, batch=2e-2), Effort(budget=1.5, batch=2e-2))
+    if size != "whole":
+        large = small = Effort(budget=0.5 if size == "quick" else 0.0, min_rounds=5 if size == "quick" else 3)
+    sizes = {"whole": (2**24, 2**26), "quick": (2**16, 2**18), "tiny": (2**12, 2**14)}[size]
+    backend = "aot_eager" if size == "tiny" else "inductor"
+
+    def timed(cell: Cell, effort: Effort) -> Step:
+        return "cells", cell.label(), lambda: [measure(cell, device, effort, backend=backend)]
+
+    there = list(cells(size))
+    yield from (timed(cell, large) for cell in there if cell.section == "large")
+    for operation in LARGE:
+        yield "memory", f"bytes of {operation}", partial(kept_and_peak, operation, device, sizes, backend)
+    yield from (timed(cell, large) for cell in there if cell.section == "block")
+    yield from (timed(cell, small) for cell in there if cell.section == "launch")
+    yield "rates", "new keep_prob", partial(new_rates, device, 2**12 if size == "tiny" else 2**20)
+    for case in monte_carlo_models.timed(size != "whole"):
+        if size == "whole":
+            case = replace(case, samples=50)
+        yield "monte_carlo", case.label, lambda case=case: [bench_monte_carlo.measure(case, device, large)]
+
+
+def _show(place: str, label: str, results: list[Result]) -> None:
+    for result in results:
+        if place == "cells":
+            print(text_row(cell_row(result), _WIDTHS), flush=True)
+        elif place == "memory":
+            print("bytes an element:", ", ".join(cuda_summary.memory_row(result)), flush=True)
+        else:
+            shown = cuda_summary.rates(result) if place == "rates" else cuda_summary.monte_carlo(result)
+            print(f"{label}: {shown[0]}", flush=True)
+
+
+def run(device: torch.device, size: Size, save: Callable[[Result], None] | None = None) -> Result:
+    """Measures everything, printing as it goes. `save` gets what there is after each step; none is ended by another."""
     begin = time.perf_counter()
-    report: dict[str, Any] = {"machine": machine.describe(device), "quick": quick, "cells": []}
-    report["backend"] = kernels.backend_for(device, DTYPE).NAME
+    report: Result = {
+        "machine": machine.describe(device), "quick": size != "whole", "failed": {}, "took": {},
+        "backend": kernels.backend_for(device, DTYPE).NAME,
+    }  # fmt: skip
+    report |= {place: [] for place in cuda_summary.PLACES}
     print("\n".join(f"{name}: {value}" for name, value in report["machine"].items()))
     print(f"torchdrop's backend: {report['backend']}\n\n{text_row(cuda_summary.CELL_HEADER, _WIDTHS)}")
-    for cell in cells(quick):
-        report["cells"].append(measure(cell, device, effort))
-        print(text_row(cell_row(report["cells"][-1]), _WIDTHS), flush=True)
+    for place, label, measured in steps(device, size):
+        started = time.perf_counter()
+        try:
+            results = measured()
+        except Exception as error:
+            traceback.print_exc()
+            report["failed"][label] = f"{type(error).__name__}: {error}"[:500]
+        else:
+            report[place] += results
+            _show(place, label, results)
+        report["summary"] = cuda_summary.verdicts(report)
+        report["took"][label] = round(time.perf_counter() - started, 1)
+        report["seconds"] = round(time.perf_counter() - begin, 1)
         if save is not None:
             save(report)
-    report["memory"] = kept_and_peak(device, (2**16, 2**18) if quick else (2**24, 2**26))
-    rows = [cuda_summary.memory_row(result) for result in report["memory"]]
-    print(f"\nbytes an element, {DTYPE}\n{text_table(cuda_summary.MEMORY_HEADER, rows, left=2)}")
-    report["summary"] = cuda_summary.verdicts(report)
-    report["seconds"] = round(time.perf_counter() - begin, 1)
     print(f"\nsummary, after {report['seconds']:.0f} s\n{cuda_summary.text(report)}")
     return report
 
 
-def render(report: dict[str, Any]) -> str:
+def render(report: Result) -> str:
     """A report as markdown: machine, summary, times and bytes."""
     rows = [cell_row(result) for result in report["cells"]]
     return cuda_summary.markdown(report, rows)
@@ -299,10 +361,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     torch.set_num_threads(options.threads)
     with torch.cuda.device(options.device):
-        report = run(options.device, options.quick)
+        report = run(options.device, "quick" if options.quick else "whole")
     command.write(report, options, RESULT, not options.quick)
     if options.fill is not None:
-        cuda_summary.fill(options.fill, report)
+        command.fill(options.fill, cuda_summary.MARKERS, cuda_summary.section(report))
 
 
 if __name__ == "__main__":

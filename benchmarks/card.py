@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import bench_cuda
 import torch
+from cuda_contenders import block
 from torch import Tensor, nn
 
 import torchdrop
@@ -61,30 +63,13 @@ def kernels(device: torch.device, dry: bool) -> bool:
     return fine
 
 
-class Block(nn.Module):
-    """A transformer's block whose dropout is of this class."""
-
-    def __init__(self, dropout: type[nn.Module], width: int) -> None:
-        super().__init__()
-        self.before, self.after = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention = nn.MultiheadAttention(width, 8, batch_first=True)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.first, self.second, self.third = dropout(0.1), dropout(0.1), dropout(0.1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.before(x)
-        x = x + self.first(self.attention(h, h, h, need_weights=False)[0])
-        return x + self.third(self.down(self.second(nn.functional.gelu(self.up(self.after(x))))))
-
-
 def train(device: torch.device, dry: bool) -> bool:
     """Prints the median time of a training step, eager and compiled, with torch.nn's dropout and ours."""
     width, length, steps = (64, 16, 3) if dry else (1024, 512, 30)
     ways: tuple[str | None, ...] = (None,) if dry else (None, "default", "reduce-overhead")
     for mode, dropout in itertools.product(ways, (nn.Dropout, torchdrop.Dropout)):
-        torch.manual_seed(0)
         torch.compiler.reset()
-        model = nn.Sequential(*(Block(dropout, width) for _ in range(2 if dry else 4))).to(device, torch.bfloat16)
+        model = nn.Sequential(*(block(dropout, width, device) for _ in range(2 if dry else 4)))
         step = model if mode is None else torch.compile(model, mode=mode)
         x, times = torch.randn(8, length, width, device=device, dtype=torch.bfloat16), []
         for _ in range(steps):
@@ -100,19 +85,16 @@ def train(device: torch.device, dry: bool) -> bool:
 
 
 def bench(device: torch.device, dry: bool, output: Path | None) -> bool:
-    """Runs bench_cuda, and writes what there is after each of its cells."""
-    import bench_cuda
+    """Runs bench_cuda, and writes what there is after each of its steps."""
 
     def save(report: dict[str, Any]) -> None:
         if output is not None:
-            output.write_text(json.dumps(report, indent=1) + "\n")
+            # in one move, so that being cut off while writing loses nothing
+            draft = output.with_suffix(".part")
+            draft.write_text(json.dumps(report, indent=1) + "\n")
+            draft.replace(output)
 
-    if dry:
-        (cell,) = [one for one in bench_cuda.cells(True) if one.section == "launch"][:1]
-        save({"cells": [bench_cuda.measure(cell, device, bench_cuda.Effort(budget=0.1, min_rounds=3))]})
-    else:
-        save(bench_cuda.run(device, False, save))
-    return True
+    return not bench_cuda.run(device, "tiny" if dry else "whole", save)["failed"]
 
 
 def main() -> None:

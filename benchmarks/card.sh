@@ -37,7 +37,7 @@ step() {
 if [ -n "$dry" ]; then
     step kernels 60 "$python" benchmarks/card.py kernels --dry
     step tests 60 "$python" -m pytest -q -p no:cacheprovider tests/kernels/test_triton.py -k zero_and_one
-    step bench 60 "$python" benchmarks/card.py bench --dry --output "$out/cuda.json"
+    step bench 150 "$python" benchmarks/card.py bench --dry --output "$out/cuda.json"
     step family 60 "$python" -m pytest -q -p no:cacheprovider tests/ops/test_random_bits.py -k takes_a_new_key
     step train 60 "$python" benchmarks/card.py train --dry
 else
