@@ -1,7 +1,7 @@
 """Dropout on a CUDA device: against torch.nn's, eager and compiled, against a copy of the same bytes, and its overhead.
 
 python benchmarks/bench_cuda.py [--fill benchmarks/README.md] [--quick] [--output FILE]
-python benchmarks/bench_cuda.py --render FILE
+python benchmarks/bench_cuda.py --render FILE [--fill benchmarks/README.md]
 
 Times are CUDA events', medians of interleaved rounds; a ratio is taken within each round. What is timed has passed its
 checks first. What matters most comes first. The table says of each row what is required and whether it holds.
@@ -9,6 +9,7 @@ checks first. What matters most comes first. The table says of each row what is 
 
 from __future__ import annotations
 
+import json
 import math
 import time
 import traceback
@@ -290,6 +291,8 @@ def steps(device: torch.device, size: Size) -> Iterator[Step]:
     for case in monte_carlo_models.timed(size != "whole"):
         if size == "whole":
             case = replace(case, samples=50)
+        elif size == "tiny":
+            case = replace(case, samples=5, shape=(4, *case.shape[1:]))
         yield "monte_carlo", case.label, lambda case=case: [bench_monte_carlo.measure(case, device, large)]
 
 
@@ -339,6 +342,11 @@ def render(report: Result) -> str:
     return cuda_summary.markdown(report, rows)
 
 
+def _fill(file: Path | None, report: Result) -> None:
+    if file is not None:
+        command.fill(file, cuda_summary.MARKERS, cuda_summary.section(report))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = command.parser(__doc__, RESULT, "smaller tensors and fewer rounds, nothing judged")
     parser.add_argument("--device", default="cuda", type=torch.device, help="which CUDA device: cuda, or cuda:1")
@@ -348,9 +356,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.fill is not None and not cuda_summary.has_place(options.fill):
         parser.error(f"--fill: {options.fill} has no lines {' and '.join(cuda_summary.MARKERS)}")
-    if options.fill is not None and (options.quick or options.render):
-        parser.error("--fill is for a whole run: not with --quick or --render")
+    if options.fill is not None and options.quick:
+        parser.error("--fill is for a whole run: not with --quick")
     if command.rendered(options, render):
+        _fill(options.fill, json.loads(options.render.read_text(encoding="utf-8")))
         return
     if options.device.type != "cuda":
         parser.error(f"--device must be a CUDA device, got {options.device}: on the CPU, bench_dropout.py measures")
@@ -363,8 +372,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with torch.cuda.device(options.device):
         report = run(options.device, "quick" if options.quick else "whole")
     command.write(report, options, RESULT, not options.quick)
-    if options.fill is not None:
-        command.fill(options.fill, cuda_summary.MARKERS, cuda_summary.section(report))
+    _fill(options.fill, report)
 
 
 if __name__ == "__main__":

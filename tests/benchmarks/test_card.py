@@ -21,10 +21,10 @@ pytestmark = [
 ]
 
 
-def card(folder: Path, *arguments: str, seconds: int = 300) -> subprocess.CompletedProcess[str]:
+def card(folder: Path, *arguments: str, seconds: int = 400) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"OUT": str(folder), "PYTHON": sys.executable, "CARD_SECONDS": str(seconds)}
     return subprocess.run(
-        ["bash", SCRIPT, *arguments], env=environment, capture_output=True, text=True, check=False, timeout=400
+        ["bash", SCRIPT, *arguments], env=environment, capture_output=True, text=True, check=False, timeout=500
     )
 
 
@@ -34,7 +34,17 @@ def test_it_runs_through_dry(tmp_path: Path) -> None:
     steps = [line.split()[:2] for line in (tmp_path / "summary.txt").read_text().splitlines()]
     assert steps == [[name, "0"] for name in ("kernels", "tests", "bench", "family", "train")]
     assert "WRONG" not in (tmp_path / "kernels.log").read_text()
-    assert json.loads((tmp_path / "cuda.json").read_text())["cells"]
+    report = json.loads((tmp_path / "cuda.json").read_text())
+    assert report["failed"] == {}
+    faults = {
+        (result["label"], name): entry["fault"]
+        for result in report["cells"]
+        for name, entry in result["contenders"].items()
+        if "fault" in entry
+    }
+    assert faults == {}
+    assert "-" not in [row["measured"] for row in report["summary"]]
+    assert not (tmp_path / "cuda.part").exists()
 
 
 def test_what_is_cut_off_is_there_as_far_as_it_went(tmp_path: Path) -> None:
