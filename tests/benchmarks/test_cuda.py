@@ -321,7 +321,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small")
 def test_a_whole_run(capsys: pytest.CaptureFixture[str]) -> None:
     saved: list[dict[str, Any]] = []
-    report = bench_cuda.run(CPU, "quick", lambda found: saved.append(json.loads(json.dumps(found))))
+    report = bench_cuda.run(CPU, "tiny", lambda found: saved.append(json.loads(json.dumps(found))))
     report = json.loads(json.dumps(report))
     assert report == saved[-1]
     assert len(saved) == len(report["took"]) == 12
@@ -349,7 +349,7 @@ def test_a_step_that_fails_ends_no_other(monkeypatch: pytest.MonkeyPatch, capsys
         raise RuntimeError("no graphs")
 
     monkeypatch.setattr(bench_cuda, "new_rates", failing)
-    report = bench_cuda.run(CPU, "quick")
+    report = bench_cuda.run(CPU, "tiny")
     assert report["failed"] == {"new keep_prob": "RuntimeError: no graphs"}
     assert [len(report[place]) for place in cuda_summary.PLACES] == [5, 12, 0, 3]
     assert "RuntimeError: no graphs" in capsys.readouterr().err
