@@ -104,6 +104,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="the JSON file of bench")
     options = parser.parse_args()
     device = torch.device("cpu" if options.dry else "cuda:0")
+    if options.dry:
+        torch.set_num_threads(1)  # small sizes gain nothing from more, and lose much on a busy machine
     if options.step == "bench":
         fine = bench(device, options.dry, options.output)
     else:
