@@ -24,7 +24,7 @@ MARKERS = ("<!-- overview -->", "<!-- end of overview -->")
 HEADER = ["what", "against", "times faster", "run"]
 RUNS = [
     "dropout-cpu", "fused-cpu", "variants-cpu", "monte-carlo-cpu", "search-cpu", "compact", "attention-cpu",
-    "training-cpu",
+    "training-cpu", "serve-cpu",
 ]  # fmt: skip
 
 Report = dict[str, Any]
@@ -87,6 +87,12 @@ def rows() -> list[list[str]]:
         ("training step of BERT after `replace`, bfloat16", "no dropout", trained("no dropout"), 7),
         (f"`mc_predict`, convolutional network, {conv['samples']} samples", "a loop", sampled(conv), 3),
         (f"`mc_predict`, transformer encoder, {encoder['samples']} samples", "a loop", sampled(encoder), 3),
+        (
+            "`MCPredictor(compile=True)`, 1 row, 30 samples",
+            "a loop",
+            factor(one(load("serve-cpu")["cells"], way="MCPredictor, compile=True", rows=1)["faster"]),
+            8,
+        ),
         (f"`tune.cross_validate`, {search['models']} small networks", "a loop", f"{digits(search['ratio'])}x", 4),
         (
             "`compact`, training step of an MLP",

@@ -14,6 +14,7 @@ import overview
 import panel as panels
 import pytest
 import training_summary
+import uncertainty_figure
 import versions
 from harness import digits, duration
 from overview import Report, dropout_cells, load, one
@@ -40,6 +41,7 @@ TABLES = [
     ("concrete", "concrete.json", "concrete.py"),
     ("sparsity", "sparsity.json", "sparsity.py"),
     ("calibration", "calibration.json", "calibration.py"),
+    ("uncertainty", "uncertainty.json", "uncertainty.py"),
     ("language", "language.json", "language.py"),
     ("uci", "uci.json", "uci.py"),
     ("versions", "versions.json", "versions.py"),
@@ -121,6 +123,11 @@ class TestOverview:
         file.write_text("no place")
         with pytest.raises(ValueError, match="has no lines <!-- overview -->"):
             command.fill(file, overview.MARKERS, overview.section())
+
+
+def test_the_figure_of_uncertainty_is_made_of_the_committed_run() -> None:
+    assert uncertainty_figure.FIGURE.read_text(encoding="utf-8") == uncertainty_figure.figure(load("uncertainty"))
+    assert f"](results/{uncertainty_figure.FIGURE.name})" in RESULTS
 
 
 def times(value: float) -> str:

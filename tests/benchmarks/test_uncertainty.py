@@ -29,7 +29,10 @@ from uncertainty_ways import WAYS, Inputs, Outputs, pooled
 
 import torchdrop
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:inference_rates. the likelihood still rises"),  # such are ten noisy pictures
+]
 
 SIZES = uncertainty.Sizes(groups=2, members=2, samples=4, training_images=80, held_out_images=40, turned_images=10)
 KIND = Kind("small", lambda seed: calibration.network(mnist.PIXELS, 32, mnist.CLASSES, 0.5, seed), 60)

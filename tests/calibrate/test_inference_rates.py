@@ -52,6 +52,14 @@ class TestSearch:
         assert fit.after == scores(prediction, targets(math.sqrt(factor * 64 * 0.25)))["negative_log_likelihood"]
         assert fit.before == scores(predictor(model)(), targets(math.sqrt(factor * 16)))["negative_log_likelihood"]
 
+    @pytest.mark.parametrize(
+        ("std", "match"), [(0.1, "next to no dropout at inference: compare"), (1e3, "more dropout")]
+    )
+    def test_says_where_the_search_ends(self, std: float, match: str) -> None:
+        model = Noisy(0.8)
+        with pytest.warns(UserWarning, match=f"^inference_rates: the likelihood still rises where .* prefer {match}"):
+            inference_rates(model, predictor(model), targets(std))
+
     @pytest.mark.parametrize("keep_prob", [0.1, 0.5, 0.99])
     def test_the_factor_is_that_of_the_variance(self, keep_prob: float) -> None:
         for factor in (1 / LARGEST, 0.5, 1.0, LARGEST):
@@ -93,7 +101,8 @@ class TestSearch:
             return torchdrop.mc_predict(model, 5 * x, 10, task="classification", seed=0, standard_errors=False)
 
         y = predict().predicted
-        fit = inference_rates(model, predict, y)
+        with pytest.warns(UserWarning, match="prefer next to no dropout"):
+            fit = inference_rates(model, predict, y)
         assert fit.after == pytest.approx(self.at(model, fit, predict, y))
         assert fit.factors["2"] < 0.2  # its own classes are most likely with little noise
         found = fit.compare(model, predict, y)
@@ -125,7 +134,8 @@ class TestModel:
         with pytest.raises(KeyboardInterrupt):
             inference_rates(model, predict, torch.ones(6, 2))
         calls = iter(range(10, 99))
-        fit = inference_rates(model, predict, torch.ones(6, 2))
+        with pytest.warns(UserWarning, match="prefer next to no dropout"):
+            fit = inference_rates(model, predict, torch.ones(6, 2))
         assert fit.keep_probs.keys() == {"0", "1", "3"}
         with fit.applied(model):
             assert torchdrop.keep_probs(model)["0"] == fit.keep_probs["0"] != before["0"]
@@ -147,6 +157,10 @@ class TestRefused:
             inference_rates(model, predictor(model), targets(1.0))
 
     def test_what_is_no_prediction(self) -> None:
+        model: Any = Noisy(0.5)
+        prediction: Any = torchdrop.mc_predict(model, torch.ones(3, 1), 5)
+        with pytest.raises(TypeError, match=r"predict must be a function without arguments .* got Prediction"):
+            inference_rates(model, prediction, targets(1.0))
         with pytest.raises(TypeError, match="predict must return a prediction of mc_predict, got Tensor"):
             inference_rates(Noisy(0.5), lambda: torch.ones(3), targets(1.0))  # type: ignore[arg-type, return-value]
 

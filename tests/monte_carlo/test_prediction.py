@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from torchdrop._extras import optional
+from torchdrop.monte_carlo import from_samples
 from torchdrop.monte_carlo.classes import Classification
 from torchdrop.monte_carlo.gal import (
     predictive_log_likelihood,
@@ -434,3 +435,46 @@ class TestGal:
     def test_quantiles_at_the_ends_of_a_mixture(self, q: float) -> None:
         with pytest.raises(ValueError, match=f"q must be between 0 and 1, both excluded where there is noise, got {q}"):
             predictive_quantile(torch.zeros(2, 3), q, tau=1.0)
+
+
+class TestFromSamples:
+    def test_is_what_the_statistics_say(self) -> None:
+        logits = torch.randn(7, 5, 3, generator=torch.Generator().manual_seed(1))
+        found = from_samples(logits, "classification")
+        assert isinstance(found, ClassificationPrediction)
+        p = logits.double().softmax(2)
+        entropy = torch.special.entr(p.mean(0)).sum(1)
+        torch.testing.assert_close(found.mean.double(), p.mean(0), rtol=0, atol=1e-6)
+        torch.testing.assert_close(found.std.double(), p.std(0), rtol=0, atol=1e-6)
+        torch.testing.assert_close(found.predictive_entropy.double(), entropy, rtol=0, atol=1e-6)
+        expected = entropy - torch.special.entr(p).sum(2).mean(0)
+        torch.testing.assert_close(found.mutual_information.double(), expected, rtol=0, atol=1e-6)
+        assert found.samples is not None
+        torch.testing.assert_close(found.samples.double(), p, rtol=0, atol=1e-6)
+        torch.testing.assert_close(found.standard_errors["mean"].double(), p.std(0) / 7**0.5, rtol=0, atol=1e-6)
+        assert (found.num_samples, found.seed) == (7, None)
+
+    def test_of_one_pass(self) -> None:
+        found = from_samples(torch.randn(1, 5, 2), "regression", tau=4.0)
+        assert found.variance.isnan().all()
+        assert found.num_samples == 1
+
+    def test_of_a_pair(self) -> None:
+        pair = (torch.zeros(3, 5, 1), torch.zeros(3, 5, 1))
+        found = from_samples(pair, "regression", noise="log_variance")
+        assert torch.equal(found.variance, torch.ones(5, 1))
+
+    @pytest.mark.parametrize(
+        ("outputs", "error", "match"),
+        [
+            (torch.randn(0, 5, 3), ValueError, "outputs must hold at least one sample, in their first dimension"),
+            (torch.randn(()), ValueError, "outputs must hold at least one sample"),
+            ((), ValueError, "outputs must hold at least one sample"),
+            (torch.randn(4), ValueError, "outputs must have a first dimension for the rows"),
+            ([[1.0, 2.0]], ValueError, "outputs must hold at least one sample"),
+            (torch.full((2, 3, 4), torch.nan), ValueError, "sample 0 is not finite in row 0"),
+        ],
+    )
+    def test_refuses(self, outputs: Any, error: type[Exception], match: str) -> None:
+        with pytest.raises(error, match=match):
+            from_samples(outputs, "classification")

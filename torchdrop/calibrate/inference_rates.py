@@ -23,6 +23,9 @@ from .search import minimize
 LARGEST = 32.0
 """The largest factor of the noise's variance; the smallest is its reciprocal."""
 
+NEAR = 1.1
+"""The factor between an end of the search and what counts as that end."""
+
 POINTS, TOLERANCE = 11, 0.05
 APART, POINTS_APART, TOLERANCE_APART = 8.0, 5, 0.2
 
@@ -111,7 +114,11 @@ def inference_rates(model: nn.Module, predict: Predict, targets: Tensor, *, per_
     Raises:
         ValueError: no layer with a keep probability between 0 and 1, targets that do not fit, predictions with seeds
             that differ, or targets that are impossible at all rates.
-        TypeError: `predict` returns no prediction.
+        TypeError: `predict` is no function, or returns no prediction.
+
+    Warns:
+        UserWarning: the likelihood still rises at an end of the search: the targets prefer next to no dropout at
+            inference, or as much as there can be.
 
     References:
         Gal and Ghahramani, "Dropout as a Bayesian Approximation", ICML 2016, where rates are chosen by the validation
@@ -129,6 +136,11 @@ def inference_rates(model: nn.Module, predict: Predict, targets: Tensor, *, per_
         >>> fit.after <= fit.before, torchdrop.keep_probs(model)["1"]
         (True, 0.5)
     """
+    if not callable(predict):
+        raise TypeError(
+            "predict must be a function without arguments that returns a prediction, such as lambda: "
+            f"torchdrop.mc_predict(model, x, 50, task='classification', seed=0), got {type(predict).__name__}"
+        )
     sites = [site for site in rate_sites(model) if _is_random(site.keep_prob)]
     if not sites:
         raise ValueError("model must have a layer with a keep_prob between 0 and 1, got none: see torchdrop.keep_probs")
@@ -146,6 +158,15 @@ def inference_rates(model: nn.Module, predict: Predict, targets: Tensor, *, per_
 
             factors[i] = common * minimize(of_layer, 1 / APART, APART, POINTS_APART, TOLERANCE_APART)
         after = search.loss(factors)
+    if not NEAR / LARGEST < common < LARGEST / NEAR:
+        less = common < 1
+        warnings.warn(
+            f"inference_rates: the likelihood still rises where the noise's variance is {common:.3g} times that of "
+            f"training, and the search ends. The targets prefer {'next to no' if less else 'more'} dropout at inference"
+            + (": compare with the deterministic pass" if less else ""),
+            UserWarning,
+            stacklevel=2,
+        )
     return InferenceRates(
         {site.name: old for site, old in zip(sites, search.trained, strict=True)},
         {site.name: new for site, new in zip(sites, search.rates(factors), strict=True)},

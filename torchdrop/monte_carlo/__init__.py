@@ -2,13 +2,15 @@
 
 `mc_dropout` turns a model's randomness on; `mc_predict` runs samples and returns their statistics, and
 `MCPredictor` does so again and again. `mc_generate` is for sequences, `mc_items` for outputs whose number varies,
-`region_scores` for segmentations, and `find_entities` for labels of tokens. `export` makes programs for other runtimes.
+`region_scores` for segmentations, and `find_entities` for labels of tokens. `export` makes programs for other runtimes,
+and `from_samples` takes outputs that come from elsewhere.
 """
 
 from ..handlers.sources import Source
 from .context import mc_dropout
 from .entities import Entity, find_entities
 from .exported import MCExport, export
+from .from_samples import from_samples
 from .gal import predictive_log_likelihood, tau_from_weight_decay, weight_decay_from_tau
 from .generation import GeneratedPrediction, mc_generate
 from .heads import Predictions
@@ -38,6 +40,7 @@ __all__ = [
     "Source",
     "export",
     "find_entities",
+    "from_samples",
     "from_scores",
     "iou",
     "mc_dropout",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -28,6 +27,7 @@ from .prediction import Prediction
 from .sample import STRATEGIES, Sampler
 from .standard_errors import Errors, check_errors
 from .strategy import Choice
+from .turns import Turns
 
 
 class MCPredictor:
@@ -38,7 +38,8 @@ class MCPredictor:
     source, sample, b), so that equal inputs get equal answers, whoever asks and when.
 
     Before each call the model is looked at. If modules, attributes, rates, training flags, devices or hooks are others
-    than before, the first part is done again. Weights may change at will. Calls from several threads run one at a time.
+    than before, the first part is done again. Weights may change at will. Calls from several threads run one at a time,
+    in the order in which they come.
 
     Args:
         model: the model, in train or eval mode. It is never changed.
@@ -115,7 +116,7 @@ class MCPredictor:
         self._chunk = None if chunk is None else _positive("chunk", chunk)
         self._keep, self._valid, self._weight_scaling = keep_samples, valid, weight_scaling
         self._select, self._dim, self._compile = select, batch_dim, compile
-        self._lock = threading.Lock()
+        self._turns = Turns()
         self._job: tuple[Job, Reader] | None = None
         self._seen: Seen | None = None
         if example is not None:
@@ -126,7 +127,7 @@ class MCPredictor:
         return self._predict(inputs, progress, "MCPredictor", 2)
 
     def _predict(self, inputs: Any, progress: bool, caller: str, stacklevel: int) -> Prediction:
-        with self._lock:
+        with self._turns:
             known = self._job is not None and self._seen is not None and self._seen.holds()
             job, reader = self._job if known and self._job is not None else self._new_job()
             job.restart()

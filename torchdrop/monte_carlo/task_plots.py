@@ -86,8 +86,9 @@ def uncertainty_map(
     if len(axes) != count:
         raise ValueError(f"axes must be {count}, got {len(axes)}")
     axes[0].imshow(_pixels(image, row), cmap="gray")
+    present = torch.cat([labels.flatten() for labels in shown.values()]).unique().tolist()
     for ax, (name, labels) in zip(axes[1:], shown.items(), strict=False):
-        _classes(ax, labels, names, legend=name == list(shown)[-1])
+        _classes(ax, labels, names, present if name == list(shown)[-1] else ())
     heat = axes[-1].imshow(values[row].view(predicted.shape).cpu().numpy(), cmap="magma", vmin=0)
     unit = "share of samples" if uncertainty == "variation_ratio" else "nats"
     axes[-1].figure.colorbar(heat, ax=axes[-1], label=unit, fraction=0.046, pad=0.03)
@@ -245,8 +246,8 @@ def _outline(ax: Any, chosen: Tensor) -> None:
     ax.set(xlim=(-0.5, chosen.shape[1] - 0.5), ylim=(chosen.shape[0] - 0.5, -0.5))
 
 
-def _classes(ax: Any, labels: Tensor, names: Sequence[str], legend: bool) -> None:
-    """Draws a map of classes, each with its color, and a legend of those that are there."""
+def _classes(ax: Any, labels: Tensor, names: Sequence[str], legend: Sequence[int]) -> None:
+    """Draws a map of classes, each with its color, and a legend of some."""
     colormap = optional("matplotlib").colormaps[
         "tab10" if len(names) <= 10 else "tab20" if len(names) <= 20 else "nipy_spectral"
     ]
@@ -256,7 +257,5 @@ def _classes(ax: Any, labels: Tensor, names: Sequence[str], legend: bool) -> Non
     ax.imshow(table[known].numpy())
     if legend:
         patches = optional("matplotlib.patches")
-        handles = [
-            patches.Patch(color=colors[n], label=names[n]) for n in range(len(names)) if bool((known == n).any())
-        ]
+        handles = [patches.Patch(color=colors[n], label=names[n]) for n in legend if 0 <= n < len(names)]
         ax.legend(handles=handles, fontsize=7, loc="upper left", framealpha=0.8, handlelength=1, borderpad=0.3)
