@@ -21,8 +21,10 @@ pytestmark = [
 ]
 
 
-def card(folder: Path, *arguments: str, seconds: int = 400) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OUT": str(folder), "PYTHON": sys.executable, "CARD_SECONDS": str(seconds)}
+def card(
+    folder: Path, *arguments: str, seconds: int = 400, python: Path | str = sys.executable
+) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OUT": str(folder), "PYTHON": str(python), "CARD_SECONDS": str(seconds)}
     return subprocess.run(
         ["bash", SCRIPT, *arguments], env=environment, capture_output=True, text=True, check=False, timeout=500
     )
@@ -48,8 +50,12 @@ def test_it_runs_through_dry(tmp_path: Path) -> None:
 
 
 def test_what_is_cut_off_is_there_as_far_as_it_went(tmp_path: Path) -> None:
-    done = card(tmp_path, "--dry", seconds=5)
+    endless = tmp_path / "python"
+    endless.write_text("#!/bin/sh\necho begun\nexec sleep 60\n")
+    endless.chmod(0o755)
+    done = card(tmp_path, "--dry", seconds=5, python=endless)
     assert done.returncode == 1
+    assert (tmp_path / "kernels.log").read_text() == "begun\n"
     lines = (tmp_path / "summary.txt").read_text().splitlines()
     assert lines[0].split()[:2] == ["kernels", "124"]
     assert lines[1:] == [f"{name} not begun" for name in ("tests", "bench", "family", "train")]
