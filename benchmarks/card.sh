@@ -26,6 +26,7 @@ step() {
     [ "$limit" -le "$left" ] || limit=$left
     if [ "$limit" -lt 5 ]; then
         echo "$name not begun" | tee -a "$out/summary.txt"
+        failed=1
         return
     fi
     timeout --kill-after=5 "$limit" "$@" 2>&1 | tee "$out/$name.log"
