@@ -57,7 +57,7 @@ def test_what_is_cut_off_is_there_as_far_as_it_went(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert (tmp_path / "kernels.log").read_text() == "begun\n"
     lines = (tmp_path / "summary.txt").read_text().splitlines()
-    assert lines[0].split()[:2] in (["kernels", "124"], ["kernels", "0"])  # a fast machine is done within 5 seconds
+    assert lines[0].split()[:2] == ["kernels", "124"]
     assert lines[1:] == [f"{name} not begun" for name in ("tests", "bench", "family", "train")]
 
 
