@@ -155,7 +155,7 @@ def equalities(quick: bool, threads: int) -> Iterator[Result]:
         runtimes: dict[str, Callable[[], Callable[[Given], dict[str, Tensor]]]] = {
             RUNTIME: partial(Session, program, threads)
         }
-        if not number and not quick:  # a compilation takes a minute
+        if not quick:  # a compilation takes minutes
             runtimes["AOTInductor"] = partial(compiled, program)
         for runtime, build in runtimes.items():
             begin = time.perf_counter()

@@ -58,6 +58,9 @@ class Graphs:
         self.params: list[tuple[fx.Node, torch.device]] = []
         self.calls: set[str] = set()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Graphs:
+        return self  # Lightning, once it is imported, copies the arguments of torch.compile, and fake tensors cannot be
+
     def __call__(self, graph: fx.GraphModule, inputs: Any) -> Any:
         self.count += 1
         for node in graph.graph.nodes:
