@@ -258,6 +258,22 @@ class TestFallback:
     def test_an_argument_is_an_object(self, made: mock.Mock) -> None:
         self.check(Doubled(), (data(3, 4), slice(3)), "an argument is a slice, which is not compiled")
 
+    def test_requests_after_one_with_an_object_are_compiled(self, made: mock.Mock) -> None:
+        class Optional(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.body = network()
+
+            def forward(self, x: Tensor, how: Any = None) -> Tensor:
+                return self.body(x)
+
+        with pytest.warns(UserWarning, match="because an argument is a slice"):
+            predictor = torchdrop.MCPredictor(Optional(), 10, compile=True, seed=1, example=(data(3, 4), slice(3)))
+        predictor((data(3, 4), slice(3)))
+        assert made.call_count == 0
+        predictor(data(3, 4))
+        assert made.call_count == 1
+
     def test_the_model_has_a_state(self, made: mock.Mock) -> None:
         self.check(Counting(), data(3, 4), "the model writes to its inputs, or to buffers or tensors of its own")
 

@@ -78,10 +78,10 @@ class CompiledSampler:
             filled = inputs if size == rows else inputs.first(size or 1)
             outputs, found = self._run(strategy, filled, samples, first_row, results)
         except NotCompiledError as error:
-            if not self._reason:
-                self._reason = str(error)
-                self.said.append(f"samples are run without compilation, because {self._reason}")
-                self._sampler.note(f"Not compiled: {self._reason}")
+            said = f"samples are run without compilation, because {error}"
+            if said not in self.said:
+                self.said.append(said)
+                self._sampler.note(f"Not compiled: {error}")
             return None
         if size == rows or not rows or not size:
             return outputs, found
@@ -119,7 +119,11 @@ class CompiledSampler:
             if reason:
                 raise NotCompiledError(reason)
             function = _Function(self._sampler, strategy, leaves, spec, inputs.dim, samples, self._rows_first, results)
-            function.compile(chunk, leaves, inputs)
+            try:
+                function.compile(chunk, leaves, inputs)
+            except NotCompiledError as error:
+                self._reason = str(error)  # other shapes are not tried, which would take as long each time
+                raise
             self._functions[key] = function
         return function(chunk, first_row, leaves)
 
